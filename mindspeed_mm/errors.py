@@ -1,0 +1,21 @@
+"""The project's own errors. Each message says what is wrong, what was found, what was expected and what to change."""
+
+
+class ConfigError(ValueError):
+    """A JSON file, flag or combination of settings is wrong. Lists every problem found, one per line."""
+
+
+class WeightError(ValueError):
+    """A weight file is missing, damaged, unsafe, or does not hold exactly the tensors that are needed."""
+
+
+class DataError(ValueError):
+    """A data file, record or image cannot be used; names the file and the record."""
+
+
+class TemplateError(DataError):
+    """A conversation cannot be rendered, or the tokenizer does not round-trip the template."""
+
+
+class CheckpointError(ValueError):
+    """A training checkpoint cannot be found, read, written or matched to the running model."""
