@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the tests: without arguments all but the slow ones, else `pytest` with the arguments given.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+bash scripts/setup_env.sh
+# The models of the tests are tiny and many tests start several ranks, more threads would only fight each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+if [[ $# -eq 0 ]]; then set -- -m "not slow"; fi
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,59 @@
+"""Packaging of mindspeed-mm: `pip install .` gives the library and the console script `mindspeed-mm`."""
+
+from setuptools import find_namespace_packages, setup
+
+# `megatron` is a PEP 420 namespace shared with the megatron-core wheel, so no megatron/__init__.py may exist and
+# only our own part of it, megatron.driver, is listed.
+PACKAGES = find_namespace_packages(
+    include=[
+        "mindspeed_mm",
+        "mindspeed_mm.*",
+        "checkpoint_converters",
+        "checkpoint_converters.*",
+        "evaluation",
+        "evaluation.*",
+        "megatron.driver",
+        "megatron.driver.*",
+    ],
+    exclude=["*.__pycache__", "*.__pycache__.*"],
+)
+
+REQUIRES = [
+    "torch>=2.6",
+    "megatron-core>=0.12.1,<0.17",
+    "transformers>=5,<6",
+    "tokenizers",
+    "sentencepiece>=0.2",
+    "safetensors>=0.4",
+    "pillow>=10.1",
+    "numpy>=1.26",
+    "pydantic>=2.5",
+    "rich>=13",
+    "psutil>=5.9",
+    "tensorboard>=2.14",
+]
+
+EVALUATE = ["openpyxl>=3.1"]
+QUICKSTART = [*EVALUATE, "scikit-learn>=1.4", "matplotlib>=3.8"]
+
+EXTRAS = {
+    "evaluate": EVALUATE,
+    "quickstart": QUICKSTART,
+    "serve": [],  # reserved for the servers, which need nothing beyond the requirements so far
+    "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN
+    "dev": [*QUICKSTART, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6"],
+}
+
+setup(
+    name="mindspeed-mm",
+    version="0.1.0",
+    description="Training, inference and evaluation of LLaVA-family models on megatron-core: NPU, GPU and CPU",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.13",
+    packages=PACKAGES,
+    package_data={"": ["*.json", "*.jinja", "*.html", "*.css", "*.js"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mindspeed-mm = mindspeed_mm.cli.main:main"]},
+)
