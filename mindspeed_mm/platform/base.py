@@ -1,0 +1,163 @@
+"""Platform interface and choice of device.
+
+Legend: B batch, H heads, G key/value heads (query groups), S query length, K key length, D head size.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import os
+import random
+import warnings
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torch.nn.functional as F
+
+from mindspeed_mm.errors import ConfigError
+
+PLATFORM_ORDER = ("npu", "cuda", "cpu")
+"""Order of choice when no device is named: the accelerators first, then the CPU that is always there."""
+
+_current: Platform | None = None
+
+
+@dataclass(frozen=True)
+class MemoryStats:
+    """Device memory in MiB. `total` is the device's size."""
+
+    allocated: float
+    peak: float
+    total: float
+
+
+class Platform(abc.ABC):
+    """What the suite asks of an accelerator. One instance per process, chosen by `get_platform`."""
+
+    name: str
+    backend: str
+    """torch.distributed backend of this device."""
+
+    @classmethod
+    @abc.abstractmethod
+    def is_available(cls) -> bool:
+        """True when this process can use the device. Never raises and prints nothing."""
+
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """The device of this process (LOCAL_RANK picks the card)."""
+
+    @abc.abstractmethod
+    def prepare_megatron(self) -> None:
+        """Make megatron.core run on this device. Call before the first import of megatron.core; idempotent."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all work queued on the device is done."""
+
+    @abc.abstractmethod
+    def memory(self) -> MemoryStats:
+        """Memory figures of this process on its device."""
+
+    @abc.abstractmethod
+    def device_rng_state(self) -> torch.Tensor | None:
+        """State of the device's default generator, uint8 on the CPU; None where that is the CPU generator itself."""
+
+    @abc.abstractmethod
+    def set_device_rng_state(self, state: torch.Tensor) -> None:
+        """Restore what `device_rng_state` returned."""
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Dense matrix peak of the device in FLOP/s for `dtype`, or None where it is not known."""
+        return None
+
+    def seed(self, seed: int) -> None:
+        """Seed python, numpy and torch (all devices)."""
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        mask: torch.Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Scaled dot-product attention.
+
+        Args:
+            query: [B, H, S, D]; key, value: [B, G, K, D] with H a multiple of G.
+            mask: bool [B or 1, 1, S, K], True = may attend, or None. With a mask, `causal` must be False.
+            scale: factor on the scores, usually D ** -0.5.
+            dropout: probability of dropping an attention weight, 0.0 when not training.
+
+        Returns:
+            [B, H, S, D] in the dtype of `query`.
+        """
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=grouped
+        )
+
+
+def local_rank() -> int:
+    """Index of this process on its host, as torchrun sets it; 0 outside torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def quiet_third_party() -> None:
+    """Keep warnings that a user cannot act on (absent optional kernels, deprecations inside libraries) off the terminal."""
+    for module in ("megatron", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    warnings.filterwarnings("ignore", message=".*(Transformer ?Engine|Apex|apex|nvidia-modelopt|einops).*")
+
+
+def _platform_class(name: str) -> type[Platform]:
+    module = importlib.import_module(f"mindspeed_mm.platform.{name}")
+    return module.PLATFORM
+
+
+def get_platform(name: str | None = None) -> Platform:
+    """Choose the device of this process and prepare megatron.core for it.
+
+    Args:
+        name: "cpu", "cuda" or "npu" (an index such as "cuda:1" is refused: LOCAL_RANK picks the card), or None for the
+            first available of npu, cuda, cpu.
+
+    Raises:
+        ConfigError: unknown or unavailable device, or another one was chosen before in this process.
+    """
+    global _current
+    if name is not None and name not in PLATFORM_ORDER:
+        raise ConfigError(f"--device {name!r} is not known: expected one of {', '.join(PLATFORM_ORDER)}")
+    if _current is not None:
+        if name not in (None, _current.name):
+            raise ConfigError(
+                f"this process already runs on {_current.name!r}, {name!r} was asked for: start a new process for it"
+            )
+        return _current
+    candidates = PLATFORM_ORDER if name is None else (name,)
+    for candidate in candidates:
+        cls = _platform_class(candidate)
+        if cls.is_available():
+            quiet_third_party()
+            platform = cls()
+            platform.prepare_megatron()
+            _current = platform
+            return platform
+    raise ConfigError(
+        f"--device {name} was asked for, but this machine has no usable {name} device "
+        f"(torch {torch.__version__}): install its stack or use --device cpu"
+    )
+
+
+def current_platform() -> Platform:
+    """The platform that `get_platform` chose; chooses the default one when none was."""
+    return _current if _current is not None else get_platform()

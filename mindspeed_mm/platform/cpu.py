@@ -1,0 +1,49 @@
+"""Plain CPU with gloo: the same code path as on accelerators."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from mindspeed_mm.platform.base import MemoryStats, Platform
+from mindspeed_mm.platform.host_megatron import install
+
+MIB = 2**20
+
+
+class CpuPlatform(Platform):
+    """CPU device; megatron.core's CUDA calls are redirected when its modules are imported."""
+
+    name = "cpu"
+    backend = "gloo"
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return True
+
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def prepare_megatron(self) -> None:
+        install()
+
+    def synchronize(self) -> None:
+        """CPU work is done when the call returns."""
+
+    def memory(self) -> MemoryStats:
+        """Resident memory of this process."""
+        allocated = psutil.Process().memory_info().rss / MIB
+        self._peak = max(self._peak, allocated)
+        return MemoryStats(allocated, self._peak, psutil.virtual_memory().total / MIB)
+
+    def device_rng_state(self) -> None:
+        return None
+
+    def set_device_rng_state(self, state: torch.Tensor) -> None:
+        raise ValueError("the CPU has no device generator besides torch's own: nothing to restore")
+
+
+PLATFORM = CpuPlatform

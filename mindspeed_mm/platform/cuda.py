@@ -1,0 +1,60 @@
+"""NVIDIA GPUs with NCCL."""
+
+from __future__ import annotations
+
+import torch
+
+from mindspeed_mm.platform.base import MemoryStats, Platform, local_rank
+
+MIB = 2**20
+
+# Dense bf16/fp16 tensor-core peak in FLOP/s, from NVIDIA's data sheets (without sparsity).
+BF16_PEAK = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "V100": 125e12}
+
+
+class CudaPlatform(Platform):
+    """One GPU per process."""
+
+    name = "cuda"
+    backend = "nccl"
+
+    def __init__(self) -> None:
+        index = local_rank()
+        if index >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK is {index} but this host shows {torch.cuda.device_count()} GPU(s): "
+                "start at most one process per GPU (NPUS_PER_NODE / --nproc_per_node)"
+            )
+        torch.cuda.set_device(index)
+
+    @classmethod
+    def is_available(cls) -> bool:
+        return torch.cuda.is_available()
+
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def prepare_megatron(self) -> None:
+        """megatron.core is written for CUDA."""
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def memory(self) -> MemoryStats:
+        total = torch.cuda.get_device_properties(self.device()).total_memory
+        return MemoryStats(torch.cuda.memory_allocated() / MIB, torch.cuda.max_memory_allocated() / MIB, total / MIB)
+
+    def device_rng_state(self) -> torch.Tensor:
+        return torch.cuda.get_rng_state()
+
+    def set_device_rng_state(self, state: torch.Tensor) -> None:
+        torch.cuda.set_rng_state(state)
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        if dtype not in (torch.bfloat16, torch.float16):
+            return None
+        name = torch.cuda.get_device_name()
+        return next((peak for key, peak in BF16_PEAK.items() if key in name), None)
+
+
+PLATFORM = CudaPlatform

@@ -1,0 +1,162 @@
+"""Lets megatron.core, which is written for CUDA, run on the CPU.
+
+megatron.core asks for memory with `device="cuda"`, calls `torch.cuda.*` and `tensor.cuda()`, and compares
+`tensor.type()` with "torch.cuda.FloatTensor". When one of its modules is imported, the name `cuda` is replaced by
+`cpu` in the compiled code: `torch.cpu` mirrors most of `torch.cuda`, and `Tensor.cpu` is what `.cuda()` has to be here.
+Nothing is patched per call, torch.cuda stays as it is for everybody else, and the byte-code cache keeps working.
+What `torch.cpu` lacks is added to it below, once, and only where it is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import logging
+import sys
+import types
+
+import torch
+
+PACKAGE = "megatron.core"
+TYPE_NAMES = {
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+
+def _rewrite_constant(constant: object) -> object:
+    if isinstance(constant, types.CodeType):
+        return rewrite(constant)
+    if isinstance(constant, tuple):
+        return tuple(_rewrite_constant(item) for item in constant)
+    if isinstance(constant, str):
+        return "cpu" if constant == "cuda" else TYPE_NAMES.get(constant, constant)
+    return constant
+
+
+def rewrite(code: types.CodeType) -> types.CodeType:
+    """Replace the device `cuda` by `cpu` in names, constants and nested code of a code object.
+
+    Imports such as `from torch.cuda import x` keep working: their module name is left alone.
+    """
+    names = tuple("cpu" if name == "cuda" else name for name in code.co_names)
+    constants = tuple(_rewrite_constant(constant) for constant in code.co_consts)
+    return code.replace(co_names=names, co_consts=constants)
+
+
+class _HostLoader(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname: str) -> types.CodeType | None:
+        code = super().get_code(fullname)
+        return None if code is None else rewrite(code)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        super().exec_module(module)
+        adapt = _AFTER_IMPORT.get(module.__name__)
+        if adapt is not None:
+            adapt(module)
+
+
+class _HostFinder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != PACKAGE and not fullname.startswith(PACKAGE + "."):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _HostLoader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def _adapt_random(module: types.ModuleType) -> None:
+    """The model-parallel RNG tracker switches torch's CPU generator; that it moves is the purpose, not worth a warning."""
+    module._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+_AFTER_IMPORT = {f"{PACKAGE}.tensor_parallel.random": _adapt_random}
+
+
+def _no_bytes(*_args, **_kwargs) -> int:
+    return 0
+
+
+def _nothing(*_args, **_kwargs) -> None:
+    return None
+
+
+class _Stream:
+    """A stream of the CPU: everything queued on it has already run."""
+
+    def wait_stream(self, _other: object) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        return None
+
+
+_STREAM = _Stream()
+_HOST_API = {
+    "manual_seed": torch.manual_seed,
+    "manual_seed_all": torch.manual_seed,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
+    "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+    "memory_allocated": _no_bytes,
+    "max_memory_allocated": _no_bytes,
+    "memory_reserved": _no_bytes,
+    "max_memory_reserved": _no_bytes,
+    "memory_stats": lambda device=None: {},
+    "empty_cache": _nothing,
+    "reset_peak_memory_stats": _nothing,
+    "is_current_stream_capturing": lambda: False,
+    "default_stream": lambda device=None: _STREAM,
+    "get_device_capability": lambda device=None: (0, 0),
+    "FloatTensor": torch.FloatTensor,
+    "HalfTensor": torch.HalfTensor,
+    "BFloat16Tensor": torch.BFloat16Tensor,
+}
+
+
+def _extend_torch_cpu() -> None:
+    for name, value in _HOST_API.items():
+        if not hasattr(torch.cpu, name):
+            setattr(torch.cpu, name, value)
+
+    def from_cuda(name: str) -> object:
+        """Types and helpers that are only named, never used on the CPU (torch.cuda.Event in an annotation)."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(torch.cuda, name)
+
+    torch.cpu.__getattr__ = from_cuda
+
+
+@contextlib.contextmanager
+def _quiet_import():
+    """megatron.core logs the absence of optional CUDA kernels at import."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def install() -> None:
+    """Put the redirection in place. Idempotent.
+
+    Raises:
+        RuntimeError: megatron.core was imported before, so that its modules still want CUDA.
+    """
+    if any(isinstance(finder, _HostFinder) for finder in sys.meta_path):
+        return
+    if PACKAGE in sys.modules:
+        raise RuntimeError(
+            "megatron.core was imported before the platform was chosen: call mindspeed_mm.platform.get_platform() first"
+        )
+    _extend_torch_cpu()
+    sys.meta_path.insert(0, _HostFinder())
+    with _quiet_import():
+        importlib.import_module(PACKAGE)
