@@ -1,0 +1,74 @@
+"""Core attention for megatron.core layer specs: the platform's kernel, no dense causal masks, an optional KV cache.
+
+Legend: S query length, K key length, B batch, H heads, G key/value heads (of this tensor-parallel rank), D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+
+from mindspeed_mm.models.layers.kv_cache import KVCache
+from mindspeed_mm.platform import current_platform
+
+
+class CoreAttention(MegatronModule):
+    """softmax(QK^T / sqrt(D)) V on what megatron.core's SelfAttention hands over."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str = "self",
+        softmax_scale: float | None = None,
+        attention_dropout: float | None = None,
+        **_unused,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.causal = attn_mask_type == AttnMaskType.causal
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.platform = current_platform()
+        self.cache: KVCache | None = None
+        self.cache_layer = 0
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, H, D]; key, value: [K, B, G, D], already rotated.
+            attention_mask: bool [B or 1, 1, S, K], True = may attend, complete (causality included), or None: causal
+                for a decoder, everything for a tower.
+
+        Returns:
+            [S, B, H * D]
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("attention_bias and packed_seq_params are not supported by this attention module")
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = attention_mask
+        if self.cache is not None:
+            key, value, mask = self.cache.update(self.cache_layer, key, value)
+        output = self.platform.attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            causal=self.causal and mask is None,
+            scale=self.scale,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return output.permute(2, 0, 1, 3).flatten(2)

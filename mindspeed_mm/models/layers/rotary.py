@@ -1,0 +1,64 @@
+"""Rotary position embedding (RoPE, Su et al. 2021) with the scalings of Hugging Face's Llama configs.
+
+Legend: B batch, S sequence, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def inverse_frequencies(head_size: int, base: float, scaling: dict | None) -> torch.Tensor:
+    """Rotation speed of each pair of channels.
+
+    Args:
+        head_size: D, even.
+        base: rope_theta.
+        scaling: the config's rope_scaling (or v5 rope_parameters) dict, or None; types "default", "linear" (positions
+            divided by `factor`) and "llama3" (Llama 3.1: long wavelengths are slowed down by `factor`, with a smooth
+            transition between `low_freq_factor` and `high_freq_factor`).
+
+    Returns:
+        [D/2] float32.
+    """
+    exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
+    frequencies = 1.0 / base**exponents
+    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
+    if kind == "default":
+        return frequencies
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":
+        return _llama3_frequencies(frequencies, scaling)
+    raise ValueError(f"rope_scaling type {kind!r} is not supported: expected default, linear or llama3")
+
+
+def _llama3_frequencies(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original_length = scaling["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi / frequencies
+    smooth = ((original_length / wavelengths - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * frequencies / scaling["factor"] + smooth * frequencies
+
+
+class RotaryEmbedding:
+    """Angles for explicit positions. Holds no parameters and no buffers, so casting a model never rounds it."""
+
+    def __init__(self, head_size: int, base: float, scaling: dict | None) -> None:
+        self._frequencies = inverse_frequencies(head_size, base, scaling)
+
+    def __call__(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Angles in the layout of megatron.core's rotary application.
+
+        Args:
+            position_ids: [B, S] int64; B may be 1 where all rows have the same positions.
+
+        Returns:
+            [S, B, 1, D] float32, both halves of D equal (half-split rotation).
+        """
+        if self._frequencies.device != position_ids.device:
+            self._frequencies = self._frequencies.to(position_ids.device)
+        angles = position_ids.t().unsqueeze(-1).float() * self._frequencies
+        return torch.cat((angles, angles), dim=-1).unsqueeze(2)

@@ -1,0 +1,55 @@
+"""CLIP vision tower (Radford et al. 2021) on megatron.core's parallel layers.
+
+Legend: N pictures, P patches, H hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from mindspeed_mm.models.layers.specs import block_spec
+from mindspeed_mm.models.runtime import Runtime, transformer_config
+
+
+class CLIPVisionTower(MegatronModule):
+    """Patch embedding, class token, positions, pre-norm and the layers up to the selected feature.
+
+    Layers behind the selected one and the final norm are never built: LLaVA takes the output of the last layer but one.
+    """
+
+    def __init__(self, spec, runtime: Runtime) -> None:
+        config = transformer_config(
+            spec, runtime, num_layers=spec.num_built_layers, pipelined=False, sequence_parallel=False
+        )
+        super().__init__(config=config)
+        self.spec = spec
+        patches = (spec.image_size // spec.patch_size) ** 2
+        self.conv1 = torch.nn.Conv2d(
+            3, spec.hidden_size, kernel_size=spec.patch_size, stride=spec.patch_size, bias=False
+        )
+        self.class_token = torch.nn.Parameter(torch.empty(1, 1, spec.hidden_size))
+        self.position_embeddings = torch.nn.Embedding(patches + 1, spec.hidden_size)
+        self.ln_pre = torch.nn.LayerNorm(spec.hidden_size, eps=spec.layernorm_epsilon)
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(spec.num_built_layers, causal=False),
+            pre_process=True,
+            post_process=True,
+            post_layer_norm=False,
+        )
+        for parameter in (self.conv1.weight, self.class_token, self.position_embeddings.weight):
+            torch.nn.init.normal_(parameter, std=config.init_method_std)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[N, 3, image_size, image_size] -> [N, P, H] (P + 1 with select_feature "cls_patch"); N may be 0."""
+        patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)
+        class_token = self.class_token.expand(patches.shape[0], -1, -1)
+        hidden = torch.cat((class_token, patches), dim=1) + self.position_embeddings.weight
+        hidden = self.ln_pre(hidden).transpose(0, 1).contiguous()
+        features = self.decoder(hidden_states=hidden, attention_mask=None).transpose(0, 1)
+        return features if self.spec.select_feature == "cls_patch" else features[:, 1:]
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """The tower lives on the first pipeline stage and never receives hidden states."""

@@ -1,0 +1,132 @@
+"""Llama decoder on megatron.core's parallel layers.
+
+Legend: S sequence, B batch, H hidden size, V vocabulary, T tensor-parallel size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+
+from mindspeed_mm.models.layers.kv_cache import KVCache
+from mindspeed_mm.models.layers.rotary import RotaryEmbedding
+from mindspeed_mm.models.layers.specs import block_spec
+from mindspeed_mm.models.runtime import Runtime, transformer_config
+from mindspeed_mm.weights.layout import padded_vocab_size
+
+HIDDEN_LOGIT = -1e30
+"""Logit of the columns that only fill the vocabulary up to a multiple of T: their probability is 0 in every dtype."""
+
+
+class LlamaDecoder(LanguageModule):
+    """Embedding (first stage), transformer layers, final norm and head (last stage)."""
+
+    def __init__(self, spec, runtime: Runtime, *, pre_process: bool = True, post_process: bool = True) -> None:
+        config = transformer_config(spec, runtime, num_layers=spec.num_layers, pipelined=True)
+        super().__init__(config=config)
+        self.spec = spec
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = spec.share_embeddings_and_output_weights
+        self.vocab_size = spec.language_vocab_size
+        self.padded_vocab_size = padded_vocab_size(self.vocab_size, runtime.tensor_model_parallel_size)
+        self.rotary = RotaryEmbedding(config.kv_channels, spec.rotary_base, spec.rope_scaling)
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=self.padded_vocab_size,
+                max_sequence_length=spec.max_position_embeddings,
+                position_embedding_type="rope",
+                scatter_to_sequence_parallel=False,
+            )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=block_spec(get_num_layers_to_build(config), causal=True),
+            pre_process=pre_process,
+            post_process=post_process,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                self.padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights,
+            )
+            # The head receives gathered (whole-sequence) hidden states, see `logits`.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = runtime.tensor_model_parallel_size > 1
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Word embeddings of legal ids, [B, S] int64 -> [S, B, H] (whole sequence on every tensor-parallel rank)."""
+        return self.embedding(input_ids, None)
+
+    def forward(
+        self, hidden: torch.Tensor | None, position_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Transformer layers of this stage.
+
+        Args:
+            hidden: [S, B, H] embeddings (first stage) or None (later stages, see set_input_tensor).
+            position_ids: [B or 1, S] int64.
+            attention_mask: complete bool mask [B or 1, 1, S, S], True = may attend; None = causal.
+
+        Returns:
+            [S, B, H], split along S over the tensor-parallel ranks under sequence parallelism.
+        """
+        if hidden is not None and self.config.sequence_parallel:
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
+        return self.decoder(
+            hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=self.rotary(position_ids)
+        )
+
+    def gather_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Whole sequence [S, B, H] of what `forward` returned."""
+        if self.config.sequence_parallel:
+            return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Vocabulary-parallel logits [..., H] -> [..., V_padded / T] of gathered hidden states."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight)
+        return self._hide_padding(logits)
+
+    def _hide_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Give the columns beyond the vocabulary probability zero."""
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        valid = self.vocab_size - first
+        if valid >= logits.shape[-1]:
+            return logits
+        columns = torch.arange(logits.shape[-1], device=logits.device)
+        return logits.masked_fill(columns >= valid, HIDDEN_LOGIT if logits.dtype != torch.float16 else -6e4)
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """Hidden states from the previous pipeline stage."""
+        self.decoder.set_input_tensor(input_tensor)
+
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """Empty key/value cache for `rows` sequences of up to `length` tokens."""
+        attention = self.decoder.layers[0].self_attention
+        parameter = next(self.parameters())
+        return KVCache(
+            len(self.decoder.layers),
+            rows,
+            attention.num_query_groups_per_partition,
+            length,
+            attention.hidden_size_per_attention_head,
+            parameter.dtype,
+            parameter.device,
+        )
+
+    def use_cache(self, cache: KVCache | None) -> None:
+        """Attend through `cache` in the next forward passes, or not at all (None)."""
+        for index, layer in enumerate(self.decoder.layers):
+            layer.self_attention.core_attention.cache = cache
+            layer.self_attention.core_attention.cache_layer = index

@@ -1,0 +1,113 @@
+"""What a part of the model is: its spec, its weight rules and how it is built. One part = one file.
+
+A Spec's keys are those of the public ancestor's model.json. Keys that cannot change our result are accepted at the
+one value that describes what we do; any other value is refused with the reason, never ignored.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+
+from mindspeed_mm.config.load import StrictModel
+from mindspeed_mm.weights.rules import Geometry, RuleSet
+
+Size = Annotated[int, pydantic.Field(gt=0)]
+"""A positive integer."""
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def only(*allowed: Any, why: str) -> pydantic.AfterValidator:
+    """A validator that accepts the given values alone and says why."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            expected = " or ".join(repr(item) for item in allowed)
+            raise ValueError(f"found {value!r}, only {expected} is supported: {why}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+NoFusion = Annotated[bool, only(False, why="kernels are chosen by the platform, not by the model config")]
+NoDropout = Annotated[float, only(0.0, why="models of the LLaVA family are trained without dropout")]
+
+
+class PartSpec(StrictModel):
+    """Keys that every part has."""
+
+    freeze: bool = False
+    ckpt_path: str | None = None
+    """Weights in any readable layout. None (or "") means random init, which must then be declared by `fresh`."""
+    fresh: bool = False
+    """Random init is intended when there is no ckpt_path."""
+    params_dtype: Literal["fp32", "float32", "fp16", "float16", "half", "bf16", "bfloat16"] | None = None
+    """Type of the parameters; None leaves it to the run's precision flags."""
+    bf16: bool = False
+    fp16: bool = False
+    """bf16 and fp16 repeat params_dtype in the ancestor's files, and contradict it in one: params_dtype decides."""
+    init_method_std: Annotated[float, pydantic.Field(ge=0)] = 0.02
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_method: Literal["block", "uniform"] | None = None
+    recompute_num_layers: Size | None = None
+    attention_dropout: NoDropout = 0.0
+    hidden_dropout: NoDropout = 0.0
+    bias_activation_fusion: NoFusion = False
+    bias_dropout_fusion: NoFusion = False
+    apply_rope_fusion: NoFusion = False
+    apply_query_key_layer_scaling: Annotated[
+        bool, only(False, why="it only rescales fp16 scores, which our attention computes in fp32")
+    ] = False
+    attention_softmax_in_fp32: Annotated[bool, only(True, why="attention always takes its softmax in fp32")] = True
+    layernorm_zero_centered_gamma: Annotated[bool, only(False, why="public weights store the norm's factor itself")] = (
+        False
+    )
+    persist_layer_norm: bool = True
+    deallocate_pipeline_outputs: bool = True
+    """The last two choose kernels and buffers of the ancestor's core; they change no number and are not used here."""
+
+    @pydantic.field_validator("ckpt_path")
+    @classmethod
+    def _empty_path_is_none(cls, value: str | None) -> str | None:
+        return value or None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """params_dtype as torch's type; else what bf16 or fp16 say; else None."""
+        if self.params_dtype:
+            return DTYPES[self.params_dtype]
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
+
+    @property
+    def geometry(self) -> Geometry:
+        """What the weight rules need to know."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of part, found by the registry as `PART` of its file.
+
+    `kind` is one of text_decoder, vision_encoder, vision_projector; `from_hf` turns the part's HF config into a Spec;
+    `rules` maps a dialect (see weights/sources.py) to its rules; `checked` names the Spec fields that tensor shapes
+    cannot show and that a source's config must therefore confirm.
+    """
+
+    name: str
+    kind: str
+    Spec: type[PartSpec]
+    from_hf: Callable[[dict[str, Any]], PartSpec]
+    rules: dict[str, RuleSet]
+    checked: tuple[str, ...] = ()
+    build: Callable[..., torch.nn.Module] | None = field(default=None)

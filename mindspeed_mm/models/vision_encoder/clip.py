@@ -1,0 +1,254 @@
+"""CLIP vision transformer: spec, HF config and weight rules.
+
+The feature is a hidden state before the last layer, so the layers behind it and the final norm are never built.
+Letters: H width, F MLP size, N heads, D channels per head, P patches per image.
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from mindspeed_mm.config.load import load_config
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.part import Part, PartSpec, Size, only
+from mindspeed_mm.weights.rules import QKV, Drop, Geometry, PackedQKV, Reshape, Rule, RuleSet
+
+HF_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+}
+"""Values of keys that a config.json may omit: the documented defaults of transformers' CLIPVisionConfig, and of
+LlavaConfig for the two vision_feature keys."""
+
+MODEL_TYPES = ("clip_vision_model", "clip")
+
+HEAD_CHANNELS = 64
+"""Channels per head of every released CLIP tower (OpenAI's loader: heads = width / 64)."""
+
+SELECT_FEATURES = {"default": "patch", "full": "cls_patch"}
+"""HF's vision_feature_select_strategy in LLaVA's words (mm_vision_select_feature)."""
+
+
+class ClipSpec(PartSpec):
+    """image_encoder.vision_encoder block of a model.json."""
+
+    model_id: Literal["clip"] = "clip"
+    num_layers: Size
+    """Layers of the source, also those behind the feature that are not built."""
+    hidden_size: Size
+    ffn_hidden_size: Size = None  # 4 * hidden_size
+    num_attention_heads: Size = None  # hidden_size / 64
+    num_query_groups: Size = None  # heads
+    kv_channels: Size = None  # hidden_size / heads
+    patch_size: Size
+    image_size: Size
+    num_channels: Annotated[int, only(3, why="images are RGB")] = 3
+    add_class_token: Annotated[bool, only(True, why="CLIP has a class token")] = True
+    class_token_len: Annotated[int, only(1, why="CLIP has one class token")] = 1
+    select_layer: int = -2
+    """Hidden state that is the feature, counted as HF does: 0 = embeddings, -1 = after the last layer."""
+    select_feature: Literal["patch", "cls_patch"] = "patch"
+    activation_func: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    gated_linear_unit: Annotated[bool, only(False, why="CLIP's MLP has no gate")] = False
+    add_bias_linear: Annotated[bool, only(True, why="CLIP's linears have biases")] = True
+    add_qkv_bias: Annotated[bool, only(True, why="CLIP's linears have biases")] = True
+    normalization: Annotated[str, only("LayerNorm", why="CLIP has LayerNorm")] = "LayerNorm"
+    layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-5
+    post_layer_norm: Annotated[bool, only(False, why="the feature is taken before the final norm")] = False
+    device: str | None = None
+    """Device of the ancestor's helper tensors; ours live on the run's device."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """Derive what is not given or null."""
+        if not isinstance(data, dict):
+            return data
+        data = {key: value for key, value in data.items() if value is not None or key not in _DERIVED}
+        hidden = data.get("hidden_size")
+        if isinstance(hidden, int) and hidden > 0:
+            data.setdefault("ffn_hidden_size", 4 * hidden)
+            if hidden % HEAD_CHANNELS == 0:
+                data.setdefault("num_attention_heads", hidden // HEAD_CHANNELS)
+            heads = data.get("num_attention_heads")
+            if isinstance(heads, int) and heads > 0:
+                data.setdefault("num_query_groups", heads)
+                if hidden % heads == 0:
+                    data.setdefault("kv_channels", hidden // heads)
+        return data
+
+    @pydantic.model_validator(mode="after")
+    def _shapes_fit(self) -> "ClipSpec":
+        if self.num_attention_heads is None:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of {HEAD_CHANNELS}; give num_attention_heads"
+            )
+        if self.kv_channels is None or self.kv_channels * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} x kv_channels {self.kv_channels} is not hidden_size "
+                f"{self.hidden_size}; CLIP's heads fill its width"
+            )
+        if self.num_query_groups != self.num_attention_heads:
+            raise ValueError(
+                f"num_query_groups {self.num_query_groups} is not num_attention_heads {self.num_attention_heads}; "
+                "CLIP has plain multi-head attention"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; correct one of them"
+            )
+        if not 0 < self.num_built_layers <= self.num_layers:
+            raise ValueError(
+                f"select_layer {self.select_layer} is outside the {self.num_layers} layers; expected "
+                f"{-self.num_layers}..-1 or 1..{self.num_layers}"
+            )
+        return self
+
+    @property
+    def num_built_layers(self) -> int:
+        """Layers that the feature needs."""
+        return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding: class token and patches."""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token_len
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Vectors that one image gives to the projector."""
+        return self.num_positions - (self.class_token_len if self.select_feature == "patch" else 0)
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(
+            num_layers=self.num_built_layers,
+            source_layers=self.num_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+        )
+
+
+_DERIVED = ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+
+
+def from_hf(config: dict[str, Any]) -> ClipSpec:
+    """ClipSpec of an HF CLIPVisionConfig or CLIPConfig, optionally with LLaVA's two vision_feature keys beside.
+
+    Raises ConfigError for another architecture.
+    """
+    kind = config.get("model_type", "clip_vision_model")
+    if kind not in MODEL_TYPES:
+        raise ConfigError(f'vision encoder config: found model_type "{kind}"; expected {" or ".join(MODEL_TYPES)}.')
+    full = {**HF_DEFAULTS, **config, **(config.get("vision_config") or {})}
+    strategy = full["vision_feature_select_strategy"]
+    if strategy not in SELECT_FEATURES:
+        raise ConfigError(
+            f"vision encoder config: found vision_feature_select_strategy {strategy!r}; expected default or full."
+        )
+    return load_config(
+        ClipSpec,
+        {
+            "num_layers": full["num_hidden_layers"],
+            "hidden_size": full["hidden_size"],
+            "ffn_hidden_size": full["intermediate_size"],
+            "num_attention_heads": full["num_attention_heads"],
+            "patch_size": full["patch_size"],
+            "image_size": full["image_size"],
+            "num_channels": full["num_channels"],
+            "activation_func": full["hidden_act"],
+            "layernorm_epsilon": full["layer_norm_eps"],
+            "init_method_std": full["initializer_range"],
+            "select_layer": full["vision_feature_layer"],
+            "select_feature": SELECT_FEATURES[strategy],
+            "params_dtype": full.get("dtype") or full.get("torch_dtype"),
+        },
+        what="vision encoder config",
+    )
+
+
+_LAYER = "decoder.layers.{}."
+
+
+def _pair(ours: str, theirs: str, axis: int | None = None, *, unused: bool = False) -> tuple[Rule, Rule]:
+    """Weight and bias of one linear or norm; a row-parallel linear (axis 1) has a replicated bias."""
+    bias_axis = 0 if axis == 0 else None
+    return (
+        Rule(f"{ours}.weight", (f"{theirs}.weight",), axis, unused=unused),
+        Rule(f"{ours}.bias", (f"{theirs}.bias",), bias_axis, unused=unused),
+    )
+
+
+def _hf_qkv(kind: str) -> QKV:
+    sources = tuple(f"encoder.layers.{{}}.self_attn.{name}_proj.{kind}" for name in "qkv")
+    return QKV(f"{_LAYER}self_attention.linear_qkv.{kind}", sources, axis=0)
+
+
+HF_RULES = RuleSet(
+    (
+        Reshape("class_token", ("embeddings.class_embedding",), ours=(1, 1, -1), theirs=(-1,)),
+        Rule("conv1.weight", ("embeddings.patch_embedding.weight",)),
+        Rule("position_embeddings.weight", ("embeddings.position_embedding.weight",)),
+        *_pair("ln_pre", "pre_layrnorm"),
+        *_pair(_LAYER + "input_layernorm", "encoder.layers.{}.layer_norm1"),
+        _hf_qkv("weight"),
+        _hf_qkv("bias"),
+        *_pair(_LAYER + "self_attention.linear_proj", "encoder.layers.{}.self_attn.out_proj", 1),
+        *_pair(_LAYER + "pre_mlp_layernorm", "encoder.layers.{}.layer_norm2"),
+        *_pair(_LAYER + "mlp.linear_fc1", "encoder.layers.{}.mlp.fc1", 0),
+        *_pair(_LAYER + "mlp.linear_fc2", "encoder.layers.{}.mlp.fc2", 1),
+        *_pair("post_layernorm", "post_layernorm", unused=True),
+        Drop("embeddings.position_ids"),
+    )
+)
+
+_OPENAI_LAYER = "visual.transformer.resblocks.{}."
+
+OPENAI_RULES = RuleSet(
+    (
+        Reshape("class_token", ("visual.class_embedding",), ours=(1, 1, -1), theirs=(-1,)),
+        Rule("conv1.weight", ("visual.conv1.weight",)),
+        Rule("position_embeddings.weight", ("visual.positional_embedding",)),
+        *_pair("ln_pre", "visual.ln_pre"),
+        *_pair(_LAYER + "input_layernorm", _OPENAI_LAYER + "ln_1"),
+        PackedQKV(_LAYER + "self_attention.linear_qkv.weight", (_OPENAI_LAYER + "attn.in_proj_weight",), axis=0),
+        PackedQKV(_LAYER + "self_attention.linear_qkv.bias", (_OPENAI_LAYER + "attn.in_proj_bias",), axis=0),
+        *_pair(_LAYER + "self_attention.linear_proj", _OPENAI_LAYER + "attn.out_proj", 1),
+        *_pair(_LAYER + "pre_mlp_layernorm", _OPENAI_LAYER + "ln_2"),
+        *_pair(_LAYER + "mlp.linear_fc1", _OPENAI_LAYER + "mlp.c_fc", 0),
+        *_pair(_LAYER + "mlp.linear_fc2", _OPENAI_LAYER + "mlp.c_proj", 1),
+        *_pair("post_layernorm", "visual.ln_post", unused=True),
+        Drop("visual.proj"),
+    )
+)
+
+PART = Part(
+    name="clip",
+    kind="vision_encoder",
+    Spec=ClipSpec,
+    from_hf=from_hf,
+    rules={"hf": HF_RULES, "openai": OPENAI_RULES, "ours": HF_RULES.own()},
+    checked=(
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "ffn_hidden_size",
+        "patch_size",
+        "image_size",
+        "activation_func",
+        "layernorm_epsilon",
+        "select_layer",
+        "select_feature",
+    ),
+)

@@ -1,0 +1,125 @@
+"""The vision-language model: tower, projector and decoder in one module.
+
+Legend: B batch, S sequence, N pictures, P image tokens a picture, Hv tower width, H decoder width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+
+from mindspeed_mm.models.fusion import image_positions, scatter_features
+from mindspeed_mm.models.loss import token_losses
+from mindspeed_mm.models.runtime import Runtime
+from mindspeed_mm.models.spec import ModelSpec, part_of
+
+
+class ImageEncoder(MegatronModule):
+    """Tower and projector. A frozen tower runs without autograd and keeps no activations."""
+
+    def __init__(self, spec, runtime: Runtime) -> None:
+        encoder = part_of("vision_encoder", spec.vision_encoder).build(spec.vision_encoder, runtime)
+        projector = part_of("vision_projector", spec.vision_projector).build(spec.vision_projector, runtime)
+        super().__init__(config=encoder.config)
+        self.encoder, self.projector = encoder, projector
+        self.encoder_frozen = spec.vision_encoder.freeze
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[N, 3, h, w] -> [N, P, Hv]"""
+        with torch.no_grad() if self.encoder_frozen else contextlib.nullcontext():
+            return self.encoder(pixel_values.to(self.encoder.conv1.weight.dtype))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """[N, 3, h, w] -> [N, P, H]; N may be 0."""
+        return self.projector(self.features(pixel_values))
+
+
+class VLM(MegatronModule):
+    """Decoder with image features at its image positions.
+
+    Data has expanded every image placeholder to P positions; the model never splices, truncates or pads. Tower and
+    projector live on the first pipeline stage, the head on the last.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, runtime: Runtime, *, pre_process: bool = True, post_process: bool = True
+    ) -> None:
+        decoder = part_of("text_decoder", spec.text_decoder).build(
+            spec.text_decoder, runtime, pre_process=pre_process, post_process=post_process
+        )
+        super().__init__(config=decoder.config)
+        self.spec = spec
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = decoder.share_embeddings_and_output_weights
+        self.text_decoder = decoder
+        self.image_encoder = ImageEncoder(spec.image_encoder, runtime) if pre_process else None
+        self._freeze()
+
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """The parts that this pipeline stage holds, by the name of their spec."""
+        parts = {"text_decoder": self.text_decoder}
+        if self.image_encoder is not None:
+            parts["vision_encoder"] = self.image_encoder.encoder
+            parts["vision_projector"] = self.image_encoder.projector
+        return parts
+
+    def _freeze(self) -> None:
+        for name, module in self.parts().items():
+            module.requires_grad_(not self.spec.part(name).freeze)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """Weight that first and last stage share when the head is tied (asked for by megatron.core's gradient sums)."""
+        return self.text_decoder.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor) -> None:
+        """Hidden states from the previous pipeline stage; megatron.core passes a tensor or a list of one."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.text_decoder.set_input_tensor(tensor)
+
+    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        """Embeddings with image features, [B, S] and [N, 3, h, w] or None -> [S, B, H]."""
+        positions = image_positions(input_ids)
+        embeddings = self.text_decoder.embed(input_ids.masked_fill(positions, 0))
+        if pixel_values is None:
+            size = self.spec.image_encoder.vision_encoder.image_size
+            pixel_values = torch.empty(0, 3, size, size, device=input_ids.device)
+        return scatter_features(embeddings, self.image_encoder(pixel_values), positions)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One pass over this pipeline stage.
+
+        Args:
+            input_ids: [B, S] int64, IMAGE_TOKEN_INDEX at image positions.
+            position_ids: [B or 1, S] int64.
+            labels: [B, S] int64, the id each position predicts, IGNORE_INDEX where none; None for logits.
+            pixel_values: [N, 3, h, w] float, pictures in reading order, N = 0 or None without pictures.
+            attention_mask: complete bool mask [B, 1, S, S], True = may attend; None = causal, which is right for
+                right-padded rows.
+
+        Returns:
+            Last stage: with labels the token losses [n] float32 of the n supervised positions; without, the logits
+            [B, S, V] float32. Other stages: hidden states [S, B, H].
+        """
+        hidden = self.embed(input_ids, pixel_values) if self.pre_process else None
+        hidden = self.text_decoder(hidden, position_ids, attention_mask)
+        if not self.post_process:
+            return hidden
+        if labels is not None:
+            return token_losses(self.text_decoder, hidden, labels)
+        return self.logits(hidden)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Full-vocabulary logits of hidden states, [S, B, H] -> [B, S, V] float32, equal on all tensor-parallel ranks."""
+        local = self.text_decoder.logits(self.text_decoder.gather_sequence(hidden))
+        full = tensor_parallel.gather_from_tensor_model_parallel_region(local)
+        return full[..., : self.text_decoder.vocab_size].transpose(0, 1).float()
