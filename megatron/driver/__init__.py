@@ -1,0 +1,52 @@
+"""The training driver on megatron.core. It knows torch, megatron.core and mindspeed_mm.platform, nothing multimodal.
+
+Who imports the modules below (arguments and state excepted) chooses the platform first:
+`platform = mindspeed_mm.platform.get_platform(device)`. A whole run:
+
+    parser = argparse.ArgumentParser()
+    arguments.add_arguments(parser)                       # and the caller's own flags
+    namespace, unknown = parser.parse_known_args(argv)
+    arguments.refuse_unknown(parser, unknown)             # ConfigError naming the nearest known flags
+    args = arguments.from_namespace(namespace)            # frozen DriverArguments; ConfigError lists all problems
+    initialize.initialize(args, platform)                 # process group, parallel_state, seeds, logging; no torchrun needed
+    try:
+        state = setup.setup(args, model_provider, platform, hooks)   # model, optimizer, scheduler, checkpoint loaded
+        loader = ...                                      # from state.consumed_samples, state.data_parallel_rank/_size
+        report = loop.train(state, args, forward_step, iter(loader), hooks)
+    finally:
+        initialize.shutdown()
+
+What the caller brings
+    model_provider(pre_process: bool, post_process: bool) -> MegatronModule
+        One pipeline stage in fp32, on the CPU or on the device, holding its weights and requires_grad flags; `.config` is
+        a TransformerConfig with calculate_per_token_loss=True (setup sets it), `.sharded_state_dict(prefix, offsets, metadata)`
+        as megatron.core modules have it, `.set_input_tensor(list)`. setup moves it, wraps it in Float16Module (--bf16,
+        --fp16) and DistributedDataParallel with gradients in fp32.
+    forward_step(data_iterator, model) -> (output, loss_func)
+        Takes next(data_iterator) itself. loss_func(output) -> (loss_sum, num_tokens, {"lm loss": (loss_sum, num_tokens)}):
+        loss_sum 0-d float tensor with graph, the sum of token losses of this micro-batch; num_tokens 0-d int tensor,
+        the supervised tokens. The driver divides by the tokens of the whole global batch.
+    hooks: state.Hooks(describe, extra, compare), each with a default
+        describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops=0.0)
+            default reads batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(); flops is forward +
+            backward of this micro-batch over the whole model (TFLOP/s and MFU are logged where it is not 0)
+        extra() -> dict                 JSON-able; stored as run.json["extra"] in every checkpoint (specs, versions, sampler)
+        compare(saved_extra) -> list[str]   one line per field in which the checkpoint's architecture differs; [] if it fits
+
+Functions
+    arguments.add_arguments(parser), refuse_unknown(parser, unknown), from_namespace(ns, world_size=None) -> DriverArguments
+    initialize.initialize(args, platform), initialize.shutdown(), initialize.is_rank_0() -> bool
+    setup.setup(args, model_provider, platform, hooks=Hooks()) -> TrainState
+    loop.train(state, args, forward_step, data_iterator, hooks=Hooks()) -> TrainReport(iteration, loss, checkpoint)
+        stops at --train-iters, --exit-interval or SIGTERM (saved first where --save is given)
+    checkpointing.save_checkpoint(state, args, hooks) -> Path
+    checkpointing.load_checkpoint(state, args, hooks) -> Path | None          (setup calls it)
+    reading.find_checkpoint(folder, step=None) -> Path | None                 SAVE (tracker decides) or an iter dir itself
+    reading.read_checkpoint(folder, step=None) -> Checkpoint(path, run, names, get(name) -> full Tensor, shape(name))
+        without a process group, for inference and conversion; model tensors of the iter dir and of its frozen dir, under plain
+        names such as text_decoder.decoder.layers.3.self_attention.linear_qkv.weight; run is run.json
+
+TrainState: model (list of DDP-wrapped chunks), optimizer, scheduler, platform, iteration, consumed_samples,
+    data_parallel_rank, data_parallel_size; .modules -> the bare modules.
+Errors: ConfigError (flags), CheckpointError (checkpoints), TrainingError (a step that must not go on), all with cause and cure.
+"""
