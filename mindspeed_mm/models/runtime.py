@@ -42,14 +42,9 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "hidden_size": spec.hidden_size,
         "ffn_hidden_size": spec.ffn_hidden_size,
         "num_attention_heads": spec.num_attention_heads,
-        "num_query_groups": spec.num_query_groups,
-        "kv_channels": spec.kv_channels,
-        "layernorm_epsilon": spec.layernorm_epsilon,
         "add_bias_linear": spec.add_bias_linear,
-        "add_qkv_bias": spec.add_qkv_bias,
         "gated_linear_unit": spec.gated_linear_unit,
         "activation_func": ACTIVATIONS[spec.activation_func],
-        "normalization": spec.normalization,
         "attention_dropout": spec.attention_dropout,
         "hidden_dropout": spec.hidden_dropout,
         "init_method_std": spec.init_method_std,
@@ -74,3 +69,14 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "persist_layer_norm": False,
     }
     return TransformerConfig(**(fields | overrides))
+
+
+def attention_fields(spec) -> dict:
+    """Fields of a part that has transformer layers (the projector has none)."""
+    return {
+        "num_query_groups": spec.num_query_groups,
+        "kv_channels": spec.kv_channels,
+        "add_qkv_bias": spec.add_qkv_bias,
+        "normalization": spec.normalization,
+        "layernorm_epsilon": spec.layernorm_epsilon,
+    }

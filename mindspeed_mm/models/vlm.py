@@ -14,15 +14,16 @@ from megatron.core.transformer.module import MegatronModule
 from mindspeed_mm.models.fusion import image_positions, scatter_features
 from mindspeed_mm.models.loss import token_losses
 from mindspeed_mm.models.runtime import Runtime
-from mindspeed_mm.models.spec import ModelSpec, part_of
+from mindspeed_mm.models.spec import ModelSpec
 
 
 class ImageEncoder(MegatronModule):
     """Tower and projector. A frozen tower runs without autograd and keeps no activations."""
 
-    def __init__(self, spec, runtime: Runtime) -> None:
-        encoder = part_of("vision_encoder", spec.vision_encoder).build(spec.vision_encoder, runtime)
-        projector = part_of("vision_projector", spec.vision_projector).build(spec.vision_projector, runtime)
+    def __init__(self, spec: ModelSpec, runtime: Runtime) -> None:
+        parts = spec.parts()
+        encoder = parts["vision_encoder"].build(spec.vision_encoder, runtime)
+        projector = parts["vision_projector"].build(spec.vision_projector, runtime)
         super().__init__(config=encoder.config)
         self.encoder, self.projector = encoder, projector
         self.encoder_frozen = spec.vision_encoder.freeze
@@ -47,7 +48,7 @@ class VLM(MegatronModule):
     def __init__(
         self, spec: ModelSpec, runtime: Runtime, *, pre_process: bool = True, post_process: bool = True
     ) -> None:
-        decoder = part_of("text_decoder", spec.text_decoder).build(
+        decoder = spec.parts()["text_decoder"].build(
             spec.text_decoder, runtime, pre_process=pre_process, post_process=post_process
         )
         super().__init__(config=decoder.config)
@@ -55,7 +56,7 @@ class VLM(MegatronModule):
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = decoder.share_embeddings_and_output_weights
         self.text_decoder = decoder
-        self.image_encoder = ImageEncoder(spec.image_encoder, runtime) if pre_process else None
+        self.image_encoder = ImageEncoder(spec, runtime) if pre_process else None
         self._freeze()
 
     def parts(self) -> dict[str, torch.nn.Module]:
@@ -67,8 +68,9 @@ class VLM(MegatronModule):
         return parts
 
     def _freeze(self) -> None:
-        for name, module in self.parts().items():
-            module.requires_grad_(not self.spec.part(name).freeze)
+        specs = self.spec.part_specs()
+        for kind, module in self.parts().items():
+            module.requires_grad_(not specs[kind].freeze)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """Weight that first and last stage share when the head is tied (asked for by megatron.core's gradient sums)."""
@@ -84,7 +86,7 @@ class VLM(MegatronModule):
         positions = image_positions(input_ids)
         embeddings = self.text_decoder.embed(input_ids.masked_fill(positions, 0))
         if pixel_values is None:
-            size = self.spec.image_encoder.vision_encoder.image_size
+            size = self.spec.vision_encoder.image_size
             pixel_values = torch.empty(0, 3, size, size, device=input_ids.device)
         return scatter_features(embeddings, self.image_encoder(pixel_values), positions)
 

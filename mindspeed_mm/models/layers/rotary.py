@@ -16,7 +16,7 @@ def inverse_frequencies(head_size: int, base: float, scaling: dict | None) -> to
     Args:
         head_size: D, even.
         base: rope_theta.
-        scaling: the config's rope_scaling (or v5 rope_parameters) dict, or None; types "default", "linear" (positions
+        scaling: the config's rope_scaling, or None; rope_type "linear" (positions
             divided by `factor`) and "llama3" (Llama 3.1: long wavelengths are slowed down by `factor`, with a smooth
             transition between `low_freq_factor` and `high_freq_factor`).
 
@@ -25,14 +25,14 @@ def inverse_frequencies(head_size: int, base: float, scaling: dict | None) -> to
     """
     exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
     frequencies = 1.0 / base**exponents
-    kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
-    if kind == "default":
+    if scaling is None:
         return frequencies
+    kind = scaling["rope_type"]
     if kind == "linear":
         return frequencies / scaling["factor"]
     if kind == "llama3":
         return _llama3_frequencies(frequencies, scaling)
-    raise ValueError(f"rope_scaling type {kind!r} is not supported: expected default, linear or llama3")
+    raise ValueError(f"rope_scaling type {kind!r} is not supported: expected linear or llama3")
 
 
 def _llama3_frequencies(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:

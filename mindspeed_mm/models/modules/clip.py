@@ -10,7 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from mindspeed_mm.models.layers.specs import block_spec
-from mindspeed_mm.models.runtime import Runtime, transformer_config
+from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
 
 
 class CLIPVisionTower(MegatronModule):
@@ -21,7 +21,12 @@ class CLIPVisionTower(MegatronModule):
 
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
-            spec, runtime, num_layers=spec.num_built_layers, pipelined=False, sequence_parallel=False
+            spec,
+            runtime,
+            num_layers=spec.num_built_layers,
+            pipelined=False,
+            sequence_parallel=False,
+            **attention_fields(spec),
         )
         super().__init__(config=config)
         self.spec = spec

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from mindspeed_mm.models.layers.kv_cache import KVCache
 from mindspeed_mm.models.layers.rotary import RotaryEmbedding
 from mindspeed_mm.models.layers.specs import block_spec
-from mindspeed_mm.models.runtime import Runtime, transformer_config
+from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
 from mindspeed_mm.weights.layout import padded_vocab_size
 
 HIDDEN_LOGIT = -1e30
@@ -25,14 +25,18 @@ class LlamaDecoder(LanguageModule):
     """Embedding (first stage), transformer layers, final norm and head (last stage)."""
 
     def __init__(self, spec, runtime: Runtime, *, pre_process: bool = True, post_process: bool = True) -> None:
-        config = transformer_config(spec, runtime, num_layers=spec.num_layers, pipelined=True)
+        config = transformer_config(
+            spec, runtime, num_layers=spec.num_layers, pipelined=True, **attention_fields(spec)
+        )
         super().__init__(config=config)
         self.spec = spec
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = spec.share_embeddings_and_output_weights
         self.vocab_size = spec.language_vocab_size
         self.padded_vocab_size = padded_vocab_size(self.vocab_size, runtime.tensor_model_parallel_size)
-        self.rotary = RotaryEmbedding(config.kv_channels, spec.rotary_base, spec.rope_scaling)
+        self.rotary = RotaryEmbedding(
+            config.kv_channels, spec.rotary_base, spec.rope_scaling.model_dump() if spec.rope_scaling else None
+        )
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,

@@ -233,12 +233,20 @@ HF_RULES = RuleSet(
     tied=("output_layer.weight", "embedding.word_embeddings.weight"),
 )
 
+def build(spec: LlamaSpec, runtime, *, pre_process: bool = True, post_process: bool = True):
+    """The decoder's layers of this pipeline stage (models.runtime.Runtime says how it is spread)."""
+    from mindspeed_mm.models.modules.llama import LlamaDecoder
+
+    return LlamaDecoder(spec, runtime, pre_process=pre_process, post_process=post_process)
+
+
 PART = Part(
     name="llama",
     kind="text_decoder",
     Spec=LlamaSpec,
     from_hf=from_hf,
     rules={"hf": HF_RULES, "ours": HF_RULES.own()},
+    build=build,
     checked=(
         "num_layers",
         "hidden_size",

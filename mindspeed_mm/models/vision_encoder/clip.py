@@ -233,12 +233,20 @@ OPENAI_RULES = RuleSet(
     )
 )
 
+def build(spec: ClipSpec, runtime):
+    """The tower, up to the selected feature."""
+    from mindspeed_mm.models.modules.clip import CLIPVisionTower
+
+    return CLIPVisionTower(spec, runtime)
+
+
 PART = Part(
     name="clip",
     kind="vision_encoder",
     Spec=ClipSpec,
     from_hf=from_hf,
     rules={"hf": HF_RULES, "openai": OPENAI_RULES, "ours": HF_RULES.own()},
+    build=build,
     checked=(
         "num_layers",
         "hidden_size",

@@ -79,11 +79,19 @@ def _rules(first: str, second: str) -> RuleSet:
 LLAVA_RULES = _rules("0", "2")
 HF_RULES = _rules("linear_1", "linear_2")
 
+def build(spec: MlpSpec, runtime):
+    """The projector."""
+    from mindspeed_mm.models.modules.mlp import MLPProjector
+
+    return MLPProjector(spec, runtime)
+
+
 PART = Part(
     name="mlp",
     kind="vision_projector",
     Spec=MlpSpec,
     from_hf=from_hf,
     rules={"llava": LLAVA_RULES, "hf": HF_RULES, "ours": LLAVA_RULES.own()},
+    build=build,
     checked=("input_size", "hidden_size"),
 )
