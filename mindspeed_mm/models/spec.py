@@ -75,13 +75,17 @@ class ModelSpec(StrictModel):
         """Short for image_encoder.vision_projector."""
         return self.image_encoder.vision_projector
 
+    def part(self, kind: str) -> PartSpec:
+        """The spec of one kind of part."""
+        return self.part_specs()[kind]
+
     def part_specs(self) -> dict[str, PartSpec]:
         """The three specs by kind."""
         return {kind: getattr(self, kind) for kind in PART_KINDS}
 
     def parts(self) -> dict[str, Part]:
         """The three parts by kind."""
-        return {kind: find_part(kind, spec.model_id) for kind, spec in self.part_specs().items()}
+        return {kind: part_of(kind, spec) for kind, spec in self.part_specs().items()}
 
 
 MODEL_KEYS = tuple(ModelSpec.model_fields)
@@ -91,6 +95,11 @@ MODEL_KEYS = tuple(ModelSpec.model_fields)
 def find_part(kind: str, model_id: str) -> Part:
     """The part of one kind and name. Raises ConfigError for an unknown name, with the nearest one."""
     return find(f"mindspeed_mm.models.{kind}", model_id, "PART", what=f"{kind} model_id")
+
+
+def part_of(kind: str, spec: PartSpec) -> Part:
+    """The part that a spec belongs to."""
+    return find_part(kind, spec.model_id)
 
 
 def load_model_spec(source: str | Path | dict[str, Any], *, context: str | None = None) -> ModelSpec:

@@ -85,7 +85,8 @@ class LlamaSpec(PartSpec):
     language_max_sequence_length: Size = None  # max_position_embeddings
     lm_position_embedding_type: Annotated[str, only("rope", why="Llama has rotary positions")] = "rope"
     rotary_base: Annotated[float, pydantic.Field(gt=0)] = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: dict[str, Any] | None = None
+    """As in an HF config; see RopeScaling. Held with its present-day keys, None for unscaled positions."""
     normalization: Annotated[str, only("RMSNorm", why="Llama has RMSNorm")] = "RMSNorm"
     layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-5
     activation_func: Annotated[str, only("silu", why="Llama's MLP is SwiGLU")] = "silu"
@@ -114,6 +115,13 @@ class LlamaSpec(PartSpec):
             data.setdefault("kv_channels", hidden // heads)
         data.setdefault("language_max_sequence_length", data.get("max_position_embeddings", 4096))
         return data
+
+    @pydantic.field_validator("rope_scaling")
+    @classmethod
+    def _known_scaling(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None or value.get("rope_type", value.get("type")) == "default":
+            return None
+        return RopeScaling.model_validate(value).model_dump(exclude_none=True)
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "LlamaSpec":
@@ -232,6 +240,7 @@ HF_RULES = RuleSet(
     ),
     tied=("output_layer.weight", "embedding.word_embeddings.weight"),
 )
+
 
 def build(spec: LlamaSpec, runtime, *, pre_process: bool = True, post_process: bool = True):
     """The decoder's layers of this pipeline stage (models.runtime.Runtime says how it is spread)."""
