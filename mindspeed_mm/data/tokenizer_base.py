@@ -1,0 +1,149 @@
+"""What every tokenizer offers, and the settings that lie beside tokenizer files."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.config.load import read_json
+from mindspeed_mm.errors import DataError
+
+SPACE = "\u2581"
+"""SentencePiece's visible space (LOWER ONE EIGHTH BLOCK)."""
+
+FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""What a tokenizer folder may hold, by the names of the Hugging Face hub."""
+
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
+"""`tokenizer_class` values whose tokenizer.model is a SentencePiece model under the Llama rule."""
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. Ids are Python ints; positions count characters of the text."""
+
+    bos_token_id: int | None
+    eos_token_id: int
+    pad_token_id: int
+    unk_token_id: int | None
+    vocab_size: int
+    """Number of ids including the added tokens (the highest id + 1)."""
+
+    special_ids: frozenset[int]
+    """Ids that `decode` leaves out by default."""
+
+    def __init__(self, folder: Path):
+        self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+
+    def encode(self, text: str, add_bos: bool = True, *, special_text: bool = True) -> list[int]:
+        """Ids of a text; with `add_bos` the begin-of-sequence id comes first where the checkpoint uses one.
+
+        `special_text=False` keeps the text of special tokens ("</s>" typed by a user) plain text. EOS is never added:
+        a template does that.
+        """
+        return self.encode_with_starts(text, add_bos, special_text=special_text)[0]
+
+    @abstractmethod
+    def encode_with_starts(
+        self, text: str, add_bos: bool = True, *, special_text: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """As `encode`, plus the position in `text` where each token starts (-1 for BOS)."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids. Raises DataError for an id that the vocabulary does not have."""
+
+    @abstractmethod
+    def token_to_id(self, token: str) -> int | None:
+        """Id of one token by its exact text, or None."""
+
+    @abstractmethod
+    def _piece(self, token_id: int) -> str:
+        """Vocabulary entry of an id that is known to be in range."""
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Vocabulary entries of ids, as they are stored. Raises DataError for an unknown id."""
+        unknown = [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]
+        if unknown:
+            raise DataError(f"token id {unknown[0]} is not in the vocabulary; expected 0 to {self.vocab_size - 1}.")
+        return [self._piece(token_id) for token_id in ids]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer files as they were read into `folder` (created if missing)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (folder / name).write_bytes(content)
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What the JSON files beside a tokenizer say, in the old and the new spelling."""
+
+    config: dict[str, Any]
+    special: dict[str, str]
+    """Role ("bos_token", ...) to token text."""
+    additional: tuple[str, ...]
+    added: dict[int, dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "TokenizerSettings":
+        def optional(name: str) -> dict[str, Any]:
+            return read_json(folder / name) if (folder / name).is_file() else {}
+
+        config, special_map = optional("tokenizer_config.json"), optional("special_tokens_map.json")
+        special, additional = {}, []
+        for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            content = _content(config.get(role), role, folder) or _content(special_map.get(role), role, folder)
+            if content:
+                special[role] = content
+        for source in (config, special_map):
+            for entry in source.get("additional_special_tokens") or []:
+                additional.append(_content(entry, "additional_special_tokens", folder))
+        added: dict[int, dict[str, Any]] = {}
+        for content, token_id in optional("added_tokens.json").items():
+            entry = {"content": content, "special": content in {*special.values(), *additional}}
+            added[_token_id(token_id, folder)] = entry
+        for key, entry in (config.get("added_tokens_decoder") or {}).items():
+            token_id, content = _token_id(key, folder), _content(entry, "added_tokens_decoder", folder)
+            known = added.get(token_id, {"content": content})["content"]
+            if known != content:
+                raise DataError(
+                    f"{folder}: id {token_id} is {known!r} in added_tokens.json and {content!r} in "
+                    "tokenizer_config.json; correct one of them."
+                )
+            added[token_id] = entry
+        return cls(config, special, tuple(dict.fromkeys(additional)), added)
+
+    def is_llama(self, has_fast: bool) -> bool:
+        return not has_fast or self.config.get("tokenizer_class", "LlamaTokenizer") in LLAMA_CLASSES
+
+    @property
+    def legacy(self) -> bool:
+        """transformers takes an absent (or null) flag as true."""
+        return self.config.get("legacy") is not False
+
+
+def _content(entry: Any, role: str, folder: Path) -> str | None:
+    """A token is stored as its text or as an object with its text under "content"."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    if entry is not None and not isinstance(entry, str):
+        raise DataError(f"{folder}: {role} is {entry!r}; expected a token's text or an object with a content.")
+    return entry
+
+
+def _token_id(value: Any, folder: Path) -> int:
+    """Ids are integers, or their decimal text where they are JSON keys."""
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise DataError(f"{folder}: an added token has the id {value!r}; expected a non-negative integer.")
+    return value

@@ -1,0 +1,76 @@
+"""tokenizer.json of any model family."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from mindspeed_mm.data.tokenizer_base import LLAMA_CLASSES, SPACE, Tokenizer, TokenizerSettings
+from mindspeed_mm.errors import DataError
+
+
+class FastTokenizer(Tokenizer):
+    """tokenizer.json of any model, run by the `tokenizers` library."""
+
+    def __init__(self, folder: Path, settings: TokenizerSettings):
+        super().__init__(folder)
+        try:
+            self._model = tokenizers.Tokenizer.from_str(self._files["tokenizer.json"].decode())
+        except Exception as error:  # the library raises bare Exception for whatever it cannot parse
+            raise DataError(f"{folder / 'tokenizer.json'} cannot be used: {error}. Fetch it again.") from error
+        self._model.no_padding()
+        self._model.no_truncation()
+        if settings.config.get("tokenizer_class") in LLAMA_CLASSES and settings.legacy:
+            _restore_legacy_prefix(self._model)
+        self._plain = tokenizers.Tokenizer.from_str(self._model.to_str())
+        self._plain.encode_special_tokens = True
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        named = {role: self._model.token_to_id(content) for role, content in settings.special.items()}
+        missing = [settings.special[role] for role, token_id in named.items() if token_id is None]
+        if missing:
+            raise DataError(f"{folder}: tokenizer.json has no token {missing[0]!r}, which tokenizer_config.json names.")
+        self.bos_token_id, self.unk_token_id = named.get("bos_token"), named.get("unk_token")
+        if "eos_token" not in named:
+            raise DataError(f"{folder}: tokenizer_config.json names no eos_token; add it, generation needs an end.")
+        self.eos_token_id = named["eos_token"]
+        pads = (named.get("pad_token"), self.unk_token_id, self.eos_token_id)
+        self.pad_token_id = next(token_id for token_id in pads if token_id is not None)
+        special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        self.special_ids = frozenset(special | {token_id for token_id in named.values()})
+        sample = self._model.encode("a")
+        body = sample.special_tokens_mask.index(0) if 0 in sample.special_tokens_mask else len(sample.ids)
+        self._prefix = sample.ids[:body]
+
+    def encode_with_starts(
+        self, text: str, add_bos: bool = True, *, special_text: bool = True
+    ) -> tuple[list[int], list[int]]:
+        encoding = (self._model if special_text else self._plain).encode(text, add_special_tokens=False)
+        prefix = self._prefix if add_bos else []
+        return [*prefix, *encoding.ids], [-1] * len(prefix) + [start for start, _ in encoding.offsets]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        self.pieces(ids)  # refuses unknown ids
+        kept = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
+        return self._model.decode(kept, skip_special_tokens=False)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
+    def _piece(self, token_id: int) -> str:
+        piece = self._model.id_to_token(token_id)
+        if piece is None:
+            raise DataError(f"token id {token_id} has no entry in the vocabulary (a gap between the added tokens).")
+        return piece
+
+
+def _restore_legacy_prefix(model: tokenizers.Tokenizer) -> None:
+    """Give a Llama tokenizer.json that transformers 5 has rewritten its legacy prefix rule back.
+
+    transformers 5 saves a Metaspace pre-tokenizer, which adds no prefix to a chunk that starts with a space;
+    transformers 4 saved the normalizers below, which always add it.
+    """
+    if isinstance(model.pre_tokenizer, tokenizers.pre_tokenizers.Metaspace):
+        if model.pre_tokenizer.prepend_scheme == "always":
+            prefix = tokenizers.normalizers.Prepend(SPACE)
+            model.normalizer = tokenizers.normalizers.Sequence([prefix, tokenizers.normalizers.Replace(" ", SPACE)])
+            model.pre_tokenizer = None
