@@ -34,8 +34,20 @@ class ImageEncoder(MegatronModule):
             return self.encoder(pixel_values.to(self.encoder.conv1.weight.dtype))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, 3, h, w] -> [N, P, H]; N may be 0."""
-        return self.projector(self.features(pixel_values))
+        """[N, 3, h, w] -> [N, P, H]; N may be 0.
+
+        Without pictures a blank one goes through whatever is trained and none of its features are returned: every rank
+        then runs the same backward pass, and the gradients of the blank picture are exact zeros.
+        """
+        if pixel_values.shape[0] > 0:
+            return self.projector(self.features(pixel_values))
+        spec = self.encoder.spec
+        if self.encoder_frozen:
+            weight = self.projector.encoder.linear_fc1.weight
+            blank = weight.new_zeros(1, spec.num_image_tokens, spec.hidden_size)
+        else:
+            blank = self.features(pixel_values.new_zeros(1, *pixel_values.shape[1:]))
+        return self.projector(blank)[:0]
 
 
 class VLM(MegatronModule):

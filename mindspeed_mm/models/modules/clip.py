@@ -48,7 +48,7 @@ class CLIPVisionTower(MegatronModule):
             torch.nn.init.normal_(parameter, std=config.init_method_std)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, 3, image_size, image_size] -> [N, P, H] (P + 1 with select_feature "cls_patch"); N may be 0."""
+        """[N, 3, image_size, image_size] -> [N, P, H] (P + 1 with select_feature "cls_patch")."""
         patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)
         class_token = self.class_token.expand(patches.shape[0], -1, -1)
         hidden = torch.cat((class_token, patches), dim=1) + self.position_embeddings.weight

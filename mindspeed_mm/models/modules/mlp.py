@@ -22,6 +22,6 @@ class MLPProjector(MegatronModule):
         self.encoder = MLP(config, MLP_SUBMODULES, input_size=spec.input_size, ffn_hidden_size=spec.ffn_hidden_size)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[N, P, Hv] -> [N, P, H]; N may be 0."""
+        """[N, P, Hv] -> [N, P, H]"""
         projected, bias = self.encoder(features)
         return projected + bias

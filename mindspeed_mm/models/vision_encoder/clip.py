@@ -233,6 +233,7 @@ OPENAI_RULES = RuleSet(
     )
 )
 
+
 def build(spec: ClipSpec, runtime):
     """The tower, up to the selected feature."""
     from mindspeed_mm.models.modules.clip import CLIPVisionTower
