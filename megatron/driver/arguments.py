@@ -1,0 +1,322 @@
+"""Megatron's command-line flags as one frozen dataclass.
+
+Each field of DriverArguments is one flag (`micro_batch_size` is --micro-batch-size) with Megatron's name and default
+(megatron/training/arguments.py of Megatron-LM core_r0.8.0, which the ancestor's launchers are written for).
+No flag is accepted and ignored: what cannot have an effect here is checked for consistency or named in the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from mindspeed_mm.errors import ConfigError
+
+_GROUPS = {
+    "parallel": "parallelism and batch",
+    "model": "model (compared with --mm-model, which decides)",
+    "optimizer": "optimizer and learning rate",
+    "precision": "precision",
+    "checkpoint": "checkpoints",
+    "run": "run and log",
+    "kept": "accepted for the ancestor's launchers, without an effect here (the log says why)",
+}
+
+
+def _flag(kind: type, default: Any, group: str, text: str, choices: tuple | None = None) -> Any:
+    return field(default=default, metadata={"kind": kind, "group": group, "help": text, "choices": choices})
+
+
+def _switch(group: str, text: str) -> Any:
+    return _flag(bool, False, group, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverArguments:
+    """All flags of the driver. Made by `from_namespace`, which validates them."""
+
+    tensor_model_parallel_size: int = _flag(int, 1, "parallel", "devices that share each matrix")
+    pipeline_model_parallel_size: int = _flag(int, 1, "parallel", "stages that share the layers")
+    context_parallel_size: int = _flag(int, 1, "parallel", "devices that share each sequence")
+    sequence_parallel: bool = _switch("parallel", "split norms and dropouts along the sequence; needs tensor parallel")
+    micro_batch_size: int = _flag(int, 1, "parallel", "samples per device and forward pass")
+    global_batch_size: int | None = _flag(int, None, "parallel", "samples per step; default micro batch x data parallel")
+    use_distributed_optimizer: bool = _switch("parallel", "split optimizer state over the data-parallel ranks")
+    overlap_grad_reduce: bool = _switch("parallel", "reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = _switch("parallel", "gather parameters while the forward pass runs")
+    distributed_backend: str = _flag(str, "nccl", "parallel", "nccl stands for the device's own", ("nccl", "hccl", "gloo"))
+    distributed_timeout_minutes: float = _flag(float, 10.0, "parallel", "a silent rank is given up after this")
+
+    seq_length: int | None = _flag(int, None, "model", "tokens per sample after image expansion; longer ones are cut")
+    num_layers: int | None = _flag(int, None, "model", "layers of the text decoder")
+    hidden_size: int | None = _flag(int, None, "model", "width of the text decoder")
+    ffn_hidden_size: int | None = _flag(int, None, "model", "width of the text decoder's MLP")
+    num_attention_heads: int | None = _flag(int, None, "model", "attention heads of the text decoder")
+    num_query_groups: int | None = _flag(int, None, "model", "key/value heads of the text decoder")
+    max_position_embeddings: int | None = _flag(int, None, "model", "longest sequence of the text decoder")
+    vocab_size: int | None = _flag(int, None, "model", "vocabulary of the text decoder")
+    position_embedding_type: str = _flag(str, "rope", "model", "position embedding of the text decoder", ("rope",))
+    tokenizer_type: str = _flag(
+        str, "NullTokenizer", "model", "the tokenizer is named in --mm-data", ("NullTokenizer",)
+    )
+
+    lr: float | None = _flag(float, None, "optimizer", "highest learning rate")
+    min_lr: float = _flag(float, 0.0, "optimizer", "learning rate at the end of the decay")
+    train_iters: int | None = _flag(int, None, "optimizer", "steps of the whole run")
+    lr_decay_style: str = _flag(str, "linear", "optimizer", "shape of the decay", ("cosine", "linear", "constant"))
+    lr_decay_iters: int | None = _flag(int, None, "optimizer", "steps until --min-lr; default --train-iters")
+    lr_warmup_fraction: float | None = _flag(float, None, "optimizer", "share of the decay steps that warm up, rounded up")
+    lr_warmup_iters: int = _flag(int, 0, "optimizer", "steps that warm up")
+    weight_decay: float = _flag(float, 0.01, "optimizer", "AdamW weight decay; biases and norms have none")
+    clip_grad: float = _flag(float, 1.0, "optimizer", "largest gradient norm; 0 does not clip")
+    optimizer: str = _flag(str, "adam", "optimizer", "AdamW is the optimizer", ("adam",))
+    adam_beta1: float = _flag(float, 0.9, "optimizer", "decay of the first moment")
+    adam_beta2: float = _flag(float, 0.999, "optimizer", "decay of the second moment")
+    adam_eps: float = _flag(float, 1e-8, "optimizer", "added to the denominator")
+    use_checkpoint_opt_param_scheduler: bool = _flag(
+        bool, False, "optimizer", "on resume the checkpoint's schedule wins over the flags"
+    )
+    override_opt_param_scheduler: bool = _switch("optimizer", "on resume the flags win without a warning")
+
+    bf16: bool = _switch("precision", "compute in bfloat16, master weights in float32")
+    fp16: bool = _switch("precision", "compute in float16 with loss scaling, master weights in float32")
+    loss_scale: float | None = _flag(float, None, "precision", "fixed loss scale of --fp16; default dynamic")
+    initial_loss_scale: float = _flag(float, 2.0**32, "precision", "first dynamic loss scale")
+    min_loss_scale: float = _flag(float, 1.0, "precision", "lowest dynamic loss scale")
+    loss_scale_window: int = _flag(int, 1000, "precision", "good steps after which the scale doubles")
+    hysteresis: int = _flag(int, 2, "precision", "overflows after which the scale halves")
+
+    save: str | None = _flag(str, None, "checkpoint", "folder that checkpoints are written to")
+    save_interval: int | None = _flag(int, None, "checkpoint", "steps between checkpoints; the last step is always saved")
+    load: str | None = _flag(str, None, "checkpoint", "folder to resume from; its tracker file names the iteration")
+    ckpt_step: int | None = _flag(int, None, "checkpoint", "load this iteration instead of the tracker's")
+    pretrained_checkpoint: str | None = _flag(
+        str, None, "checkpoint", "weights to begin with while --load holds no checkpoint (stage 1 -> stage 2)"
+    )
+    finetune: bool = _switch("checkpoint", "take only the weights of --load and begin at step 0")
+    exit_on_missing_checkpoint: bool = _switch("checkpoint", "stop when --load holds no checkpoint")
+    no_load_optim: bool = _switch("checkpoint", "do not load optimizer state; the schedule goes on from the step reached")
+    no_load_rng: bool = _switch("checkpoint", "do not load random states")
+    no_save_optim: bool = _switch("checkpoint", "do not save optimizer state")
+    no_save_rng: bool = _switch("checkpoint", "do not save random states")
+    ckpt_format: str = _flag(str, "torch_dist", "checkpoint", "only torch_dist is written")
+
+    seed: int = _flag(int, 1234, "run", "seed of weights, dropout and sample order")
+    num_workers: int = _flag(int, 2, "run", "processes per rank that prepare data; 0 prepares in the training process")
+    exit_interval: int | None = _flag(int, None, "run", "save and stop at a step divisible by this")
+    log_interval: int = _flag(int, 100, "run", "steps between log lines")
+    tensorboard_dir: str | None = _flag(str, None, "run", "folder for TensorBoard curves")
+    eval_interval: int | None = _flag(int, None, "kept", "there is no validation set")
+    eval_iters: int | None = _flag(int, None, "kept", "there is no validation set")
+
+    log_throughput: bool = _switch("kept", "throughput is always logged")
+    use_mcore_models: bool = _switch("kept", "models always are megatron.core's")
+    use_dist_ckpt: bool = _switch("kept", "checkpoints always are torch_dist")
+    use_flash_attn: bool = _switch("kept", "the platform picks its fastest exact attention kernel")
+    use_fused_rotary_pos_emb: bool = _switch("kept", "the model computes rotary embeddings itself")
+    no_masked_softmax_fusion: bool = _switch("kept", "the attention kernels need no fused softmax")
+    no_gradient_accumulation_fusion: bool = _switch("kept", "that fusion needs Apex and is never used")
+    exit_signal_handler: bool = _switch("kept", "SIGTERM always saves and stops")
+
+    world_size: int = field(default=1, metadata={})
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that see different samples."""
+        return self.world_size // self.model_parallel_size
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one copy of the model and its sequences."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps after which the learning rate stays at min_lr."""
+        return self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up: ceil(fraction x decay steps), as HF's Trainer and the original LLaVA count them."""
+        if self.lr_warmup_fraction is None:
+            return self.lr_warmup_iters
+        return math.ceil(self.lr_warmup_fraction * self.decay_steps)
+
+    def model_flags(self) -> dict[str, Any]:
+        """Flags of the model group that were given: the caller compares them with its model description."""
+        names = [f.name for f in _flags() if f.metadata["group"] == "model" and f.default is None]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def notes(self) -> list[str]:
+        """One sentence for every flag that was given and has no effect, with the reason."""
+        given = [f for f in _flags() if f.metadata["group"] == "kept" and getattr(self, f.name) != f.default]
+        notes = [f"{_option(f.name)} has no effect: {f.metadata['help']}" for f in given]
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            notes.append("--sequence-parallel has no effect: it needs --tensor-model-parallel-size above 1")
+        if self.save is None:
+            notes.append("--save is not given: nothing of this run will be kept")
+        return notes
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _flags() -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(DriverArguments) if f.metadata]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add every flag of the driver to `parser`, in groups."""
+    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
+    for flag in _flags():
+        group, text = groups[flag.metadata["group"]], flag.metadata["help"]
+        if flag.metadata["kind"] is bool:
+            group.add_argument(_option(flag.name), action="store_true", help=text)
+            continue
+        if flag.default is not None:
+            text = f"{text} (default {flag.default})"
+        group.add_argument(
+            _option(flag.name),
+            type=flag.metadata["kind"],
+            default=flag.default,
+            choices=flag.metadata["choices"],
+            metavar=None if flag.metadata["choices"] else flag.metadata["kind"].__name__.upper(),
+            help=text,
+        )
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    """Stop on flags that `parse_known_args` did not know.
+
+    Raises:
+        ConfigError: names each unknown flag with the nearest known ones; stray values are shown as they are.
+    """
+    known = [option for action in parser._actions for option in action.option_strings]
+    problems = []
+    for word in unknown:
+        if not word.startswith("--"):
+            problems.append(f"{word!r} belongs to no flag")
+            continue
+        name = word.split("=", 1)[0]
+        near = difflib.get_close_matches(name, known, n=3)
+        problems.append(f"unknown flag {name}" + (f": did you mean {' or '.join(near)}?" if near else ": see --help"))
+    if problems:
+        raise ConfigError("the command line cannot be used:\n  " + "\n  ".join(problems))
+
+
+def from_namespace(namespace: argparse.Namespace, world_size: int | None = None) -> DriverArguments:
+    """Validate what argparse read.
+
+    Args:
+        namespace: result of parsing with `add_arguments`; other attributes are left alone.
+        world_size: number of processes; default WORLD_SIZE as torchrun sets it, 1 outside torchrun.
+
+    Raises:
+        ConfigError: every problem found, one per line.
+    """
+    if world_size is None:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    values = {flag.name: getattr(namespace, flag.name) for flag in _flags()}
+    args = DriverArguments(**values, world_size=world_size)
+    problems = [*_check_ranges(args), *_check_schedule(args), *_check_combinations(args)]
+    if not problems:
+        problems, args = _check_batch(args)
+    if problems:
+        raise ConfigError("the command line cannot be used:\n  " + "\n  ".join(problems))
+    return args
+
+
+_AT_LEAST_ONE = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size"),
+    *("global_batch_size", "train_iters", "lr_decay_iters", "save_interval", "exit_interval", "log_interval"),
+    *("loss_scale_window", "hysteresis", "seq_length"),
+)
+_AT_LEAST_ZERO = (
+    *("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers", "seed", "ckpt_step"),
+    *("adam_beta1", "adam_beta2"),
+)
+_ABOVE_ZERO = ("adam_eps", "distributed_timeout_minutes", "loss_scale", "initial_loss_scale", "min_loss_scale")
+
+
+def _check_ranges(args: DriverArguments) -> list[str]:
+    problems = []
+    for names, fits, expected in (
+        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (_AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
+        (_ABOVE_ZERO, lambda value: value > 0, "above 0"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                problems.append(f"{_option(name)} is {value}: expected {expected}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            problems.append(f"{_option(name)} is {getattr(args, name)}: expected a value below 1")
+    return problems
+
+
+def _check_schedule(args: DriverArguments) -> list[str]:
+    problems = [f"{_option(name)} is required" for name in ("lr", "train_iters") if getattr(args, name) is None]
+    if args.lr is not None and args.min_lr > args.lr:
+        problems.append(f"--min-lr is {args.min_lr}: expected at most --lr, which is {args.lr}")
+    fraction = args.lr_warmup_fraction
+    if fraction is not None and args.lr_warmup_iters:
+        problems.append("--lr-warmup-fraction and --lr-warmup-iters are both given: keep one of them")
+    if fraction is not None and not 0 <= fraction < 1:
+        problems.append(f"--lr-warmup-fraction is {fraction}: expected at least 0 and below 1")
+    elif args.train_iters is not None and args.warmup_steps >= max(args.decay_steps, 1):
+        problems.append(
+            f"the warm-up takes {args.warmup_steps} of {args.decay_steps} decay steps: expected fewer; "
+            "shorten --lr-warmup-iters / --lr-warmup-fraction or raise --lr-decay-iters"
+        )
+    return problems
+
+
+def _check_combinations(args: DriverArguments) -> list[str]:
+    problems = []
+    if args.bf16 and args.fp16:
+        problems.append("--bf16 and --fp16 are both given: keep one of them")
+    if args.loss_scale is not None and not args.fp16:
+        problems.append("--loss-scale is for --fp16 only")
+    if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
+        problems.append("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
+    if args.use_checkpoint_opt_param_scheduler and args.override_opt_param_scheduler:
+        problems.append("--use-checkpoint-opt-param-scheduler and --override-opt-param-scheduler exclude each other")
+    if args.ckpt_format != "torch_dist":
+        problems.append(
+            f"--ckpt-format is {args.ckpt_format!r}: only torch_dist is supported, which loads at any parallel layout"
+        )
+    if args.save_interval is not None and args.save is None:
+        problems.append("--save-interval is given without --save")
+    if args.load is None:
+        needing = ("finetune", "ckpt_step", "exit_on_missing_checkpoint")
+        problems += [f"{_option(name)} needs --load" for name in needing if getattr(args, name) not in (None, False)]
+    return problems
+
+
+def _check_batch(args: DriverArguments) -> tuple[list[str], DriverArguments]:
+    """Fit world size, parallel sizes and batch sizes; fills in the default global batch."""
+    shape = (
+        f"tensor {args.tensor_model_parallel_size} x pipeline {args.pipeline_model_parallel_size} "
+        f"x context {args.context_parallel_size}"
+    )
+    if args.world_size % args.model_parallel_size:
+        return [f"{args.world_size} process(es) cannot be divided by {shape} parallel: change one of them"], args
+    step = args.micro_batch_size * args.data_parallel_size
+    if args.global_batch_size is None:
+        return [], dataclasses.replace(args, global_batch_size=step)
+    if args.global_batch_size % step:
+        lower = args.global_batch_size // step * step
+        nearest = [str(size) for size in (lower, lower + step) if size]
+        return [
+            f"--global-batch-size {args.global_batch_size} cannot be divided by --micro-batch-size "
+            f"{args.micro_batch_size} x {args.data_parallel_size} data-parallel rank(s) = {step}: "
+            f"take {' or '.join(nearest)}"
+        ], args
+    return [], args

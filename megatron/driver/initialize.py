@@ -1,0 +1,91 @@
+"""Process group, parallel layout, micro-batch count, seeds and log of a run."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron.driver.arguments import DriverArguments
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.platform import Platform
+
+logger = logging.getLogger(__name__)
+
+# Megatron's offset between the seeds of pipeline stages (megatron/training/initialize.py, _set_random_seed).
+STAGE_SEED_STEP = 100
+
+
+def initialize(args: DriverArguments, platform: Platform) -> None:
+    """Bring up everything that is global to a process. Call `shutdown` at the end.
+
+    Under torchrun its environment is used; without torchrun a process group of one is made on a free port.
+    A process group that exists already (tests) is kept.
+
+    Raises:
+        ConfigError: --distributed-backend is not the platform's, or the world size is not the one that `args` holds.
+    """
+    if args.distributed_backend not in ("nccl", platform.backend):
+        raise ConfigError(
+            f"--distributed-backend {args.distributed_backend} does not work on {platform.name}: "
+            f"expected {platform.backend} (or nccl, which stands for the device's own)"
+        )
+    if not torch.distributed.is_initialized():
+        _init_process_group(args, platform)
+    world_size = torch.distributed.get_world_size()
+    if world_size != args.world_size:
+        raise ConfigError(f"the flags were checked for {args.world_size} process(es), {world_size} are running")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    init_num_microbatches_calculator(
+        rank=torch.distributed.get_rank(),
+        rampup_batch_size=None,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=args.data_parallel_size,
+    )
+    # Data-parallel ranks share the seed, so that weights that are not loaded begin equal on all of them.
+    seed = args.seed + STAGE_SEED_STEP * parallel_state.get_pipeline_model_parallel_rank()
+    platform.seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    if is_rank_0():
+        for note in args.notes():
+            logger.info(note)
+
+
+def _init_process_group(args: DriverArguments, platform: Platform) -> None:
+    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend=platform.backend, timeout=timeout)
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    store = torch.distributed.TCPStore("localhost", port, world_size=1, is_master=True)
+    torch.distributed.init_process_group(backend=platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def shutdown() -> None:
+    """Undo `initialize`. Harmless when nothing was initialised."""
+    parallel_state.destroy_model_parallel()
+    destroy_num_microbatches_calculator()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_rank_0() -> bool:
+    """True on the process that writes the log and the shared files."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,0 +1,159 @@
+"""Model, optimizer and learning-rate schedule of a run, as megatron.core provides them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+from megatron.driver.arguments import DriverArguments
+from megatron.driver.checkpointing import check_writable, load_checkpoint
+from megatron.driver.initialize import is_rank_0
+from megatron.driver.state import Hooks, TrainState
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.platform import Platform
+
+logger = logging.getLogger(__name__)
+
+ModelProvider = Callable[[bool, bool], MegatronModule]
+
+
+def setup(
+    args: DriverArguments, model_provider: ModelProvider, platform: Platform, hooks: Hooks | None = None
+) -> TrainState:
+    """Build what trains, and load the checkpoint that the flags name. `initialize` comes first.
+
+    Args:
+        model_provider: (pre_process, post_process) -> the module of this pipeline stage, with weights and requires_grad set.
+        hooks: the caller's part; its `compare` guards against a checkpoint of another architecture.
+
+    Raises:
+        ConfigError: no trainable parameter, or a parallel size that the run cannot use.
+        CheckpointError: --save is not writable, or the checkpoint cannot be used.
+    """
+    hooks = hooks or Hooks()
+    check_writable(args)
+    model = _build_model(args, model_provider, platform)
+    optimizer = get_megatron_optimizer(_optimizer_config(args), model)
+    _begin_optimizer_state(optimizer)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=args.lr,
+        min_lr=args.min_lr,
+        lr_warmup_steps=args.warmup_steps,
+        lr_decay_steps=args.decay_steps,
+        lr_decay_style=args.lr_decay_style,
+        start_wd=args.weight_decay,
+        end_wd=args.weight_decay,
+        wd_incr_steps=args.decay_steps,
+        wd_incr_style="constant",
+    )
+    _connect(args, model, optimizer)
+    state = TrainState(model, optimizer, scheduler, platform)
+    load_checkpoint(state, args, hooks)
+    return state
+
+
+def params_dtype(args: DriverArguments) -> torch.dtype:
+    """The type that the model computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+
+def _build_model(
+    args: DriverArguments, model_provider: ModelProvider, platform: Platform
+) -> list[DistributedDataParallel]:
+    module = model_provider(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
+    _check_trainable(module, platform)
+    config = module.config
+    config.bf16, config.fp16 = args.bf16, args.fp16
+    config.params_dtype = config.pipeline_dtype = params_dtype(args)
+    # Gradients are sums over tokens; finalize_model_grads divides them by the tokens of the global batch.
+    config.calculate_per_token_loss = True
+    module = module.to(platform.device())
+    if args.bf16 or args.fp16:
+        module = Float16Module(config, module)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+    )
+    chunk = DistributedDataParallel(config, ddp_config, module)
+    chunk.broadcast_params()
+    chunk.train()
+    return [chunk]
+
+
+def _check_trainable(module: torch.nn.Module, platform: Platform) -> None:
+    total = sum(parameter.numel() for parameter in module.parameters())
+    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    counts = torch.tensor([total, trainable], dtype=torch.int64, device=platform.device())
+    torch.distributed.all_reduce(counts, group=parallel_state.get_model_parallel_group())
+    total, trainable = counts.tolist()
+    if trainable == 0:
+        raise ConfigError(
+            f"nothing to train: all {total:,} parameters are frozen; set freeze to false for at least one part"
+        )
+    if is_rank_0():
+        logger.info("parameters: %s, trained: %s (%.2f%%)", f"{total:,}", f"{trainable:,}", 100 * trainable / total)
+
+
+def _optimizer_config(args: DriverArguments) -> OptimizerConfig:
+    """AdamW; megatron.core gives biases and parameters of one dimension no weight decay."""
+    return OptimizerConfig(
+        optimizer=args.optimizer,
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        adam_eps=args.adam_eps,
+        clip_grad=args.clip_grad,
+        bf16=args.bf16,
+        fp16=args.fp16,
+        params_dtype=params_dtype(args),
+        loss_scale=args.loss_scale,
+        initial_loss_scale=args.initial_loss_scale,
+        min_loss_scale=args.min_loss_scale,
+        loss_scale_window=args.loss_scale_window,
+        hysteresis=args.hysteresis,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        overlap_param_gather=args.overlap_param_gather,
+    )
+
+
+def _begin_optimizer_state(optimizer: MegatronOptimizer) -> None:
+    """Make AdamW's state before the first step, so that a checkpoint has the same tensors at every step.
+
+    torch makes it lazily, and megatron.core's own start for loading lacks `step`, which is missed when all steps before
+    a save were skipped for overflow. The distributed optimizer lays out its state by itself.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if isinstance(part, DistributedOptimizer) or not isinstance(inner, torch.optim.AdamW):
+            continue
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _connect(args: DriverArguments, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tell the schedules of megatron.core how gradients are scaled, synchronised and finished."""
+    for chunk in model:
+        config = chunk.config
+        config.grad_scale_func = optimizer.scale_loss
+        config.finalize_model_grads_func = finalize_model_grads
+        if args.overlap_grad_reduce:
+            config.no_sync_func = chunk.no_sync

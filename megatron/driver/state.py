@@ -1,0 +1,83 @@
+"""What a training run consists of, and what its caller brings along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+from mindspeed_mm.platform import Platform
+
+
+class TrainingError(ValueError):
+    """A training step must not go on: non-finite loss, nothing to learn from, no gradient."""
+
+
+class BatchFacts(NamedTuple):
+    """What the driver logs about a micro-batch."""
+
+    sample_ids: Sequence[str]
+    tokens: int
+    """Real positions, padding not counted."""
+    supervised: int
+    """Positions with a label."""
+    positions: int
+    """All positions, with padding."""
+    flops: float = 0.0
+    """Floating-point operations of forward and backward over the whole model; 0 where they are not known."""
+
+
+def describe_batch(batch: Any) -> BatchFacts:
+    """Read the facts from attributes of the same names; input_ids [B, S] counts the positions."""
+    return BatchFacts(batch.sample_ids, int(batch.tokens), int(batch.supervised), batch.input_ids.numel())
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The caller's part of logging and checkpoints."""
+
+    describe: Callable[[Any], BatchFacts] = describe_batch
+    extra: Callable[[], dict[str, Any]] = dict
+    """JSON-able; kept as run.json["extra"] of each checkpoint."""
+    compare: Callable[[dict[str, Any]], list[str]] = lambda saved_extra: []
+    """One line per field in which the architecture of a checkpoint differs from the running one."""
+
+
+@dataclass
+class TrainState:
+    """A run between two steps."""
+
+    model: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    platform: Platform
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_iterations: int = 0
+    frozen_id: str | None = field(default=None)
+    """Hash of the frozen parameters once it is known; they do not change during a run."""
+
+    @property
+    def modules(self) -> list[MegatronModule]:
+        """The bare model chunks, without the wrappers."""
+        return [unwrap(chunk) for chunk in self.model]
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size()
+
+
+def unwrap(chunk: DistributedDataParallel) -> MegatronModule:
+    """The module inside DistributedDataParallel and, where there is one, Float16Module."""
+    module = chunk.module
+    return module.module if isinstance(module, Float16Module) else module
