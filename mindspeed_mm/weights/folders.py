@@ -1,0 +1,145 @@
+"""Which files of a path hold the weights, and the union of their tensors."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.weights.files import (
+    GIT_LFS_MAGIC,
+    ZIP_MAGIC,
+    PickleFile,
+    SafetensorsFile,
+    TensorFile,
+    contained,
+    read_json_object,
+)
+from mindspeed_mm.weights.torchscript import TorchScriptFile, is_torchscript
+
+STANDARD_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+"""Weights of a Hugging Face folder, the first that exists; others beside it are copies in another format."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+NO_WEIGHTS = ("training_args.bin", "optimizer.", "optimizer_", "scheduler.", "rng_state", "scaler.", "tokenizer.")
+"""Beginnings of files that trainers leave beside the weights."""
+
+
+class TensorFiles:
+    """Several tensor files read as one. Raises WeightError for a tensor that two of them hold."""
+
+    def __init__(self, path: Path, files: list[TensorFile]) -> None:
+        self.path = path
+        self._holder: dict[str, TensorFile] = {}
+        for file in files:
+            for name in file.names:
+                if name in self._holder:
+                    raise WeightError(
+                        f"{path}: tensor {name} is both in {self._holder[name].path.name} and in {file.path.name}; "
+                        "expected every tensor once. Remove the file that does not belong here."
+                    )
+                self._holder[name] = file
+        self.names = tuple(self._holder)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._holder[name].shape(name)
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor onto the CPU."""
+        return self._holder[name].get(name)
+
+    def file_of(self, name: str) -> Path | None:
+        """The file that holds a tensor, None where no file does."""
+        holder = self._holder.get(name)
+        return holder.path if holder else None
+
+
+def open_file(path: Path) -> TensorFile:
+    """Open one file of tensors, its format taken from its first bytes. Raises WeightError for any other file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(GIT_LFS_MAGIC))
+    except OSError as error:
+        raise WeightError(f"cannot read {path}: {error.strerror}; expected a weight file. Correct the path.") from error
+    if start.startswith(GIT_LFS_MAGIC):
+        raise WeightError(f"{path}: found a git-lfs pointer instead of weights; run `git lfs pull` in its folder.")
+    if start.startswith(ZIP_MAGIC):
+        return TorchScriptFile(path) if is_torchscript(path) else PickleFile(path)
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    if start.startswith(b"\x80"):
+        return PickleFile(path)
+    raise WeightError(
+        f"{path}: found neither safetensors nor a torch file (first bytes {start[:8]!r}); "
+        "expected weights. Correct the path or download the file again."
+    )
+
+
+def find_groups(folder: Path) -> list[TensorFiles]:
+    """The weights of a folder: one group for a standard Hugging Face folder, else one group per file.
+
+    Raises WeightError when there are none, for a missing or unlisted shard and for a LoRA adapter.
+    """
+    for name in STANDARD_FILES:
+        path = folder / name
+        if path.is_file():
+            return [_indexed(path) if path.suffix == ".json" else TensorFiles(path, [open_file(path)])]
+    indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) == 1:
+        return [_indexed(indexes[0])]
+    paths = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in WEIGHT_SUFFIXES and path.is_file() and not path.name.startswith(NO_WEIGHTS)
+    )
+    if any(path.name.startswith("adapter_model.") for path in paths):
+        raise WeightError(
+            f"{folder}: found a LoRA adapter (adapter_model); expected full weights. "
+            "Merge it into its base model first."
+        )
+    if len(indexes) > 1 or not paths:
+        found = ", ".join(path.name for path in indexes) or "no weight file"
+        raise WeightError(
+            f"{folder}: found {found}; expected one of {', '.join(STANDARD_FILES)}, or files ending in "
+            f"{', '.join(WEIGHT_SUFFIXES)}. Give the folder or file that holds the weights."
+        )
+    return [TensorFiles(path, [open_file(path)]) for path in paths]
+
+
+def merge(path: Path, groups: list[TensorFiles]) -> TensorFiles:
+    """Several files as one set of tensors (shards without an index)."""
+    return TensorFiles(path, groups)
+
+
+def _indexed(index: Path) -> TensorFiles:
+    """The shards that an index lists, which must hold exactly the tensors it lists."""
+    folder = index.parent
+    table = read_json_object(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(value, str) for value in table.values()):
+        raise WeightError(f"{index}: weight_map is not a table from tensor to file. Download the index again.")
+    shards = {name: contained(folder, name, told_by=index) for name in sorted(set(table.values()))}
+    absent = [name for name, path in shards.items() if not path.is_file()]
+    if absent:
+        raise WeightError(
+            f"{index} names {', '.join(absent)}, not found in {folder}; expected {len(shards)} shards. "
+            "Download the missing ones."
+        )
+    files = TensorFiles(folder, [open_file(path) for path in shards.values()])
+    for name, shard in table.items():
+        if files.file_of(name) != shards[shard]:
+            raise WeightError(
+                f"{index} puts tensor {name} in {shard}, which does not hold it. Download shard and index again."
+            )
+    unlisted = [name for name in files.names if name not in table]
+    if unlisted:
+        raise WeightError(
+            f"{index} does not list {len(unlisted)} tensors that its shards hold, such as {unlisted[0]}. "
+            "Download shards and index again, from one version."
+        )
+    return files
