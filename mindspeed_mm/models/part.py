@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import torch
 
-from mindspeed_mm.config.load import StrictModel
+from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.weights.rules import Geometry, RuleSet
 
 Size = Annotated[int, pydantic.Field(gt=0)]
@@ -100,8 +100,8 @@ class Part:
     """One kind of part, found by the registry as `PART` of its file.
 
     `kind` is one of text_decoder, vision_encoder, vision_projector; `from_hf` turns the part's HF config into a Spec;
-    `rules` maps a dialect (see weights/sources.py) to its rules; `checked` names the Spec fields that tensor shapes
-    cannot show and that a source's config must therefore confirm.
+    `rules` maps a dialect (see weights/sources.py) to its rules; `checked` names the Spec fields that a source's config
+    must confirm before its weights are loaded, `checked_where` further ones with the HF key that some configs lack.
     """
 
     name: str
@@ -110,4 +110,11 @@ class Part:
     from_hf: Callable[[dict[str, Any]], PartSpec]
     rules: dict[str, RuleSet]
     checked: tuple[str, ...] = ()
+    checked_where: dict[str, str] = field(default_factory=dict)
     build: Callable[..., torch.nn.Module] | None = field(default=None)
+
+    def read_config(self, config: dict[str, Any], dialect: str) -> PartSpec:
+        """The Spec that a source's config describes: a model.json's block for dialect "ours", else an HF config."""
+        if dialect == "ours":
+            return load_config(self.Spec, config, what=f"{self.kind} block beside the weights")
+        return self.from_hf(config)

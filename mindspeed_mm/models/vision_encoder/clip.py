@@ -257,7 +257,9 @@ PART = Part(
         "image_size",
         "activation_func",
         "layernorm_epsilon",
-        "select_layer",
-        "select_feature",
     ),
+    checked_where={
+        "select_layer": "vision_feature_layer",
+        "select_feature": "vision_feature_select_strategy",
+    },
 )

@@ -1,0 +1,191 @@
+"""Load one part of a model from any layout into a module's tensors, at any tensor and pipeline layout."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.weights.layout import shard
+from mindspeed_mm.weights.rules import Geometry, RuleSet, Step
+from mindspeed_mm.weights.sources import PartSource, Source, open_source
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of one part: tensors this rank expected, loaded and left at random init, and source tensors dropped.
+
+    `config` says whether the source's config confirmed what shapes cannot show.
+    """
+
+    part: str
+    layout: str
+    path: str
+    expected: int
+    loaded: int
+    fresh: int
+    dropped: int
+    config: str
+
+
+def load_part(
+    module_state: Mapping[str, Tensor],
+    part: Any,
+    spec: Any,
+    path: str | Path | Source | None,
+    *,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    layer_offset: int = 0,
+    num_local_layers: int | None = None,
+) -> LoadReport:
+    """Copy a part's weights into a module's parameters in place, cast to their type, one group of tensors at a time.
+
+    Args:
+        module_state: our names -> this rank's parameters. Layers are numbered from 0 on every pipeline stage; names
+            that end in `_extra_state` (megatron.core's placeholders) are left alone.
+        part: the Part (rules, from_hf, checked) and `spec` its Spec.
+        path: weights in any readable layout, or an opened Source; None leaves a part at random init that says `fresh`.
+        tp_rank, tp_size: place in the tensor-parallel group.
+        layer_offset: number of the first layer that this pipeline stage holds.
+        num_local_layers: layers of this stage, None for all.
+
+    Raises WeightError for missing or extra tensors, other shapes or types, and a source whose config differs.
+    """
+    state = {name: tensor for name, tensor in module_state.items() if not name.endswith("_extra_state")}
+    if path is None:
+        if not spec.fresh:
+            raise WeightError(
+                f"{part.kind}: found neither ckpt_path nor fresh; expected weights. "
+                f'Set ckpt_path in its spec, or "fresh": true to train it from random values.'
+            )
+        return LoadReport(part.kind, "-", "-", len(state), 0, len(state), 0, "-")
+    source = path if isinstance(path, Source) else open_source(path)
+    part_source = source.part(part.kind)
+    confirmed = _check_config(part, spec, part_source)
+    rules, geometry = _rules_of(part, part_source), spec.geometry
+    match = rules.match(part_source.names, geometry, where=f"{part_source.path} ({part.kind})")
+    steps = {step.target: step for step in match.steps if not step.unused}
+    _check_tied_copy(rules, geometry, part_source)
+    local = {_global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    whole = num_local_layers is None or num_local_layers == geometry.num_layers
+    _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
+    with torch.no_grad():
+        for name, parameter in local.items():
+            step = steps.get(name) or steps[rules.tied[1]]
+            _copy(parameter, name, step, part_source, geometry, tp_rank, tp_size)
+    used = {name for step in steps.values() for name in step.sources}
+    dropped = len(part_source.names) - len(used)
+    return LoadReport(part.kind, source.layout, str(part_source.path), len(local), len(local), 0, dropped, confirmed)
+
+
+def table(reports: Iterable[LoadReport]) -> str:
+    """A plain text table of reports, one line per part."""
+    header = ("part", "layout", "expected", "loaded", "fresh", "dropped", "config", "path")
+    rows = [header] + [tuple(str(getattr(report, key)) for key in header) for report in reports]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _rules_of(part: Any, source: PartSource) -> RuleSet:
+    if source.dialect not in part.rules:
+        raise WeightError(
+            f"{source.path}: its {source.part} has names of kind {source.dialect!r}, which model_id {part.name!r} "
+            f"cannot read; expected {', '.join(part.rules)}. Give weights of a {part.name} model or change model_id."
+        )
+    return part.rules[source.dialect]
+
+
+def _check_config(part: Any, spec: Any, source: PartSource) -> str:
+    """Compare spec and source in the fields that `part` names; returns "equal" or "none there"."""
+    if source.config is None:
+        return "none there"
+    found = part.read_config(source.config, source.dialect)
+    fields = [*part.checked]
+    fields += [name for name, key in part.checked_where.items() if source.dialect == "ours" or key in source.config]
+    problems = [
+        f"{field}: the weights have {getattr(found, field)!r}, the spec says {getattr(spec, field)!r}"
+        for field in fields
+        if getattr(found, field) != getattr(spec, field)
+    ]
+    if problems:
+        raise WeightError(
+            "\n  ".join(
+                [f"{source.path}: the {part.kind} is another model than the spec describes.", *problems]
+                + ["Correct the spec, or give the weights that belong to it."]
+            )
+        )
+    return "equal"
+
+
+def _check_tied_copy(rules: RuleSet, geometry: Geometry, source: PartSource) -> None:
+    """A tied head that is stored all the same must equal the embedding."""
+    names = rules.tied_sources()
+    if not geometry.tied or names is None or names[0][0] not in source.names:
+        return
+    head, embedding = source.get(names[0][0]), source.get(names[1][0])
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
+        raise WeightError(
+            f"{source.path}: {names[0][0]} differs from {names[1][0]}, yet the spec ties them. "
+            "Set share_embeddings_and_output_weights to false."
+        )
+
+
+def _check_targets(
+    kind: str,
+    local: Mapping[str, Tensor],
+    steps: Mapping[str, Step],
+    rules: RuleSet,
+    geometry: Geometry,
+    *,
+    whole: bool,
+) -> None:
+    """Every tensor of the module has a rule, and a module that holds the whole part has a tensor for every rule."""
+    known = set(steps)
+    if geometry.tied and rules.tied:
+        known.add(rules.tied[0])  # the last pipeline stage has its own copy
+    unknown = sorted(set(local) - known)
+    missing = sorted(set(steps) - set(local)) if whole else []
+    if unknown or missing:
+        raise WeightError(
+            f"{kind}: the module was not built as its weight rules say; without a rule: {unknown or 'none'}, "
+            f"without a tensor: {missing or 'none'}. Build and rules of a part belong together in its file."
+        )
+
+
+def _copy(
+    parameter: Tensor, name: str, step: Step, source: PartSource, geometry: Geometry, tp_rank: int, tp_size: int
+) -> None:
+    tensors = [source.get(stored) for stored in step.sources]
+    for stored, tensor in zip(step.sources, tensors, strict=True):
+        if not tensor.is_floating_point():
+            raise WeightError(
+                f"{source.path}: tensor {stored} has type {tensor.dtype}; expected floating point. "
+                "Quantised weights cannot be read; give the original ones."
+            )
+    full = step.rule.to_ours(tensors, geometry)
+    if step.rule.padded and geometry.vocab_size and full.shape[0] != geometry.vocab_size:
+        raise WeightError(
+            f"{source.path}: {', '.join(step.sources)} has {full.shape[0]} rows; expected language_vocab_size "
+            f"{geometry.vocab_size}. Correct language_vocab_size in the spec."
+        )
+    value = shard(full, step.rule, tp_rank, tp_size, geometry)
+    if value.shape != parameter.shape:
+        raise WeightError(
+            f"{source.path}: {', '.join(step.sources)} gives {name} the shape {list(value.shape)}; expected "
+            f"{list(parameter.shape)}. The spec describes another model than these weights."
+        )
+    parameter.copy_(value)
+
+
+def _global_name(name: str, layer_offset: int) -> str:
+    """The name of a stage's tensor with the number that its layer has in the whole part."""
+    return _LAYER.sub(lambda found: f"decoder.layers.{int(found.group(1)) + layer_offset}.", name)
