@@ -35,7 +35,7 @@ class LoadReport:
 
 
 def load_part(
-    module_state: Mapping[str, Tensor],
+    module: torch.nn.Module | Mapping[str, Tensor],
     part: Any,
     spec: Any,
     path: str | Path | Source | None,
@@ -48,8 +48,8 @@ def load_part(
     """Copy a part's weights into a module's parameters in place, cast to their type, one group of tensors at a time.
 
     Args:
-        module_state: our names -> this rank's parameters. Layers are numbered from 0 on every pipeline stage; names
-            that end in `_extra_state` (megatron.core's placeholders) are left alone.
+        module: the built part, or its names -> this rank's parameters. Layers are numbered from 0 on every pipeline
+            stage; names that end in `_extra_state` (megatron.core's placeholders) are left alone.
         part: the Part (rules, from_hf, checked) and `spec` its Spec.
         path: weights in any readable layout, or an opened Source; None leaves a part at random init that says `fresh`.
         tp_rank, tp_size: place in the tensor-parallel group.
@@ -58,7 +58,8 @@ def load_part(
 
     Raises WeightError for missing or extra tensors, other shapes or types, and a source whose config differs.
     """
-    state = {name: tensor for name, tensor in module_state.items() if not name.endswith("_extra_state")}
+    content = module.state_dict() if isinstance(module, torch.nn.Module) else module
+    state = {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
     if path is None:
         if not spec.fresh:
             raise WeightError(

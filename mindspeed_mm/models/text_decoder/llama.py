@@ -85,8 +85,7 @@ class LlamaSpec(PartSpec):
     language_max_sequence_length: Size = None  # max_position_embeddings
     lm_position_embedding_type: Annotated[str, only("rope", why="Llama has rotary positions")] = "rope"
     rotary_base: Annotated[float, pydantic.Field(gt=0)] = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    """As in an HF config; see RopeScaling. Held with its present-day keys, None for unscaled positions."""
+    rope_scaling: RopeScaling | None = None
     normalization: Annotated[str, only("RMSNorm", why="Llama has RMSNorm")] = "RMSNorm"
     layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-5
     activation_func: Annotated[str, only("silu", why="Llama's MLP is SwiGLU")] = "silu"
@@ -116,12 +115,11 @@ class LlamaSpec(PartSpec):
         data.setdefault("language_max_sequence_length", data.get("max_position_embeddings", 4096))
         return data
 
-    @pydantic.field_validator("rope_scaling")
+    @pydantic.field_validator("rope_scaling", mode="before")
     @classmethod
-    def _known_scaling(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is None or value.get("rope_type", value.get("type")) == "default":
-            return None
-        return RopeScaling.model_validate(value).model_dump(exclude_none=True)
+    def _default_is_unscaled(cls, value: Any) -> Any:
+        unscaled = isinstance(value, dict) and value.get("rope_type", value.get("type")) == "default"
+        return None if unscaled else value
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "LlamaSpec":

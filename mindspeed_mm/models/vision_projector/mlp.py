@@ -18,12 +18,6 @@ class MlpSpec(PartSpec):
     """The projector is what pretraining makes, so a null ckpt_path is normal."""
     num_layers: Annotated[int, only(2, why="the projector is mlp2x_gelu")] = 2
     num_attention_heads: Annotated[int, only(1, why="the projector has no attention")] = 1
-    num_query_groups: Annotated[int, only(1, why="the projector has no attention")] = 1
-    kv_channels: Size | None = None
-    add_qkv_bias: bool = False
-    normalization: str = "LayerNorm"
-    layernorm_epsilon: float = 1e-5
-    """These four (no attention, no norm in here) exist because megatron.core's config of any module has them."""
     input_size: Size
     """Width of the vision encoder."""
     ffn_hidden_size: Size = None  # hidden_size, as LLaVA has it
