@@ -1,6 +1,6 @@
 """The forms a training sample takes on its way from a record to the model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,7 @@ class Encoded:
     images: tuple[torch.Tensor, ...] = ()
     """Preprocessed images, each [3, H, W] float32, in reading order."""
 
-    skipped: tuple[str, ...] = field(default=())
+    skipped: tuple[str, ...] = ()
     """Why records before this one were left out (image_error policy "skip"); empty otherwise."""
 
 
@@ -67,5 +67,10 @@ class Batch:
     supervised: int
     """Positions with a label."""
 
-    skipped: int = 0
-    """Records that were left out while these samples were fetched."""
+    skipped: tuple[str, ...] = ()
+    """Why records were left out while these samples were fetched, one entry per record."""
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory (DataLoader calls this under pin_memory)."""
+        names = ("input_ids", "labels", "position_ids", "pixel_values")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})

@@ -88,7 +88,12 @@ def get_template(template: str | Template) -> Template:
 
 def render(conversation: Mapping[str, Any] | Sequence[Any], template: str | Template) -> str:
     """The string that a conversation is trained on (BOS aside). See `encode` for arguments and errors."""
-    return "".join(text for text, _ in _segments(conversation_turns(conversation), get_template(template)))
+    return render_turns(conversation_turns(conversation), template)
+
+
+def render_turns(turns: Sequence[Turn], template: str | Template) -> str:
+    """As `render`, for turns that `conversation_turns` has checked."""
+    return "".join(text for text, _ in _segments(turns, get_template(template)))
 
 
 def encode(

@@ -1,0 +1,214 @@
+"""data.json: the shape of MindSpeed-MM's LLaVA data config, checked strictly.
+
+Every key of that config is known here. A key that has nothing to decide any more accepts the values that agree with
+what is done and refuses the others with the reason. Added keys: dataset_param.image_error, dataset_param.overlong,
+preprocess_parameters.image_processer_path and .pad2square. Relative paths start at the current directory.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from mindspeed_mm.config.load import StrictModel, load_config
+from mindspeed_mm.data.image import ImageProcessor
+
+DATASET_TYPES = {"multimodal": "llava", "image": "llava"}
+"""MindSpeed-MM's names (2.0 and 1.0) of the dataset kinds here."""
+
+
+def _only(*allowed: Any, reason: str) -> pydantic.AfterValidator:
+    """Accept the listed values, refuse others with the reason."""
+
+    def check(value: Any) -> Any:
+        if value not in allowed:
+            shown = " or ".join(repr(item) for item in allowed)
+            raise ValueError(f"found {value!r}, expected {shown}: {reason}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+class BasicParameters(StrictModel):
+    """One data file and the folder of its images."""
+
+    data_path: str
+    data_folder: str = ""
+    """Image names are relative to this folder and stay inside it; may be left out for text-only data."""
+
+    repeat_time: float = 1
+    """How often the file counts: a whole number, or a share below 1 (that part from the start of the file)."""
+
+    return_type: Annotated[str | None, _only(None, "list", reason="records are read one by one")] = None
+    data_storage_mode: Annotated[str, _only("standard", reason="JSON and JSONL files are read")] = "standard"
+
+    @pydantic.field_validator("repeat_time")
+    @classmethod
+    def _whole_or_share(cls, value: float) -> float:
+        if value <= 0 or (value > 1 and value != int(value)):
+            raise ValueError(f"found {value}, expected a share above 0 and below 1, or a whole number")
+        return value
+
+
+class PreprocessParameters(StrictModel):
+    """How images become pixels. Either `train_pipeline` (fields of a CLIP image processor and pad2square) or the folder
+    `image_processer_path` with a preprocessor_config.json."""
+
+    image_reader_type: Annotated[
+        str, _only("CLIPImageProcessor", "torchvision", "Image", reason="images are decoded by Pillow to RGB")
+    ] = "CLIPImageProcessor"
+    image_processer_type: Annotated[str, _only("image2pixel", reason="no other processing exists")] = "image2pixel"
+    train_pipeline: dict[str, Any] | None = None
+    image_processer_path: str | None = None
+    pad2square: bool | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "PreprocessParameters":
+        if (self.train_pipeline is None) == (self.image_processer_path is None):
+            raise ValueError('give exactly one of "train_pipeline" and "image_processer_path"')
+        inner = (self.train_pipeline or {}).get("pad2square")
+        if inner is not None and not isinstance(inner, bool):
+            raise ValueError(f"train_pipeline.pad2square is {inner!r}; expected true or false")
+        if inner is not None and self.pad2square is not None and inner != self.pad2square:
+            raise ValueError("pad2square is given twice with different values; keep the one in train_pipeline")
+        if self.train_pipeline is not None:
+            self.image_processor()
+        return self
+
+    @property
+    def pad(self) -> bool:
+        """Whether images are padded to a square; false (LLaVA's own default, "square") when not given."""
+        inner = (self.train_pipeline or {}).get("pad2square")
+        return bool(self.pad2square if inner is None else inner)
+
+    def image_processor(self) -> ImageProcessor:
+        """The image processor that is described here or lies in `image_processer_path`."""
+        if self.image_processer_path is not None:
+            return ImageProcessor.from_config(self.image_processer_path)
+        fields = {key: value for key, value in (self.train_pipeline or {}).items() if key != "pad2square"}
+        return ImageProcessor.from_config(fields)
+
+
+class TokenizerConfig(StrictModel):
+    """Where the tokenizer comes from."""
+
+    from_pretrained: str
+    hub_backend: Annotated[str, _only("hf", reason="tokenizers are local folders in Hugging Face form")] = "hf"
+    autotokenizer_name: str = "AutoTokenizer"
+    """Accepted as information: the files of the folder decide which tokenizer it is."""
+
+    cache_dir: Annotated[str | None, _only(None, reason="nothing is downloaded, so nothing is cached")] = None
+    model_max_length: pydantic.PositiveInt | None = None
+    """A further upper limit of the length of a sample, beside --seq-length; the smaller one counts."""
+
+    padding_side: Annotated[str, _only("right", reason="batches are padded on the right")] = "right"
+    use_fast: bool = False
+    """Accepted as information: both give the same ids here."""
+
+    trust_remote_code: Annotated[bool, _only(False, reason="code from a checkpoint folder is never run")] = False
+
+
+class DatasetParam(StrictModel):
+    """What is trained on and how it is turned into tokens and pixels."""
+
+    dataset_type: str
+    basic_parameters: tuple[BasicParameters, ...]
+    preprocess_parameters: PreprocessParameters
+    tokenizer_config: TokenizerConfig | None = None
+    template_name: str = "v1"
+    use_text_processer: Annotated[bool, _only(True, reason="text is always tokenised")] = True
+    mm_use_im_start_end: Annotated[
+        bool, _only(False, reason="LLaVA-1.5 has no tokens around an image; they are not in its vocabulary")
+    ] = False
+    image_error: Literal["error", "skip"] = "error"
+    """A missing or broken image stops the run, or the next good record takes its place (counted and logged)."""
+
+    overlong: Literal["error", "truncate"] = "error"
+    """A sample over the maximum length stops the run, or is cut (never inside or before an image)."""
+
+    @pydantic.field_validator("basic_parameters", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        """A single set may be given without the list around it."""
+        return (value,) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+
+    @pydantic.field_validator("basic_parameters")
+    @classmethod
+    def _not_empty(cls, value: tuple[BasicParameters, ...]) -> tuple[BasicParameters, ...]:
+        if not value:
+            raise ValueError("is an empty list; expected at least one data_path")
+        return value
+
+    @property
+    def dataset_kind(self) -> str:
+        """Name of the module in mindspeed_mm.data.datasets."""
+        return DATASET_TYPES.get(self.dataset_type, self.dataset_type)
+
+
+def _from_command_line(flag: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if value is not None:
+            raise ValueError(f"found {value!r}: it comes from {flag} on the command line; remove it here")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+class CollateParam(StrictModel):
+    """How samples become a batch."""
+
+    model_name: Annotated[str, _only("llava", reason="there is one way to collate")] = "llava"
+    pad_token_id: pydantic.NonNegativeInt | None = None
+    """Default: the tokenizer's. It is never seen by the loss."""
+
+    model_max_length: pydantic.PositiveInt | None = None
+    """As tokenizer_config.model_max_length."""
+
+
+class DataloaderParam(StrictModel):
+    """How batches are fetched. Batch size, seed and number of workers come from the command line."""
+
+    dataloader_mode: Annotated[
+        str, _only("sampler", "base", reason="samples come in an order that depends on --seed alone")
+    ] = "sampler"
+    sampler_type: Annotated[str, _only("BaseRandomBatchSampler", reason="there is one sampler")] = (
+        "BaseRandomBatchSampler"
+    )
+    shuffle: bool = True
+    drop_last: bool = True
+    """Accepted as information: epochs run on into each other, so no batch is partial and no sample is dropped."""
+
+    pin_memory: bool = False
+    data_sharding: Annotated[
+        bool, _only(False, reason="the order must not depend on the number of ranks, so that training resumes on any")
+    ] = False
+    prefetch_factor: pydantic.PositiveInt | None = None
+    persistent_workers: bool | None = None
+    """Accepted as information: workers live as long as training."""
+
+    batch_size: Annotated[int | None, _from_command_line("--micro-batch-size")] = None
+    num_workers: Annotated[int | None, _from_command_line("--num-workers")] = None
+    collate_param: CollateParam = CollateParam()
+
+
+class DataConfig(StrictModel):
+    """The whole of data.json."""
+
+    dataset_param: DatasetParam
+    dataloader_param: DataloaderParam = DataloaderParam()
+
+    @classmethod
+    def load(cls, source: str | Path | dict[str, Any]) -> "DataConfig":
+        """Read and check a data.json (path or parsed). Raises ConfigError with every problem found."""
+        return load_config(cls, source, what="data config")
+
+    def max_length(self, seq_length: int) -> int:
+        """The smallest of --seq-length and the limits that are set here."""
+        tokenizer = self.dataset_param.tokenizer_config
+        limits = (
+            seq_length,
+            tokenizer.model_max_length if tokenizer else None,
+            self.dataloader_param.collate_param.model_max_length,
+        )
+        return min(limit for limit in limits if limit is not None)

@@ -1,0 +1,49 @@
+"""Expand each image placeholder to the number of image tokens, so that shapes are known before the model runs."""
+
+from collections.abc import Sequence
+
+from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from mindspeed_mm.errors import DataError
+
+
+def expand_images(
+    input_ids: Sequence[int], labels: Sequence[int], tokens_per_image: int
+) -> tuple[list[int], list[int]]:
+    """Repeat every IMAGE_TOKEN_INDEX `tokens_per_image` times; labels there are IGNORE_INDEX."""
+    ids_out: list[int] = []
+    labels_out: list[int] = []
+    for token_id, label in zip(input_ids, labels, strict=True):
+        if token_id == IMAGE_TOKEN_INDEX:
+            ids_out += [IMAGE_TOKEN_INDEX] * tokens_per_image
+            labels_out += [IGNORE_INDEX] * tokens_per_image
+        else:
+            ids_out.append(token_id)
+            labels_out.append(label)
+    return ids_out, labels_out
+
+
+def fit_length(input_ids: list[int], labels: list[int], max_length: int, policy: str) -> tuple[list[int], list[int]]:
+    """Apply the policy for a sample longer than `max_length` (expanded): "error", or "truncate" at the end.
+
+    Raises DataError when the policy says so, when an image would be cut, or when no supervised token would be left.
+    """
+    length = len(input_ids)
+    if length <= max_length:
+        return input_ids, labels
+    if policy == "error":
+        raise DataError(
+            f"has {length} tokens with its images, more than the maximum of {max_length}. Raise --seq-length, set "
+            '"overlong": "truncate" in dataset_param, or remove the record.'
+        )
+    if IMAGE_TOKEN_INDEX in input_ids[max_length:]:
+        raise DataError(
+            f"has {length} tokens with its images, and cutting it to {max_length} would cut an image. Raise "
+            "--seq-length or remove the record."
+        )
+    kept = labels[:max_length]
+    if any(label != IGNORE_INDEX for label in labels) and all(label == IGNORE_INDEX for label in kept):
+        raise DataError(
+            f"has {length} tokens, and cutting it to {max_length} would leave none that is supervised. Raise "
+            "--seq-length or remove the record."
+        )
+    return input_ids[:max_length], kept

@@ -1,0 +1,209 @@
+"""Images: safe decoding and CLIP preprocessing, equal to LLaVA's process_images with transformers' CLIPImageProcessor.
+
+The steps, in float32 and channel order R, G, B: convert to RGB (alpha dropped, EXIF orientation ignored), pad to a
+square with the mean colour (LLaVA's expand2square) where wanted, resize, centre crop, rescale, normalise.
+"""
+
+import json
+import math
+import struct
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+import torch
+from PIL import Image
+
+from mindspeed_mm.config.load import StrictModel, load_config, read_json
+from mindspeed_mm.errors import ConfigError, DataError
+
+MAX_PIXELS = 2 * 89_478_485
+"""Largest picture that is decoded, padded or resized to: Pillow's own limit for a decompression bomb (3 bytes each)."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "PPM")
+"""Raster formats only: Pillow would start other programs for some of the rest (EPS)."""
+
+CONFIG_NAMES = ("preprocessor_config.json", "processor_config.json")
+
+PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+
+UNUSED_KEYS = ("processor_class", "image_seq_length", "_valid_processor_keys")
+"""Keys of preprocessor_config.json that say nothing about pixels."""
+
+
+class ImageError(DataError):
+    """A picture cannot be used; the policy `image_error` of the data config decides what follows."""
+
+
+class ImageProcessor(StrictModel):
+    """The fields of a CLIP preprocessor_config.json, with transformers' defaults for those that are left out."""
+
+    do_convert_rgb: bool = True
+    do_resize: bool = True
+    size: dict[str, pydantic.PositiveInt] = {"shortest_edge": 224}
+    resample: Literal[0, 1, 2, 3, 4, 5] = 3
+    """Pillow's number of the filter; 3 is bicubic."""
+
+    do_center_crop: bool = True
+    crop_size: dict[str, pydantic.PositiveInt] = {"height": 224, "width": 224}
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @pydantic.field_validator("size", "crop_size", mode="before")
+    @classmethod
+    def _from_int(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Old configs give one number: the shortest edge, or the side of a square crop."""
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"shortest_edge": value} if info.field_name == "size" else {"height": value, "width": value}
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> "ImageProcessor":
+        if set(self.size) not in ({"shortest_edge"}, {"height", "width"}):
+            raise ValueError(
+                f'size has the keys {sorted(self.size)}; expected "shortest_edge", or "height" and "width"'
+            )
+        if set(self.crop_size) != {"height", "width"}:
+            raise ValueError(f'crop_size has the keys {sorted(self.crop_size)}; expected "height" and "width"')
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std is {self.image_std}; expected positive numbers")
+        return self
+
+    @classmethod
+    def from_config(cls, source: str | Path | dict[str, Any]) -> "ImageProcessor":
+        """From a preprocessor_config.json, the folder that holds one, or its parsed content.
+
+        Raises ConfigError for a missing file, another kind of processor, and unknown or wrong fields.
+        """
+        context = None
+        if not isinstance(source, dict):
+            path = _config_file(Path(source))
+            source, context = read_json(path), str(path)
+            source = source.get("image_processor", source) if path.name == CONFIG_NAMES[1] else source
+        fields = dict(source)
+        for key in ("image_processor_type", "feature_extractor_type"):
+            kind = fields.pop(key, None)
+            if kind is not None and kind not in PROCESSOR_TYPES:
+                raise ConfigError(f'image processor ({context}): {key} is "{kind}"; expected "CLIPImageProcessor".')
+        for key in [key for key, value in fields.items() if key in UNUSED_KEYS or value is None]:
+            del fields[key]
+        return load_config(cls, fields, what="image processor", context=context)
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """(height, width) of every preprocessed image, or None where it depends on the picture."""
+        if self.do_center_crop:
+            return self.crop_size["height"], self.crop_size["width"]
+        if self.do_resize and "height" in self.size:
+            return self.size["height"], self.size["width"]
+        return None
+
+    def save(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json as transformers reads it."""
+        fields = {"image_processor_type": "CLIPImageProcessor", **self.model_dump(mode="json")}
+        (Path(folder) / CONFIG_NAMES[0]).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _config_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in CONFIG_NAMES:
+        if (path / name).is_file():
+            return path / name
+    raise ConfigError(f"{path} holds no {CONFIG_NAMES[0]}; expected the folder of a CLIP image processor.")
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Decode a picture to RGB.
+
+    Raises ImageError naming the path when it is missing, truncated, too large or not a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on sizes and palettes; the size is checked below
+            with Image.open(path, formats=FORMATS) as image:
+                _bound(image.width * image.height, f"is {image.width} x {image.height} pixels", path)
+                return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ImageError(f"image {path} is missing; correct the record, the data folder, or add the file.") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(
+            f"image {path} cannot be decoded ({error}); expected a whole {', '.join(FORMATS[:3])} or similar file. "
+            "Replace it or remove the record."
+        ) from error
+
+
+def preprocess(image: str | Path | Image.Image, image_processor: ImageProcessor, pad: bool = True) -> torch.Tensor:
+    """A picture as the vision encoder sees it: [3, H, W] float32.
+
+    `pad` adds borders in the mean colour to make it square first (LLaVA's image_aspect_ratio "pad"); otherwise the
+    centre crop cuts the longer side. Raises ImageError for a picture that cannot be used.
+    """
+    path = image if not isinstance(image, Image.Image) else "(in memory)"
+    picture = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
+    if min(picture.size) == 0:
+        raise ImageError(f"image {path} has no pixels; replace it.")
+    if pad:
+        picture = _expand_to_square(picture, image_processor, path)
+    if image_processor.do_resize:
+        picture = _resize(picture, image_processor, path)
+    pixels = np.asarray(picture)
+    if image_processor.do_center_crop:
+        pixels = _center_crop(pixels, image_processor.crop_size["height"], image_processor.crop_size["width"])
+    values = pixels.astype(np.float32)
+    if image_processor.do_rescale:
+        # The product is formed in float64 and rounded once, as transformers does.
+        values = (pixels * np.float64(image_processor.rescale_factor)).astype(np.float32)
+    if image_processor.do_normalize:
+        values = (values - np.float32(image_processor.image_mean)) / np.float32(image_processor.image_std)
+    return torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))
+
+
+def _bound(pixels: int, found: str, path: Any) -> None:
+    if pixels > MAX_PIXELS:
+        raise ImageError(f"image {path} {found}; at most {MAX_PIXELS} are decoded. Scale it down or remove the record.")
+
+
+def _expand_to_square(picture: Image.Image, image_processor: ImageProcessor, path: Any) -> Image.Image:
+    """LLaVA's expand2square: the mean colour cut to integers, the picture in the middle (offset rounded down)."""
+    width, height = picture.size
+    if width == height:
+        return picture
+    side = max(width, height)
+    _bound(side * side, f"is {width} x {height}, {side * side} pixels when padded to a square", path)
+    square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in image_processor.image_mean))
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _resize(picture: Image.Image, image_processor: ImageProcessor, path: Any) -> Image.Image:
+    """To a fixed size, or the shortest edge to its length and the other in proportion (rounded down)."""
+    size = image_processor.size
+    width, height = picture.size
+    if "shortest_edge" in size:
+        edge = size["shortest_edge"]
+        longer = int(edge * max(width, height) / min(width, height))
+        target = (edge, longer) if width <= height else (longer, edge)
+    else:
+        target = (size["width"], size["height"])
+    _bound(target[0] * target[1], f"is {width} x {height}, {target[0] * target[1]} pixels when resized", path)
+    return picture.resize(target, resample=Image.Resampling(image_processor.resample))
+
+
+def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """[h, w, 3] -> [height, width, 3]; the offset is rounded down. A picture that is smaller gets black borders."""
+    missing_h, missing_w = max(height - pixels.shape[0], 0), max(width - pixels.shape[1], 0)
+    if missing_h or missing_w:
+        # transformers rounds the border up, then places the crop by its (negative, rounded down) offset
+        before_h, before_w = math.ceil(missing_h / 2), math.ceil(missing_w / 2)
+        borders = ((before_h, missing_h - before_h), (before_w, missing_w - before_w), (0, 0))
+        pixels = np.pad(pixels, borders)
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]

@@ -1,0 +1,209 @@
+"""Random access to the records of a JSON list or a JSONL file without holding them in memory.
+
+The file is read once at the start: every record is parsed (so that damage is found before training, not within it) and
+only its place in the file is kept, 16 bytes per record. Later reads fetch one record each.
+"""
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mindspeed_mm.errors import DataError
+
+BLOCK_BYTES = 4 * 2**20
+MAX_RECORD_BYTES = 64 * 2**20
+"""A longer record is taken for damage (an unclosed bracket would swallow the rest of the file)."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+JSON_SPACE = b" \t\r\n"
+JSON_SPACES = re.compile(r"[ \t\r\n]*")
+
+
+class RecordFile:
+    """The records of one file. Safe to use from several processes at once; can be pickled."""
+
+    def __init__(self, path: str | Path, check: Callable[[dict[str, Any], str], Any] | None = None):
+        """Index the file; `check(record, where)` is called for every record and may raise DataError.
+
+        Raises DataError for a missing, empty or damaged file, naming the record and its line.
+        """
+        self.path = Path(path)
+        self._descriptor: int | None = None
+        places = []
+        for number, (record, start, end) in enumerate(self._scan()):
+            where = self.where(number)
+            if not isinstance(record, dict):
+                raise DataError(f"{where} is {_shown(record)}; expected an object with conversations.")
+            if check is not None:
+                check(record, where)
+            places.append((start, end))
+        if not places:
+            raise DataError(f"{self.path} holds no records; expected a JSON list or JSONL of conversations.")
+        self._places = np.asarray(places, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        start, end = self._places[number].tolist()
+        if self._descriptor is None:
+            self._descriptor = self._open()
+        raw = os.pread(self._descriptor, end - start, start)
+        try:
+            return json.loads(raw)
+        except ValueError as error:
+            raise DataError(
+                f"{self.where(number)} is not JSON any more; the file has changed since the start."
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptor": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)
+
+    def where(self, number: int) -> str:
+        """Name of a record for messages; records count from 0 as in a Python list."""
+        return f"{self.path}: record {number}"
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(
+                f"cannot read the data file {self.path}: {error.strerror}. Correct data_path or its permissions."
+            ) from error
+
+    def _scan(self) -> Iterator[tuple[Any, int, int]]:
+        """(record, first byte, byte after the last) of every record."""
+        descriptor = self._open()
+        try:
+            with os.fdopen(descriptor, "rb") as file:
+                start = 3 if file.read(3) == BYTE_ORDER_MARK else 0
+                file.seek(start)
+                head = file.read(BLOCK_BYTES)
+                first = head.lstrip(JSON_SPACE)[:1]
+                start += len(head) - len(head.lstrip(JSON_SPACE))
+                if first == b"[":
+                    yield from self._scan_list(file, start)
+                else:
+                    yield from self._scan_lines(file, start)
+        except OSError as error:
+            raise DataError(f"cannot read the data file {self.path}: {error.strerror}.") from error
+
+    def _scan_lines(self, file: Any, position: int) -> Iterator[tuple[Any, int, int]]:
+        file.seek(position)
+        number = 0
+        for line in iter(lambda: file.readline(MAX_RECORD_BYTES), b""):
+            end = position + len(line)
+            if line.strip():
+                yield self._parse(line, number, position), position, end
+                number += 1
+            position = end
+
+    def _parse(self, raw: bytes, number: int, position: int) -> Any:
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise self._damage(number, position, str(error)) from error
+
+    def _scan_list(self, file: Any, position: int) -> Iterator[tuple[Any, int, int]]:
+        """Elements of a top-level list, block by block; `position` is that of its opening bracket."""
+        reader = _Reader(file, position + 1)
+        decoder = json.JSONDecoder()
+        number = 0
+        if reader.skip_space() == "]":
+            return
+        while True:
+            try:
+                record, start, end = reader.decode(decoder)
+            except (ValueError, RecursionError) as error:
+                raise self._damage(number, reader.position, str(error)) from error
+            yield record, start, end
+            number += 1
+            mark = reader.skip_space()
+            if mark not in (",", "]"):
+                raise self._damage(number, reader.position, f"expected a comma or the list's end, found {mark!r}")
+            reader.advance(1)
+            if mark == "]":
+                break
+        rest = reader.skip_space()
+        if rest:
+            raise self._damage(number, reader.position, f"the list has ended, yet {rest!r} follows")
+
+    def _damage(self, number: int, position: int, reason: str) -> DataError:
+        with self.path.open("rb") as file:
+            line, left = 1, position
+            while left > 0 and (block := file.read(min(left, BLOCK_BYTES))):
+                line += block.count(b"\n")
+                left -= len(block)
+        return DataError(
+            f"{self.where(number)} (line {line}) cannot be parsed: {reason}. Expected one JSON list of records, or one "
+            "record per line; correct the file there."
+        )
+
+
+class _Reader:
+    """A window of text on a UTF-8 file that grows while a JSON value does not fit into it; counts bytes."""
+
+    def __init__(self, file: Any, position: int):
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._offset = 0
+        self.position = position
+        """Byte of the file at which the window's unread part starts."""
+
+        file.seek(position)
+
+    def _more(self) -> bool:
+        block = self._file.read(BLOCK_BYTES)
+        self._text = self._text[self._offset :] + self._decoder.decode(block, final=not block)
+        self._offset = 0
+        return bool(block)
+
+    def advance(self, count: int) -> None:
+        """Move over `count` characters."""
+        self.position += len(self._text[self._offset : self._offset + count].encode())
+        self._offset += count
+
+    def skip_space(self) -> str:
+        """Move to the next character that is not white space and return it; empty at the end of the file."""
+        while True:
+            match = JSON_SPACES.match(self._text, self._offset)
+            self.advance(match.end() - self._offset)
+            if self._offset < len(self._text):
+                return self._text[self._offset]
+            if not self._more():
+                return ""
+
+    def decode(self, decoder: json.JSONDecoder) -> tuple[Any, int, int]:
+        """The object at the current position and its first and last byte (exclusive); moves behind it.
+
+        Raises ValueError.
+        """
+        if self.skip_space() != "{":
+            raise ValueError(f"expected an object, found {self.skip_space() or 'the end of the file'!r}")
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._text, self._offset)
+            except json.JSONDecodeError:
+                # Either damage or an object that the window cuts off: only more text can tell.
+                if len(self._text) - self._offset > MAX_RECORD_BYTES or not self._more():
+                    raise
+                continue
+            start = self.position
+            self.advance(end - self._offset)
+            return value, start, self.position
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
