@@ -101,7 +101,9 @@ class Part:
 
     `kind` is one of text_decoder, vision_encoder, vision_projector; `from_hf` turns the part's HF config into a Spec;
     `rules` maps a dialect (see weights/sources.py) to its rules; `checked` names the Spec fields that a source's config
-    must confirm before its weights are loaded, `checked_where` further ones with the HF key that some configs lack.
+    must confirm before its weights are loaded, `checked_where` further ones with the HF key that some configs lack;
+    `from_shapes` derives a Spec of weights without a config: from shape(our name), the number of layers, and fields that
+    the user gives; None where shapes do not suffice.
     """
 
     name: str
@@ -111,7 +113,8 @@ class Part:
     rules: dict[str, RuleSet]
     checked: tuple[str, ...] = ()
     checked_where: dict[str, str] = field(default_factory=dict)
-    build: Callable[..., torch.nn.Module] | None = field(default=None)
+    from_shapes: Callable[..., PartSpec] | None = None
+    build: Callable[..., torch.nn.Module] | None = None
 
     def read_config(self, config: dict[str, Any], dialect: str) -> PartSpec:
         """The Spec that a source's config describes: a model.json's block for dialect "ours", else an HF config."""

@@ -4,6 +4,8 @@ The feature is a hidden state before the last layer, so the layers behind it and
 Letters: H width, F MLP size, N heads, D channels per head, P patches per image.
 """
 
+import math
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -178,6 +180,24 @@ def from_hf(config: dict[str, Any]) -> ClipSpec:
     )
 
 
+def from_shapes(shape: Callable[[str], tuple[int, ...]], num_layers: int, **given: Any) -> ClipSpec:
+    """ClipSpec of weights without a config. Heads are width / 64 unless `given`, which no shape shows."""
+    width, _, _, patch = shape("conv1.weight")
+    grid = math.isqrt(shape("position_embeddings.weight")[0] - 1)
+    return load_config(
+        ClipSpec,
+        {
+            "num_layers": num_layers,
+            "hidden_size": width,
+            "ffn_hidden_size": shape("decoder.layers.0.mlp.linear_fc1.weight")[0],
+            "patch_size": patch,
+            "image_size": grid * patch,
+            **given,
+        },
+        what="vision encoder (from the shapes of its weights)",
+    )
+
+
 _LAYER = "decoder.layers.{}."
 
 
@@ -246,6 +266,7 @@ PART = Part(
     kind="vision_encoder",
     Spec=ClipSpec,
     from_hf=from_hf,
+    from_shapes=from_shapes,
     rules={"hf": HF_RULES, "openai": OPENAI_RULES, "ours": HF_RULES.own()},
     build=build,
     checked=(

@@ -1,5 +1,6 @@
 """LLaVA-1.5's projector: Linear, GELU (erf), Linear, all with biases. Spec and weight rules."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -65,6 +66,14 @@ def from_hf(config: dict[str, Any]) -> MlpSpec:
     return load_config(MlpSpec, {"input_size": sizes[0], "hidden_size": sizes[1]}, what="projector config")
 
 
+def from_shapes(shape: Callable[[str], tuple[int, ...]], num_layers: int, **given: Any) -> MlpSpec:
+    """MlpSpec of weights without a config (`num_layers` is the 0 that a part without layers has)."""
+    ffn_size, input_size = shape("encoder.linear_fc1.weight")
+    hidden_size = shape("encoder.linear_fc2.weight")[0]
+    sizes = {"input_size": input_size, "ffn_hidden_size": ffn_size, "hidden_size": hidden_size}
+    return load_config(MlpSpec, {**sizes, **given}, what="projector (from the shapes of its weights)")
+
+
 def _rules(first: str, second: str) -> RuleSet:
     return RuleSet(
         (
@@ -92,6 +101,7 @@ PART = Part(
     kind="vision_projector",
     Spec=MlpSpec,
     from_hf=from_hf,
+    from_shapes=from_shapes,
     rules={"llava": LLAVA_RULES, "hf": HF_RULES, "ours": LLAVA_RULES.own()},
     build=build,
     checked=("input_size", "hidden_size"),

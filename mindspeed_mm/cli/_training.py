@@ -1,0 +1,160 @@
+"""One training run: joins specs, weights and data with the driver."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mindspeed_mm
+import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
+from megatron.driver import loop, setup
+from megatron.driver.arguments import DriverArguments
+from megatron.driver.reading import find_checkpoint
+from megatron.driver.state import BatchFacts, Hooks, TrainState
+from mindspeed_mm.cli.train import refuse_tools
+from mindspeed_mm.config.load import load_config, read_json
+from mindspeed_mm.data.build import build_dataset, build_loader
+from mindspeed_mm.data.config import DataConfig
+from mindspeed_mm.data.template import check_template, describe_sample
+from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.data.tokenizer import load_tokenizer
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.build import build_vlm
+from mindspeed_mm.models.runtime import Runtime
+from mindspeed_mm.models.spec import ModelSpec, load_model_spec
+from mindspeed_mm.models.vlm import VLM
+from mindspeed_mm.platform import Platform
+from mindspeed_mm.training.flops import step_flops
+from mindspeed_mm.training.step import forward_step
+from mindspeed_mm.weights.loading import table
+
+logger = logging.getLogger(__name__)
+
+NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16"}
+"""Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
+
+
+class TrainingRun:
+    """Everything of a run that can be checked before processes meet is checked in the constructor."""
+
+    def __init__(
+        self, args: DriverArguments, platform: Platform, model_path: str, data_path: str, tool_path: str | None
+    ) -> None:
+        self.args, self.platform = args, platform
+        self.spec = load_model_spec(model_path)
+        self.data_config = load_config(DataConfig, data_path, what="data config")
+        if tool_path is not None:
+            refuse_tools(read_json(tool_path))
+        _check_flags(args, self.spec)
+        self.tokenizer = load_tokenizer(self.data_config.dataset_param.tokenizer_config.from_pretrained)
+        self.image_processor = ImageProcessor.from_config(self.data_config.image_processor)
+        self.dataset = build_dataset(
+            self.data_config,
+            self.tokenizer,
+            self.image_processor,
+            self.spec.vision_encoder.num_image_tokens,
+            args.seq_length or self.spec.text_decoder.language_max_sequence_length,
+        )
+        self.runtime = Runtime(
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
+            params_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and say where the result is."""
+        hooks = Hooks(describe=self._describe, extra=self._extra, compare=self._compare)
+        state = setup.setup(self.args, self._model_provider, self.platform, hooks)
+        logger.info("first sample, supervised tokens marked:\n%s", describe_sample(self.dataset[0], self.tokenizer))
+        report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
+        checkpoint = str(report.checkpoint) if report.checkpoint else None
+        return {"iteration": report.iteration, "loss": report.loss, "checkpoint": checkpoint}
+
+    def _model_provider(self, pre_process: bool, post_process: bool) -> VLM:
+        folders = [folder for folder in (self.args.load, self.args.pretrained_checkpoint) if folder]
+        in_checkpoint = any(find_checkpoint(Path(folder), self.args.ckpt_step) for folder in folders)
+        vlm, reports = build_vlm(
+            self.spec,
+            self.runtime,
+            self.platform.device(),
+            load_weights=not in_checkpoint,
+            pre_process=pre_process,
+            post_process=post_process,
+        )
+        if in_checkpoint:
+            logger.info("weights come from the checkpoint; ckpt_path in the model config is not read")
+        else:
+            logger.info("weights:\n%s", table(reports))
+        return vlm
+
+    def _batches(self, state: TrainState):
+        return build_loader(
+            self.dataset,
+            consumed_samples=state.consumed_samples,
+            micro_batch_size=self.args.micro_batch_size,
+            dp_rank=state.data_parallel_rank,
+            dp_size=state.data_parallel_size,
+            seed=self.args.seed,
+            num_workers=self.args.num_workers,
+            pad_token_id=self.tokenizer.pad_token_id,
+            pad_multiple=self.args.tensor_model_parallel_size if self.runtime.sequence_parallel else 1,
+        )
+
+    def _describe(self, batch: Batch) -> BatchFacts:
+        flops = step_flops(
+            self.spec, lengths=batch.lengths, images=batch.pixel_values.shape[0], supervised=batch.supervised
+        )
+        return BatchFacts(batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops)
+
+    def _extra(self) -> dict[str, Any]:
+        return {
+            "model": self.spec.model_dump(mode="json"),
+            "data": self.data_config.model_dump(mode="json"),
+            "samples": len(self.dataset),
+            "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
+        }
+
+    def _compare(self, saved: dict[str, Any]) -> list[str]:
+        return compare_architectures(saved.get("model", {}), self.spec.model_dump(mode="json"))
+
+
+def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> list[str]:
+    """One line for each field in which two model specs (as JSON) differ, settings of the run left out."""
+    lines = []
+    for key in sorted(set(saved) | set(current)):
+        if key in NOT_ARCHITECTURE or key.startswith("recompute_"):
+            continue
+        ours, theirs = current.get(key), saved.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            lines += compare_architectures(theirs, ours, f"{path}{key}.")
+        elif ours != theirs:
+            lines.append(f"{path}{key}: the checkpoint has {theirs!r}, the model config {ours!r}")
+    return lines
+
+
+def _check_flags(args: DriverArguments, spec: ModelSpec) -> None:
+    """Flags that repeat the model.json must agree with it; all disagreements at once."""
+    names = {"vocab_size": "language_vocab_size"}
+    problems = []
+    for flag, value in args.model_flags().items():
+        if flag == "seq_length":
+            limit = spec.text_decoder.max_position_embeddings
+            if value > limit:
+                problems.append(f"--seq-length {value} exceeds text_decoder.max_position_embeddings {limit}")
+            continue
+        found = getattr(spec.text_decoder, names.get(flag, flag))
+        if found != value:
+            key = names.get(flag, flag)
+            problems.append(f"--{flag.replace('_', '-')} is {value}, but text_decoder.{key} is {found}: make them equal")
+    if args.context_parallel_size > 1:
+        problems.append("--context-parallel-size above 1 is not supported yet: use 1")
+    if args.pipeline_model_parallel_size > 1:
+        problems.append("--pipeline-model-parallel-size above 1 is not supported yet: use 1")
+    if problems:
+        raise ConfigError("the command line does not fit the model:\n  " + "\n  ".join(problems))

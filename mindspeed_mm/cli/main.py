@@ -1,0 +1,110 @@
+"""The `mindspeed-mm` command: finds the commands, parses the line, reports errors as text and results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from mindspeed_mm.errors import CheckpointError, ConfigError, DataError, WeightError
+
+USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError)
+"""Errors whose message is for the user. Anything else is a bug of ours and keeps its traceback."""
+
+EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
+
+
+def command_names() -> list[str]:
+    """Every module of this package but this one is a command."""
+    package = importlib.import_module("mindspeed_mm.cli")
+    names = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "main"]
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line; `only` fills in the flags of that command alone (the others may import much)."""
+    parser = argparse.ArgumentParser(
+        prog="mindspeed-mm",
+        description="Multimodal LLMs of the LLaVA family on Megatron-Core: pretrain, fine-tune, infer, evaluate.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in command_names():
+        module = importlib.import_module(f"mindspeed_mm.cli.{name}")
+        subparser = subparsers.add_parser(
+            name.replace("_", "-"),
+            help=module.HELP,
+            description=module.HELP,
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        subparser.set_defaults(module=module, parser=subparser)
+        if only == name:
+            module.add_arguments(subparser)
+            subparser.add_argument("--json", action="store_true", help="print the result as a last line of JSON")
+    return parser
+
+
+def is_first_rank() -> bool:
+    """True in the process that talks to the user."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def set_up_logging() -> None:
+    """Our log goes to stderr, from the first rank; other ranks only warn, under their number."""
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if is_first_rank() else f"[rank {os.environ.get('RANK')}] "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    for name in ("mindspeed_mm", "megatron.driver", "evaluation", "checkpoint_converters"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
+
+
+def _fail(command: str, error: Exception) -> int:
+    """Print the message. What the command line or a JSON file says is equal on all ranks, so one rank tells it."""
+    if is_first_rank() or not isinstance(error, ConfigError):
+        rank = "" if is_first_rank() else f" [rank {os.environ.get('RANK')}]"
+        sys.stderr.write(f"mindspeed-mm {command}{rank}: error: {error}\n")
+        sys.stderr.flush()
+    return EXIT_ERROR
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 on success, 1 when the command failed with a message for the user, 2 for a wrong command line (argparse),
+        130 when interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((word.replace("-", "_") for word in argv if not word.startswith("-")), None)
+    parser = build_parser(only=command)
+    namespace, unknown = parser.parse_known_args(argv)
+    set_up_logging()
+    try:
+        if unknown:
+            _refuse_unknown(namespace.parser, unknown)
+        result = namespace.module.run(namespace)
+    except USER_ERRORS as error:
+        return _fail(namespace.command, error)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"mindspeed-mm {namespace.command}: interrupted\n")
+        return EXIT_INTERRUPTED
+    if namespace.json and is_first_rank():
+        sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
+    from megatron.driver.arguments import refuse_unknown
+
+    refuse_unknown(parser, unknown)

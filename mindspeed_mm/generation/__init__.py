@@ -1,0 +1,1 @@
+"""Generation: options, the decoding loop over a key/value cache, and a loaded model that ties them together."""

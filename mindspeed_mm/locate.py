@@ -1,0 +1,146 @@
+"""Finds what belongs to a model at a path: spec, weight sources, tokenizer, image processor, template."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
+from mindspeed_mm.config.load import read_json
+from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.spec import MODEL_KEYS, ModelSpec, from_llava, from_llava_hf, load_model_spec
+from mindspeed_mm.weights.sources import Source, open_source
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+DEFAULT_TEMPLATE = "v1"
+"""The template that LLaVA-1.5 is tuned with."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """A whole model. `sources` opens each part's weights; None where the spec's ckpt_path says where they are."""
+
+    path: Path
+    spec: ModelSpec
+    sources: dict[str, Source] | None
+    image_token_id: int | None = None
+    tokenizer: Path | None = None
+    image_processor: Path | dict[str, Any] | None = None
+    template: str = DEFAULT_TEMPLATE
+    pad: bool = True
+    """Pad images to squares, as LLaVA-1.5 does (its image_aspect_ratio "pad")."""
+
+
+def locate(path: Path, *, tokenizer: str | Path | None = None, image_processor: str | Path | None = None) -> Located:
+    """Recognise a model by its contents.
+
+    Raises:
+        WeightError: the path holds no whole model, or holds damaged weights.
+        ConfigError: the spec of the model is missing or wrong.
+    """
+    if path.suffix == ".json" and path.is_file():
+        found = _from_model_json(path)
+    else:
+        found = _from_source(path, open_source(path))
+    return Located(
+        **(
+            vars(found)
+            | ({"tokenizer": Path(tokenizer)} if tokenizer else {})
+            | ({"image_processor": Path(image_processor)} if image_processor else {})
+        )
+    )
+
+
+def _from_model_json(path: Path) -> Located:
+    values = {key: value for key, value in read_json(path).items() if key in MODEL_KEYS}
+    spec = load_model_spec(values, context=str(path))
+    folder = Path(spec.text_decoder.ckpt_path or path).parent
+    return Located(path, spec, None, tokenizer=_holding(folder, TOKENIZER_FILES))
+
+
+def _from_source(path: Path, source: Source) -> Located:
+    missing = [part for part in ("text_decoder", "vision_encoder", "vision_projector") if part not in source.parts]
+    if missing:
+        source.part(missing[0])  # raises, with the reason that fits the layout
+    sources = dict.fromkeys(source.parts, source)
+    if source.layout == "llava-hf":
+        return _llava_hf(path, source, sources)
+    if source.layout == "llava":
+        return _llava(path, source, sources)
+    if source.layout == "checkpoint":
+        return _checkpoint(path, source, sources)
+    if source.layout == "mindspeed-mm" and source.config:
+        spec = load_model_spec(source.config, context=str(path / "model.json"))
+        return Located(
+            path,
+            spec,
+            sources,
+            tokenizer=_holding(path, TOKENIZER_FILES),
+            image_processor=_holding(path, PROCESSOR_FILES),
+        )
+    raise WeightError(
+        f"{path}: found layout {source.layout}, which does not say the model's architecture; give a model.json whose "
+        "ckpt_path entries name these weights instead"
+    )
+
+
+def _llava_hf(path: Path, source: Source, sources: dict[str, Source]) -> Located:
+    config = _config(path, source)
+    image_token = config.get("image_token_index", config.get("image_token_id"))
+    return Located(
+        path,
+        from_llava_hf(config),
+        sources,
+        image_token_id=32000 if image_token is None else image_token,  # LlavaConfig's default
+        tokenizer=_holding(path, TOKENIZER_FILES),
+        image_processor=_holding(path, PROCESSOR_FILES),
+    )
+
+
+def _llava(path: Path, source: Source, sources: dict[str, Source]) -> Located:
+    config = _config(path, source)
+    tower = source.part("vision_encoder")
+    if tower.config is None:
+        raise WeightError(
+            f"{path}: the config of the vision tower {config.get('mm_vision_tower')!r} is not there; put the tower's "
+            "folder at that path (relative to this folder)"
+        )
+    folder = path / str(config.get("mm_vision_tower"))
+    return Located(
+        path,
+        from_llava(config, tower.config),
+        sources,
+        tokenizer=_holding(path, TOKENIZER_FILES),
+        image_processor=_holding(folder, PROCESSOR_FILES) or _holding(path, PROCESSOR_FILES),
+        pad=config.get("image_aspect_ratio", "square") == "pad",
+    )
+
+
+def _checkpoint(path: Path, source: Source, sources: dict[str, Source]) -> Located:
+    extra = _config(path, source)
+    data = extra.get("data", {})
+    return Located(
+        path,
+        load_model_spec(extra["model"], context=f"{source.path}: model in run.json"),
+        sources,
+        tokenizer=_existing(data.get("tokenizer")),
+        image_processor=data.get("image_processor"),
+        template=data.get("template") if data.get("template") not in (None, "plain") else DEFAULT_TEMPLATE,
+        pad=bool(data.get("pad", True)),
+    )
+
+
+def _config(path: Path, source: Source) -> dict[str, Any]:
+    if not source.config:
+        raise ConfigError(f"{path}: config.json is missing; copy it from where the weights come from")
+    return source.config
+
+
+def _holding(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return folder if any((folder / name).is_file() for name in names) else None
+
+
+def _existing(path: str | None) -> Path | None:
+    return Path(path) if path and Path(path).exists() else None

@@ -1,0 +1,57 @@
+"""Builds a VLM on this rank and fills it from its specs' ckpt_path."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+
+from mindspeed_mm.models.runtime import Runtime
+from mindspeed_mm.models.spec import ModelSpec
+from mindspeed_mm.models.vlm import VLM
+from mindspeed_mm.weights.loading import LoadReport, load_part
+from mindspeed_mm.weights.sources import Source, open_source
+
+
+def build_vlm(
+    spec: ModelSpec,
+    runtime: Runtime,
+    device: torch.device,
+    *,
+    load_weights: bool = True,
+    sources: dict[str, Source] | None = None,
+    pre_process: bool = True,
+    post_process: bool = True,
+) -> tuple[VLM, list[LoadReport]]:
+    """Build this pipeline stage's part of the model in `runtime.params_dtype` on `device`.
+
+    Args:
+        load_weights: fill each part from its ckpt_path, strictly; False where a training checkpoint follows.
+        sources: opened sources by part kind, instead of the specs' ckpt_path.
+
+    Returns:
+        The model and one report for each part that was loaded or declared fresh.
+
+    Raises:
+        WeightError: weights are missing, damaged or of another geometry; a part is neither loaded nor declared fresh.
+    """
+    vlm = VLM(spec, runtime, pre_process=pre_process, post_process=post_process).to(device, runtime.params_dtype)
+    if not load_weights:
+        return vlm, []
+    reports = []
+    opened: dict[str, Source] = {}
+    for kind, module in vlm.parts().items():
+        part_spec = spec.part_specs()[kind]
+        source = (sources or {}).get(kind)
+        if source is None and part_spec.ckpt_path is not None:
+            source = opened.setdefault(part_spec.ckpt_path, open_source(part_spec.ckpt_path))
+        reports.append(
+            load_part(
+                module,
+                spec.parts()[kind],
+                part_spec,
+                source,
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                tp_size=runtime.tensor_model_parallel_size,
+            )
+        )
+    return vlm, reports

@@ -1,0 +1,83 @@
+"""The spec that weights themselves give: from the config beside them, else from their shapes."""
+
+import re
+from typing import Any
+
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.part import Part, PartSpec
+from mindspeed_mm.models.spec import DEFAULT_MODEL_IDS, PART_KINDS, ModelSpec, find_part, load_model_spec
+from mindspeed_mm.weights.rules import Rule
+from mindspeed_mm.weights.sources import PartSource, Source
+
+
+def part_of_source(source: PartSource) -> Part:
+    """The part whose weights these are."""
+    config = source.config or {}
+    model_id = config.get("model_id") if source.dialect == "ours" else None
+    return find_part(source.part, model_id or DEFAULT_MODEL_IDS[source.part])
+
+
+def describe_part(source: PartSource, **given: Any) -> PartSpec:
+    """The Spec of one part of a source.
+
+    `given` are Spec fields that the user states; they take the place of what the config says.
+    Raises WeightError where there is no config and shapes do not suffice, ConfigError for unsupported values.
+    """
+    part = part_of_source(source)
+    given = {key: value for key, value in given.items() if value is not None}
+    if source.config is not None:
+        spec = part.read_config(source.config, source.dialect)
+        if not given:
+            return spec
+        derived = [key for key in ("num_query_groups", "kv_channels") if "num_attention_heads" in given]
+        block = {**spec.model_dump(mode="json", exclude_defaults=True), **dict.fromkeys(derived), **given}
+        return part.read_config(block, "ours")
+    if part.from_shapes is None:
+        raise WeightError(
+            f"{source.path}: found no config.json beside the {source.part}; expected one, since shapes do not show its "
+            "heads, norm and positions. Give the folder that holds config.json and weights."
+        )
+    return part.from_shapes(lambda name: _our_shape(part, source, name), _count_layers(part, source), **given)
+
+
+def describe_model(source: Source, **vision_encoder: Any) -> ModelSpec:
+    """ModelSpec of a source that holds all parts. Raises WeightError when one is not there."""
+    specs = {kind: describe_part(source.part(kind)) for kind in PART_KINDS if kind != "vision_encoder"}
+    specs["vision_encoder"] = describe_part(source.part("vision_encoder"), **vision_encoder)
+    return load_model_spec(model_block(specs), context=str(source.path))
+
+
+def model_block(specs: dict[str, PartSpec]) -> dict[str, Any]:
+    """A model.json of the given parts, by kind, with the values that differ from the defaults."""
+    blocks = {kind: spec.model_dump(mode="json", exclude_defaults=True) for kind, spec in specs.items()}
+    image_encoder = {kind: block for kind, block in blocks.items() if kind != "text_decoder"}
+    model = {"text_decoder": blocks["text_decoder"]} if "text_decoder" in blocks else {}
+    return {**model, "image_encoder": image_encoder} if image_encoder else model
+
+
+def _rule(part: Part, source: PartSource, target: str) -> Rule:
+    pattern = re.sub(r"\.\d+\.", ".{}.", target, count=1)
+    rules = part.rules[source.dialect].rules
+    return next(rule for rule in rules if isinstance(rule, Rule) and rule.target == pattern)
+
+
+def _our_shape(part: Part, source: PartSource, target: str) -> tuple[int, ...]:
+    """Shape of a tensor of ours that a source holds unchanged."""
+    name = _rule(part, source, target).sources[0].replace("{}", "0")
+    if name not in source.names:
+        raise WeightError(
+            f"{source.path}: tensor {name} is missing; expected the weights of a {part.name}. Give a complete file."
+        )
+    return source.shape(name)
+
+
+def _count_layers(part: Part, source: PartSource) -> int:
+    """Layers that a source holds: the largest number in the place of `{}`, plus one."""
+    patterns = [
+        re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+        for rule in part.rules[source.dialect].rules
+        if isinstance(rule, Rule) and "{}" in rule.target
+        for name in rule.sources
+    ]
+    found = [pattern.fullmatch(name) for pattern in patterns for name in source.names]
+    return max((int(match.group(1)) + 1 for match in found if match), default=0)

@@ -1,0 +1,46 @@
+"""Batch -> device -> model -> summed loss, in the form that megatron.core's schedules ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from mindspeed_mm.platform import current_platform
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]]
+
+
+def sum_losses(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Sum and number of the token losses of a micro-batch.
+
+    The driver divides once, by the supervised tokens of the whole global batch, so that the loss does not depend on
+    how the batch is split into micro-batches and ranks.
+
+    Args:
+        token_losses: [n] float32 of the supervised positions; n may be 0.
+
+    Returns:
+        (loss sum with graph, n as an int tensor, {"lm loss": (detached sum, n)}).
+    """
+    total = token_losses.sum()
+    count = torch.tensor(token_losses.numel(), dtype=torch.int, device=token_losses.device)
+    return total, count, {"lm loss": (total.detach(), count)}
+
+
+def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+    """One micro-batch through the model (megatron.core's forward_step_func).
+
+    Args:
+        data_iterator: yields data.sample.Batch.
+        model: VLM, possibly wrapped.
+    """
+    batch = next(data_iterator)
+    device = current_platform().device()
+    output = model(
+        batch.input_ids.to(device, non_blocking=True),
+        batch.position_ids.to(device, non_blocking=True),
+        labels=batch.labels.to(device, non_blocking=True),
+        pixel_values=batch.pixel_values.to(device, non_blocking=True),
+    )
+    return output, sum_losses
