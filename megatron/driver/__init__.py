@@ -27,9 +27,10 @@ What the caller brings
         loss_sum 0-d float tensor with graph, the sum of token losses of this micro-batch; num_tokens 0-d int tensor,
         the supervised tokens. The driver divides by the tokens of the whole global batch.
     hooks: state.Hooks(describe, extra, compare), each with a default
-        describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops=0.0)
+        describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops=0.0, gradient_expected=True)
             default reads batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(); flops is forward +
-            backward of this micro-batch over the whole model (TFLOP/s and MFU are logged where it is not 0)
+            backward of this micro-batch over the whole model (TFLOP/s and MFU are logged where it is not 0);
+            gradient_expected=False says that a zero gradient is right (text only while only the projector is trained)
         extra() -> dict                 JSON-able; stored as run.json["extra"] in every checkpoint (specs, versions, sampler)
         compare(saved_extra) -> list[str]   one line per field in which the checkpoint's architecture differs; [] if it fits
 
@@ -40,7 +41,7 @@ Functions
     loop.train(state, args, forward_step, data_iterator, hooks=Hooks()) -> TrainReport(iteration, loss, checkpoint)
         stops at --train-iters, --exit-interval or SIGTERM (saved first where --save is given)
     checkpointing.save_checkpoint(state, args, hooks) -> Path
-    checkpointing.load_checkpoint(state, args, hooks) -> Path | None          (setup calls it)
+    resuming.load_checkpoint(state, args, hooks) -> Path | None               (setup calls it)
     reading.find_checkpoint(folder, step=None) -> Path | None                 SAVE (tracker decides) or an iter dir itself
     reading.read_checkpoint(folder, step=None) -> Checkpoint(path, run, names, get(name) -> full Tensor, shape(name))
         without a process group, for inference and conversion; model tensors of the iter dir and of its frozen dir, under plain
@@ -48,5 +49,5 @@ Functions
 
 TrainState: model (list of DDP-wrapped chunks), optimizer, scheduler, platform, iteration, consumed_samples,
     data_parallel_rank, data_parallel_size; .modules -> the bare modules.
-Errors: ConfigError (flags), CheckpointError (checkpoints), TrainingError (a step that must not go on), all with cause and cure.
+Errors: ConfigError (flags), CheckpointError (checkpoints), state.TrainingError (a step that must not go on), all with cause and cure.
 """

@@ -61,9 +61,17 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
     seed = args.seed + STAGE_SEED_STEP * parallel_state.get_pipeline_model_parallel_rank()
     platform.seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    if is_rank_0():
-        for note in args.notes():
-            logger.info(note)
+    _configure_log()
+    for note in args.notes() if is_rank_0() else ():
+        logger.info(note)
+
+
+def _configure_log() -> None:
+    """The driver logs from rank 0; other ranks speak of errors only. A handler is added where the caller has none."""
+    driver = logging.getLogger("megatron.driver")
+    driver.setLevel(logging.INFO if is_rank_0() else logging.ERROR)
+    if not driver.hasHandlers():
+        driver.addHandler(logging.StreamHandler())
 
 
 def _init_process_group(args: DriverArguments, platform: Platform) -> None:

@@ -7,8 +7,10 @@ classes that describe tensors; call it before anything of torch opens the folder
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,12 @@ OPTIMIZER_PREFIX = "optimizer."
 METADATA_FILE = ".metadata"
 METADATA_LIMIT = 2**30
 """Bytes; 2 million tensors take about 400 MB."""
+
+# torch's CheckpointException derives from BaseException and carries one error per rank.
+_READING_ERRORS = (
+    *(dcp.api.CheckpointException, pickle.UnpicklingError),
+    *(RuntimeError, OSError, EOFError, KeyError),
+)
 
 _DESCRIPTIONS = {
     "torch.distributed.checkpoint.metadata": {
@@ -215,22 +223,15 @@ class Checkpoint:
         return tensor
 
 
-class reading_errors:
-    """Context that turns what a damaged or hostile checkpoint raises in torch into a CheckpointError."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: type | None, error: BaseException | None, _trace: Any) -> None:
-        # torch's CheckpointException derives from BaseException and carries one error per rank.
-        known = (dcp.api.CheckpointException, pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError)
-        if isinstance(error, known):
-            raise CheckpointError(
-                f"checkpoint {self._path} cannot be read: {_first_line(error)}. Load another iteration"
-            ) from error
+@contextlib.contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn what a damaged or hostile checkpoint raises in torch and megatron.core into a CheckpointError."""
+    try:
+        yield
+    except _READING_ERRORS as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {_first_line(error)}. Load another iteration"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,9 +14,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.driver.arguments import DriverArguments
-from megatron.driver.checkpointing import check_writable, load_checkpoint
+from megatron.driver.checkpointing import check_writable
 from megatron.driver.initialize import is_rank_0
-from megatron.driver.state import Hooks, TrainState
+from megatron.driver.resuming import load_checkpoint
+from megatron.driver.state import Hooks, TrainState, compute_dtype
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
 
@@ -62,11 +63,6 @@ def setup(
     return state
 
 
-def params_dtype(args: DriverArguments) -> torch.dtype:
-    """The type that the model computes in."""
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-
-
 def _build_model(
     args: DriverArguments, model_provider: ModelProvider, platform: Platform
 ) -> list[DistributedDataParallel]:
@@ -74,7 +70,7 @@ def _build_model(
     _check_trainable(module, platform)
     config = module.config
     config.bf16, config.fp16 = args.bf16, args.fp16
-    config.params_dtype = config.pipeline_dtype = params_dtype(args)
+    config.params_dtype = config.pipeline_dtype = compute_dtype(args)
     # Gradients are sums over tokens; finalize_model_grads divides them by the tokens of the global batch.
     config.calculate_per_token_loss = True
     module = module.to(platform.device())
@@ -119,7 +115,7 @@ def _optimizer_config(args: DriverArguments) -> OptimizerConfig:
         clip_grad=args.clip_grad,
         bf16=args.bf16,
         fp16=args.fp16,
-        params_dtype=params_dtype(args),
+        params_dtype=compute_dtype(args),
         loss_scale=args.loss_scale,
         initial_loss_scale=args.initial_loss_scale,
         min_loss_scale=args.min_loss_scale,

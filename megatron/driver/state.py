@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
+from megatron.driver.arguments import DriverArguments
 from mindspeed_mm.platform import Platform
 
 
@@ -31,6 +33,8 @@ class BatchFacts(NamedTuple):
     """All positions, with padding."""
     flops: float = 0.0
     """Floating-point operations of forward and backward over the whole model; 0 where they are not known."""
+    gradient_expected: bool = True
+    """False where no trained parameter takes part: a text-only batch while only the projector is trained."""
 
 
 def describe_batch(batch: Any) -> BatchFacts:
@@ -81,3 +85,8 @@ def unwrap(chunk: DistributedDataParallel) -> MegatronModule:
     """The module inside DistributedDataParallel and, where there is one, Float16Module."""
     module = chunk.module
     return module.module if isinstance(module, Float16Module) else module
+
+
+def compute_dtype(args: DriverArguments) -> torch.dtype:
+    """The type that the model computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -1,0 +1,140 @@
+"""Saving a run. The layout of a save folder is described in storage.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import __version__ as megatron_core_version
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from megatron.driver import rng, storage
+from megatron.driver.arguments import DriverArguments
+from megatron.driver.collectives import agree
+from megatron.driver.initialize import is_rank_0
+from megatron.driver.reading import FORMAT
+from megatron.driver.sharding import PlainSave, content_hash, metadata, model_tensors, split_frozen
+from megatron.driver.state import Hooks, TrainState
+from mindspeed_mm.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def check_writable(args: DriverArguments) -> None:
+    """Fail at the start, not at the first save. Collective.
+
+    Raises:
+        CheckpointError: --save cannot be written to.
+    """
+
+    def probe() -> None:
+        if args.save is None:
+            return
+        save = Path(args.save)
+        storage.probe_writable(save)
+        storage.clean(save)
+        if (save / storage.TRACKER).exists() and args.load is None:
+            logger.warning(
+                "--save %s holds checkpoints already and --load is not given: this run starts from scratch and "
+                "replaces those of the same iterations",
+                save,
+            )
+
+    agree(probe)
+
+
+def save_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | None = None) -> Path:
+    """Write SAVE/iter_%07d and move the tracker. Collective. A save that fails leaves what was there before.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: the disk is full or not writable, or the model holds state that is no tensor.
+    """
+    hooks = hooks or Hooks()
+    save = Path(args.save)
+    final = storage.iteration_dir(save, state.iteration)
+    agree(lambda: storage.clean(save))
+    try:
+        frozen = _save_frozen(state, save)
+        agree(lambda: storage.begin(final))
+        _write_tensors(_training_tensors(state, args), storage.work_dir(final))
+        if not args.no_save_rng:
+            rng.save(storage.work_dir(final), state.platform)
+
+        def finish() -> None:
+            work = storage.work_dir(final)
+            run = _describe(state, args, hooks, frozen, storage.sizes(work))
+            (work / storage.RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
+            storage.publish(final)
+            storage.write_text(save / storage.TRACKER, str(state.iteration))
+
+        agree(finish)
+    except (OSError, RuntimeError, CheckpointingException, torch.distributed.checkpoint.api.CheckpointException) as error:
+        raise CheckpointError(
+            f"iteration {state.iteration} could not be saved to {save}: {error}. Checkpoints written before are whole"
+        ) from error
+    if is_rank_0():
+        logger.info("saved checkpoint %s", final)
+    return final
+
+
+def _training_tensors(state: TrainState, args: DriverArguments) -> dict[str, Any]:
+    everything = model_tensors(state.modules)
+    content: dict[str, Any] = {}
+    if not args.no_save_optim:
+        content["optimizer"] = state.optimizer.sharded_state_dict(everything, metadata=metadata())
+    content["model"], _ = split_frozen(everything)
+    return content
+
+
+def _write_tensors(content: dict[str, Any], folder: Path) -> None:
+    dist_checkpointing.save(content, str(folder), sharded_strategy=PlainSave())
+
+
+def _save_frozen(state: TrainState, save: Path) -> dict[str, Any] | None:
+    """Write the frozen parameters unless SAVE holds them already; what run.json says about them, on rank 0."""
+    _, frozen = split_frozen(model_tensors(state.modules))
+    if state.frozen_id is None:
+        state.frozen_id = content_hash(frozen)
+    if not state.frozen_id:
+        return None
+    final = storage.frozen_dir(save, state.frozen_id)
+    if not agree(final.is_dir):
+        agree(lambda: storage.begin(final))
+        _write_tensors({"model": frozen}, storage.work_dir(final))
+        agree(lambda: storage.publish(final))
+    return agree(lambda: {"id": state.frozen_id, "files": storage.sizes(final)})
+
+
+def _describe(
+    state: TrainState, args: DriverArguments, hooks: Hooks, frozen: dict[str, Any] | None, files: dict[str, int]
+) -> dict[str, Any]:
+    """run.json: everything about a checkpoint that is no tensor."""
+    return {
+        "format": FORMAT,
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+        "skipped_iterations": state.skipped_iterations,
+        "scheduler": state.scheduler.state_dict(),
+        "optimizer": not args.no_save_optim,
+        "rng": not args.no_save_rng,
+        "layout": layout(args),
+        "frozen": frozen,
+        "files": files,
+        "arguments": dataclasses.asdict(args),
+        "versions": {"torch": torch.__version__, "megatron_core": megatron_core_version},
+        "extra": hooks.extra(),
+    }
+
+
+def layout(args: DriverArguments) -> dict[str, Any]:
+    """What the random states and the hash of frozen parameters of a checkpoint depend on."""
+    names = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    return {name: getattr(args, name) for name in (*names, "bf16", "fp16")}

@@ -1,0 +1,253 @@
+"""The training loop: one global batch after the other until the run is done, told to stop, or must not go on."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron.driver.arguments import DriverArguments
+from megatron.driver.checkpointing import save_checkpoint
+from megatron.driver.collectives import gather
+from megatron.driver.initialize import is_rank_0
+from megatron.driver.metrics import Recorder, StepMetrics
+from megatron.driver.state import BatchFacts, Hooks, TrainingError, TrainState
+
+logger = logging.getLogger(__name__)
+
+LOSS = "lm loss"
+"""Key of what loss_func reports: (sum of token losses, supervised tokens)."""
+
+ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[torch.Tensor, Callable]]
+
+
+class TrainReport(NamedTuple):
+    """How a run ended."""
+
+    iteration: int
+    loss: float | None
+    """Of the last step; None where no step was left to do."""
+    checkpoint: Path | None
+    """The last one written by this run."""
+
+
+class MeteredIterator:
+    """The data iterator, with the facts of each micro-batch and the time spent waiting for it."""
+
+    def __init__(self, iterator: Iterator[Any], describe: Callable[[Any], BatchFacts]) -> None:
+        self._iterator, self._describe = iterator, describe
+        self.facts: list[BatchFacts] = []
+        self.seconds = 0.0
+
+    def __iter__(self) -> MeteredIterator:
+        return self
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            raise TrainingError("the data ended before the last step: the data iterator must begin a new epoch") from None
+        self.seconds += time.perf_counter() - start
+        self.facts.append(self._describe(batch))
+        return batch
+
+    def clear(self) -> None:
+        """Begin a new step."""
+        self.facts, self.seconds = [], 0.0
+
+
+class StopRequest:
+    """Context in which SIGTERM is remembered instead of killing the process."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: Any = None
+        self._installed = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> StopRequest:
+        if self._installed:
+            self._previous = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _remember(self, _number: int, _frame: Any) -> None:
+        self.received = True
+
+
+def train(
+    state: TrainState,
+    args: DriverArguments,
+    forward_step: ForwardStep,
+    data_iterator: Iterator[Any],
+    hooks: Hooks | None = None,
+) -> TrainReport:
+    """Train until --train-iters, --exit-interval or SIGTERM; saves at --save-interval and at the end. Collective.
+
+    Args:
+        forward_step: see the package's docstring.
+        data_iterator: endless; yields the micro-batches of this data-parallel rank from state.consumed_samples on.
+
+    Raises:
+        TrainingError: non-finite loss or gradient, no supervised token in a global batch, a gradient of zero, or no data;
+            names the step and its samples. Nothing is saved then.
+        CheckpointError: a save failed.
+    """
+    hooks = hooks or Hooks()
+    if state.iteration >= args.train_iters and is_rank_0():
+        logger.warning("nothing to do: %d of --train-iters %d steps are done", state.iteration, args.train_iters)
+    data = MeteredIterator(data_iterator, hooks.describe)
+    step, saved = None, None
+    with StopRequest() as stop, Recorder(state, args) as recorder:
+        while state.iteration < args.train_iters:
+            step, stopping = train_step(state, args, forward_step, data, stop)
+            recorder.add(step)
+            if _is_save_due(state, args, stopping):
+                recorder.flush()
+                saved = _save(state, args, hooks)
+            if stopping or _is_exit_due(state, args):
+                if is_rank_0():
+                    logger.info("stopped at step %d: %s", state.iteration, "SIGTERM" if stopping else "--exit-interval")
+                break
+    return TrainReport(state.iteration, None if step is None else step.loss, saved)
+
+
+def _is_exit_due(state: TrainState, args: DriverArguments) -> bool:
+    return args.exit_interval is not None and state.iteration % args.exit_interval == 0
+
+
+def _is_save_due(state: TrainState, args: DriverArguments, stopping: bool) -> bool:
+    if args.save is None:
+        return False
+    regular = args.save_interval is not None and state.iteration % args.save_interval == 0
+    return regular or stopping or state.iteration == args.train_iters or _is_exit_due(state, args)
+
+
+def _save(state: TrainState, args: DriverArguments, hooks: Hooks) -> Path:
+    """Save with all parameters gathered, which --overlap-param-gather otherwise does in the next forward pass."""
+    for chunk in state.model:
+        if args.overlap_param_gather:
+            chunk.disable_forward_pre_hook()
+    path = save_checkpoint(state, args, hooks)
+    for chunk in state.model:
+        if args.overlap_param_gather:
+            chunk.enable_forward_pre_hook()
+    return path
+
+
+def train_step(
+    state: TrainState, args: DriverArguments, forward_step: ForwardStep, data: MeteredIterator, stop: StopRequest
+) -> tuple[StepMetrics, bool]:
+    """One optimizer step over one global batch.
+
+    Returns:
+        The step's metrics, and whether any rank was asked to stop.
+    """
+    start = time.perf_counter()
+    data.clear()
+    for chunk in state.model:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    reported = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=data,
+        model=state.model,
+        num_microbatches=get_num_microbatches(),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        forward_only=False,
+    )
+    totals = _reduce(state, reported, data, stop)
+    if totals.supervised == 0:
+        _refuse(state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels")
+    loss = totals.loss_sum / totals.supervised
+    if not math.isfinite(loss):
+        _refuse(state, data, f"the loss is {loss}: check the data and weights, or lower --lr")
+    learning_rate = get_canonical_lr_for_logging(state.optimizer.param_groups) or 0.0
+    loss_scale = state.optimizer.get_loss_scale().item()
+    updated, grad_norm, _ = state.optimizer.step()
+    if updated:
+        _check_gradient(state, data, grad_norm, totals.gradient_expected > 0)
+        state.scheduler.step(1)
+    else:
+        grad_norm = None
+        state.skipped_iterations += 1
+    state.iteration += 1
+    state.consumed_samples += args.global_batch_size
+    metrics = StepMetrics(
+        loss=loss,
+        supervised=int(totals.supervised),
+        samples=int(totals.samples),
+        tokens=int(totals.tokens),
+        positions=int(totals.positions),
+        flops=totals.flops,
+        data_seconds=totals.data_seconds / state.data_parallel_size,
+        seconds=time.perf_counter() - start,
+        learning_rate=learning_rate,
+        loss_scale=loss_scale,
+        grad_norm=grad_norm,
+    )
+    return metrics, totals.stop > 0
+
+
+class _Totals(NamedTuple):
+    loss_sum: float
+    supervised: float
+    samples: float
+    tokens: float
+    positions: float
+    flops: float
+    gradient_expected: float
+    data_seconds: float
+    stop: float
+
+
+def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop: StopRequest) -> _Totals:
+    """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it."""
+    values = [0.0] * len(_Totals._fields)
+    first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
+    if first_of_tensor_parallel and parallel_state.is_pipeline_last_stage():
+        values[0] = sum(float(micro_batch[LOSS][0]) for micro_batch in reported)
+        values[1] = sum(float(micro_batch[LOSS][1]) for micro_batch in reported)
+    first_of_context_parallel = parallel_state.get_context_parallel_rank() == 0
+    if first_of_tensor_parallel and first_of_context_parallel and parallel_state.is_pipeline_first_stage():
+        values[2] = sum(len(facts.sample_ids) for facts in data.facts)
+        values[3] = sum(facts.tokens for facts in data.facts)
+        values[4] = sum(facts.positions for facts in data.facts)
+        values[5] = sum(facts.flops for facts in data.facts)
+        values[6] = sum(facts.gradient_expected for facts in data.facts)
+        values[7] = data.seconds
+    values[8] = float(stop.received)
+    # HCCL has no collectives on float64.
+    dtype = torch.float32 if state.platform.name == "npu" else torch.float64
+    tensor = torch.tensor(values, dtype=dtype, device=state.platform.device())
+    torch.distributed.all_reduce(tensor)
+    return _Totals(*tensor.tolist())
+
+
+def _check_gradient(state: TrainState, data: MeteredIterator, grad_norm: float, expected: bool) -> None:
+    if not math.isfinite(grad_norm):
+        _refuse(state, data, f"the gradient norm is {grad_norm}: check the data and weights, or lower --lr")
+    if grad_norm == 0 and expected:
+        _refuse(state, data, "the gradient is zero: the loss does not depend on any trained parameter; check freeze")
+
+
+def _refuse(state: TrainState, data: MeteredIterator, cause: str) -> None:
+    """Stop every rank with the cause and the samples of the step. Collective."""
+    own = [sample for facts in data.facts for sample in facts.sample_ids]
+    samples = dict.fromkeys(str(sample) for rank in gather(own) for sample in rank)
+    raise TrainingError(f"step {state.iteration + 1}: {cause}. Samples of this step: {', '.join(samples)}")

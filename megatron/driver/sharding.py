@@ -1,0 +1,114 @@
+"""The model as megatron.core's sharded tensors: what changes in training, what is frozen, and how both are written."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.transformer.module import MegatronModule
+
+from megatron.driver.collectives import gather
+from mindspeed_mm.errors import CheckpointError
+
+EXTRA_STATE = "_extra_state"
+
+# Layers are numbered in their names (decoder.layers.3.), not stacked: any part can be read by itself.
+METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def metadata() -> dict:
+    """How names and optimizer state are laid out; a fresh copy, since megatron.core adds to it."""
+    return dict(METADATA)
+
+
+class PlainSave(SaveShardedStrategy):
+    """Writes torch_dist with torch's own synchronous writer: one durable file per rank.
+
+    megatron.core's own strategy starts a manager process, which imports the main program again, and forks a writer for
+    every save; for a synchronous save both are only slower.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
+        """See SaveShardedStrategy."""
+        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        dcp.save(
+            mcore_to_pyt_state_dict(tensors, is_loading=False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            planner=MCoreSavePlanner(flatten_state_dict=False),
+        )
+
+    def can_handle_sharded_objects(self) -> bool:
+        """There are none: see `model_tensors`."""
+        return True
+
+
+def model_tensors(modules: list[MegatronModule]) -> ShardedStateDict:
+    """Sharded parameters and buffers of all chunks of this rank, by name in the module.
+
+    Raises:
+        CheckpointError: a module keeps state that is no tensor, which would have to be pickled.
+    """
+    tensors: ShardedStateDict = {}
+    for module in modules:
+        for name, item in module.sharded_state_dict(metadata=metadata()).items():
+            if isinstance(item, ShardedObject):
+                # megatron.core's layers declare an empty extra state; Transformer Engine fills it for FP8 only.
+                if not name.endswith(EXTRA_STATE):
+                    raise CheckpointError(f"{name} is {type(item.data).__name__}: only tensors can be saved")
+                continue
+            tensors[name] = item
+    return tensors
+
+
+def split_frozen(tensors: ShardedStateDict) -> tuple[ShardedStateDict, ShardedStateDict]:
+    """(what training can change, what is frozen). Buffers count as changing."""
+    frozen = {
+        name: item
+        for name, item in tensors.items()
+        if isinstance(item.data, torch.nn.Parameter) and not item.data.requires_grad
+    }
+    return {name: item for name, item in tensors.items() if name not in frozen}, frozen
+
+
+def built(tensors: ShardedStateDict) -> list[ShardedTensor]:
+    """The sharded tensors behind a state dict, factories applied; `tensors` stays as it is."""
+    applied = dict_list_map_outplace(lambda item: item.build() if isinstance(item, ShardedTensorFactory) else item, tensors)
+    return [item for item in nested_values(applied) if isinstance(item, ShardedTensor)]
+
+
+def content_hash(tensors: ShardedStateDict) -> str:
+    """Hash over names, places, types and values of the whole model's `tensors`. Collective; "" where there are none.
+
+    Every rank hashes the shards that it would write, so the hash holds for one tensor- and pipeline-parallel layout.
+    """
+    lines = []
+    for item in built(tensors):
+        if is_main_replica(item.replica_id):
+            digest = hashlib.sha256(_bytes(item.data)).hexdigest()
+            lines.append(f"{item.key} {item.global_offset} {item.dtype} {digest}")
+    everything = sorted(line for rank in gather(lines) for line in rank)
+    return hashlib.sha256("\n".join(everything).encode()).hexdigest()[:32] if everything else ""
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
