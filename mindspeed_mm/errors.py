@@ -19,3 +19,7 @@ class TemplateError(DataError):
 
 class CheckpointError(ValueError):
     """A training checkpoint cannot be found, read, written or matched to the running model."""
+
+
+class TrainingError(ValueError):
+    """A training step must not go on: non-finite loss, nothing to learn from, no gradient."""

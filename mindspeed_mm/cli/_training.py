@@ -15,10 +15,10 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.cli.train import refuse_tools
-from mindspeed_mm.config.load import load_config, read_json
+from mindspeed_mm.config.load import read_json
 from mindspeed_mm.data.build import build_dataset, build_loader
 from mindspeed_mm.data.config import DataConfig
-from mindspeed_mm.data.template import check_template, describe_sample
+from mindspeed_mm.data.template import describe_sample
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.tokenizer import load_tokenizer
@@ -46,12 +46,15 @@ class TrainingRun:
     ) -> None:
         self.args, self.platform = args, platform
         self.spec = load_model_spec(model_path)
-        self.data_config = load_config(DataConfig, data_path, what="data config")
+        self.data_config = DataConfig.load(data_path)
         if tool_path is not None:
             refuse_tools(read_json(tool_path))
         _check_flags(args, self.spec)
-        self.tokenizer = load_tokenizer(self.data_config.dataset_param.tokenizer_config.from_pretrained)
-        self.image_processor = ImageProcessor.from_config(self.data_config.image_processor)
+        parameters = self.data_config.dataset_param
+        self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
+        self.tokenizer = load_tokenizer(self.tokenizer_path)
+        self.image_processor = parameters.preprocess_parameters.image_processor()
+        _check_image_size(self.image_processor, self.spec)
         self.dataset = build_dataset(
             self.data_config,
             self.tokenizer,
@@ -71,7 +74,10 @@ class TrainingRun:
         """Train to the end and say where the result is."""
         hooks = Hooks(describe=self._describe, extra=self._extra, compare=self._compare)
         state = setup.setup(self.args, self._model_provider, self.platform, hooks)
-        logger.info("first sample, supervised tokens marked:\n%s", describe_sample(self.dataset[0], self.tokenizer))
+        first = self.dataset[0]
+        logger.info(
+            "first sample, supervised tokens in [[ ]]:\n%s", describe_sample(first.input_ids, first.labels, self.tokenizer)
+        )
         report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
         checkpoint = str(report.checkpoint) if report.checkpoint else None
         return {"iteration": report.iteration, "loss": report.loss, "checkpoint": checkpoint}
@@ -104,18 +110,29 @@ class TrainingRun:
             num_workers=self.args.num_workers,
             pad_token_id=self.tokenizer.pad_token_id,
             pad_multiple=self.args.tensor_model_parallel_size if self.runtime.sequence_parallel else 1,
+            options=self.data_config.dataloader_param,
         )
 
     def _describe(self, batch: Batch) -> BatchFacts:
         flops = step_flops(
             self.spec, lengths=batch.lengths, images=batch.pixel_values.shape[0], supervised=batch.supervised
         )
-        return BatchFacts(batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops)
+        images = batch.pixel_values.shape[0]
+        trained = not self.spec.text_decoder.freeze or images > 0
+        return BatchFacts(
+            batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops, gradient_expected=trained
+        )
 
     def _extra(self) -> dict[str, Any]:
         return {
             "model": self.spec.model_dump(mode="json"),
-            "data": self.data_config.model_dump(mode="json"),
+            "data": {
+                "tokenizer": str(Path(self.tokenizer_path).resolve()),
+                "image_processor": self.image_processor.model_dump(mode="json"),
+                "template": self.data_config.dataset_param.template_name,
+                "pad": self.data_config.dataset_param.preprocess_parameters.pad,
+                "config": self.data_config.model_dump(mode="json"),
+            },
             "samples": len(self.dataset),
             "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
         }
@@ -158,3 +175,21 @@ def _check_flags(args: DriverArguments, spec: ModelSpec) -> None:
         problems.append("--pipeline-model-parallel-size above 1 is not supported yet: use 1")
     if problems:
         raise ConfigError("the command line does not fit the model:\n  " + "\n  ".join(problems))
+
+
+def _tokenizer_path(config: DataConfig, spec: ModelSpec) -> str:
+    """The data config's tokenizer, else the one beside the text decoder's weights."""
+    if config.dataset_param.tokenizer_config is not None:
+        return config.dataset_param.tokenizer_config.from_pretrained
+    if spec.text_decoder.ckpt_path is None:
+        raise ConfigError("no tokenizer: give dataset_param.tokenizer_config.from_pretrained in the data config")
+    return spec.text_decoder.ckpt_path
+
+
+def _check_image_size(processor: ImageProcessor, spec: ModelSpec) -> None:
+    side = spec.vision_encoder.image_size
+    if processor.output_size not in (None, (side, side)):
+        raise ConfigError(
+            f"the data config makes images of {processor.output_size}, but image_encoder.vision_encoder.image_size is "
+            f"{side}: make them equal"
+        )

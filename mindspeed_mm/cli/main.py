@@ -11,9 +11,9 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 
-from mindspeed_mm.errors import CheckpointError, ConfigError, DataError, WeightError
+from mindspeed_mm.errors import CheckpointError, ConfigError, DataError, TrainingError, WeightError
 
-USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError)
+USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError, TrainingError)
 """Errors whose message is for the user. Anything else is a bug of ours and keeps its traceback."""
 
 EXIT_ERROR = 1

@@ -40,5 +40,6 @@ class Collator:
             sample_ids=[sample.sample_id for sample in samples],
             tokens=sum(len(sample.input_ids) for sample in samples),
             supervised=int((labels != IGNORE_INDEX).sum()),
+            lengths=tuple(len(sample.input_ids) for sample in samples),
             skipped=tuple(reason for sample in samples for reason in sample.skipped),
         )

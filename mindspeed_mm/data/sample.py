@@ -67,6 +67,9 @@ class Batch:
     supervised: int
     """Positions with a label."""
 
+    lengths: tuple[int, ...] = ()
+    """Positions of each row that hold the sample; their sum is `tokens`."""
+
     skipped: tuple[str, ...] = ()
     """Why records were left out while these samples were fetched, one entry per record."""
 

@@ -102,8 +102,8 @@ class Part:
     `kind` is one of text_decoder, vision_encoder, vision_projector; `from_hf` turns the part's HF config into a Spec;
     `rules` maps a dialect (see weights/sources.py) to its rules; `checked` names the Spec fields that a source's config
     must confirm before its weights are loaded, `checked_where` further ones with the HF key that some configs lack;
-    `from_shapes` derives a Spec of weights without a config: from shape(our name), the number of layers, and fields that
-    the user gives; None where shapes do not suffice.
+    `from_shapes` derives a Spec of weights without a config: from shape(our name), the number of layers, and fields
+    that the user gives; None where shapes do not suffice.
     """
 
     name: str

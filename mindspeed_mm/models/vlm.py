@@ -9,6 +9,7 @@ import contextlib
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm.models.fusion import image_positions, scatter_features
@@ -65,6 +66,7 @@ class VLM(MegatronModule):
         )
         super().__init__(config=decoder.config)
         self.spec = spec
+        self.model_type = ModelType.encoder_or_decoder  # asked for by megatron.core's schedules
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = decoder.share_embeddings_and_output_weights
         self.text_decoder = decoder
