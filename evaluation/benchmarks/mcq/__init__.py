@@ -1,0 +1,1 @@
+"""Multiple-choice benchmarks; one answer letter per question."""

@@ -1,0 +1,110 @@
+"""Read answers from Python objects, JSON, JSON lines, or a spreadsheet, and match them with the rows of a table."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evaluation.tsv import Table
+from mindspeed_mm.errors import DataError
+
+Predictions = str | Path | Mapping[Any, str] | Iterable[Mapping[str, Any]]
+
+MAX_FILE_BYTES = 2**30
+
+
+def match_predictions(
+    predictions: Predictions, table: Table, *, allow_missing: bool = False
+) -> tuple[dict[int | str, str], int]:
+    """Answers by index in table order, and the number of rows without one.
+
+    Accepts {index: answer}, a sequence of {"index": ..., "prediction": ...}, or a file of these: .json, .jsonl, or .xlsx
+    with columns index and prediction. Answers to rows that the table dropped (no picture) are left out.
+
+    Raises DataError: unreadable file, record without the two keys, answer that is not a text, repeated index, index
+    that the table does not have, and, unless `allow_missing`, rows without an answer.
+    """
+    source = str(predictions) if isinstance(predictions, str | Path) else "predictions"
+    answers: dict[str, str] = {}
+    for index, answer in _pairs(predictions, source):
+        if not isinstance(answer, str):
+            raise DataError(f"{source}: the answer of index {index} is {answer!r}; expected a text.")
+        if index in answers:
+            raise DataError(f"{source}: index {index} is answered twice; keep one answer.")
+        answers[index] = answer
+    dropped = {str(index) for index in table.dropped}
+    known = {str(row.index) for row in table.rows}
+    extra = [index for index in answers if index not in known and index not in dropped]
+    if extra:
+        raise DataError(
+            f"{source}: {len(extra)} answers belong to no row of {table.path.name}, for example index {extra[0]}; "
+            "give the answers of this table."
+        )
+    missing = [row.index for row in table.rows if str(row.index) not in answers]
+    if missing and not allow_missing:
+        raise DataError(
+            f"{source}: {len(missing)} of {len(table.rows)} rows of {table.path.name} have no answer, for example index "
+            f"{missing[0]}; answer them, or allow missing answers."
+        )
+    found = {row.index: answers[str(row.index)] for row in table.rows if str(row.index) in answers}
+    if not found:
+        raise DataError(f"{source}: no row of {table.path.name} is answered; expected at least one answer.")
+    return found, len(missing)
+
+
+def _pairs(predictions: Predictions, source: str) -> list[tuple[str, Any]]:
+    if isinstance(predictions, str | Path):
+        predictions = _read(Path(predictions))
+    if isinstance(predictions, Mapping):
+        return [(str(index), answer) for index, answer in predictions.items()]
+    pairs = []
+    for number, record in enumerate(predictions):
+        if not isinstance(record, Mapping) or "index" not in record or "prediction" not in record:
+            raise DataError(f"{source}, record {number}: expected an object with index and prediction; found {record!r}.")
+        pairs.append((str(record["index"]), record["prediction"]))
+    return pairs
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"{path} is larger than {MAX_FILE_BYTES} bytes; expected a file of answers.")
+        if path.suffix == ".xlsx":
+            return _read_sheet(path)
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; expected a file of answers there.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text; expected .json, .jsonl or .xlsx answers.") from error
+    if path.suffix not in (".json", ".jsonl"):
+        raise DataError(f"{path}: the form of the answers is not known; expected .json, .jsonl or .xlsx.")
+    try:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}. Correct the file there.") from error
+
+
+def _read_sheet(path: Path) -> list[dict[str, str]]:
+    """Rows of the first sheet; numbers are written as VLMEvalKit's reader shows them (14, not 14.0)."""
+    import zipfile
+
+    import openpyxl
+
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+    except (zipfile.BadZipFile, KeyError, openpyxl.utils.exceptions.InvalidFileException) as error:
+        raise DataError(f"{path} is not a spreadsheet: {error}; expected the .xlsx of an evaluation.") from error
+    lines = book.worksheets[0].iter_rows(values_only=True)
+    header = list(next(lines, ()))
+    if "index" not in header or "prediction" not in header:
+        raise DataError(f"{path}: found columns {header}; expected index and prediction among them.")
+    at = {name: header.index(name) for name in ("index", "prediction")}
+    return [{name: _cell_text(line[column]) for name, column in at.items()} for line in lines if any(line)]
+
+
+def _cell_text(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value)

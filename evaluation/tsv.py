@@ -1,0 +1,294 @@
+"""Benchmark tables in VLMEvalKit's TSV form: a header line, one row per question, pictures inside as base64.
+
+All cells stay text: "None", "NA", "007" and "1+1" are what they are. The picture cell, by far the largest part of a
+file, is checked while the table is opened and read again from the file when the picture is needed, so a table of a
+gigabyte needs memory for its texts only.
+"""
+
+import ast
+import binascii
+import csv
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import PIL.Image
+
+from evaluation.pandas_rules import NA_TEXTS
+from mindspeed_mm.errors import DataError
+
+MAX_CELL_CHARACTERS = 256 * 2**20
+"""Longest cell accepted: base64 of a 192 MiB picture file; the csv module's own default is 131,072."""
+
+MAX_REFERENCE_CHARACTERS = 64
+"""A picture cell of at most this length names the row that holds the picture (VLMEvalKit's rule)."""
+
+MAX_PIXELS = 128 * 2**20
+"""Largest picture that is decoded (width x height); above it a small file could exhaust the memory."""
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question. `cells` holds every column but `image`; `position` counts the data rows of the file from 0."""
+
+    index: int | str
+    cells: dict[str, str]
+    position: int
+    image_source: int
+    """Byte offset of the record that holds the picture (the row's own one, or the one it refers to)."""
+    image_count: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A benchmark file. `rows` are those with a picture; `all_cells` also holds the cells of dropped rows."""
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    all_cells: tuple[dict[str, str], ...]
+    dropped: tuple[int | str, ...]
+    sha256: str
+    image_root: Path
+
+    def images(self, row: Row) -> tuple[PIL.Image.Image, ...]:
+        """Decode the pictures of `row`, in order and in the mode they were stored in. Raises DataError."""
+        where = f"{self.path}, row with index {row.index}"
+        if "image" not in self.columns:
+            contents = [path.read_bytes() for path in _image_paths(row.cells["image_path"], self.image_root, where)]
+        else:
+            cells = _read_record(self.path, row.image_source)
+            contents = [_decode(text, where) for text in _image_texts(cells[self.columns.index("image")], where)]
+        return tuple(_open_image(content, where) for content in contents)
+
+
+def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Table:
+    """Read and check a TSV.
+
+    Needed columns are `index` and either `image` (base64, a Python list of base64 texts, or the index of the row that
+    holds the picture) or `image_path` (a file, or a Python list of files, below `image_root`, which is by default the
+    folder of the TSV). Rows without a picture are dropped, as VLMEvalKit does, and named in `Table.dropped`.
+
+    Raises DataError with file and row: unreadable file, missing or repeated column, short or long row, repeated index,
+    unclosed quote, bad base64, reference to a row without a picture, missing picture file.
+    """
+    path = Path(path)
+    root = Path(image_root) if image_root is not None else path.parent
+    records = _records(path)
+    columns = _check_columns(next(records, (0, []))[1], path)
+    image_column = columns.index("image") if "image" in columns else columns.index("image_path")
+    index_column = columns.index("index")
+
+    texts: list[str] = []
+    all_cells: list[dict[str, str]] = []
+    offsets: list[int] = []
+    kinds: list[str | int] = []
+    for offset, record in records:
+        where = f"{path}, data row {len(texts) + 1}"
+        if len(record) != len(columns):
+            raise DataError(
+                f"{where} has {len(record)} cells; expected {len(columns)} as in the header. Check tabs and quotes there."
+            )
+        index = record[index_column]
+        if not index:
+            raise DataError(f"{where} has no index; give every row its own.")
+        where = f"{path}, row with index {index}"
+        kinds.append(_check_image_cell(record[image_column], columns[image_column], root, where))
+        texts.append(index)
+        offsets.append(offset)
+        all_cells.append({name: cell for name, cell in zip(columns, record, strict=True) if name != "image"})
+    if not texts:
+        raise DataError(f"{path} has a header but no rows; expected at least one question.")
+    sources = _image_sources(texts, kinds, path)
+    indices = _typed_indices(texts)
+    rows = tuple(
+        Row(indices[i], all_cells[i], i, offsets[sources[i]], int(kinds[sources[i]]))
+        for i in range(len(texts))
+        if kinds[i] != 0
+    )
+    if not rows:
+        raise DataError(f"{path}: none of the {len(texts)} rows has a picture; fill column {columns[image_column]}.")
+    dropped = tuple(index for index, kind in zip(indices, kinds, strict=True) if kind == 0)
+    return Table(path, columns, rows, tuple(all_cells), dropped, _sha256(path), root)
+
+
+def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | int:
+    """What a picture cell holds: the number of its pictures, or the index of the row that is referred to."""
+    if cell in NA_TEXTS:
+        return 0
+    if column == "image_path":
+        return len(_image_paths(cell, root, where))
+    if len(cell) <= MAX_REFERENCE_CHARACTERS:
+        return cell
+    return len([_decode(text, where) for text in _image_texts(cell, where)])
+
+
+def _image_sources(texts: list[str], kinds: list[str | int], path: Path) -> list[int]:
+    """Number of the data row that holds the pictures, per row; also finds repeated indices."""
+    numbers: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        if text in numbers:
+            raise DataError(
+                f"{path}: index {text} is used by data rows {numbers[text] + 1} and {i + 1}; every index must be unique."
+            )
+        numbers[text] = i
+    sources = []
+    for i, kind in enumerate(kinds):
+        target = numbers.get(kind) if isinstance(kind, str) else i
+        if target is None or (target != i and kinds[target] == 0) or isinstance(kinds[target], str):
+            raise DataError(
+                f'{path}, row with index {texts[i]}: its picture cell "{kind}" refers to a row that '
+                f"{'does not exist' if target is None else 'holds no picture of its own'}; "
+                "expected base64 or the index of a row with a picture."
+            )
+        sources.append(target)
+    return sources
+
+
+_INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
+
+
+def _typed_indices(texts: list[str]) -> list[int | str]:
+    """Integers if every index is written as one ("7", not "007"), else the texts."""
+    if all(_INTEGER.fullmatch(text) for text in texts):
+        return [int(text) for text in texts]
+    return list(texts)
+
+
+def _check_columns(header: list[str], path: Path) -> tuple[str, ...]:
+    if not header:
+        raise DataError(f"{path} is empty; expected a header line with tab separated column names.")
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path}: column {', '.join(repeated)} is given twice; keep one.")
+    if "index" not in header or not {"image", "image_path"} & set(header):
+        raise DataError(
+            f"{path}: found columns {', '.join(header)[:500]}; expected index and image (or image_path), tab separated."
+        )
+    return tuple(header)
+
+
+def _image_texts(cell: str, where: str) -> list[str]:
+    """The base64 texts of a picture cell, or the names of an image_path cell: one, or a Python list of them."""
+    if not cell.startswith("["):
+        return [cell]
+    try:
+        values = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+        raise DataError(f"{where}: the picture list is not a Python list of texts: {cell[:40]}...") from error
+    if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
+        raise DataError(f"{where}: the picture list must hold one or more texts; found {cell[:40]}...")
+    return values
+
+
+def _decode(text: str, where: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(
+            f"{where}: the picture is not base64 ({error}); found {text[:20]!r}..., {len(text)} characters. "
+            "Export the row again."
+        ) from error
+
+
+def _image_paths(cell: str, root: Path, where: str) -> list[Path]:
+    paths = []
+    for name in _image_texts(cell, where):
+        target = (root / name).resolve()
+        if not target.is_relative_to(root.resolve()):
+            raise DataError(f"{where}: picture file {name} lies outside {root}; give image_root a folder that holds it.")
+        if not target.is_file():
+            raise DataError(f"{where}: picture file {name} does not exist below {root}.")
+        paths.append(target)
+    return paths
+
+
+def _open_image(content: bytes, where: str) -> PIL.Image.Image:
+    try:
+        image = PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise DataError(
+                f"{where}: the picture has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read."
+            )
+        image.load()
+    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{where}: the picture cannot be decoded ({error}); expected one of {', '.join(IMAGE_FORMATS)}."
+        ) from error
+    return image
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Records of the file with the byte offset at which each begins; empty lines are skipped."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; expected a benchmark TSV there.") from error
+    with file, _wide_cells():
+        lines = _Lines(file, path)
+        reader = csv.reader(lines, delimiter="\t")
+        while True:
+            offset = lines.offset
+            try:
+                record = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"{path}, line {lines.number}: {error}; check tabs and quotes there.") from error
+            if lines.ended and record is not None and lines.offset != offset:
+                raise DataError(f"{path}: the quote opened in the record that begins at byte {offset} is never closed.")
+            if record is None:
+                return
+            if record:
+                yield offset, record
+
+
+def _read_record(path: Path, offset: int) -> list[str]:
+    with path.open("rb") as file, _wide_cells():
+        file.seek(offset)
+        return next(csv.reader(_Lines(file, path, offset), delimiter="\t"))
+
+
+class _Lines:
+    """Decoded lines of a binary file. The csv reader asks for one line at a time, so `offset` is where it stands."""
+
+    def __init__(self, file: BinaryIO, path: Path, offset: int = 0):
+        self.file, self.path, self.offset = file, path, offset
+        self.number = 0
+        self.ended = False
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline(MAX_CELL_CHARACTERS)
+        if not line:
+            self.ended = True
+            raise StopIteration
+        codec = "utf-8-sig" if self.offset == 0 else "utf-8"
+        self.offset += len(line)
+        self.number += 1
+        try:
+            return line.decode(codec)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.path}, line {self.number} is not UTF-8 text; save the table as UTF-8.") from error
+
+
+@contextmanager
+def _wide_cells():
+    """Let the csv module read picture cells; its limit is global to the process, so it is put back."""
+    previous = csv.field_size_limit(MAX_CELL_CHARACTERS)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(previous)
