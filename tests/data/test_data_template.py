@@ -1,0 +1,213 @@
+"""Rendering, ids and masks equal LLaVA's (or the correct ones, where LLaVA's own are wrong)."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from mindspeed_mm.data import template as template_module
+from mindspeed_mm.data.template import (
+    Template,
+    check_template,
+    describe_sample,
+    encode,
+    encode_prompt,
+    generation_prompt,
+    get_template,
+    render,
+    supervised_runs,
+    template_names,
+)
+from mindspeed_mm.errors import DataError, TemplateError
+
+CHAT_TEMPLATES = ("mpt", "chatml_direct")
+
+
+def load(golden, name):
+    return json.loads((golden / "prompts" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["conversations", "captions_plain"])
+def test_golden_conversations(golden, tokenizer, chat_tokenizer, name):
+    compared = 0
+    for record in load(golden, name):
+        for template, entry in record["templates"].items():
+            chosen = chat_tokenizer if template in CHAT_TEMPLATES else tokenizer
+            if "raises" in entry:
+                with pytest.raises(TemplateError, match="expected"):
+                    encode(record, chosen, template)
+                continue
+            label = f"{record['id']} {template}"
+            assert render(record, template) == entry["prompt"], label
+            if "input_ids" in entry:
+                ids, labels = encode(record, chosen, template)
+                assert ids == entry["input_ids"], label
+                assert labels == entry.get("correct_labels", entry["labels"]), label
+                assert not entry.get("nothing_to_supervise") or set(labels) == {IGNORE_INDEX}
+                compared += 1
+    assert compared > 5
+
+
+def test_golden_generation_prompts(golden, tokenizer, chat_tokenizer):
+    for record in load(golden, "generation_prompts"):
+        for template, entry in record["templates"].items():
+            chosen = chat_tokenizer if template in CHAT_TEMPLATES else tokenizer
+            assert generation_prompt(record["turns"], template) == entry["prompt"]
+            assert encode_prompt(record["turns"], chosen, template) == entry["input_ids"]
+
+
+def test_golden_training_records(golden, tokenizer):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    batches = safetensors.load_file(golden / "training/batches.safetensors")
+    rows: dict[int, int] = {}
+    for line in (golden / "training/records.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record["step"]
+        row = rows[step] = rows.get(step, -1) + 1
+        ids, labels = encode(record, tokenizer, record["template"])
+        length = int(batches["lengths"][step, row])
+        assert ids == batches["input_ids"][step, row, :length].tolist()
+        assert labels == batches["labels"][step, row, :length].tolist()
+
+
+WORDS = [*"aZ 9.\n\u732b", "USER:", " ASSISTANT:", "[/INST]", "<|im_end|>", "<s>"]
+texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=8).map("".join)
+texts = texts.filter(lambda text: text and text.strip() == text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(texts, texts.filter(lambda text: "<s>" not in text)), min_size=1, max_size=3),
+    name=st.sampled_from(["v1", "llava_v1", "llava_llama_2", "mpt"]),
+)
+def test_supervised_tokens_are_the_answers(chat_tokenizer, pairs, name):
+    """Whatever users write, the supervised runs decode to the answers with their end marks."""
+    turns = [{"from": role, "value": text} for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
+    _, labels = encode(turns, chat_tokenizer, name)
+    template = get_template(name)
+    end = chat_tokenizer.token_to_id(template.end)
+    runs = supervised_runs(labels)
+    assert len(runs) == len(pairs)
+    for run, (_, answer) in zip(runs, pairs, strict=True):
+        assert run[-1] == end
+        pieces = "".join(chat_tokenizer.pieces(run[:-1]))
+        text = chat_tokenizer.decode(run[:-1], skip_special_tokens=True).replace(" ", "")
+        assert text == answer.replace("<|im_end|>", "").replace(" ", ""), pieces
+
+
+def test_multi_image_turns(tokenizer):
+    turn = {"from": "human", "value": "Compare <image> and <image>"}
+    turns = [turn, {"from": "gpt", "value": "Same."}]
+    assert render({"image": "a.png", "conversations": turns}, "v1").count("<image>") == 1  # as LLaVA does
+    both = {"image": ["a.png", "b.png"], "conversations": turns}
+    assert "USER: <image>\n<image>\nCompare  and ASSISTANT:" in render(both, "v1")
+    assert render(both, "plain") == "<image><image>Same.\n"
+    assert encode(both, tokenizer, "v1")[0].count(IMAGE_TOKEN_INDEX) == 2
+
+
+def test_truncation_of_text_only_conversations(tokenizer):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]
+    assert len(encode(turns, tokenizer, "v1", max_length=9)[0]) == 9
+    assert len(encode({"conversations": turns, "model_max_length": 7}, tokenizer, "v1")[0]) == 7
+    with_image = [{"from": "human", "value": "<image>\nHi"}, turns[1]]
+    assert len(encode(with_image, tokenizer, "v1", max_length=9)[0]) > 9
+
+
+def test_names_and_aliases():
+    assert get_template("llava-plain") is get_template("plain")
+    assert get_template("llava-v1") is get_template("vicuna_v1") is get_template("v1")
+    assert get_template(get_template("v1")) is get_template("v1")
+    assert {"plain", "v1", "llava_v1", "llava_llama_2", "mpt", "chatml_direct"} <= set(template_names())
+    assert get_template("v1").stop == ("</s>",)
+    with pytest.raises(TemplateError, match='unknown template "vicuna_v2"; did you mean "vicuna_v1"'):
+        get_template("vicuna_v2")
+    with pytest.raises(TemplateError, match='unknown template "zzz"; known: '):
+        get_template("zzz")
+
+
+def test_a_new_template_is_a_new_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(template_module, "FOLDER", tmp_path)
+    template_module._templates.cache_clear()
+    try:
+        content = {"human": "Q: {text}\n", "gpt_header": "A:", "gpt": " {text}</s>", "end": "</s>", "stop": ["</s>"]}
+        (tmp_path / "mine.json").write_text(json.dumps(content))
+        turns = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2"}]
+        assert render(turns, "mine") == "Q: 1?\nA: 2</s>"
+        template_module._templates.cache_clear()
+        (tmp_path / "other.json").write_text(json.dumps(content | {"aliases": ["mine"]}))
+        with pytest.raises(TemplateError, match='the template name "mine" is used twice'):
+            get_template("mine")
+    finally:
+        template_module._templates.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["plain", "v1", "llava_v1", "llava_llama_2"])
+def test_templates_fit_the_tokenizer(tokenizer, name):
+    check_template(name, tokenizer)
+
+
+def test_templates_with_an_unknown_end_mark_are_refused(tokenizer, chat_tokenizer):
+    check_template("mpt", chat_tokenizer)
+    with pytest.raises(TemplateError, match="the tokenizer has no token '<|im_end|>'"):
+        check_template("mpt", tokenizer)
+
+
+def test_templates_that_do_not_round_trip_are_refused(tokenizer):
+    class Upper:
+        """A tokenizer that loses something: the case of letters."""
+
+        token_to_id = tokenizer.token_to_id
+        decode = staticmethod(lambda ids, skip_special_tokens=True: tokenizer.decode(ids, skip_special_tokens).upper())
+        encode_with_starts = tokenizer.encode_with_starts
+
+    with pytest.raises(TemplateError, match="does not round-trip this template: the answer 'It is 42"):
+        check_template("v1", Upper())
+    glued = Template(human="{text}\n", gpt="{text}", end="</s>", stop=("</s>",))
+    with pytest.raises(TemplateError, match="does not round-trip"):
+        check_template(glued, tokenizer)
+
+
+HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}
+
+
+@pytest.mark.parametrize(
+    ("conversation", "template", "message"),
+    [
+        ({"id": 1}, "v1", '"conversations" is None; expected a list'),
+        ({"conversations": []}, "v1", r'"conversations" is \[\]; expected a list'),
+        ("text", "v1", "\"conversations\" is 'text'; expected a list"),
+        ([GPT], "v1", "holds only a gpt turn"),
+        (["Hi"], "v1", r"conversations\[0\] is 'Hi'; expected an object"),
+        ([{"from": "human"}], "v1", r"conversations\[0\] is .* expected an object with"),
+        ([{"from": "human", "value": 3}], "v1", r"conversations\[0\].value is 3; expected a string"),
+        ([{"from": "bot", "value": "x"}], "v1", r"conversations\[0\].from is 'bot'; expected"),
+        ([HUMAN, HUMAN], "v1", r'conversations\[1\] is from "human", expected "gpt"'),
+        ([GPT, HUMAN, HUMAN], "v1", r'conversations\[2\] is from "human", expected "gpt"'),
+        ({"image": "a", "images": ["a"], "conversations": [HUMAN]}, "v1", 'has both "image" and "images"'),
+        ({"image": 3, "conversations": [HUMAN]}, "v1", '"image" is 3; expected the name of an image'),
+        ({"image": [""], "conversations": [HUMAN]}, "v1", "expected the name of an image"),
+        ([HUMAN, GPT], "plain", "a caption template takes .* found 2 turns with 0 images"),
+        ([{"from": "human", "value": "<image>"}, GPT, HUMAN, GPT], "plain", "found 4 turns with 1 images"),
+        ([{"from": "human", "value": ""}, GPT], "llava_llama_2", "the first human turn is empty"),
+    ],
+)
+def test_bad_conversations(tokenizer, conversation, template, message):
+    with pytest.raises(DataError, match=message):
+        encode(conversation, tokenizer, template)
+
+
+def test_bad_prompts():
+    with pytest.raises(TemplateError, match="the prompt has no turns"):
+        generation_prompt([], "v1")
+    with pytest.raises(TemplateError, match="pair 0 of the prompt"):
+        generation_prompt([("Hi", None), ("Ho", None)], "v1")
+    with pytest.raises(TemplateError, match="pair 0 of the prompt"):
+        generation_prompt([("Hi", "Ho")], "v1")
+
+
+def test_describe_sample(tokenizer):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    text = describe_sample(*encode(turns, tokenizer, "v1"), tokenizer)
+    assert text.endswith("USER: <image x 1> \nWhat? ASSISTANT:[[ A cat.</s>]]")

@@ -1,0 +1,208 @@
+"""Tokenizers equal transformers 4's legacy Llama rule, whatever files the folder has."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mindspeed_mm.data.tokenizer import load_tokenizer
+from mindspeed_mm.data.tokenizer_fast import FastTokenizer
+from mindspeed_mm.data.tokenizer_sentencepiece import SentencePieceTokenizer
+from mindspeed_mm.errors import DataError
+
+FOLDERS = ["tokenizer", "models/vicuna", "models/vicuna_bin", "models/llava_original", "models/llava_hf"]
+
+
+@pytest.fixture(scope="module")
+def cases(golden):
+    return json.loads((golden / "prompts/tokenizer_cases.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fast(golden, tmp_path_factory):
+    """tokenizer.json alone."""
+    folder = tmp_path_factory.mktemp("fast")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(golden / "tokenizer" / name, folder)
+    return load_tokenizer(folder)
+
+
+def copy_of(golden, tmp_path, name="tokenizer", **changes):
+    """A writable copy of a golden tokenizer folder with changes to its tokenizer_config.json."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in (golden / name).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | changes
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_golden_cases(golden, cases, folder):
+    tokenizer = load_tokenizer(golden / folder)
+    for case in cases:
+        if "<image>" in case["text"] and folder == "models/llava_hf":
+            continue  # a token of its own there
+        ids = tokenizer.encode(case["text"])
+        assert ids == case["input_ids"], case["text"]
+        assert tokenizer.pieces(ids) == case["tokens"]
+        assert tokenizer.decode(ids, skip_special_tokens=False) == case["decoded"]
+        if case["same_decode_in_transformers_5"]:
+            assert tokenizer.decode(ids) == case["decoded_skip_special"]
+
+
+def test_golden_cases_from_tokenizer_json_alone(cases, fast):
+    assert isinstance(fast, FastTokenizer)
+    for case in cases:
+        assert fast.encode(case["text"]) == case["input_ids"], case["text"]
+        if case["same_decode_in_transformers_5"]:
+            assert fast.decode(case["input_ids"]) == case["decoded_skip_special"]
+
+
+def test_a_tokenizer_json_rewritten_by_transformers_5_gets_its_rule_back(golden, cases, tmp_path):
+    content = json.loads((golden / "tokenizer/tokenizer.json").read_text())
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_token_id == 0  # falls back to unk
+    for case in cases:
+        assert tokenizer.encode(case["text"]) == case["input_ids"], case["text"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.lists(st.sampled_from([*"ab .\n\u2581\u732b\U0001f600", "</s>", "<s>"]), max_size=12).map("".join))
+def test_both_backends_agree_and_round_trip(tokenizer, fast, text):
+    ids, starts = tokenizer.encode_with_starts(text)
+    assert (ids, starts) == fast.encode_with_starts(text)
+    assert starts == sorted(starts)
+    if "<" not in text:
+        assert tokenizer.decode(ids) == text.replace("\u2581", " ")
+
+
+def test_ids_and_sizes(golden):
+    llava = load_tokenizer(golden / "models/llava_hf")
+    assert (llava.bos_token_id, llava.eos_token_id, llava.unk_token_id, llava.pad_token_id) == (1, 2, 0, 1001)
+    assert llava.vocab_size == 1002
+    assert llava.encode("<image>a") == [1, 1000, 263]
+    assert llava.token_to_id("<image>") == 1000
+    assert llava.token_to_id("no such token") is None
+    assert load_tokenizer(golden / "tokenizer").vocab_size == 1000
+
+
+def test_special_text_can_be_kept_plain(tokenizer, fast):
+    for backend in (tokenizer, fast):
+        ids = backend.encode("a</s>", special_text=False)
+        assert backend.eos_token_id not in ids
+        assert backend.decode(ids) == "a</s>"
+
+
+def test_legacy_false_is_honoured(golden, tmp_path):
+    tokenizer = load_tokenizer(copy_of(golden, tmp_path, legacy=False))
+    assert tokenizer.encode("a</s>b") == [1, 263, 2, 902]  # no space in front of the second chunk
+    assert tokenizer.encode("</s> b") == [1, 2, 291]
+
+
+def test_tokens_that_are_named_without_an_id(golden, tmp_path):
+    folder = copy_of(golden, tmp_path, pad_token="[PAD]", additional_special_tokens=["<x>"])
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.pad_token_id, tokenizer.encode("<x>", add_bos=False)) == (1000, [1001])
+
+
+def test_old_files_without_added_tokens_decoder(golden, tmp_path):
+    bos = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": True}
+    folder = copy_of(golden, tmp_path, bos_token=bos, added_tokens_decoder=None, pad_token=None)
+    (folder / "special_tokens_map.json").unlink()
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("a</s>b") == [1, 263, 2, 291]
+    assert tokenizer.pad_token_id == 0
+
+
+def test_stripping_added_tokens(golden, tmp_path):
+    entry = {"content": "<x>", "lstrip": True, "rstrip": True, "special": True}
+    tokenizer = load_tokenizer(copy_of(golden, tmp_path, added_tokens_decoder={"1000": entry}))
+    assert tokenizer.encode_with_starts("a <x> b") == ([1, 263, 1000, 291], [-1, 0, 2, 6])
+
+
+def test_save_and_pickle(golden, tmp_path):
+    for name in ("models/llava_hf", "models/vicuna_bin"):
+        tokenizer = load_tokenizer(golden / name)
+        tokenizer.save(tmp_path / name)
+        for other in (load_tokenizer(tmp_path / name), pickle.loads(pickle.dumps(tokenizer))):
+            assert isinstance(other, SentencePieceTokenizer)
+            assert other.encode("A cat.</s> <image>") == tokenizer.encode("A cat.</s> <image>")
+
+
+def test_a_family_without_bos(tmp_path):
+    """A byte-level BPE as Qwen's or GPT-2's."""
+    import tokenizers
+
+    model = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "\u0120": 3}, [("a", "b")]))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens(["<|end|>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("ab a<|end|>") == [2, 3, 0, 4]
+    assert tokenizer.decode([2, 3, 0, 4]) == "ab a"
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.vocab_size) == (None, 4, 5)
+
+
+def test_unknown_ids(tokenizer, fast):
+    for backend in (tokenizer, fast):
+        with pytest.raises(DataError, match="token id 1000 is not in the vocabulary; expected 0 to 999"):
+            backend.decode([1, 1000])
+
+
+def test_bad_folders(golden, tmp_path):
+    with pytest.raises(DataError, match="no tokenizer folder at .*nothing is downloaded"):
+        load_tokenizer(tmp_path / "none")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="holds config.json; expected tokenizer.model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(DataError, match="tokenizer.json cannot be used"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\x80\x04 not a model")
+    with pytest.raises(DataError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token": 3}, "eos_token is 3; expected a token's text"),
+        ({"added_tokens_decoder": {"x": {"content": "<x>"}}}, "has the id 'x'; expected a non-negative integer"),
+        ({"added_tokens_decoder": {"1000": {"content": "<x>", "single_word": True}}}, "single_word, not supported"),
+        ({"added_tokens_decoder": {"1000": {"content": "<x>"}}}, "'<.im_start.>' in added_tokens.json and '<x>'"),
+    ],
+)
+def test_bad_settings(golden, tmp_path, changes, message):
+    name = "tokenizer_chatml" if "im_start" in message else "tokenizer"
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(copy_of(golden, tmp_path, name, **changes))
+
+
+def test_bad_settings_of_a_fast_tokenizer(golden, tmp_path):
+    shutil.copy(golden / "tokenizer/tokenizer.json", tmp_path)
+    with pytest.raises(DataError, match="names no eos_token"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|none|>"}')
+    with pytest.raises(DataError, match="has no token '<|none|>'"):
+        load_tokenizer(tmp_path)
+
+
+def test_gap_between_added_tokens(golden, tmp_path):
+    folder = copy_of(golden, tmp_path, added_tokens_decoder={"1005": {"content": "<x>", "special": True}})
+    with pytest.raises(DataError, match="token id 1002 has no entry"):
+        load_tokenizer(folder).decode([1002])
