@@ -45,11 +45,15 @@ class DriverArguments:
     context_parallel_size: int = _flag(int, 1, "parallel", "devices that share each sequence")
     sequence_parallel: bool = _switch("parallel", "split norms and dropouts along the sequence; needs tensor parallel")
     micro_batch_size: int = _flag(int, 1, "parallel", "samples per device and forward pass")
-    global_batch_size: int | None = _flag(int, None, "parallel", "samples per step; default micro batch x data parallel")
+    global_batch_size: int | None = _flag(
+        int, None, "parallel", "samples per step; default micro batch x data parallel"
+    )
     use_distributed_optimizer: bool = _switch("parallel", "split optimizer state over the data-parallel ranks")
     overlap_grad_reduce: bool = _switch("parallel", "reduce gradients while the backward pass runs")
     overlap_param_gather: bool = _switch("parallel", "gather parameters while the forward pass runs")
-    distributed_backend: str = _flag(str, "nccl", "parallel", "nccl stands for the device's own", ("nccl", "hccl", "gloo"))
+    distributed_backend: str = _flag(
+        str, "nccl", "parallel", "nccl stands for the device's own", ("nccl", "hccl", "gloo")
+    )
     distributed_timeout_minutes: float = _flag(float, 10.0, "parallel", "a silent rank is given up after this")
 
     seq_length: int | None = _flag(int, None, "model", "tokens per sample after image expansion; longer ones are cut")
@@ -70,7 +74,9 @@ class DriverArguments:
     train_iters: int | None = _flag(int, None, "optimizer", "steps of the whole run")
     lr_decay_style: str = _flag(str, "linear", "optimizer", "shape of the decay", ("cosine", "linear", "constant"))
     lr_decay_iters: int | None = _flag(int, None, "optimizer", "steps until --min-lr; default --train-iters")
-    lr_warmup_fraction: float | None = _flag(float, None, "optimizer", "share of the decay steps that warm up, rounded up")
+    lr_warmup_fraction: float | None = _flag(
+        float, None, "optimizer", "share of the decay steps that warm up, rounded up"
+    )
     lr_warmup_iters: int = _flag(int, 0, "optimizer", "steps that warm up")
     weight_decay: float = _flag(float, 0.01, "optimizer", "AdamW weight decay; biases and norms have none")
     clip_grad: float = _flag(float, 1.0, "optimizer", "largest gradient norm; 0 does not clip")
@@ -92,7 +98,9 @@ class DriverArguments:
     hysteresis: int = _flag(int, 2, "precision", "overflows after which the scale halves")
 
     save: str | None = _flag(str, None, "checkpoint", "folder that checkpoints are written to")
-    save_interval: int | None = _flag(int, None, "checkpoint", "steps between checkpoints; the last step is always saved")
+    save_interval: int | None = _flag(
+        int, None, "checkpoint", "steps between checkpoints; the last step is always saved"
+    )
     load: str | None = _flag(str, None, "checkpoint", "folder to resume from; its tracker file names the iteration")
     ckpt_step: int | None = _flag(int, None, "checkpoint", "load this iteration instead of the tracker's")
     pretrained_checkpoint: str | None = _flag(
@@ -100,7 +108,9 @@ class DriverArguments:
     )
     finetune: bool = _switch("checkpoint", "take only the weights of --load and begin at step 0")
     exit_on_missing_checkpoint: bool = _switch("checkpoint", "stop when --load holds no checkpoint")
-    no_load_optim: bool = _switch("checkpoint", "do not load optimizer state; the schedule goes on from the step reached")
+    no_load_optim: bool = _switch(
+        "checkpoint", "do not load optimizer state; the schedule goes on from the step reached"
+    )
     no_load_rng: bool = _switch("checkpoint", "do not load random states")
     no_save_optim: bool = _switch("checkpoint", "do not save optimizer state")
     no_save_rng: bool = _switch("checkpoint", "do not save random states")

@@ -76,7 +76,12 @@ def save_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
             storage.write_text(save / storage.TRACKER, str(state.iteration))
 
         agree(finish)
-    except (OSError, RuntimeError, CheckpointingException, torch.distributed.checkpoint.api.CheckpointException) as error:
+    except (
+        OSError,
+        RuntimeError,
+        CheckpointingException,
+        torch.distributed.checkpoint.api.CheckpointException,
+    ) as error:
         raise CheckpointError(
             f"iteration {state.iteration} could not be saved to {save}: {error}. Checkpoints written before are whole"
         ) from error

@@ -58,7 +58,9 @@ class MeteredIterator:
         try:
             batch = next(self._iterator)
         except StopIteration:
-            raise TrainingError("the data ended before the last step: the data iterator must begin a new epoch") from None
+            raise TrainingError(
+                "the data ended before the last step: the data iterator must begin a new epoch"
+            ) from None
         self.seconds += time.perf_counter() - start
         self.facts.append(self._describe(batch))
         return batch
@@ -173,7 +175,9 @@ def train_step(
     )
     totals = _reduce(state, reported, data, stop)
     if totals.supervised == 0:
-        _refuse(state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels")
+        _refuse(
+            state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels"
+        )
     loss = totals.loss_sum / totals.supervised
     if not math.isfinite(loss):
         _refuse(state, data, f"the loss is {loss}: check the data and weights, or lower --lr")

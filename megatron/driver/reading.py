@@ -69,7 +69,9 @@ def read_metadata(folder: Path) -> Metadata:
     """
     path = folder / METADATA_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no torch_dist checkpoint: {METADATA_FILE} is missing; load another iteration")
+        raise CheckpointError(
+            f"{folder} is no torch_dist checkpoint: {METADATA_FILE} is missing; load another iteration"
+        )
     if path.stat().st_size > METADATA_LIMIT:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes: expected at most {METADATA_LIMIT}")
     try:
@@ -80,7 +82,9 @@ def read_metadata(folder: Path) -> Metadata:
             f"{path} is refused: {error}. It is damaged or was not written by a training run; do not load it elsewhere"
         ) from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} is refused: it holds {type(metadata).__name__}, expected the tensors' description")
+        raise CheckpointError(
+            f"{path} is refused: it holds {type(metadata).__name__}, expected the tensors' description"
+        )
     for info in metadata.storage_data.values():
         if Path(info.relative_path).name != info.relative_path:
             raise CheckpointError(f"{path} is refused: it points to {info.relative_path!r}, outside its folder")
@@ -113,7 +117,9 @@ def read_tracker(folder: Path) -> str | None:
         return None
     text = path.read_text(encoding="utf-8", errors="replace").strip()
     if text != storage.RELEASE and not (text.isascii() and text.isdigit()):
-        raise CheckpointError(f"{path} holds {text[:60]!r}: expected the number of an iteration, or {storage.RELEASE!r}")
+        raise CheckpointError(
+            f"{path} holds {text[:60]!r}: expected the number of an iteration, or {storage.RELEASE!r}"
+        )
     return text
 
 

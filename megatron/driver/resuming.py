@@ -164,7 +164,9 @@ def _load_optimizer(state: TrainState, path: Path, run: dict[str, Any]) -> None:
             f"checkpoint {path} holds no optimizer state (it was saved with --no-save-optim): "
             "give --no-load-optim to resume without it, or --finetune to take only the weights"
         )
-    settings = [{name: group[name] for name in _GROUP_SETTINGS if name in group} for group in state.optimizer.param_groups]
+    settings = [
+        {name: group[name] for name in _GROUP_SETTINGS if name in group} for group in state.optimizer.param_groups
+    ]
     sharded = state.optimizer.sharded_state_dict(model_tensors(state.modules), is_loading=True, metadata=metadata())
     held = SafeReader(path).read_metadata().state_dict_metadata
     _raise_together(

@@ -91,7 +91,9 @@ def split_frozen(tensors: ShardedStateDict) -> tuple[ShardedStateDict, ShardedSt
 
 def built(tensors: ShardedStateDict) -> list[ShardedTensor]:
     """The sharded tensors behind a state dict, factories applied; `tensors` stays as it is."""
-    applied = dict_list_map_outplace(lambda item: item.build() if isinstance(item, ShardedTensorFactory) else item, tensors)
+    applied = dict_list_map_outplace(
+        lambda item: item.build() if isinstance(item, ShardedTensorFactory) else item, tensors
+    )
     return [item for item in nested_values(applied) if isinstance(item, ShardedTensor)]
 
 

@@ -1,10 +1,10 @@
 """Files of a save folder: written aside, made durable, put in place by a rename, cleaned up after a crash.
 
-    SAVE/latest_checkpointed_iteration.txt   the tracker: an iteration, or `release`
-    SAVE/iter_0000010/                       a whole checkpoint
-    SAVE/frozen/<id>/                        frozen parameters, shared by checkpoints
-    .<name>.saving                           beside its place: a save that is under way or was killed
-    .<name>.replaced                         a checkpoint that the one being put in its place replaces
+SAVE/latest_checkpointed_iteration.txt   the tracker: an iteration, or `release`
+SAVE/iter_0000010/                       a whole checkpoint
+SAVE/frozen/<id>/                        frozen parameters, shared by checkpoints
+.<name>.saving                           beside its place: a save that is under way or was killed
+.<name>.replaced                         a checkpoint that the one being put in its place replaces
 """
 
 from __future__ import annotations

@@ -1,0 +1,59 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.pool import RankPool
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and results do not depend on their number."""
+    torch.set_num_threads(1)
+
+
+def _folder(name: str) -> Path:
+    path = SHARED / name
+    if not path.is_dir():
+        pytest.skip(f"reference data is absent: no folder ../shared/{name} beside the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Reference values made with transformers, openai-clip and LLaVA's own code; see README.md there."""
+    return _folder("golden")
+
+
+@pytest.fixture(scope="session")
+def golden_eval() -> Path:
+    """Reference scores made with VLMEvalKit and the official scorers."""
+    return _folder("golden_eval")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """`ranks(2).run(function, *args)` calls a module-level function on two ranks; the processes are re-used."""
+    pools: dict[int, RankPool] = {}
+    yield lambda size: pools.setdefault(size, RankPool(size))
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def single_process() -> Iterator[None]:
+    """For tests that initialise the driver in the test process: takes it down again."""
+    from mindspeed_mm.platform import get_platform
+
+    get_platform("cpu")
+    from megatron.driver.initialize import shutdown
+
+    yield
+    shutdown()
