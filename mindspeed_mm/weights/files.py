@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +23,24 @@ MAX_HEADER_BYTES = 100 * 2**20
 MAX_JSON_BYTES = 64 * 2**20
 """Index files of the largest public models stay below 1 MiB."""
 
+RECORD_NAME = "mindspeed_mm.json"
+"""Member of our own .pt files that says what the tensors are; torch.load does not look at it."""
+
 ZIP_MAGIC = b"PK\x03\x04"
 GIT_LFS_MAGIC = b"version https://git-lfs"
 
-_DAMAGED = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error)
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+)
 """What torch's loader raises on a file that is cut off or overwritten: its parser has no error type of its own."""
 
 
@@ -66,6 +81,7 @@ class SafetensorsFile:
 class PickleFile:
     """A torch file with a flat dict of tensors, unpickled by torch's weights_only reader and mapped lazily.
 
+    `record` says what the tensors are, where the file is one that we wrote.
     Raises WeightError when the pickle asks for anything else than tensors (it would execute code), when it is damaged
     and when it is not a flat dict of tensors.
     """
@@ -74,6 +90,7 @@ class PickleFile:
         self.path = path
         with path.open("rb") as file:
             mapped = file.read(4) == ZIP_MAGIC
+        self.record = _read_record(path) if mapped else None
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
@@ -154,6 +171,23 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def _is_shape(shape: Any) -> bool:
     return isinstance(shape, list) and all(type(item) is int and item >= 0 for item in shape) and math.prod(shape) >= 0
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The record inside one of our .pt files, None in a file of others."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [info for info in archive.infolist() if info.filename.split("/", 1)[1:] == [RECORD_NAME]]
+            if not members:
+                return None
+            if members[0].file_size > MAX_JSON_BYTES:
+                raise damaged(path, f"its {RECORD_NAME} is larger than {MAX_JSON_BYTES} bytes")
+            record = json.loads(archive.read(members[0]))
+    except (zipfile.BadZipFile, OSError, EOFError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise damaged(path, str(error)) from error
+    if not isinstance(record, dict):
+        raise damaged(path, f"its {RECORD_NAME} is not an object")
+    return record
 
 
 def _flat_tensors(path: Path, content: Any) -> dict[str, Tensor]:

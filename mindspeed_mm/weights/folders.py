@@ -31,7 +31,10 @@ NO_WEIGHTS = ("training_args.bin", "optimizer.", "optimizer_", "scheduler.", "rn
 
 
 class TensorFiles:
-    """Several tensor files read as one. Raises WeightError for a tensor that two of them hold."""
+    """Several tensor files read as one. Raises WeightError for a tensor that two of them hold.
+
+    `record` is what a single file of our own says of itself, else None.
+    """
 
     def __init__(self, path: Path, files: list[TensorFile]) -> None:
         self.path = path
@@ -45,6 +48,7 @@ class TensorFiles:
                     )
                 self._holder[name] = file
         self.names = tuple(self._holder)
+        self.record = files[0].record if len(files) == 1 and isinstance(files[0], PickleFile) else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
@@ -110,11 +114,6 @@ def find_groups(folder: Path) -> list[TensorFiles]:
             f"{', '.join(WEIGHT_SUFFIXES)}. Give the folder or file that holds the weights."
         )
     return [TensorFiles(path, [open_file(path)]) for path in paths]
-
-
-def merge(path: Path, groups: list[TensorFiles]) -> TensorFiles:
-    """Several files as one set of tensors (shards without an index)."""
-    return TensorFiles(path, groups)
 
 
 def _indexed(index: Path) -> TensorFiles:

@@ -61,15 +61,11 @@ def load_part(
     content = module.state_dict() if isinstance(module, torch.nn.Module) else module
     state = {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
     if path is None:
-        if not spec.fresh:
-            raise WeightError(
-                f"{part.kind}: found neither ckpt_path nor fresh; expected weights. "
-                f'Set ckpt_path in its spec, or "fresh": true to train it from random values.'
-            )
-        return LoadReport(part.kind, "-", "-", len(state), 0, len(state), 0, "-")
+        return _fresh_report(part, spec, state)
     source = path if isinstance(path, Source) else open_source(path)
     part_source = source.part(part.kind)
-    confirmed = _check_config(part, spec, part_source)
+    found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
+    confirmed = "none there" if found is None else _check_config(part, spec, part_source, found)
     rules, geometry = _rules_of(part, part_source), spec.geometry
     match = rules.match(part_source.names, geometry, where=f"{part_source.path} ({part.kind})")
     steps = {step.target: step for step in match.steps if not step.unused}
@@ -77,12 +73,13 @@ def load_part(
     local = {_global_name(name, layer_offset): tensor for name, tensor in state.items()}
     whole = num_local_layers is None or num_local_layers == geometry.num_layers
     _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
+    stored = found.geometry if part_source.assumed else geometry
     with torch.no_grad():
         for name, parameter in local.items():
-            step = steps.get(name) or steps[rules.tied[1]]
-            _copy(parameter, name, step, part_source, geometry, tp_rank, tp_size)
-    used = {name for step in steps.values() for name in step.sources}
-    dropped = len(part_source.names) - len(used)
+            step = steps[name] if name in steps else steps[rules.tied[1]]
+            full = _full_tensor(step, part_source, geometry, stored)
+            _copy(parameter, name, shard(full, step.rule, tp_rank, tp_size, geometry), step, part_source)
+    dropped = len(part_source.names) - sum(len(step.sources) for step in steps.values())
     return LoadReport(part.kind, source.layout, str(part_source.path), len(local), len(local), 0, dropped, confirmed)
 
 
@@ -96,6 +93,16 @@ def table(reports: Iterable[LoadReport]) -> str:
     )
 
 
+def _fresh_report(part: Any, spec: Any, state: Mapping[str, Tensor]) -> LoadReport:
+    """The report of a part at random init. Raises WeightError unless its spec declares that."""
+    if not spec.fresh:
+        raise WeightError(
+            f"{part.kind}: found neither ckpt_path nor fresh; expected weights. "
+            'Set ckpt_path in its spec, or "fresh": true to train it from random values.'
+        )
+    return LoadReport(part.kind, "-", "-", len(state), 0, len(state), 0, "-")
+
+
 def _rules_of(part: Any, source: PartSource) -> RuleSet:
     if source.dialect not in part.rules:
         raise WeightError(
@@ -105,13 +112,11 @@ def _rules_of(part: Any, source: PartSource) -> RuleSet:
     return part.rules[source.dialect]
 
 
-def _check_config(part: Any, spec: Any, source: PartSource) -> str:
-    """Compare spec and source in the fields that `part` names; returns "equal" or "none there"."""
-    if source.config is None:
-        return "none there"
-    found = part.read_config(source.config, source.dialect)
+def _check_config(part: Any, spec: Any, source: PartSource, found: Any) -> str:
+    """Compare the spec with what the source's config says; returns the word for the report."""
     fields = [*part.checked]
     fields += [name for name, key in part.checked_where.items() if source.dialect == "ours" or key in source.config]
+    fields = [name for name in fields if name not in source.assumed]
     problems = [
         f"{field}: the weights have {getattr(found, field)!r}, the spec says {getattr(spec, field)!r}"
         for field in fields
@@ -162,23 +167,27 @@ def _check_targets(
         )
 
 
-def _copy(
-    parameter: Tensor, name: str, step: Step, source: PartSource, geometry: Geometry, tp_rank: int, tp_size: int
-) -> None:
-    tensors = [source.get(stored) for stored in step.sources]
-    for stored, tensor in zip(step.sources, tensors, strict=True):
+def _full_tensor(step: Step, source: PartSource, geometry: Geometry, stored: Geometry) -> Tensor:
+    """Our full tensor of one step. `stored` is the geometry that the source's own grouping of heads was made with."""
+    tensors = [source.get(name) for name in step.sources]
+    for name, tensor in zip(step.sources, tensors, strict=True):
         if not tensor.is_floating_point():
             raise WeightError(
-                f"{source.path}: tensor {stored} has type {tensor.dtype}; expected floating point. "
+                f"{source.path}: tensor {name} has type {tensor.dtype}; expected floating point. "
                 "Quantised weights cannot be read; give the original ones."
             )
     full = step.rule.to_ours(tensors, geometry)
+    if stored != geometry:
+        full = step.rule.regroup(full, stored, geometry)
     if step.rule.padded and geometry.vocab_size and full.shape[0] != geometry.vocab_size:
         raise WeightError(
             f"{source.path}: {', '.join(step.sources)} has {full.shape[0]} rows; expected language_vocab_size "
             f"{geometry.vocab_size}. Correct language_vocab_size in the spec."
         )
-    value = shard(full, step.rule, tp_rank, tp_size, geometry)
+    return full
+
+
+def _copy(parameter: Tensor, name: str, value: Tensor, step: Step, source: PartSource) -> None:
     if value.shape != parameter.shape:
         raise WeightError(
             f"{source.path}: {', '.join(step.sources)} gives {name} the shape {list(value.shape)}; expected "

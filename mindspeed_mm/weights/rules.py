@@ -105,6 +105,12 @@ class Own(Rule):
     def padded(self) -> bool:
         return self.like.padded
 
+    def regroup(self, tensor: Tensor, stored: Geometry, geometry: Geometry) -> Tensor:
+        """Our tensor that was merged for the heads of `stored`, merged for those of `geometry` instead."""
+        if isinstance(self.like, QKV):
+            return self.like.to_ours(self.like.to_theirs(tensor, stored), geometry)
+        return tensor
+
 
 @dataclass(frozen=True)
 class QKV(Rule):

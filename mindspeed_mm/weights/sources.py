@@ -1,7 +1,7 @@
 """Open weights in any public layout: recognised from their contents, never from their name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights import configs
-from mindspeed_mm.weights.files import TensorFile, read_json_object
-from mindspeed_mm.weights.folders import TensorFiles, find_groups, merge, open_file
+from mindspeed_mm.weights.files import TensorFile, damaged, read_json_object
+from mindspeed_mm.weights.folders import TensorFiles, find_groups, open_file
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, recognise
 
 PEFT_PREFIX = "base_model.model."
@@ -34,6 +34,7 @@ class PartSource:
     dialect: text_decoder "hf" | "ours"; vision_encoder "hf" | "openai" | "ours"; vision_projector "llava" | "hf" |
     "ours".
     config: the part's HF config (for "ours": its block of a model.json), or None where the layout has none.
+    assumed: keys of the config that the converter had to assume (the head count of an OpenAI archive).
     """
 
     part: str
@@ -42,6 +43,7 @@ class PartSource:
     config: dict[str, Any] | None
     _files: TensorFile
     _stored: dict[str, str]
+    assumed: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -109,8 +111,7 @@ def _open_folder(folder: Path) -> Source:
     layouts = [recognise(group.names) for group in groups]
     if len(groups) > 1 and all(layout and layout.name == "mindspeed-mm" for layout in layouts):
         return _combine(folder, [_classify(group.path, group, None) for group in groups])
-    source = _classify(folder, groups[0] if len(groups) == 1 else _one_set(folder, groups, layouts), config)
-    return _combine(folder, [source]) if source.layout == "mindspeed-mm" else source
+    return _classify(folder, groups[0] if len(groups) == 1 else _one_set(folder, groups, layouts), config)
 
 
 def _one_set(folder: Path, groups: list[TensorFiles], layouts: list[Layout | None]) -> TensorFiles:
@@ -122,13 +123,11 @@ def _one_set(folder: Path, groups: list[TensorFiles], layouts: list[Layout | Non
             for group, layout in zip(groups, layouts, strict=True)
         )
         raise WeightError(f"{folder}: found files of several layouts: {listing}. Give the path of one of them.")
-    return merge(folder, groups)
+    return TensorFiles(folder, groups)
 
 
 def _combine(folder: Path, sources: list[Source]) -> Source:
-    """converted_clip.pt, converted_vicuna.pt and mlp.pt of one folder; model.json there describes them."""
-    model_file = folder / "model.json"
-    model = read_json_object(model_file) if model_file.is_file() else None
+    """converted_clip.pt, converted_vicuna.pt and mlp.pt of one folder."""
     parts: dict[str, PartSource] = {}
     for source in sources:
         for name, part in source.part_sources.items():
@@ -137,16 +136,8 @@ def _combine(folder: Path, sources: list[Source]) -> Source:
                     f"{folder}: both {parts[name].path.name} and {part.path.name} hold a {name}; expected one. "
                     "Remove the one that does not belong here or give a file."
                 )
-            block = _block(model, name)
-            parts[name] = PartSource(name, part.dialect, part.path, block, part._files, part._stored)
-    return Source(folder, "mindspeed-mm", model, parts)
-
-
-def _block(model: dict[str, Any] | None, part: str) -> dict[str, Any] | None:
-    """A part's block of a model.json."""
-    holder = model if part == TEXT else (model or {}).get("image_encoder")
-    block = holder.get(part) if isinstance(holder, dict) else None
-    return block if isinstance(block, dict) else None
+            parts[name] = part
+    return Source(folder, "mindspeed-mm", None, parts)
 
 
 def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> Source:
@@ -180,9 +171,20 @@ def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> 
         )
         for part, names in split.items()
     }
+    if layout.name == "mindspeed-mm" and files.record is not None:
+        parts = {name: _recorded(part, files.record) for name, part in parts.items()}
     if layout.name == "llava":
         parts = _with_tower(path, config or {}, parts)
     return Source(path, layout.name, config, parts, tuple(dropped))
+
+
+def _recorded(part: PartSource, record: dict[str, Any]) -> PartSource:
+    """A part with what our own file says of it: {"config": {kind: block of a model.json}, "assumed": [keys]}."""
+    blocks, assumed = record.get("config"), record.get("assumed", [])
+    block = blocks.get(part.part) if isinstance(blocks, dict) else None
+    if not isinstance(block, dict) or not isinstance(assumed, list) or not all(type(key) is str for key in assumed):
+        raise damaged(part.path, "its record does not describe its tensors")
+    return replace(part, config=block, assumed=tuple(assumed))
 
 
 def _part_config(layout: Layout, part: str, config: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -203,12 +205,13 @@ def _with_tower(folder: Path, config: dict[str, Any], parts: dict[str, PartSourc
     select = configs.vision_select(config)
     if VISION in parts:
         inside = parts[VISION]
-        described = {**tower.config, **select} if tower and tower.config else None
-        return {**parts, VISION: PartSource(VISION, "hf", folder, described, inside._files, inside._stored)}
+        described = {**tower.config, **select} if tower and tower.config and tower.dialect == "hf" else None
+        return {**parts, VISION: replace(inside, config=described)}
     if tower is None:
         return parts
-    described = {**tower.config, **select} if tower.config else None
-    return {**parts, VISION: PartSource(VISION, tower.dialect, tower.path, described, tower._files, tower._stored)}
+    if tower.dialect == "ours":
+        return {**parts, VISION: tower}
+    return {**parts, VISION: replace(tower, config={**tower.config, **select} if tower.config else None)}
 
 
 def _tower_source(folder: Path, config: dict[str, Any]) -> PartSource | None:

@@ -1,0 +1,109 @@
+"""Convert weights between layouts, as a library; each part goes through our names and back by one rule set."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint_converters.write import write_pt
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.describe import describe_part, part_of_source
+from mindspeed_mm.models.part import DTYPES, PartSpec
+from mindspeed_mm.weights.sources import PartSource, Source, open_source
+
+FILE_NAMES = {
+    "vision_encoder": "converted_clip.pt",
+    "text_decoder": "converted_vicuna.pt",
+    "vision_projector": "mlp.pt",
+}
+"""Files of the layout mindspeed-mm, as the ancestor's guide names them."""
+
+TARGETS = ("mindspeed-mm",)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What one part became: its file, number of tensors and bytes, and the Spec fields that had to be assumed."""
+
+    part: str
+    path: Path
+    tensors: int
+    nbytes: int
+    assumed: tuple[str, ...]
+
+
+def convert(
+    source: str | Path | Source,
+    target: str | Path,
+    *,
+    to: str,
+    dtype: str | torch.dtype | None = None,
+    num_attention_heads: int | None = None,
+) -> list[Converted]:
+    """Convert every part that a source holds.
+
+    Args:
+        source: weights in any readable layout.
+        target: folder to write; it is created, and files of the same name are replaced when the new ones are complete.
+        to: layout to write; "mindspeed-mm" = converted_clip.pt, converted_vicuna.pt, mlp.pt.
+        dtype: type to store (fp32, fp16, bf16 or torch's); None keeps each tensor's own.
+        num_attention_heads: heads of a vision encoder whose source does not say (None: width / 64).
+
+    Raises WeightError for a source that cannot be read or a target that cannot be written.
+    """
+    if to not in TARGETS:
+        raise WeightError(f"cannot convert to {to!r}; expected {', '.join(TARGETS)}.")
+    opened = source if isinstance(source, Source) else open_source(source)
+    return [
+        convert_part(
+            opened.part(kind),
+            Path(target) / FILE_NAMES[kind],
+            dtype=dtype,
+            num_attention_heads=num_attention_heads if kind == "vision_encoder" else None,
+        )
+        for kind in opened.parts
+    ]
+
+
+def convert_part(
+    source: PartSource, path: Path, *, dtype: str | torch.dtype | None = None, num_attention_heads: int | None = None
+) -> Converted:
+    """Write one part under our names as a flat .pt file of full tensors, as the ancestor's converters do.
+
+    All layers of the source are kept, also those that a model with a feature before the last layer never builds. The
+    file says inside what it holds (see weights/files.py), so that it loads without a further config.
+    """
+    spec = describe_part(source, num_attention_heads=num_attention_heads)
+    known = source.config is not None or num_attention_heads is not None or source.part != "vision_encoder"
+    assumed = source.assumed if known else ("num_attention_heads",)
+    state = _cast(our_state(source, spec), dtype)
+    block = {**spec.model_dump(mode="json", exclude_defaults=True), "params_dtype": None}
+    write_pt(path, state, {"config": {source.part: block}, "assumed": list(assumed)})
+    return Converted(source.part, path, len(state), sum(tensor.nbytes for tensor in state.values()), assumed)
+
+
+def our_state(source: PartSource, spec: PartSpec) -> dict[str, Tensor]:
+    """All tensors of a part under our names, with every layer of the source, in their stored type.
+
+    Raises WeightError when the source is not the model that `spec` describes.
+    """
+    rules = part_of_source(source).rules[source.dialect]
+    geometry = spec.geometry  # steps of layers behind the feature are marked unused, their rules are not
+    steps = rules.match(source.names, geometry, where=f"{source.path} ({source.part})").steps
+    return {
+        step.target: step.rule.to_ours([source.get(name) for name in step.sources], geometry)
+        for step in steps
+        if not step.rule.unused
+    }
+
+
+def _cast(state: Mapping[str, Tensor], dtype: str | torch.dtype | None) -> dict[str, Tensor]:
+    if dtype is None:
+        return dict(state)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise WeightError(f"found dtype {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    wanted: Any = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    return {name: tensor.to(wanted) for name, tensor in state.items()}

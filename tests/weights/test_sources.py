@@ -1,0 +1,438 @@
+"""Recognising layouts by their contents, and refusing what is damaged, unsafe or ambiguous."""
+
+import json
+import pickle
+import shutil
+import struct
+import zipfile
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.weights.layouts import recognise
+from mindspeed_mm.weights.sources import open_source, register_detector
+from mindspeed_mm.weights.torchscript import TorchScriptFile
+
+LAYOUTS = {
+    "clip_openai.pt": ("openai-clip", {"vision_encoder": ("openai", 56)}),
+    "clip_hf": ("clip", {"vision_encoder": ("hf", 71)}),
+    "vicuna": ("hf", {"text_decoder": ("hf", 39)}),
+    "vicuna_bin": ("hf", {"text_decoder": ("hf", 43)}),
+    "mm_projector.bin": ("projector", {"vision_projector": ("llava", 4)}),
+    "llava_original": (
+        "llava",
+        {"text_decoder": ("hf", 39), "vision_encoder": ("hf", 71), "vision_projector": ("llava", 4)},
+    ),
+    "llava_hf": (
+        "llava-hf",
+        {"text_decoder": ("hf", 39), "vision_encoder": ("hf", 71), "vision_projector": ("hf", 4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_golden_layouts_are_recognised(golden_models, name):
+    layout, parts = LAYOUTS[name]
+    source = open_source(golden_models / name)
+    assert source.layout == layout
+    found = {kind: (source.part(kind).dialect, len(source.part(kind).names)) for kind in source.parts}
+    assert found == parts
+
+
+def test_the_name_of_a_file_does_not_matter(golden_models, tmp_path):
+    shutil.copy(golden_models / "clip_openai.pt", tmp_path / "mm_projector.bin")
+    assert open_source(tmp_path / "mm_projector.bin").layout == "openai-clip"
+
+
+def test_names_of_transformers_5_are_recognised(golden_models):
+    names = json.loads((golden_models / "llava_hf_v5" / "tensor_names_and_shapes.json").read_text())
+    layout = recognise(names)
+    parts, dropped, unknown = layout.split(names)
+    assert layout.name == "llava-hf" and not dropped and not unknown
+    assert sorted(parts) == ["text_decoder", "vision_encoder", "vision_projector"]
+    old = open_source(golden_models / "llava_hf")
+    assert {kind: sorted(names) for kind, names in parts.items()} == {
+        kind: sorted(old.part(kind).names) for kind in old.parts
+    }
+
+
+def test_names_under_model_are_recognised():
+    names = ["model.language_model.embed_tokens.weight", "lm_head.weight", "model.multi_modal_projector.linear_1.bias"]
+    names += ["model.vision_tower.vision_model.embeddings.class_embedding"]
+    parts, _, unknown = recognise(names).split(names)
+    assert not unknown
+    assert set(parts["text_decoder"]) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert set(parts["vision_encoder"]) == {"embeddings.class_embedding"}
+    assert set(parts["vision_projector"]) == {"linear_1.bias"}
+
+
+def test_a_whole_clip_model_gives_its_tower(tmp_path):
+    names = ["vision_model.embeddings.class_embedding", "text_model.x", "logit_scale", "visual_projection.weight"]
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    source = open_source(tmp_path)
+    assert source.layout == "clip" and source.part("vision_encoder").names == ("embeddings.class_embedding",)
+    assert sorted(source.dropped) == ["logit_scale", "text_model.x", "visual_projection.weight"]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "base_model.model.model."])
+def test_projector_prefixes(tmp_path, prefix):
+    torch.save({f"{prefix}mm_projector.0.weight": torch.zeros(2)}, tmp_path / "file.bin")
+    source = open_source(tmp_path / "file.bin")
+    assert source.layout == "projector" and source.part("vision_projector").names == ("0.weight",)
+
+
+def test_a_state_dict_of_our_whole_model_is_read_with_its_placeholders(tmp_path):
+    state = {
+        "text_decoder.embedding.word_embeddings.weight": torch.zeros(1),
+        "text_decoder.decoder.layers.0.mlp.linear_fc1._extra_state": None,
+        "image_encoder.encoder.class_token": torch.zeros(1),
+        "image_encoder.projector.encoder.linear_fc1.weight": torch.zeros(1),
+    }
+    torch.save(state, tmp_path / "model.pt")
+    source = open_source(tmp_path / "model.pt")
+    assert source.layout == "mindspeed-mm"
+    assert source.part("text_decoder").names == ("embedding.word_embeddings.weight",)
+    assert source.part("vision_projector").names == ("encoder.linear_fc1.weight",)
+
+
+def test_shards_without_an_index_are_read_together(tiny_llama):
+    folder, _, state = tiny_llama
+    names = sorted(state)
+    (folder / "model.safetensors").unlink()
+    save_file({name: state[name] for name in names[:5]}, folder / "model-00001-of-00002.safetensors")
+    save_file({name: state[name] for name in names[5:]}, folder / "model-00002-of-00002.safetensors")
+    source = open_source(folder)
+    assert source.layout == "hf" and sorted(source.part("text_decoder").names) == names
+
+
+def test_legacy_torch_files_are_read(tmp_path):
+    state = {"mm_projector.0.weight": torch.randn(2, 3)}
+    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    part = open_source(tmp_path / "old.bin").part("vision_projector")
+    assert torch.equal(part.get("0.weight"), state["mm_projector.0.weight"]) and part.shape("0.weight") == (2, 3)
+
+
+def test_a_registered_detector_is_asked_first(tmp_path, monkeypatch):
+    from mindspeed_mm.weights import sources
+
+    monkeypatch.setattr(sources, "_DETECTORS", [])
+    mine = sources.Source(tmp_path, "checkpoint", None, {})
+    register_detector(lambda path: mine if path == tmp_path else None)
+    assert open_source(tmp_path) is mine
+    with pytest.raises(WeightError, match="no such file"):
+        open_source(tmp_path / "other")
+
+
+def test_a_tower_is_found_by_the_relative_path_of_the_config(golden_models, tmp_path):
+    shutil.copytree(golden_models / "clip_hf", tmp_path / "clip_hf")
+    folder = tmp_path / "llava"
+    folder.mkdir()
+    state = {"model.embed_tokens.weight": torch.zeros(2), "model.mm_projector.0.weight": torch.zeros(2)}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "../clip_hf", "mm_vision_select_layer": -3}))
+    part = open_source(folder).part("vision_encoder")
+    assert part.path == folder / "../clip_hf" and part.config["vision_feature_layer"] == -3
+    (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}))
+    with pytest.raises(WeightError, match="names the tower 'openai/clip-vit-large-patch14-336'"):
+        open_source(folder).part("vision_encoder")
+
+
+def test_an_unknown_select_feature_is_refused(tiny_llama):
+    folder, _, state = tiny_llama
+    save_file({**state, "model.mm_projector.0.weight": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"mm_vision_select_feature": "all"}))
+    with pytest.raises(WeightError, match="found mm_vision_select_feature 'all'"):
+        open_source(folder)
+
+
+# --- TorchScript ---------------------------------------------------------------------------------------------------
+
+
+def test_torchscript_tensors_equal_those_of_torch(golden_models):
+    path = golden_models / "clip_openai.pt"
+    expected = torch.jit.load(str(path), map_location="cpu").state_dict()
+    file = TorchScriptFile(path)
+    assert set(file.names) == set(expected)
+    for name, tensor in expected.items():
+        read = file.get(name)
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor) and file.shape(name) == tuple(tensor.shape)
+
+
+def rewrite(source, target, change):
+    """Copy a zip archive with changed members: change(name, bytes) -> bytes or None to leave it out."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = change(name, old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+
+
+class _Evil:
+    def __reduce__(self):
+        return eval, ("1 + 1",)
+
+
+def test_a_torchscript_pickle_that_calls_code_is_refused(golden_models, tmp_path):
+    evil = pickle.dumps(_Evil(), protocol=2)
+    rewrite(
+        golden_models / "clip_openai.pt",
+        tmp_path / "evil.pt",
+        lambda name, old: evil if name.endswith("data.pkl") else old,
+    )
+    with pytest.raises(WeightError, match=r"refused, because reading it would call \w+\.eval"):
+        open_source(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, old: None if name.endswith("data/9") else old, "data/9"),
+        (lambda name, old: old[:-4] if name.endswith("data/9") else old, "does not hold"),
+        (lambda name, old: b"big" if name.endswith("byteorder") else old, "big-endian"),
+        (lambda name, old: b"" if name.endswith("data.pkl") else old, "cut off or damaged"),
+        (lambda name, old: b"\x80\x02K\x01K\x02\x85R." if name.endswith("data.pkl") else old, "describe a module"),
+        (lambda name, old: None if name.endswith("data.pkl") else old, "0 data.pkl"),
+    ],
+)
+def test_damaged_torchscript_is_refused(golden_models, tmp_path, change, message):
+    rewrite(golden_models / "clip_openai.pt", tmp_path / "bad.pt", change)
+    with pytest.raises(WeightError, match=message):
+        part = open_source(tmp_path / "bad.pt").part("vision_encoder")
+        for name in part.names:
+            part.get(name)
+
+
+def test_a_compressed_storage_is_refused(golden_models, tmp_path):
+    with zipfile.ZipFile(golden_models / "clip_openai.pt") as old, zipfile.ZipFile(tmp_path / "z.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), compress_type=zipfile.ZIP_DEFLATED)
+    with pytest.raises(WeightError, match="does not hold"):
+        open_source(tmp_path / "z.pt").part("vision_encoder").get("visual.class_embedding")
+
+
+# --- damaged and unsafe files --------------------------------------------------------------------------------------
+
+
+def test_a_missing_path_is_named(tmp_path):
+    with pytest.raises(WeightError, match="nowhere: no such file or folder"):
+        open_source(tmp_path / "nowhere")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "training_args.bin").write_bytes(b"x")
+    with pytest.raises(WeightError, match="found no weight file"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "neither safetensors nor a torch file"), (b"version https://git-lfs.github.com/spec/v1", "git lfs pull")],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    (tmp_path / "w.bin").write_bytes(content)
+    with pytest.raises(WeightError, match=message):
+        open_source(tmp_path / "w.bin")
+
+
+def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    (tmp_path / "w.bin").write_bytes(b"x")
+
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(WeightError, match="cannot read .*w.bin: Permission denied"):
+        open_source(tmp_path / "w.bin")
+
+
+@pytest.mark.parametrize("cut", [4, 40, 2000])
+def test_truncated_safetensors_are_refused(tiny_llama, cut):
+    folder, _, _ = tiny_llama
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(WeightError, match="model.safetensors: the file is cut off or damaged"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a": 1}',
+        b"[1]",
+        b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+        b"{" * 5000,
+    ],
+)
+def test_nonsense_safetensors_headers_are_refused(tmp_path, header):
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    with pytest.raises(WeightError, match="cut off or damaged"):
+        open_source(tmp_path / "w.safetensors")
+
+
+def test_a_huge_safetensors_header_is_not_read(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    with pytest.raises(WeightError, match=f"claims {2**60} bytes"):
+        open_source(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_pickle_that_calls_code_is_refused(tmp_path, new_format):
+    torch.save({"mm_projector.0.weight": _Evil()}, tmp_path / "w.bin", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(WeightError, match="w.bin: refused, because unpickling it would call code"):
+        open_source(tmp_path / "w.bin")
+
+
+@pytest.mark.parametrize("content", [[1], {"a": 1}, {"state_dict": {"a": torch.zeros(1)}}, {1: torch.zeros(1)}])
+def test_a_pickle_of_other_things_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.bin")
+    with pytest.raises(WeightError, match="expected a (flat )?dict from names to tensors"):
+        open_source(tmp_path / "w.bin")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_torch_files_cut_or_changed_anywhere_never_crash(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("cut") / "w.bin"
+    torch.save({"mm_projector.0.weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=data.draw(st.booleans()))
+    raw = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw) - 1))]
+    else:
+        raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(raw)
+    try:
+        open_source(path)
+    except WeightError as error:
+        assert "w.bin" in str(error)
+
+
+def test_unknown_tensors_are_refused(tmp_path):
+    save_file({"something.else": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightError, match=r"found no known layout \(tensors such as something.else\)"):
+        open_source(tmp_path / "w.safetensors")
+    save_file({"embeddings.class_embedding": torch.zeros(1), "other": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightError, match="1 tensors that layout clip does not have, such as other"):
+        open_source(tmp_path / "w.safetensors")
+
+
+def test_lora_adapters_are_refused(tmp_path):
+    save_file({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightError, match="found LoRA adapters"):
+        open_source(tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(WeightError, match=r"found a LoRA adapter \(adapter_model\)"):
+        open_source(tmp_path)
+
+
+def test_files_of_several_layouts_in_one_folder_are_ambiguous(golden_models):
+    with pytest.raises(WeightError, match=r"several layouts: clip_openai.pt \(openai-clip\), mm_projector.bin"):
+        open_source(golden_models)
+
+
+def test_two_files_of_one_part_are_refused(tmp_path):
+    for name in ("mlp.pt", "converted_mlp.pt"):
+        torch.save({"encoder.linear_fc1.weight": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(WeightError, match="both converted_mlp.pt and mlp.pt hold a vision_projector"):
+        open_source(tmp_path)
+
+
+def test_a_part_that_is_not_there_is_refused(golden_models):
+    with pytest.raises(WeightError, match="found layout hf with text_decoder; expected a vision_encoder"):
+        open_source(golden_models / "vicuna").part("vision_encoder")
+
+
+# --- indexes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tiny_llama):
+    """(folder, index) of the tiny Llama in two shards."""
+    folder, _, state = tiny_llama
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    table = {}
+    for number, part in enumerate((names[:6], names[6:]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, folder / file)
+        table.update(dict.fromkeys(part, file))
+    write_index(folder, table)
+    return folder, table
+
+
+def write_index(folder, table):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
+
+def test_shards_are_read_by_their_index(sharded, tiny_llama):
+    folder, _ = sharded
+    part = open_source(folder).part("text_decoder")
+    assert sorted(part.names) == sorted(tiny_llama[2])
+    assert all(torch.equal(part.get(name), tiny_llama[2][name]) for name in part.names)
+
+
+def test_an_index_that_names_a_missing_shard(sharded):
+    folder, _ = sharded
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(WeightError, match="names model-00002-of-00002.safetensors, not found"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("outside", ["../other.safetensors", "/etc/passwd", "a/../../b", "", "..\\b"])
+def test_an_index_that_points_outside_its_folder(sharded, outside):
+    folder, table = sharded
+    write_index(folder, {**table, "lm_head.weight": outside})
+    with pytest.raises(WeightError, match="points outside"):
+        open_source(folder)
+
+
+def test_a_tensor_in_two_shards(sharded):
+    folder, _ = sharded
+    second = folder / "model-00002-of-00002.safetensors"
+    save_file({**load_file(second), "lm_head.weight": torch.zeros(11, 8)}, second)
+    with pytest.raises(WeightError, match="tensor lm_head.weight is both in model-00001.* and in model-00002"):
+        open_source(folder)
+
+
+def test_an_index_that_does_not_fit_its_shards(sharded):
+    folder, table = sharded
+    write_index(folder, {**table, "lm_head.weight": "model-00002-of-00002.safetensors"})
+    with pytest.raises(WeightError, match="puts tensor lm_head.weight in model-00002"):
+        open_source(folder)
+    write_index(folder, {name: file for name, file in table.items() if name != "lm_head.weight"})
+    with pytest.raises(WeightError, match="does not list 1 tensors .* such as lm_head.weight"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_an_index_without_a_table(sharded, content):
+    (sharded[0] / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(WeightError, match="weight_map is not a table"):
+        open_source(sharded[0])
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "cannot be read as JSON"), ("[]", "holds a JSON list")])
+def test_a_config_that_is_not_a_json_object(tiny_llama, content, message):
+    (tiny_llama[0] / "config.json").write_text(content)
+    with pytest.raises(WeightError, match=message):
+        open_source(tiny_llama[0])
+
+
+def test_a_json_file_that_is_too_large(tiny_llama, monkeypatch):
+    monkeypatch.setattr("mindspeed_mm.weights.files.MAX_JSON_BYTES", 10)
+    with pytest.raises(WeightError, match="config.json is larger than 10 bytes"):
+        open_source(tiny_llama[0])
+
+
+def test_two_indexes_are_ambiguous(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.index.json").write_text("{}")
+    with pytest.raises(WeightError, match="found a.index.json, b.index.json; expected one of"):
+        open_source(tmp_path)
