@@ -22,7 +22,7 @@ from mindspeed_mm.errors import ConfigError, DataError
 MAX_PIXELS = 2 * 89_478_485
 """Largest picture that is decoded, padded or resized to: Pillow's own limit for a decompression bomb (3 bytes each)."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Raster formats only: Pillow would start other programs for some of the rest (EPS)."""
 
 CONFIG_NAMES = ("preprocessor_config.json", "processor_config.json")

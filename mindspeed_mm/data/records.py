@@ -97,6 +97,10 @@ class RecordFile:
                     yield from self._scan_lines(file, start)
         except OSError as error:
             raise DataError(f"cannot read the data file {self.path}: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the data file {self.path} is not UTF-8 text ({error.reason}); save it as UTF-8."
+            ) from error
 
     def _scan_lines(self, file: Any, position: int) -> Iterator[tuple[Any, int, int]]:
         file.seek(position)
