@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from mindspeed_mm.data.expand import expand_images as expand_with_labels
 from mindspeed_mm.data.image import ImageProcessor, preprocess
 from mindspeed_mm.data.template import Template, encode_prompt, get_template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
@@ -115,10 +116,7 @@ class GenerationEngine:
 
 def expand_images(ids: Sequence[int], tokens_per_image: int) -> list[int]:
     """Each IMAGE_TOKEN_INDEX becomes `tokens_per_image` of them."""
-    expanded: list[int] = []
-    for token in ids:
-        expanded += [token] * (tokens_per_image if token == IMAGE_TOKEN_INDEX else 1)
-    return expanded
+    return expand_with_labels(ids, ids, tokens_per_image)[0]
 
 
 def as_prompts(input_ids: Sequence[Sequence[int]], images: int, tokens_per_image: int) -> list[list[int]]:
