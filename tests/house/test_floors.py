@@ -1,0 +1,111 @@
+"""Imports go down the floors of docs/architecture.md only, whether they stand at the top of a file or in a function."""
+
+import pytest
+
+from house import LIBRARY, ROOT, imported_modules, module_name, python_files, where
+
+# Lower floor first. A unit (one line's item) imports lower floors and itself; units of one floor are siblings that
+# never import each other.
+FLOORS = (
+    ("mindspeed_mm.constants", "mindspeed_mm.errors", "mindspeed_mm.logging_utils"),
+    ("mindspeed_mm.registry",),
+    ("mindspeed_mm.platform", "mindspeed_mm.weights"),
+    ("mindspeed_mm.config",),
+    ("mindspeed_mm.models", "mindspeed_mm.data"),
+    ("mindspeed_mm.training", "mindspeed_mm.generation", "checkpoint_converters", "megatron.driver"),
+    # The Python API, part by part: a checkpoint as a weight source, where things lie, the loaded model, mm.load.
+    ("mindspeed_mm.checkpoint_source",),
+    ("mindspeed_mm.locate",),
+    ("mindspeed_mm.loaded",),
+    ("mindspeed_mm.api",),
+    ("mindspeed_mm.serving", "evaluation"),
+    ("mindspeed_mm.cli",),
+    ("mindspeed_mm",),
+)
+FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
+# Third-party packages that heavy floors bring in and that these units do without.
+LIGHT = ("mindspeed_mm.constants", "mindspeed_mm.errors", "mindspeed_mm.registry", "mindspeed_mm.config")
+HEAVY = ("torch", "transformers", "megatron")
+DRIVER_MAY = ("mindspeed_mm.platform", "mindspeed_mm.errors", "megatron.core", "megatron.driver")
+GLUE = ("mindspeed_mm.cli", "mindspeed_mm.checkpoint_source", "evaluation", "megatron.driver")
+
+
+def unit_of(module: str) -> str | None:
+    """The longest unit that a module belongs to; None when it is not ours."""
+    parts = module.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in FLOOR), None)
+
+
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def our_imports():
+    for path in python_files():
+        for line, module in imported_modules(path):
+            yield path, line, unit_of(module_name(path)), module
+
+
+def test_every_module_stands_on_a_floor():
+    homeless = [
+        str(path.relative_to(ROOT))
+        for path in python_files()
+        if unit_of(module_name(path)) in (None, "mindspeed_mm") and path.name not in ("__init__.py", "__main__.py")
+    ]
+    assert not homeless, f"add these to FLOORS here and in docs/architecture.md: {homeless}"
+
+
+def test_imports_go_down():
+    wrong = []
+    for path, line, unit, module in our_imports():
+        target = unit_of(module) if module.split(".")[0] in LIBRARY else None
+        if target is None or target == unit:
+            continue
+        if module in ("mindspeed_mm", "mindspeed_mm.__version__"):  # the version; the rest of it is lazy
+            continue
+        if FLOOR[target] >= FLOOR[unit]:
+            wrong.append(f"{where(path, line)}: {unit} imports {module}, which is not below it")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_lowest_floors_are_light():
+    wrong = [
+        f"{where(path, line)} imports {module}"
+        for path, line, unit, module in our_imports()
+        if unit in LIGHT and any(is_in(module, package) for package in HEAVY)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_driver_knows_nothing_multimodal():
+    wrong = [
+        f"{where(path, line)} imports {module}"
+        for path, line, unit, module in our_imports()
+        if unit == "megatron.driver" and module.split(".")[0] in LIBRARY
+        if not any(is_in(module, package) for package in DRIVER_MAY)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_glue_imports_the_driver():
+    wrong = [
+        f"{where(path, line)} imports {module}"
+        for path, line, unit, module in our_imports()
+        if is_in(module, "megatron.driver") and unit not in GLUE
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "unit"),
+    [
+        ("mindspeed_mm.data.sample", "mindspeed_mm.data"),
+        ("mindspeed_mm.database", "mindspeed_mm"),
+        ("megatron.driver.loop", "megatron.driver"),
+        ("megatron.core.tensor_parallel", None),
+        ("torch.nn", None),
+    ],
+)
+def test_unit_of_a_module(module, unit):
+    assert unit_of(module) == unit
