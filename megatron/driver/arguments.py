@@ -294,6 +294,10 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         problems.append("--bf16 and --fp16 are both given: keep one of them")
     if args.loss_scale is not None and not args.fp16:
         problems.append("--loss-scale is for --fp16 only")
+    if args.initial_loss_scale < args.min_loss_scale:
+        problems.append(
+            f"--initial-loss-scale is {args.initial_loss_scale}: expected at least --min-loss-scale, {args.min_loss_scale}"
+        )
     if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
         problems.append("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")
     if args.use_checkpoint_opt_param_scheduler and args.override_opt_param_scheduler:

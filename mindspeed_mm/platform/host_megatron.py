@@ -75,7 +75,21 @@ def _adapt_random(module: types.ModuleType) -> None:
     logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
-_AFTER_IMPORT = {f"{PACKAGE}.tensor_parallel.random": _adapt_random}
+def _adapt_grad_scaler(module: types.ModuleType) -> None:
+    """Resuming calls tensor.cuda(device); Tensor.cpu, which takes its place, has no such argument."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self._scale = state_dict["scale"].cpu()
+        self._growth_tracker = state_dict["growth_tracker"]
+        self._hysteresis_tracker = state_dict["hysteresis_tracker"]
+
+    module.DynamicGradScaler.load_state_dict = load_state_dict
+
+
+_AFTER_IMPORT = {
+    f"{PACKAGE}.tensor_parallel.random": _adapt_random,
+    f"{PACKAGE}.optimizer.grad_scaler": _adapt_grad_scaler,
+}
 
 
 def _no_bytes(*_args, **_kwargs) -> int:

@@ -70,6 +70,7 @@ def test_every_problem_is_listed_at_once():
         (["--lr-warmup-fraction", "0.1", "--lr-warmup-iters", "3"], "keep one of them"),
         (["--lr-warmup-iters", "100"], "the warm-up takes 100 of 100 decay steps"),
         (["--loss-scale", "8"], "--loss-scale is for --fp16 only"),
+        (["--initial-loss-scale", "1", "--min-loss-scale", "2"], "--initial-loss-scale is 1.0: expected at least"),
         (["--overlap-param-gather"], "--overlap-param-gather needs"),
         (["--ckpt-format", "torch"], "only torch_dist is supported"),
         (["--adam-beta2", "1"], "--adam-beta2 is 1.0: expected a value below 1"),
