@@ -29,18 +29,19 @@ def beside(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, target)
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise WeightError(
             f"cannot write {target}: {error.strerror or error}; expected a writable folder with enough space. "
             "Choose another target."
         ) from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def write_pt(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any] | None = None) -> None:
@@ -50,7 +51,10 @@ def write_pt(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any] |
     not look at, so the file stays readable wherever such files are read.
     """
     with beside(path) as temporary:
-        torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        try:
+            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        except RuntimeError as error:  # what torch's zip writer raises where the disk is full or not writable
+            raise OSError(str(error).splitlines()[0]) from error
         if record is not None:
             with zipfile.ZipFile(temporary, "a", zipfile.ZIP_STORED) as archive:
                 root = archive.namelist()[0].split("/", 1)[0]

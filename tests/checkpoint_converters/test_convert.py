@@ -1,0 +1,245 @@
+"""Conversion to the ancestor's files: bit-equal, self-describing, and the guide's three scripts."""
+
+import json
+import runpy
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_converters.convert import convert, convert_part
+from checkpoint_converters.write import beside, write_pt, write_safetensors
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.describe import describe_model, describe_part
+from mindspeed_mm.models.spec import find_part, from_llava
+from mindspeed_mm.weights.loading import load_part
+from mindspeed_mm.weights.sources import open_source
+from tests.weights.weight_helpers import empty_state
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "llava1.5"
+KINDS = ("text_decoder", "vision_encoder", "vision_projector")
+
+
+@pytest.fixture
+def models(golden):
+    """The folder with one model in every public layout."""
+    return golden / "models"
+
+
+@pytest.fixture
+def spec(models):
+    """ModelSpec of the goldens."""
+    configs = [json.loads((models / name / "config.json").read_text()) for name in ("llava_original", "clip_hf")]
+    return from_llava(*configs)
+
+
+def loaded(spec, kind, path):
+    """All tensors that a module of `kind` gets from `path`."""
+    part, part_spec = spec.parts()[kind], spec.part(kind)
+    state = empty_state(part, part_spec, open_source(path).part(kind))
+    load_part(state, part, part_spec, path)
+    return state
+
+
+def assert_equal(left, right):
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_whole_model_loads_equal_from_the_converted_folder(models, spec, tmp_path):
+    done = convert(models / "llava_original", tmp_path / "out", to="mindspeed-mm")
+    assert sorted(item.path.name for item in done) == ["converted_clip.pt", "converted_vicuna.pt", "mlp.pt"]
+    for kind in KINDS:
+        assert_equal(loaded(spec, kind, models / "llava_original"), loaded(spec, kind, tmp_path / "out"))
+    assert describe_model(open_source(tmp_path / "out")).vision_encoder.num_attention_heads == 4
+
+
+def test_converting_again_changes_nothing(models, tmp_path):
+    convert(models / "llava_original", tmp_path / "a", to="mindspeed-mm")
+    convert(tmp_path / "a", tmp_path / "b", to="mindspeed-mm")
+    for name in ("converted_clip.pt", "converted_vicuna.pt", "mlp.pt"):
+        assert_equal(torch.load(tmp_path / "a" / name), torch.load(tmp_path / "b" / name))
+
+
+def test_names_and_shapes_are_those_of_the_ancestor(models, tmp_path):
+    convert(models / "llava_original", tmp_path, to="mindspeed-mm")
+    clip = torch.load(tmp_path / "converted_clip.pt", weights_only=True)
+    assert len(clip) == 5 + 12 * 4 and clip["class_token"].shape == (1, 1, 64)  # 293 for the 24 layers of ViT-L
+    assert clip["decoder.layers.3.self_attention.linear_qkv.bias"].shape == (192,)
+    vicuna = torch.load(tmp_path / "converted_vicuna.pt", weights_only=True)
+    assert len(vicuna) == 3 + 6 * 4  # 195 for 32 layers
+    assert vicuna["decoder.layers.0.mlp.linear_fc1.weight"].shape == (352, 96)
+    assert sorted(torch.load(tmp_path / "mlp.pt", weights_only=True)) == [
+        "encoder.linear_fc1.bias",
+        "encoder.linear_fc1.weight",
+        "encoder.linear_fc2.bias",
+        "encoder.linear_fc2.weight",
+    ]
+
+
+def test_an_assumed_head_count_does_not_bind_the_spec(models, spec, tmp_path):
+    source = open_source(models / "clip_openai.pt").part("vision_encoder")
+    done = convert_part(source, tmp_path / "converted_clip.pt")
+    assert done.assumed == ("num_attention_heads",)  # 64 / 64 = 1, where the model has 4
+    expected = loaded(spec, "vision_encoder", models / "clip_hf")
+    assert_equal(loaded(spec, "vision_encoder", tmp_path / "converted_clip.pt"), expected)
+    again = convert_part(open_source(tmp_path).part("vision_encoder"), tmp_path / "again" / "converted_clip.pt")
+    assert again.assumed == ("num_attention_heads",)
+    assert_equal(loaded(spec, "vision_encoder", tmp_path / "again"), expected)
+
+
+def test_a_stated_head_count_binds_the_spec(models, spec, tmp_path):
+    source = open_source(models / "clip_openai.pt").part("vision_encoder")
+    for heads in (4, 2):
+        assert convert_part(source, tmp_path / f"{heads}.pt", num_attention_heads=heads).assumed == ()
+    assert_equal(loaded(spec, "vision_encoder", tmp_path / "4.pt"), loaded(spec, "vision_encoder", models / "clip_hf"))
+    with pytest.raises(WeightError, match="num_attention_heads: the weights have 2, the spec says 4"):
+        loaded(spec, "vision_encoder", tmp_path / "2.pt")
+
+
+def test_files_of_the_ancestor_have_no_record_and_load(models, spec, tmp_path):
+    convert(models / "llava_original", tmp_path / "ours", to="mindspeed-mm")
+    for kind, name in zip(KINDS, ("converted_vicuna.pt", "converted_clip.pt", "mlp.pt"), strict=True):
+        torch.save(torch.load(tmp_path / "ours" / name), tmp_path / name)
+        assert open_source(tmp_path / name).part(kind).config is None
+        assert_equal(loaded(spec, kind, tmp_path / name), loaded(spec, kind, models / "llava_original"))
+
+
+def test_a_tower_of_the_later_ancestor_lacks_its_last_layer(models, spec, tmp_path):
+    convert(models / "clip_hf", tmp_path, to="mindspeed-mm")
+    state = torch.load(tmp_path / "converted_clip.pt")
+    short = {name: tensor for name, tensor in state.items() if ".layers.3." not in name}
+    torch.save(short, tmp_path / "converted_clip.pt")
+    assert_equal(loaded(spec, "vision_encoder", tmp_path), loaded(spec, "vision_encoder", models / "clip_hf"))
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bf16", torch.bfloat16), (torch.float32, torch.float32)])
+def test_dtype_is_cast(models, tmp_path, dtype, expected):
+    convert(models / "mm_projector.bin", tmp_path, to="mindspeed-mm", dtype=dtype)
+    assert {tensor.dtype for tensor in torch.load(tmp_path / "mlp.pt").values()} == {expected}
+
+
+def test_unknown_dtype_and_layout_are_refused(models, tmp_path):
+    with pytest.raises(WeightError, match="found dtype 'int4'; expected one of fp32"):
+        convert(models / "mm_projector.bin", tmp_path, to="mindspeed-mm", dtype="int4")
+    with pytest.raises(WeightError, match="cannot convert to 'gguf'"):
+        convert(models / "mm_projector.bin", tmp_path, to="gguf")
+
+
+def test_a_llama_without_a_config_is_refused(models, tmp_path):
+    with pytest.raises(WeightError, match="found no config.json beside the text_decoder"):
+        convert(models / "vicuna" / "model.safetensors", tmp_path, to="mindspeed-mm")
+
+
+def test_weights_that_lack_what_shows_their_size_are_refused(tmp_path):
+    torch.save({"mm_projector.0.weight": torch.zeros(2, 2)}, tmp_path / "p.bin")
+    with pytest.raises(WeightError, match="tensor 2.weight is missing; expected the weights of a mlp"):
+        describe_part(open_source(tmp_path / "p.bin").part("vision_projector"))
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "{", '{"config": {}}', '{"config": {"vision_projector": {}}, "assumed": [1]}']
+)
+def test_a_record_that_is_nonsense_is_refused(tmp_path, record):
+    write_pt(tmp_path / "mlp.pt", {"encoder.linear_fc1.weight": torch.zeros(1)})
+    with zipfile.ZipFile(tmp_path / "mlp.pt", "a") as archive:
+        archive.writestr("mlp/mindspeed_mm.json", record)
+    with pytest.raises(WeightError, match="mlp.pt: the file is cut off or damaged"):
+        open_source(tmp_path / "mlp.pt")
+
+
+def test_a_record_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    write_pt(tmp_path / "mlp.pt", {"encoder.linear_fc1.weight": torch.zeros(1)}, {"config": {}})
+    monkeypatch.setattr("mindspeed_mm.weights.files.MAX_JSON_BYTES", 4)
+    with pytest.raises(WeightError, match="mindspeed_mm.json is larger than 4 bytes"):
+        open_source(tmp_path / "mlp.pt")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+    target = tmp_path / "mlp.pt"
+    target.write_text("old")
+
+    def fail():
+        with beside(target) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(WeightError, match="cannot write .*mlp.pt: No space left on device"):
+        fail()
+    assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["mlp.pt"]
+
+
+def test_a_target_that_is_a_file_is_refused(models, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WeightError, match="cannot write"):
+        convert(models / "mm_projector.bin", tmp_path / "file", to="mindspeed-mm")
+
+
+def test_large_states_are_written_in_shards_with_an_index(tmp_path):
+    state = {f"model.layers.{layer}.self_attn.q_proj.weight": torch.randn(4, 4) for layer in range(5)}
+    write_safetensors(tmp_path, state, shard_bytes=130)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    part = open_source(tmp_path).part("text_decoder")
+    assert_equal({name: part.get(name) for name in part.names}, state)
+
+
+def run_script(monkeypatch, name, *arguments):
+    """Run a script in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return ended.value.code
+
+
+def test_the_scripts_of_the_guide(models, spec, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "folder"
+    commands = (
+        ("clip_converter.py", "--download-root", models / "clip_openai.pt", "--output", out),
+        ("vicuna_converter.py", "--load-dir", models / "vicuna_bin", "--save-dir", out, "--trust-remote-code", "True"),
+        ("mlp_converter.py", "--load-file", models / "mm_projector.bin", "--output", out),
+    )
+    assert [run_script(monkeypatch, *command) for command in commands] == [0, 0, 0]
+    said = capsys.readouterr()
+    assert "converted_clip.pt: 53 tensors" in said.out and "Give --num-attention-heads where that is wrong" in said.err
+    for kind in KINDS:
+        assert_equal(loaded(spec, kind, out), loaded(spec, kind, models / "llava_original"))
+
+
+def test_a_script_fails_with_a_message(models, tmp_path, monkeypatch, capsys):
+    status = run_script(monkeypatch, "mlp_converter.py", "--ckpt-path", models / "vicuna", "--output", tmp_path)
+    assert status == 1 and "expected a vision_projector" in capsys.readouterr().err
+
+
+def test_a_script_runs_from_anywhere(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "clip_converter.py"), "--help"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "--download-root" in result.stdout and not result.stderr
+
+
+def test_a_writer_that_cannot_write(tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(WeightError, match="cannot write .*mlp.pt: PytorchStreamWriter failed"):
+        write_pt(tmp_path / "mlp.pt", {})
+
+
+def test_describing_takes_stated_fields_over_the_config(models):
+    source = open_source(models / "clip_hf").part("vision_encoder")
+    assert describe_part(source).num_attention_heads == 4
+    given = describe_part(source, num_attention_heads=8)
+    assert (given.num_attention_heads, given.num_query_groups, given.kv_channels) == (8, 8, 8)
+
+
+def test_describing_from_shapes(models, spec):
+    source = open_source(models / "clip_openai.pt").part("vision_encoder")
+    found = describe_part(source, num_attention_heads=4)
+    assert found.geometry == spec.vision_encoder.geometry
+    assert (found.image_size, found.patch_size, found.ffn_hidden_size) == (56, 14, 128)
+    projector = describe_part(open_source(models / "mm_projector.bin").part("vision_projector"))
+    assert (projector.input_size, projector.ffn_hidden_size, projector.hidden_size) == (64, 96, 96)
+    assert find_part("vision_projector", projector.model_id).from_shapes is not None
