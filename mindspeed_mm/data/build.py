@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mindspeed_mm import registry
 from mindspeed_mm.data.collate import Collator
-from mindspeed_mm.data.config import DataConfig, DataloaderParam
+from mindspeed_mm.data.config import DATASETS, DataConfig, DataloaderParam
 from mindspeed_mm.data.dataset import MultimodalDataset
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.sample import Batch, Encoded
@@ -43,7 +43,7 @@ def build_dataset(
             "the image processor gives images of different sizes (no centre crop); a batch needs one size. Set "
             "do_center_crop, or a size with height and width."
         )
-    kind = registry.find("mindspeed_mm.data.datasets", parameters.dataset_kind, "DATASET", what="dataset_type")
+    kind = registry.find(DATASETS, parameters.dataset_kind, "DATASET", what="dataset_type")
     sources = [kind(basic, template) for basic in parameters.basic_parameters]
     return MultimodalDataset(
         sources,

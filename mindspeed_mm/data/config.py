@@ -11,8 +11,13 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from mindspeed_mm import registry
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.template import get_template
+
+DATASETS = "mindspeed_mm.data.datasets"
+"""The package whose modules are the dataset kinds."""
 
 DATASET_TYPES = {"multimodal": "llava", "image": "llava"}
 """MindSpeed-MM's names (2.0 and 1.0) of the dataset kinds here."""
@@ -140,9 +145,23 @@ class DatasetParam(StrictModel):
             raise ValueError("is an empty list; expected at least one data_path")
         return value
 
+    @pydantic.field_validator("template_name")
+    @classmethod
+    def _known_template(cls, value: str) -> str:
+        get_template(value)
+        return value
+
+    @pydantic.field_validator("dataset_type")
+    @classmethod
+    def _known_dataset(cls, value: str) -> str:
+        known = [*DATASET_TYPES, *registry.available(DATASETS)]
+        if value not in known:
+            raise ValueError(f'found "{value}", expected one of: {", ".join(known)}')
+        return value
+
     @property
     def dataset_kind(self) -> str:
-        """Name of the module in mindspeed_mm.data.datasets."""
+        """Name of the module in DATASETS."""
         return DATASET_TYPES.get(self.dataset_type, self.dataset_type)
 
 

@@ -140,12 +140,17 @@ def load_image(path: str | Path) -> Image.Image:
         ) from error
 
 
-def preprocess(image: str | Path | Image.Image, image_processor: ImageProcessor, pad: bool = True) -> torch.Tensor:
+def preprocess(
+    image: str | Path | Image.Image, image_processor: ImageProcessor | str | Path | dict[str, Any], pad: bool = True
+) -> torch.Tensor:
     """A picture as the vision encoder sees it: [3, H, W] float32.
 
+    `image_processor` may also be a config that ImageProcessor.from_config takes.
     `pad` adds borders in the mean colour to make it square first (LLaVA's image_aspect_ratio "pad"); otherwise the
     centre crop cuts the longer side. Raises ImageError for a picture that cannot be used.
     """
+    if not isinstance(image_processor, ImageProcessor):
+        image_processor = ImageProcessor.from_config(image_processor)
     path = image if not isinstance(image, Image.Image) else "(in memory)"
     picture = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
     if min(picture.size) == 0:

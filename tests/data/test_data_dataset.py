@@ -107,8 +107,6 @@ def test_text_only_records_do_not_fit_plain(make_dataset):
 
 
 def test_settings_that_do_not_fit(make_dataset, make_config, tokenizer):
-    with pytest.raises(ConfigError, match='unknown dataset_type "llavaa"; did you mean "llava"'):
-        make_dataset([make_record(0)], dataset_type="llavaa")
     with pytest.raises(TemplateError, match="the tokenizer has no token"):
         make_dataset([make_record(0)], template_name="mpt")
     pipeline = {"train_pipeline": {"do_center_crop": False}}

@@ -81,6 +81,8 @@ def test_save_and_load(tmp_path):
     processor = clip(14, image_mean=[0.5, 0.5, 0.5])
     processor.save(tmp_path)
     assert ImageProcessor.from_config(tmp_path) == processor
+    picture = Image.new("RGB", (30, 20), "red")
+    assert torch.equal(preprocess(picture, tmp_path), preprocess(picture, processor))
 
 
 def test_a_nested_processor_config(tmp_path):
