@@ -17,7 +17,15 @@ class MLPProjector(MegatronModule):
     """Linear, GELU, Linear with biases (LLaVA-1.5's mlp2x_gelu), split over the tensor-parallel ranks."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
-        config = transformer_config(spec, runtime, num_layers=spec.num_layers, pipelined=False, sequence_parallel=False)
+        config = transformer_config(
+            spec,
+            runtime,
+            num_layers=spec.num_layers,
+            pipelined=False,
+            sequence_parallel=False,
+            # There is no attention; megatron.core wants a number that the ranks can share.
+            num_attention_heads=runtime.tensor_model_parallel_size,
+        )
         super().__init__(config=config)
         self.encoder = MLP(config, MLP_SUBMODULES, input_size=spec.input_size, ffn_hidden_size=spec.ffn_hidden_size)
 
