@@ -1,9 +1,9 @@
 """What pandas makes of text cells, because VLMEvalKit reads its tables with it and so shapes prompts and scores.
 
 pandas' reader turns some words into missing values and a whole column into numbers or booleans when every cell
-that is left looks like one: "12" beside an empty cell becomes 12.0. VLMEvalKit scores what comes back from a spreadsheet
-that it wrote, which applies the rules a second time. Checked against pandas 2.2.3 (openpyxl, xlsxwriter) on random
-columns; numbers of 19 digits and more, where pandas' own rules differ between its readers, are outside this copy.
+that is left looks like one: "12" beside an empty cell becomes 12.0. VLMEvalKit scores what comes back from a
+spreadsheet that it wrote, which applies the rules a second time. Checked against pandas 2.2.3 (openpyxl, xlsxwriter)
+on random columns; numbers of 19 digits and more, where pandas' readers differ, are outside this copy.
 """
 
 import math

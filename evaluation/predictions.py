@@ -18,8 +18,8 @@ def match_predictions(
 ) -> tuple[dict[int | str, str], int]:
     """Answers by index in table order, and the number of rows without one.
 
-    Accepts {index: answer}, a sequence of {"index": ..., "prediction": ...}, or a file of these: .json, .jsonl, or .xlsx
-    with columns index and prediction. Answers to rows that the table dropped (no picture) are left out.
+    Accepts {index: answer}, a sequence of {"index": ..., "prediction": ...}, or a file of these: .json, .jsonl, or
+    .xlsx with columns index and prediction. Answers to rows that the table dropped (no picture) are left out.
 
     Raises DataError: unreadable file, record without the two keys, answer that is not a text, repeated index, index
     that the table does not have, and, unless `allow_missing`, rows without an answer.
@@ -43,8 +43,8 @@ def match_predictions(
     missing = [row.index for row in table.rows if str(row.index) not in answers]
     if missing and not allow_missing:
         raise DataError(
-            f"{source}: {len(missing)} of {len(table.rows)} rows of {table.path.name} have no answer, for example index "
-            f"{missing[0]}; answer them, or allow missing answers."
+            f"{source}: {len(missing)} of {len(table.rows)} rows of {table.path.name} have no answer, for example "
+            f"index {missing[0]}; answer them, or allow missing answers."
         )
     found = {row.index: answers[str(row.index)] for row in table.rows if str(row.index) in answers}
     if not found:
@@ -60,7 +60,9 @@ def _pairs(predictions: Predictions, source: str) -> list[tuple[str, Any]]:
     pairs = []
     for number, record in enumerate(predictions):
         if not isinstance(record, Mapping) or "index" not in record or "prediction" not in record:
-            raise DataError(f"{source}, record {number}: expected an object with index and prediction; found {record!r}.")
+            raise DataError(
+                f"{source}, record {number}: found {record!r}; expected an object with index and prediction."
+            )
         pairs.append((str(record["index"]), record["prediction"]))
     return pairs
 

@@ -94,7 +94,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Tab
         where = f"{path}, data row {len(texts) + 1}"
         if len(record) != len(columns):
             raise DataError(
-                f"{where} has {len(record)} cells; expected {len(columns)} as in the header. Check tabs and quotes there."
+                f"{where} has {len(record)} cells; expected {len(columns)} as in the header. Check its tabs and quotes."
             )
         index = record[index_column]
         if not index:
@@ -136,7 +136,7 @@ def _image_sources(texts: list[str], kinds: list[str | int], path: Path) -> list
     for i, text in enumerate(texts):
         if text in numbers:
             raise DataError(
-                f"{path}: index {text} is used by data rows {numbers[text] + 1} and {i + 1}; every index must be unique."
+                f"{path}: index {text} is used by data rows {numbers[text] + 1} and {i + 1}; make every index unique."
             )
         numbers[text] = i
     sources = []
@@ -203,7 +203,9 @@ def _image_paths(cell: str, root: Path, where: str) -> list[Path]:
     for name in _image_texts(cell, where):
         target = (root / name).resolve()
         if not target.is_relative_to(root.resolve()):
-            raise DataError(f"{where}: picture file {name} lies outside {root}; give image_root a folder that holds it.")
+            raise DataError(
+                f"{where}: picture file {name} lies outside {root}; give the folder that holds it as image_root."
+            )
         if not target.is_file():
             raise DataError(f"{where}: picture file {name} does not exist below {root}.")
         paths.append(target)

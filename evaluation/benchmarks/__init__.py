@@ -73,7 +73,8 @@ def find_benchmark(name: str, table: Table) -> Benchmark:
             close = difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=0.4) or sorted(_scan())
             raise DataError(
                 f"no benchmark is called {name} (nearest: {', '.join(close)}), and {table.path} is not plain multiple "
-                f"choice: found columns {', '.join(table.columns)}, expected question, A and B. Correct the name or the table."
+                f"choice: found columns {', '.join(table.columns)}, expected question, A and B. "
+                "Correct the name or the table."
             )
         benchmark = MultipleChoice(name)
     benchmark.check(table)

@@ -2,8 +2,8 @@
 
 No paper fixes such a rule. This one reads what is claimed and never guesses: two claims, or none, give None. In order:
 the whole answer is a letter or an option text; a letter is stated ("the answer is B", "option B", "B. text"); one
-letter stands alone in the text; one option text occurs in it. The article "A", the pronoun "I", letters inside an option
-text ("vitamin C") and what is negated ("not B, A") are no claims.
+letter stands alone in the text; one option text occurs in it. The article "A", the pronoun "I", letters inside an
+option text ("vitamin C") and what is negated ("not B, A") are no claims.
 """
 
 import re
@@ -27,13 +27,16 @@ _STATING = re.compile(
     re.IGNORECASE,
 )
 _LOWER_STATED = re.compile(r"\banswer(?:\s+is|\s*:)[\s:*\"'`(\[]*([a-z])[\s.*\"'`)\]!]*\Z", re.IGNORECASE)
-_LEADING = re.compile(r"[\s*\"'`(\[]*([A-Za-z])\s*[*\"'`)\]]*\s*([.:,;)\]\u3001\u3002*]|-\s)[*\"'`)\]]*\s*(.*)", re.DOTALL)
+_LEADING = re.compile(
+    r"[\s*\"'`(\[]*([A-Za-z])\s*[*\"'`)\]]*\s*([.:,;)\]\u3001\u3002*]|-\s)[*\"'`)\]]*\s*(.*)", re.DOTALL
+)
 _NEXT_LETTER = re.compile(r"(?:and|or|&|/)?\s*[(\"'*]*[A-Z](?![A-Za-z0-9'])", re.IGNORECASE)
 _NEGATION = re.compile(
     r"(?:\bnot|n't|\bneither|\bnor|\brather than|\binstead of|\bexcept|\u4e0d\u662f|\u5e76\u975e)"
     r"\s+(?:an?\s+|the\s+)?(?:option\s+)?[\"'`*(]*\Z|(?:\u4e0d\u662f|\u5e76\u975e)\Z",
     re.IGNORECASE,
 )
+_SIGNS = ("-", "+", "$")
 _IN_NUMBERS = (".", ",", "/")
 _WINDOW = 60
 """Characters before a claim in which words that state or negate it are looked for."""
@@ -119,7 +122,7 @@ def _lower_case_claim(text: str, options: Mapping[str, str]) -> set[str]:
 
 
 def _leading_claim(text: str, options: Mapping[str, str]) -> tuple[str | None, bool]:
-    """The letter that the answer begins with, as in "B. text" or "(B) text"; and whether it begins a list of letters."""
+    """The letter that the answer begins with ("B. text", "(B) text"), and whether it begins a list of letters."""
     match = _LEADING.match(text)
     if match is None or match[1].upper() not in options:
         return None, False
@@ -170,8 +173,9 @@ def _is_whole(text: str, start: int, end: int) -> bool:
     last, after = text[end - 1], text[end : end + 1]
     if _joins(before, first) or _joins(last, after):
         return False
-    goes_on_before = before in ("-", "+", "$") or (before in _IN_NUMBERS and text[max(0, start - 2) : start - 1].isdigit())
-    goes_on_after = after == "%" or (after in _IN_NUMBERS and text[end + 1 : end + 2].isdigit())
+    digit_before, digit_after = text[max(0, start - 2) : start - 1].isdigit(), text[end + 1 : end + 2].isdigit()
+    goes_on_before = before in _SIGNS or (before in _IN_NUMBERS and digit_before)
+    goes_on_after = after == "%" or (after in _IN_NUMBERS and digit_after)
     return not (first.isdigit() and goes_on_before) and not (last.isdigit() and goes_on_after)
 
 

@@ -46,14 +46,14 @@ ROTATION_OFFSET = 1_000_000
 def refuse_special_rules(name: str, table: Table) -> None:
     """Raise DataError for tables that look like plain multiple choice and are scored by other rules."""
     if name.lower().startswith("mmmu"):
-        raise DataError(f"{name} has open questions and is not scored as plain multiple choice; it is not supported yet.")
+        raise DataError(f"{name} has open questions and is no plain multiple choice; it is not supported yet.")
     rotated = [row.index for row in table.rows if isinstance(row.index, int) and row.index >= ROTATION_OFFSET]
     bases = {row.index for row in table.rows}
     rotated = [index for index in rotated if index % ROTATION_OFFSET in bases]
     if name.lower().startswith("mmbench") or rotated:
         raise DataError(
-            f"{name} asks each question in rotated forms ({len(rotated)} rows), which count only together; this circular "
-            "evaluation is not supported yet, and plain accuracy would be a different number."
+            f"{name} asks each question in rotated forms ({len(rotated)} rows), which count only together; this "
+            "circular evaluation is not supported yet, and plain accuracy would be a different number."
         )
 
 
@@ -68,7 +68,8 @@ class MultipleChoice:
         missing = [name for name in ("question", "A", "B") if name not in table.columns]
         if missing:
             raise DataError(
-                f"{table.path} lacks column {', '.join(missing)}, which {self.name} needs; found {', '.join(table.columns)}."
+                f"{table.path} lacks column {', '.join(missing)}, which {self.name} needs; "
+                f"found {', '.join(table.columns)}."
             )
 
     def has_answers(self, table: Table) -> bool:

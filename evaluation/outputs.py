@@ -1,0 +1,77 @@
+"""The files of a finished evaluation: <model>_<set>.xlsx, <model>_<set>_acc.csv, <model>_<set>_report.json."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evaluation.report import Report
+from evaluation.sheet import is_cut, write_sheet
+from evaluation.tsv import Row, Table
+from mindspeed_mm.errors import DataError
+
+RESULT_COLUMNS = ("prediction", "extracted", "hit", "log")
+
+
+def check_output_name(name: str, what: str) -> None:
+    """Raise DataError for a name that cannot be a part of a file name."""
+    if not name or name.startswith(".") or any(character in name for character in '/\\:*?"<>|\0\n'):
+        raise DataError(
+            f'{what} is "{name}", which cannot be part of a file name; expected letters, digits, "_", "-" and ".".'
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Create the result folder. Raises DataError when it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise DataError(f"cannot create the result folder {folder}: {error.strerror}; choose another.") from error
+    if not writable:
+        raise DataError(f"the result folder {folder} is not writable; choose another or change its permissions.")
+
+
+def write_outputs(
+    folder: Path,
+    stem: str,
+    table: Table,
+    answers: Mapping[int | str, str],
+    report: Report | None,
+    summary: Mapping[str, Any],
+) -> dict[str, Path]:
+    """Write the sheet, the accuracy table (with a report only) and the JSON report; returns their paths.
+
+    Files are written beside and renamed, so a reader never sees half of one. Equal results give equal bytes.
+    """
+    rows = [row for row in table.rows if row.index in answers]
+    sheet_rows = [_sheet_row(row, table, answers[row.index], report) for row in rows]
+    cut = sum(isinstance(cell, str) and is_cut(cell) for row in sheet_rows for cell in row)
+    files = {"predictions": folder / f"{stem}.xlsx", "report": folder / f"{stem}_report.json"}
+    columns = [f"{name} (tsv)" if name in RESULT_COLUMNS else name for name in table.columns if name != "image"]
+    _replace(files["predictions"], lambda path: write_sheet(path, [*columns, *RESULT_COLUMNS], sheet_rows))
+    if report is not None:
+        files["accuracy"] = folder / f"{stem}_acc.csv"
+        _replace(files["accuracy"], lambda path: path.write_text(report.to_csv(), encoding="utf-8"))
+    summary = {**summary, "cells_cut_in_sheet": cut, "files": {kind: path.name for kind, path in files.items()}}
+    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    _replace(files["report"], lambda path: path.write_text(text, encoding="utf-8"))
+    return files
+
+
+def _sheet_row(row: Row, table: Table, answer: str, report: Report | None) -> list[str | int | None]:
+    cells: list[str | int | None] = [
+        row.index if name == "index" else row.cells[name] for name in table.columns if name != "image"
+    ]
+    score = report.rows[row.index] if report is not None else None
+    if score is None:
+        return [*cells, answer, None, None, "not scored: the table has no answers"]
+    log = f"{score.log}; the prediction is cut in this sheet" if is_cut(answer) else score.log
+    return [*cells, answer, score.extracted, score.hit, log]
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    write(beside)
+    os.replace(beside, path)

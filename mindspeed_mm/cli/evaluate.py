@@ -1,0 +1,168 @@
+"""`mindspeed-mm evaluate`: scores a model on a benchmark TSV, from an evaluate_llava1_5.json or from flags."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.errors import ConfigError
+
+HELP = "score a model on a benchmark TSV (VLMEvalKit's form); a killed run goes on where it was"
+EXAMPLE = (
+    "mindspeed-mm evaluate --model llava-1.5-7b-hf --dataset-path AI2D_TEST.tsv --evaluation-dataset ai2d_test "
+    "--result-output-path evaluation_outputs"
+)
+GENERATION_DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
+"""Decoding of the guide's evaluate_llava1_5.json."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mm-model", metavar="JSON", help="the guide's evaluate_llava1_5.json; flags win over it")
+    parser.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
+    parser.add_argument("--load", metavar="DIR", help="training checkpoint to evaluate (as --model)")
+    parser.add_argument("--dataset-path", metavar="TSV", help="the benchmark's table")
+    parser.add_argument("--evaluation-dataset", metavar="NAME", help="benchmark, or your own name of a choice table")
+    parser.add_argument("--evaluation-model", metavar="NAME", help="name of the model in the result files")
+    parser.add_argument("--result-output-path", metavar="DIR", help="folder of the results and of the answers so far")
+    parser.add_argument("--image-root", metavar="DIR", help="folder of an image_path column (default: the TSV's)")
+    parser.add_argument("--prompt-style", choices=("official", "vlmevalkit"), default="official")
+    parser.add_argument(
+        "--scoring", choices=("strict", "compat"), default="strict", help="compat: as VLMEvalKit scores"
+    )
+    parser.add_argument("--template", help="conversation template (default: the checkpoint's, else v1)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: the tokenizer that comes with the weights")
+    parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
+    parser.add_argument("--batch-size", type=int, default=1, help="questions answered at a time on each device")
+    parser.add_argument("--max-new-tokens", type=int, help="at most so many tokens an answer (default 128)")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16")
+    parser.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
+
+
+def run(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate. The first rank prints the accuracy table on stdout; every rank returns the numbers for --json."""
+    from mindspeed_mm.config.evaluation import EvaluationConfig
+    from mindspeed_mm.config.load import load_config, read_json
+    from mindspeed_mm.generation.options import generation_options
+    from mindspeed_mm.models.spec import MODEL_KEYS
+
+    values = read_json(namespace.mm_model) if namespace.mm_model else {}
+    own = {key: value for key, value in values.items() if key not in MODEL_KEYS}
+    config = load_config(
+        EvaluationConfig, own | _flags(namespace), what="evaluation config", context=namespace.mm_model
+    )
+    given = GENERATION_DEFAULTS | config.generation_config
+    if namespace.max_new_tokens is not None:
+        given["max_new_tokens"] = namespace.max_new_tokens
+    options = generation_options(given, context=namespace.mm_model)
+    _check_table(config, namespace)
+
+    from evaluation.ranks import connect
+
+    device = namespace.device or (config.device.split(":")[0] if config.device else None)
+    communicator = connect(device)
+    # Modules below import megatron.core, which the chosen platform has just prepared.
+    from evaluation.model_engine import ModelEngine
+    from evaluation.runner import run as run_evaluation
+    from mindspeed_mm import api
+
+    vlm = api.load(
+        _model_path(namespace),
+        device=device,
+        dtype=namespace.dtype or config.dtype,
+        tokenizer=namespace.tokenizer or (config.tokenizer.from_pretrained if config.tokenizer else None),
+        image_processor=namespace.image_processor or config.image_processer_path,
+    )
+    start = time.perf_counter()
+    result = run_evaluation(
+        config.evaluation_dataset,
+        config.dataset_path,
+        ModelEngine(vlm, options, namespace.template),
+        config.result_output_path,
+        model=config.evaluation_model,
+        prompt_style=namespace.prompt_style,
+        scoring=namespace.scoring,
+        batch_size=namespace.batch_size,
+        limit=namespace.limit,
+        communicator=communicator,
+        image_root=namespace.image_root,
+    )
+    seconds = time.perf_counter() - start
+    if communicator.rank == 0:
+        _print(result, namespace.scoring, seconds)
+    return _summary(result, config, namespace, seconds)
+
+
+def _flags(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Config values given as flags."""
+    names = ("dataset_path", "evaluation_dataset", "evaluation_model", "result_output_path")
+    given = {name: getattr(namespace, name) for name in names if getattr(namespace, name) is not None}
+    model = namespace.load or namespace.model
+    if model and "evaluation_model" not in given and not namespace.mm_model:
+        given["evaluation_model"] = Path(model).resolve().name
+    return given
+
+
+def _check_table(config, namespace: argparse.Namespace) -> None:
+    """Find what is wrong with the table or the options before the model is loaded, which may take minutes."""
+    from evaluation.runner import check
+
+    check(
+        config.evaluation_dataset,
+        config.dataset_path,
+        config.result_output_path,
+        model=config.evaluation_model,
+        prompt_style=namespace.prompt_style,
+        scoring=namespace.scoring,
+        batch_size=namespace.batch_size,
+        limit=namespace.limit,
+        image_root=namespace.image_root,
+    )
+
+
+def _model_path(namespace: argparse.Namespace) -> str:
+    given = [path for path in (namespace.load, namespace.model, namespace.mm_model) if path]
+    if not given:
+        raise ConfigError("nothing to load: give --model PATH, --load CHECKPOINT or --mm-model JSON")
+    return given[0]
+
+
+def _print(result, scoring: str, seconds: float) -> None:
+    for mode, report in sorted(result.reports.items(), key=lambda item: item[0] != scoring):
+        low, high = report.interval
+        sys.stdout.write(
+            f"{report.benchmark}, {mode} scoring: accuracy {report.overall:.4f} "
+            f"(95% interval {low:.4f} to {high:.4f}), {report.n} questions, {report.unparsed} answers unreadable\n"
+        )
+    if result.reports:
+        for split, row in result.reports[scoring].table.items():
+            cells = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if not math.isnan(value))
+            sys.stdout.write(f"  {split}: {cells}\n")
+    else:
+        sys.stdout.write("the table has no answers: predictions are written, nothing is scored\n")
+    for path in result.files.values():
+        sys.stdout.write(f"  {path}\n")
+    sys.stdout.flush()
+    new = len(result.predictions) - result.resumed
+    sys.stderr.write(f"{new} questions in {seconds:.1f} s; {result.resumed} were answered by earlier runs\n")
+
+
+def _summary(result, config, namespace: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    report = result.reports.get(namespace.scoring)
+    return {
+        "benchmark": config.evaluation_dataset,
+        "model": config.evaluation_model,
+        "scoring": namespace.scoring,
+        "prompt_style": namespace.prompt_style,
+        "n": len(result.predictions),
+        "accuracy": report.overall if report else None,
+        "interval_95": list(report.interval) if report else None,
+        "unparsed": report.unparsed if report else None,
+        "resumed": result.resumed,
+        "seconds": round(seconds, 3),
+        "files": {kind: str(path) for kind, path in result.files.items()},
+    }
