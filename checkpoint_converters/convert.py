@@ -1,5 +1,6 @@
 """Convert weights between layouts, as a library; each part goes through our names and back by one rule set."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_converters.write import write_pt
+from checkpoint_converters.write import beside, write_json, write_pt
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.describe import describe_part, part_of_source
+from mindspeed_mm.models.describe import describe_model, describe_part, model_block, part_of_source
 from mindspeed_mm.models.part import DTYPES, PartSpec
+from mindspeed_mm.models.spec import PART_KINDS
 from mindspeed_mm.weights.sources import PartSource, Source, open_source
 
 FILE_NAMES = {
@@ -20,6 +22,16 @@ FILE_NAMES = {
     "vision_projector": "mlp.pt",
 }
 """Files of the layout mindspeed-mm, as the ancestor's guide names them."""
+
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+)
+"""Files that a model needs beside its weights."""
 
 TARGETS = ("mindspeed-mm",)
 
@@ -42,13 +54,14 @@ def convert(
     to: str,
     dtype: str | torch.dtype | None = None,
     num_attention_heads: int | None = None,
-) -> list[Converted]:
-    """Convert every part that a source holds.
+) -> list[Path]:
+    """Convert every part that a source holds, with its tokenizer and image processor; returns the written files.
 
     Args:
         source: weights in any readable layout.
         target: folder to write; it is created, and files of the same name are replaced when the new ones are complete.
-        to: layout to write; "mindspeed-mm" = converted_clip.pt, converted_vicuna.pt, mlp.pt.
+        to: layout to write; "mindspeed-mm" = converted_clip.pt, converted_vicuna.pt, mlp.pt, and for a whole model the
+            model.json that describes them.
         dtype: type to store (fp32, fp16, bf16 or torch's); None keeps each tensor's own.
         num_attention_heads: heads of a vision encoder whose source does not say (None: width / 64).
 
@@ -57,15 +70,32 @@ def convert(
     if to not in TARGETS:
         raise WeightError(f"cannot convert to {to!r}; expected {', '.join(TARGETS)}.")
     opened = source if isinstance(source, Source) else open_source(source)
-    return [
-        convert_part(
-            opened.part(kind),
-            Path(target) / FILE_NAMES[kind],
-            dtype=dtype,
-            num_attention_heads=num_attention_heads if kind == "vision_encoder" else None,
-        )
-        for kind in opened.parts
-    ]
+    folder = Path(target)
+    written = []
+    for kind in opened.parts:
+        heads = num_attention_heads if kind == "vision_encoder" else None
+        converted = convert_part(opened.part(kind), folder / FILE_NAMES[kind], dtype=dtype, num_attention_heads=heads)
+        written.append(converted.path)
+    if set(opened.parts) == set(PART_KINDS):
+        model = describe_model(opened, num_attention_heads=num_attention_heads)
+        write_json(folder / "model.json", model_block(model.part_specs()))
+        written.append(folder / "model.json")
+    return written + _copy_beside(opened, folder)
+
+
+def _copy_beside(source: Source, folder: Path) -> list[Path]:
+    """Copy tokenizer and image processor: of the source's folder, else of its tower's."""
+    origins = [source.path, *(part.path for part in source.part_sources.values())]
+    if source.layout == "llava" and source.config and source.config.get("mm_vision_tower"):
+        origins.append(source.path / source.config["mm_vision_tower"])
+    copied = []
+    for name in COMPANIONS:
+        found = next((origin / name for origin in origins if (origin / name).is_file()), None)
+        if found is not None and found.resolve() != (folder / name).resolve():
+            with beside(folder / name) as temporary:
+                shutil.copyfile(found, temporary)
+            copied.append(folder / name)
+    return copied
 
 
 def convert_part(

@@ -85,4 +85,5 @@ def write_safetensors(folder: Path, tensors: Mapping[str, Tensor], *, shard_byte
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write an indented JSON object."""
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with beside(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

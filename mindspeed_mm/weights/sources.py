@@ -61,7 +61,11 @@ class PartSource:
 
 @dataclass(frozen=True)
 class Source:
-    """Weights at a path. `dropped` are stored names that belong to no part of ours (a text tower, say)."""
+    """Weights at a path.
+
+    config: the folder's config.json (of layout mindspeed-mm: its model.json), or None.
+    dropped: stored names that belong to no part of ours (a text tower, say).
+    """
 
     path: Path
     layout: str
@@ -111,7 +115,8 @@ def _open_folder(folder: Path) -> Source:
     layouts = [recognise(group.names) for group in groups]
     if len(groups) > 1 and all(layout and layout.name == "mindspeed-mm" for layout in layouts):
         return _combine(folder, [_classify(group.path, group, None) for group in groups])
-    return _classify(folder, groups[0] if len(groups) == 1 else _one_set(folder, groups, layouts), config)
+    source = _classify(folder, groups[0] if len(groups) == 1 else _one_set(folder, groups, layouts), config)
+    return _combine(folder, [source]) if source.layout == "mindspeed-mm" else source
 
 
 def _one_set(folder: Path, groups: list[TensorFiles], layouts: list[Layout | None]) -> TensorFiles:
@@ -127,7 +132,7 @@ def _one_set(folder: Path, groups: list[TensorFiles], layouts: list[Layout | Non
 
 
 def _combine(folder: Path, sources: list[Source]) -> Source:
-    """converted_clip.pt, converted_vicuna.pt and mlp.pt of one folder."""
+    """converted_clip.pt, converted_vicuna.pt and mlp.pt of one folder, and the model.json beside them."""
     parts: dict[str, PartSource] = {}
     for source in sources:
         for name, part in source.part_sources.items():
@@ -137,7 +142,8 @@ def _combine(folder: Path, sources: list[Source]) -> Source:
                     "Remove the one that does not belong here or give a file."
                 )
             parts[name] = part
-    return Source(folder, "mindspeed-mm", None, parts)
+    model_file = folder / "model.json"
+    return Source(folder, "mindspeed-mm", read_json_object(model_file) if model_file.is_file() else None, parts)
 
 
 def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> Source:

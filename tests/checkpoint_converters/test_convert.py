@@ -14,7 +14,7 @@ from checkpoint_converters.convert import convert, convert_part
 from checkpoint_converters.write import beside, write_pt, write_safetensors
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_model, describe_part
-from mindspeed_mm.models.spec import find_part, from_llava
+from mindspeed_mm.models.spec import find_part, from_llava, load_model_spec
 from mindspeed_mm.weights.loading import load_part
 from mindspeed_mm.weights.sources import open_source
 from tests.weights.weight_helpers import empty_state
@@ -51,7 +51,11 @@ def assert_equal(left, right):
 
 def test_a_whole_model_loads_equal_from_the_converted_folder(models, spec, tmp_path):
     done = convert(models / "llava_original", tmp_path / "out", to="mindspeed-mm")
-    assert sorted(item.path.name for item in done) == ["converted_clip.pt", "converted_vicuna.pt", "mlp.pt"]
+    weights = ["converted_clip.pt", "converted_vicuna.pt", "mlp.pt", "model.json"]
+    others = ["preprocessor_config.json", "special_tokens_map.json", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(path.name for path in done) == weights + others
+    model = load_model_spec(tmp_path / "out" / "model.json")
+    assert model.part_specs().keys() == spec.part_specs().keys() and model.vision_encoder.num_attention_heads == 4
     for kind in KINDS:
         assert_equal(loaded(spec, kind, models / "llava_original"), loaded(spec, kind, tmp_path / "out"))
     assert describe_model(open_source(tmp_path / "out")).vision_encoder.num_attention_heads == 4
