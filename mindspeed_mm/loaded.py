@@ -22,10 +22,13 @@ from mindspeed_mm.locate import Located
 from mindspeed_mm.models.fusion import image_positions
 from mindspeed_mm.models.vlm import VLM
 
+
 class LoadedVLM:
     """A model ready for inference. Made by `mindspeed_mm.api.load`."""
 
-    def __init__(self, vlm: VLM, located: Located, tokenizer: Tokenizer | None, image_processor: ImageProcessor | None) -> None:
+    def __init__(
+        self, vlm: VLM, located: Located, tokenizer: Tokenizer | None, image_processor: ImageProcessor | None
+    ) -> None:
         self.model = vlm.eval().requires_grad_(False)
         self.spec = vlm.spec
         self.image_token_id: int | None = located.image_token_id

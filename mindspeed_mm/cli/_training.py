@@ -18,9 +18,9 @@ from mindspeed_mm.cli.train import refuse_tools
 from mindspeed_mm.config.load import read_json
 from mindspeed_mm.data.build import build_dataset, build_loader
 from mindspeed_mm.data.config import DataConfig
-from mindspeed_mm.data.template import describe_sample
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.data.template import describe_sample
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.build import build_vlm
@@ -76,7 +76,8 @@ class TrainingRun:
         state = setup.setup(self.args, self._model_provider, self.platform, hooks)
         first = self.dataset[0]
         logger.info(
-            "first sample, supervised tokens in [[ ]]:\n%s", describe_sample(first.input_ids, first.labels, self.tokenizer)
+            "first sample, supervised tokens in [[ ]]:\n%s",
+            describe_sample(first.input_ids, first.labels, self.tokenizer),
         )
         report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
         checkpoint = str(report.checkpoint) if report.checkpoint else None
@@ -108,10 +109,14 @@ class TrainingRun:
             dp_size=state.data_parallel_size,
             seed=self.args.seed,
             num_workers=self.args.num_workers,
-            pad_token_id=self.tokenizer.pad_token_id,
+            pad_token_id=self._pad_token_id(),
             pad_multiple=self.args.tensor_model_parallel_size if self.runtime.sequence_parallel else 1,
             options=self.data_config.dataloader_param,
         )
+
+    def _pad_token_id(self) -> int:
+        given = self.data_config.dataloader_param.collate_param.pad_token_id
+        return self.tokenizer.pad_token_id if given is None else given
 
     def _describe(self, batch: Batch) -> BatchFacts:
         flops = step_flops(
@@ -168,7 +173,9 @@ def _check_flags(args: DriverArguments, spec: ModelSpec) -> None:
         found = getattr(spec.text_decoder, names.get(flag, flag))
         if found != value:
             key = names.get(flag, flag)
-            problems.append(f"--{flag.replace('_', '-')} is {value}, but text_decoder.{key} is {found}: make them equal")
+            problems.append(
+                f"--{flag.replace('_', '-')} is {value}, but text_decoder.{key} is {found}: make them equal"
+            )
     if args.context_parallel_size > 1:
         problems.append("--context-parallel-size above 1 is not supported yet: use 1")
     if args.pipeline_model_parallel_size > 1:

@@ -22,6 +22,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
     from checkpoint_converters.convert import convert
 
-    written = [str(path) for path in convert(namespace.source, namespace.target, to=namespace.to, dtype=namespace.dtype)]
+    written = [
+        str(path) for path in convert(namespace.source, namespace.target, to=namespace.to, dtype=namespace.dtype)
+    ]
     sys.stdout.write("".join(f"wrote {path}\n" for path in written))
     return {"target": namespace.target, "to": namespace.to, "files": written}

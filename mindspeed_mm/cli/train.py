@@ -54,4 +54,6 @@ def refuse_tools(tool: dict[str, Any]) -> None:
     """
     enabled = [name for name, block in tool.items() if isinstance(block, dict) and block.get("enable")]
     if enabled:
-        raise ConfigError(f"--mm-tool switches on {', '.join(enabled)}, which this version does not have: set enable to false")
+        raise ConfigError(
+            f"--mm-tool switches on {', '.join(enabled)}, which this version does not have: set enable to false"
+        )

@@ -67,7 +67,13 @@ def batch(images: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids [1, S] with 4 image positions a picture, pixel_values)."""
     torch.manual_seed(1)
     picture = torch.full((1, 4), 130)
-    pieces = [torch.randint(3, 130, (1, 9)), picture, torch.randint(3, 130, (1, 30)), picture, torch.randint(3, 130, (1, 5))]
+    pieces = [
+        torch.randint(3, 130, (1, 9)),
+        picture,
+        torch.randint(3, 130, (1, 30)),
+        picture,
+        torch.randint(3, 130, (1, 5)),
+    ]
     return torch.cat(pieces, dim=1), torch.randn(images, 3, 28, 28)
 
 

@@ -10,7 +10,9 @@ from tests.helpers.golden_model import collate, load_expected, model_json, train
 
 def build(golden, *, tensor_parallel: int = 1, sequence_parallel: bool = False, trained=(), dtype=torch.float32):
     """The golden model on this rank."""
-    from megatron.core import parallel_state, tensor_parallel as tensor_parallel_core
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as tensor_parallel_core
+
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
@@ -43,7 +45,11 @@ def losses_and_gradient(golden, tensor_parallel: int, sequence_parallel: bool):
     loss = vlm(batch.input_ids, batch.position_ids, labels=batch.labels, pixel_values=batch.pixel_values).sum()
     loss.backward()
     projector = vlm.image_encoder.projector.encoder
-    return loss.item(), projector.linear_fc2.bias.grad.clone(), vlm.text_decoder.decoder.layers[0].mlp.linear_fc2.weight.grad
+    return (
+        loss.item(),
+        projector.linear_fc2.bias.grad.clone(),
+        vlm.text_decoder.decoder.layers[0].mlp.linear_fc2.weight.grad,
+    )
 
 
 ALL = ("text_decoder", "vision_encoder", "vision_projector")

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from tests.helpers.golden_model import load_expected, model_json
 from safetensors.torch import load_file
 
 import mindspeed_mm as mm
+from tests.helpers.golden_model import load_expected, model_json
 
 CASES = ("text_only", "one_image", "batch_two", "two_images")
 IMAGE_ID = 1000
@@ -25,9 +25,7 @@ def vlm(request, golden, tmp_path_factory):
         return mm.load(golden / "models" / request.param, device="cpu")
     path = tmp_path_factory.mktemp("spec") / "model.json"
     path.write_text(json.dumps(model_json(golden, **LAYOUTS[request.param])))
-    return mm.load(
-        path, device="cpu", tokenizer=golden / "tokenizer", image_processor=golden / "models" / "clip_hf"
-    )
+    return mm.load(path, device="cpu", tokenizer=golden / "tokenizer", image_processor=golden / "models" / "clip_hf")
 
 
 @pytest.mark.parametrize("case", CASES)

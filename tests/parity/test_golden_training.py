@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.helpers.golden_model import collate, model_json, training_samples
 from safetensors.torch import load_file
+
+from tests.helpers.golden_model import collate, model_json, training_samples
 
 TRAINED = {
     "a": ("vision_projector",),

@@ -25,9 +25,7 @@ class LlamaDecoder(LanguageModule):
     """Embedding (first stage), transformer layers, final norm and head (last stage)."""
 
     def __init__(self, spec, runtime: Runtime, *, pre_process: bool = True, post_process: bool = True) -> None:
-        config = transformer_config(
-            spec, runtime, num_layers=spec.num_layers, pipelined=True, **attention_fields(spec)
-        )
+        config = transformer_config(spec, runtime, num_layers=spec.num_layers, pipelined=True, **attention_fields(spec))
         super().__init__(config=config)
         self.spec = spec
         self.pre_process, self.post_process = pre_process, post_process
