@@ -1,4 +1,7 @@
-"""`python -m mindspeed_mm` and `torchrun ... -m mindspeed_mm`. The guard matters: worker processes import this module."""
+"""`python -m mindspeed_mm` and `torchrun ... -m mindspeed_mm`.
+
+The guard matters: worker processes import this module.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Lets training checkpoints be opened like any other weights: `import mindspeed_mm.checkpoint_source` registers them."""
+"""Training checkpoints as one more weight layout; importing this module registers it."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from mindspeed_mm.generation.engine import GenerationEngine, GenerationRequest, 
 from mindspeed_mm.generation.options import GenerationOptions, generation_options
 from mindspeed_mm.locate import Located
 from mindspeed_mm.models.fusion import image_positions
+from mindspeed_mm.models.masks import complete_mask
 from mindspeed_mm.models.vlm import VLM
 
 
@@ -77,7 +78,7 @@ class LoadedVLM:
         ids = input_ids.masked_fill(image_positions(input_ids, self.image_token_id), IMAGE_TOKEN_INDEX)
         positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
         pixels = None if pixel_values is None else pixel_values.to(self.device)
-        return self.model(ids, positions, pixel_values=pixels, attention_mask=_complete_mask(attention_mask, ids))
+        return self.model(ids, positions, pixel_values=pixels, attention_mask=complete_mask(attention_mask, ids))
 
     @torch.inference_mode()
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -108,8 +109,8 @@ class LoadedVLM:
 
         Args:
             prompts: one question or several; each is put into the template (`template`, default v1).
-            images: of one prompt: a list of PIL pictures, paths or preprocessed [3, h, w] tensors; of several prompts: a
-                list with one such list for each. With input_ids: one flat list, or a tensor [N, 3, h, w].
+            images: of one prompt: a list of PIL pictures or paths; of several prompts: a list with one such list for
+                each. With input_ids: one flat list, or a tensor [N, 3, h, w] of preprocessed pictures.
             input_ids: [S], [B, S] or a list of lists; image positions as in `logits`, either one an image or expanded.
             options: names of transformers' GenerationConfig; greedy by default.
 
@@ -148,16 +149,3 @@ class LoadedVLM:
 
 def _picture(image: Any) -> Image.Image:
     return image if isinstance(image, Image.Image) else load_image(image)
-
-
-def _complete_mask(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor | None:
-    """Causal mask with padded keys hidden, [B, 1, S, S], True = may attend; None where plain causal attention is right."""
-    if attention_mask is None:
-        return None
-    keys = attention_mask.to(ids.device).bool()
-    if bool((keys[:, :-1] >= keys[:, 1:]).all()):
-        return None  # right padding: no real position attends to it
-    length = ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=ids.device)  # a padded query must attend to something
-    return ((causal & keys[:, None, :]) | itself)[:, None]

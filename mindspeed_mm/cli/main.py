@@ -56,9 +56,17 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class _ToStderr(logging.Handler):
+    """Writes to whatever sys.stderr is at the moment, so that a redirected one is respected."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.flush()
+
+
 def set_up_logging() -> None:
     """Our log goes to stderr, from the first rank; other ranks only warn, under their number."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     prefix = "" if is_first_rank() else f"[rank {os.environ.get('RANK')}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
     for name in ("mindspeed_mm", "megatron.driver", "evaluation", "checkpoint_converters"):

@@ -52,6 +52,7 @@ class InferenceConfig(StrictModel):
             prompts = prompts * len(self.image_path)
         if len(prompts) != len(self.image_path):
             raise ValueError(
-                f"image_path has {len(self.image_path)} pictures for {len(prompts)} prompts: give one each, or a single one"
+                f"image_path has {len(self.image_path)} pictures for {len(prompts)} prompts: "
+                "give one each, or one for all"
             )
         return list(zip(prompts, self.image_path, strict=True))

@@ -135,7 +135,7 @@ class VLM(MegatronModule):
         return self.logits(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Full-vocabulary logits of hidden states, [S, B, H] -> [B, S, V] float32, equal on all tensor-parallel ranks."""
+        """Logits of the whole vocabulary, [S, B, H] -> [B, S, V] float32, equal on all tensor-parallel ranks."""
         local = self.text_decoder.logits(self.text_decoder.gather_sequence(hidden))
         full = tensor_parallel.gather_from_tensor_model_parallel_region(local)
         return full[..., : self.text_decoder.vocab_size].transpose(0, 1).float()

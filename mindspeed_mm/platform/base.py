@@ -113,7 +113,7 @@ def local_rank() -> int:
 
 
 def quiet_third_party() -> None:
-    """Keep warnings that a user cannot act on (absent optional kernels, deprecations inside libraries) off the terminal."""
+    """Keep warnings that a user cannot act on off the terminal: absent optional kernels, deprecations in libraries."""
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
     warnings.filterwarnings("ignore", message=".*(Transformer ?Engine|Apex|apex|nvidia-modelopt|einops).*")

@@ -69,7 +69,7 @@ class _HostFinder(importlib.abc.MetaPathFinder):
 
 
 def _adapt_random(module: types.ModuleType) -> None:
-    """The model-parallel RNG tracker switches torch's CPU generator; that it moves is the purpose, not worth a warning."""
+    """The model-parallel RNG tracker switches torch's CPU generator here; core would warn that it moves."""
     module._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     module._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())

@@ -1,0 +1,87 @@
+"""The command line itself: help, errors, exit codes."""
+
+import json
+
+import pytest
+
+from mindspeed_mm.cli.main import build_parser, command_names, main
+
+
+@pytest.mark.parametrize("name", command_names())
+def test_every_command_has_help_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name.replace("_", "-"), "--help"])
+    assert stop.value.code == 0
+    assert "example:" in capsys.readouterr().out
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+
+
+def test_unknown_flag_names_the_nearest(capsys):
+    assert main(["infer", "--lod", "x"]) == 1
+    assert "unknown flag --lod: did you mean --load" in capsys.readouterr().err
+
+
+def test_missing_model_is_a_message_not_a_traceback(tmp_path, capsys):
+    assert main(["infer", "--model", str(tmp_path / "nothing"), "--prompt", "hi"]) == 1
+    error = capsys.readouterr().err
+    assert "nothing: no such file or folder" in error and "Traceback" not in error
+
+
+def test_other_ranks_leave_config_errors_to_the_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert main(["infer", "--prompt", "hi"]) == 1
+    assert capsys.readouterr().err == ""
+    assert main(["infer", "--model", str(tmp_path / "nothing"), "--prompt", "hi"]) == 1
+    assert "[rank 1]" in capsys.readouterr().err
+
+
+def test_infer_answers_and_ends_with_json(golden, capsys):
+    picture = str(golden / "images" / "src" / "gray.png")
+    model = str(golden / "models" / "llava_hf")
+    line = ["infer", "--model", model, "--image", picture, "--prompt", "Hi?", "--prompt", "You?", "--json"]
+    assert main([*line, "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out.splitlines()
+    result = json.loads(output[-1])
+    assert [answer["prompt"] for answer in result["answers"]] == ["Hi?", "You?"]
+    assert any(line.startswith("ASSISTANT: ") for line in output)
+
+
+def test_infer_reads_the_guides_json(golden, tmp_path, capsys):
+    from tests.helpers.golden_model import model_json
+
+    config = model_json(golden) | {
+        "pipeline_class": "LlavaPipeline",
+        "tokenizer": {"hub_backend": "hf", "from_pretrained": str(golden / "tokenizer")},
+        "image_processer_path": str(golden / "models" / "clip_hf"),
+        "image_path": str(golden / "images" / "src" / "gray.png"),
+        "prompts": "What is it?",
+        "generation_config": {"max_new_tokens": 2, "do_sample": False, "num_beams": 1, "use_cache": False},
+        "dtype": "fp32",
+        "device": "cpu",
+    }
+    path = tmp_path / "inference_llava.json"
+    path.write_text(json.dumps(config))
+    assert main(["infer", "--mm-model", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == 2
+    path.write_text(json.dumps(config | {"prompt": "x"}))
+    assert main(["infer", "--mm-model", str(path)]) == 1
+    assert "prompt" in capsys.readouterr().err
+
+
+def test_lists_must_fit(golden, capsys):
+    model = str(golden / "models" / "llava_hf")
+    picture = str(golden / "images" / "src" / "gray.png")
+    line = ["infer", "--model", model, "--image", picture, "--image", picture]
+    assert main([*line, "--prompt", "a", "--prompt", "b", "--prompt", "c"]) == 1
+    assert "2 pictures for 3 prompts" in capsys.readouterr().err
+    assert main(["infer", "--model", model, "--prompt", ""]) == 1
+    assert "a prompt is empty" in capsys.readouterr().err
+
+
+def test_parser_is_filled_for_one_command_only():
+    assert build_parser(only="infer").parse_args(["infer", "--prompt", "x"]).prompt == ["x"]

@@ -1,0 +1,82 @@
+"""Requests to answers: placeholders, batches, stop marks, limits."""
+
+import pytest
+from PIL import Image
+
+import mindspeed_mm as mm
+from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.generation.options import GenerationOptions
+
+SHORT = GenerationOptions(max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def engine(golden):
+    return mm.load(golden / "models" / "llava_hf", device="cpu").engine()
+
+
+@pytest.fixture
+def picture():
+    return Image.new("RGB", (30, 20), (200, 30, 90))
+
+
+def request(name, text, *images, **fields):
+    from mindspeed_mm.generation.engine import GenerationRequest
+
+    return GenerationRequest(name, turns=((text, None),), images=images, **fields)
+
+
+def test_images_without_placeholder_go_in_front(engine, picture):
+    bare, images = engine.prepare(request("a", "What?", picture))
+    placed, _ = engine.prepare(request("b", "<image>\nWhat?", picture))
+    assert bare == placed and bare.count(-200) == 16 and len(images) == 1
+
+
+def test_prompt_is_the_training_prompt(engine, picture):
+    from mindspeed_mm.data.expand import expand_images
+    from mindspeed_mm.data.template import encode
+
+    ids, _ = engine.prepare(request("a", "What is it?", picture))
+    conversation = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A."}]
+    trained, labels = expand_images(*encode(conversation, engine.tokenizer, "v1"), 16)
+    answer_start = next(i for i, label in enumerate(labels) if label != -100)
+    assert ids == trained[:answer_start]
+
+
+def test_raw_prompt_is_tokenised_as_it_is(engine, picture):
+    from mindspeed_mm.generation.engine import GenerationRequest
+
+    ids, _ = engine.prepare(GenerationRequest("a", prompt="USER: <image>\nHi ASSISTANT:", images=(picture,)))
+    assert ids[:1] == [engine.tokenizer.bos_token_id] and ids.count(-200) == 16
+
+
+def test_wrong_number_of_images_names_the_request(engine, picture):
+    with pytest.raises(DataError, match="request q7: found 2 images and 1 <image> placeholders"):
+        engine.prepare(request("q7", "<image>\nWhat?", picture, picture))
+    with pytest.raises(DataError, match="request q8: found 0 images and 1 <image> placeholders"):
+        engine.prepare(request("q8", "<image>\nWhat?"))
+
+
+def test_batches_do_not_change_answers(engine, picture):
+    requests = [request(str(i), "word " * i + "what?", *([picture] if i % 2 else [])) for i in range(1, 6)]
+    alone = {r.id: r.token_ids for r in engine.generate(requests, SHORT, batch_size=1)}
+    together = {r.id: r.token_ids for r in engine.generate(requests, SHORT, batch_size=3)}
+    assert alone == together and list(together) == ["1", "2", "3", "4", "5"]
+
+
+def test_sampling_does_not_depend_on_the_batch(engine):
+    options = GenerationOptions(max_new_tokens=5, do_sample=True, temperature=1.0, seed=11)
+    requests = [request(str(i), "word " * i + "what?") for i in range(1, 4)]
+    alone = [r.token_ids for r in engine.generate(requests, options, batch_size=1)]
+    assert alone == [r.token_ids for r in engine.generate(requests, options, batch_size=3)]
+
+
+def test_stop_id_ends_the_text(engine):
+    ids = engine.tokenizer.encode("Hello there", add_bos=False)
+    eos = engine.tokenizer.eos_token_id
+    assert engine.text_of([*ids, eos], (eos,)) == "Hello there"
+
+
+def test_too_long_prompt_gives_the_numbers(engine):
+    with pytest.raises(ConfigError, match=r"a prompt of \d+ tokens and max_new_tokens 5 exceed .* 2048 tokens"):
+        list(engine.generate([request("a", "word " * 3000)], SHORT))

@@ -1,0 +1,86 @@
+"""Option names and values; choosing a token."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.generation.options import GenerationOptions, generation_options
+
+GUIDE = {  # keys of the guide's inference_llava.json with values that ask for nothing special
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "diversity_penalty": 0.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "typical_p": 1.0,
+    "early_stopping": False,
+    "bad_words_ids": None,
+    "use_cache": False,
+    "return_dict_in_generate": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "do_sample": True,
+    "temperature": 0.2,
+    "top_k": 50,
+    "top_p": 1.0,
+    "max_new_tokens": 512,
+}
+
+
+def test_guide_file_is_accepted():
+    options = generation_options(GUIDE)
+    assert (options.do_sample, options.temperature, options.top_k, options.eos_token_ids) == (True, 0.2, 50, (2,))
+
+
+def test_unsupported_value_says_what_is_possible():
+    with pytest.raises(ConfigError, match=r"num_beams: found 4, expected 1: this option is not supported"):
+        generation_options({"num_beams": 4})
+
+
+def test_unknown_name_gets_the_nearest():
+    with pytest.raises(ConfigError, match="temperature"):
+        generation_options({"temprature": 0.3})
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": float("nan")}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"top_k": -1}]
+)
+def test_impossible_values_are_refused(values):
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        generation_options(values)
+
+
+def pick(logits, **options):
+    from mindspeed_mm.platform import get_platform
+
+    get_platform("cpu")
+    from mindspeed_mm.generation.decode import pick_token
+
+    return pick_token(torch.tensor(logits), GenerationOptions(**options), torch.Generator().manual_seed(3))
+
+
+def test_greedy_takes_the_likeliest():
+    assert pick([0.1, 2.0, 1.0]) == 1
+    assert pick([0.1, 2.0, 1.0], do_sample=True, temperature=0.0) == 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=12), st.integers(1, 12), st.floats(0.05, 1.0))
+def test_sampling_stays_within_top_k_and_top_p(logits, top_k, top_p):
+    token = pick(logits, do_sample=True, temperature=1.0, top_k=top_k, top_p=top_p)
+    ranked = torch.tensor(logits).sort(descending=True).values
+    kept = ranked[: min(top_k, len(logits))]
+    probabilities = torch.where(torch.tensor(logits) >= kept[-1], torch.tensor(logits), -torch.inf).softmax(-1)
+    likelier = probabilities[probabilities > probabilities[token] + 1e-6].sum()
+    assert logits[token] >= kept[-1] - 1e-6
+    assert likelier < top_p + 1e-5
+
+
+def test_same_seed_gives_the_same_token():
+    logits = torch.randn(100).tolist()
+    assert len({pick(logits, do_sample=True, temperature=1.0) for _ in range(5)}) == 1
