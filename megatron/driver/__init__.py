@@ -8,7 +8,7 @@ Who imports the modules below (arguments and state excepted) chooses the platfor
     namespace, unknown = parser.parse_known_args(argv)
     arguments.refuse_unknown(parser, unknown)             # ConfigError naming the nearest known flags
     args = arguments.from_namespace(namespace)            # frozen DriverArguments; ConfigError lists all problems
-    initialize.initialize(args, platform)                 # process group, parallel_state, seeds, logging; no torchrun needed
+    initialize.initialize(args, platform)                 # process group, parallel_state, seeds, log; torchrun optional
     try:
         state = setup.setup(args, model_provider, platform, hooks)   # model, optimizer, scheduler, checkpoint loaded
         loader = ...                                      # from state.consumed_samples, state.data_parallel_rank/_size
@@ -18,36 +18,37 @@ Who imports the modules below (arguments and state excepted) chooses the platfor
 
 What the caller brings
     model_provider(pre_process: bool, post_process: bool) -> MegatronModule
-        One pipeline stage in fp32, on the CPU or on the device, holding its weights and requires_grad flags; `.config` is
-        a TransformerConfig with calculate_per_token_loss=True (setup sets it), `.sharded_state_dict(prefix, offsets, metadata)`
-        as megatron.core modules have it, `.set_input_tensor(list)`. setup moves it, wraps it in Float16Module (--bf16,
-        --fp16) and DistributedDataParallel with gradients in fp32.
+        One pipeline stage in fp32, on the CPU or on the device, holding its weights and requires_grad flags. It has
+        what megatron.core modules have: `.config` (a TransformerConfig), `.set_input_tensor(list)` and
+        `.sharded_state_dict(prefix, offsets, metadata)`. setup moves it, sets precision and calculate_per_token_loss in
+        its config, and wraps it in Float16Module (--bf16, --fp16) and DistributedDataParallel with gradients in fp32.
     forward_step(data_iterator, model) -> (output, loss_func)
-        Takes next(data_iterator) itself. loss_func(output) -> (loss_sum, num_tokens, {"lm loss": (loss_sum, num_tokens)}):
-        loss_sum 0-d float tensor with graph, the sum of token losses of this micro-batch; num_tokens 0-d int tensor,
-        the supervised tokens. The driver divides by the tokens of the whole global batch.
+        Takes next(data_iterator) itself. loss_func(output) -> (loss_sum, num_tokens, {"lm loss": (loss_sum.detach(),
+        num_tokens)}): loss_sum 0-d float tensor, the sum of this micro-batch's token losses; num_tokens 0-d int tensor,
+        its supervised tokens. The driver divides by the tokens of the whole global batch.
     hooks: state.Hooks(describe, extra, compare), each with a default
-        describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops=0.0, gradient_expected=True)
+        describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops, gradient_expected)
             default reads batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(); flops is forward +
             backward of this micro-batch over the whole model (TFLOP/s and MFU are logged where it is not 0);
             gradient_expected=False says that a zero gradient is right (text only while only the projector is trained)
-        extra() -> dict                 JSON-able; stored as run.json["extra"] in every checkpoint (specs, versions, sampler)
-        compare(saved_extra) -> list[str]   one line per field in which the checkpoint's architecture differs; [] if it fits
+        extra() -> dict                     JSON-able; run.json["extra"] of every checkpoint (specs, versions, sampler)
+        compare(saved_extra) -> list[str]   one line per field in which the checkpoint's architecture differs
 
 Functions
-    arguments.add_arguments(parser), refuse_unknown(parser, unknown), from_namespace(ns, world_size=None) -> DriverArguments
+    arguments.add_arguments(parser), refuse_unknown(parser, unknown)
+    arguments.from_namespace(namespace, world_size=None) -> DriverArguments; .model_flags() -> to compare with JSON
     initialize.initialize(args, platform), initialize.shutdown(), initialize.is_rank_0() -> bool
     setup.setup(args, model_provider, platform, hooks=Hooks()) -> TrainState
     loop.train(state, args, forward_step, data_iterator, hooks=Hooks()) -> TrainReport(iteration, loss, checkpoint)
         stops at --train-iters, --exit-interval or SIGTERM (saved first where --save is given)
     checkpointing.save_checkpoint(state, args, hooks) -> Path
-    resuming.load_checkpoint(state, args, hooks) -> Path | None               (setup calls it)
-    reading.find_checkpoint(folder, step=None) -> Path | None                 SAVE (tracker decides) or an iter dir itself
+    resuming.load_checkpoint(state, args, hooks) -> Path | None      (setup calls it)
+    reading.find_checkpoint(folder, step=None) -> Path | None        SAVE (the tracker decides) or an iteration's folder
     reading.read_checkpoint(folder, step=None) -> Checkpoint(path, run, names, get(name) -> full Tensor, shape(name))
-        without a process group, for inference and conversion; model tensors of the iter dir and of its frozen dir, under plain
-        names such as text_decoder.decoder.layers.3.self_attention.linear_qkv.weight; run is run.json
+        without a process group, for inference and conversion; run is run.json; model tensors of the iteration and of
+        its frozen folder, under plain names such as text_decoder.decoder.layers.3.self_attention.linear_qkv.weight
 
 TrainState: model (list of DDP-wrapped chunks), optimizer, scheduler, platform, iteration, consumed_samples,
     data_parallel_rank, data_parallel_size; .modules -> the bare modules.
-Errors: ConfigError (flags), CheckpointError (checkpoints), state.TrainingError (a step that must not go on), all with cause and cure.
+Errors: ConfigError (flags), CheckpointError (checkpoints), TrainingError (a step that must not go on).
 """

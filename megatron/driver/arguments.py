@@ -296,7 +296,8 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         problems.append("--loss-scale is for --fp16 only")
     if args.initial_loss_scale < args.min_loss_scale:
         problems.append(
-            f"--initial-loss-scale is {args.initial_loss_scale}: expected at least --min-loss-scale, {args.min_loss_scale}"
+            f"--initial-loss-scale is {args.initial_loss_scale}: expected at least --min-loss-scale "
+            f"({args.min_loss_scale})"
         )
     if args.overlap_param_gather and not (args.use_distributed_optimizer and args.overlap_grad_reduce):
         problems.append("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce")

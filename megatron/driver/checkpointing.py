@@ -15,8 +15,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron.driver import rng, storage
 from megatron.driver.arguments import DriverArguments
-from megatron.driver.collectives import agree
+from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.optimizer_state import step_count
 from megatron.driver.reading import FORMAT
 from megatron.driver.sharding import PlainSave, content_hash, metadata, model_tensors, split_frozen
 from megatron.driver.state import Hooks, TrainState
@@ -68,9 +69,12 @@ def save_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
         if not args.no_save_rng:
             rng.save(storage.work_dir(final), state.platform)
 
+        step = max(gather(step_count(state.optimizer)))
+
         def finish() -> None:
             work = storage.work_dir(final)
-            run = _describe(state, args, hooks, frozen, storage.sizes(work))
+            run = _describe(state, args, hooks) | {"frozen": frozen, "files": storage.sizes(work)}
+            run["optimizer"] = None if args.no_save_optim else optimizer_kind(args) | {"step": step}
             (work / storage.RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
             storage.publish(final)
             storage.write_text(save / storage.TRACKER, str(state.iteration))
@@ -118,25 +122,25 @@ def _save_frozen(state: TrainState, save: Path) -> dict[str, Any] | None:
     return agree(lambda: {"id": state.frozen_id, "files": storage.sizes(final)})
 
 
-def _describe(
-    state: TrainState, args: DriverArguments, hooks: Hooks, frozen: dict[str, Any] | None, files: dict[str, int]
-) -> dict[str, Any]:
-    """run.json: everything about a checkpoint that is no tensor."""
+def _describe(state: TrainState, args: DriverArguments, hooks: Hooks) -> dict[str, Any]:
+    """What run.json says about the run itself."""
     return {
         "format": FORMAT,
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
         "skipped_iterations": state.skipped_iterations,
         "scheduler": state.scheduler.state_dict(),
-        "optimizer": not args.no_save_optim,
         "rng": not args.no_save_rng,
         "layout": layout(args),
-        "frozen": frozen,
-        "files": files,
         "arguments": dataclasses.asdict(args),
         "versions": {"torch": torch.__version__, "megatron_core": megatron_core_version},
         "extra": hooks.extra(),
     }
+
+
+def optimizer_kind(args: DriverArguments) -> dict[str, Any]:
+    """What the form of saved optimizer state depends on."""
+    return {name: getattr(args, name) for name in ("use_distributed_optimizer", "bf16", "fp16")}
 
 
 def layout(args: DriverArguments) -> dict[str, Any]:

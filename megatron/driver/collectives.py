@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 alone and give its result to every rank; its ValueError or OSError is raised on every rank."""
+    """Run `work` on rank 0 alone; every rank gets its result, or its ValueError or OSError."""
     outcome: list = [None, None]
     if torch.distributed.get_rank() == 0:
         try:

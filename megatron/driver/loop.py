@@ -22,7 +22,8 @@ from megatron.driver.checkpointing import save_checkpoint
 from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder, StepMetrics
-from megatron.driver.state import BatchFacts, Hooks, TrainingError, TrainState
+from megatron.driver.state import BatchFacts, Hooks, TrainState
+from mindspeed_mm.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,8 @@ def train(
         data_iterator: endless; yields the micro-batches of this data-parallel rank from state.consumed_samples on.
 
     Raises:
-        TrainingError: non-finite loss or gradient, no supervised token in a global batch, a gradient of zero, or no data;
-            names the step and its samples. Nothing is saved then.
+        TrainingError: non-finite loss or gradient, no supervised token in a global batch, a gradient of zero, or
+            no data; names the step and its samples. Nothing is saved then.
         CheckpointError: a save failed.
     """
     hooks = hooks or Hooks()

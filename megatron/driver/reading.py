@@ -1,8 +1,8 @@
 """Finding and reading checkpoints, without a process group.
 
-Two files of a torch_dist checkpoint are pickles: common.pt, which torch.load reads with weights_only=True, and .metadata,
-which torch.distributed.checkpoint unpickles without any restriction. `read_metadata` allows .metadata nothing but the
-classes that describe tensors; call it before anything of torch opens the folder.
+Two files of a torch_dist checkpoint are pickles: common.pt, which torch.load reads with weights_only=True, and
+.metadata, which torch.distributed.checkpoint unpickles without any restriction. `read_metadata` allows .metadata
+nothing but the classes that describe tensors; call it before anything of torch opens the folder.
 """
 
 from __future__ import annotations

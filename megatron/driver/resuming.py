@@ -14,9 +14,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron.driver import rng, storage
 from megatron.driver.arguments import DriverArguments
-from megatron.driver.checkpointing import layout
+from megatron.driver.checkpointing import layout, optimizer_kind
 from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.optimizer_state import provide_step_count, set_step_count
 from megatron.driver.reading import Checkpoint, SafeReader, find_checkpoint, open_checkpoint, read_run, reading_errors
 from megatron.driver.sharding import built, content_hash, metadata, model_tensors, split_frozen
 from megatron.driver.state import Hooks, TrainState
@@ -34,7 +35,7 @@ _GROUP_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "lr_mult")
 def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | None = None) -> Path | None:
     """Bring `state` to the checkpoint that the flags name. Collective.
 
-    --load resumes; with --finetune, or from --pretrained-checkpoint while --load holds none, only the weights are taken.
+    --load resumes. With --finetune, or from --pretrained-checkpoint while --load holds none, only weights are taken.
 
     Returns:
         The checkpoint's folder, None where the run starts from scratch.
@@ -53,7 +54,7 @@ def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
     if weights_only or args.no_load_optim:
         state.optimizer.reload_model_params()
     else:
-        _load_optimizer(state, path, run)
+        _load_optimizer(state, args, path, run)
     if not weights_only:
         _resume(state, args, path, run)
     if is_rank_0():
@@ -158,11 +159,18 @@ def _some(problems: list[str]) -> str:
     return "; ".join(problems[:LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _load_optimizer(state: TrainState, path: Path, run: dict[str, Any]) -> None:
+def _load_optimizer(state: TrainState, args: DriverArguments, path: Path, run: dict[str, Any]) -> None:
     if not run["optimizer"]:
         raise CheckpointError(
             f"checkpoint {path} holds no optimizer state (it was saved with --no-save-optim): "
             "give --no-load-optim to resume without it, or --finetune to take only the weights"
+        )
+    differing = [name for name, value in optimizer_kind(args).items() if run["optimizer"][name] != value]
+    if differing:
+        flags = ", ".join("--" + name.replace("_", "-") for name in differing)
+        raise CheckpointError(
+            f"the optimizer state of {path} was saved with another setting of {flags}: use the same, or give "
+            "--no-load-optim to resume without it"
         )
     settings = [
         {name: group[name] for name in _GROUP_SETTINGS if name in group} for group in state.optimizer.param_groups
@@ -171,12 +179,14 @@ def _load_optimizer(state: TrainState, path: Path, run: dict[str, Any]) -> None:
     held = SafeReader(path).read_metadata().state_dict_metadata
     _raise_together(
         [f"{item.key} is missing" for item in built({"optimizer": sharded}) if item.key not in held],
-        f"the optimizer state of {path} does not fit what is trained now (other parts frozen, or another precision)",
+        f"the optimizer state of {path} does not fit what is trained now (other parts are frozen)",
         "give --no-load-optim to resume without it, or --finetune to take only the weights",
     )
     with reading_errors(path):
         loaded = dist_checkpointing.load({"optimizer": sharded}, str(path))
+    provide_step_count(loaded["optimizer"], run["optimizer"]["step"])
     state.optimizer.load_state_dict(loaded["optimizer"])
+    set_step_count(state.optimizer, run["optimizer"]["step"])
     for group, given in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(given)
 

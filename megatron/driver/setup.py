@@ -9,13 +9,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpointing import check_writable
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.optimizer_state import begin_state
 from megatron.driver.resuming import load_checkpoint
 from megatron.driver.state import Hooks, TrainState, compute_dtype
 from mindspeed_mm.errors import ConfigError
@@ -32,7 +32,7 @@ def setup(
     """Build what trains, and load the checkpoint that the flags name. `initialize` comes first.
 
     Args:
-        model_provider: (pre_process, post_process) -> the module of this pipeline stage, with weights and requires_grad set.
+        model_provider: (pre_process, post_process) -> the module of this pipeline stage, weights and requires_grad set.
         hooks: the caller's part; its `compare` guards against a checkpoint of another architecture.
 
     Raises:
@@ -43,7 +43,7 @@ def setup(
     check_writable(args)
     model = _build_model(args, model_provider, platform)
     optimizer = get_megatron_optimizer(_optimizer_config(args), model)
-    _begin_optimizer_state(optimizer)
+    begin_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -124,25 +124,6 @@ def _optimizer_config(args: DriverArguments) -> OptimizerConfig:
         use_distributed_optimizer=args.use_distributed_optimizer,
         overlap_param_gather=args.overlap_param_gather,
     )
-
-
-def _begin_optimizer_state(optimizer: MegatronOptimizer) -> None:
-    """Make AdamW's state before the first step, so that a checkpoint has the same tensors at every step.
-
-    torch makes it lazily, and megatron.core's own start for loading lacks `step`, which is missed when all steps before
-    a save were skipped for overflow. The distributed optimizer lays out its state by itself.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        if isinstance(part, DistributedOptimizer) or not isinstance(inner, torch.optim.AdamW):
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
 
 
 def _connect(args: DriverArguments, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

@@ -14,11 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.driver.arguments import DriverArguments
-from mindspeed_mm.errors import TrainingError
 from mindspeed_mm.platform import Platform
-
-
-__all__ = ["BatchFacts", "Hooks", "TrainState", "TrainingError"]
 
 
 class BatchFacts(NamedTuple):

@@ -168,6 +168,14 @@ def test_optimizer_state_must_fit_what_is_trained(tmp_path):
         run("--load", tmp_path, train_iters=6)
 
 
+def test_optimizer_state_of_another_precision(tmp_path):
+    run("--save", tmp_path)
+    with pytest.raises(CheckpointError, match="saved with another setting of --bf16: use the same, or give"):
+        run("--load", tmp_path, "--bf16", train_iters=6)
+    _, report, _ = run("--load", tmp_path, "--bf16", "--no-load-optim", train_iters=6)
+    assert report.iteration == 6
+
+
 def test_finetune_takes_the_weights_only(tmp_path):
     saved, _, _ = run("--save", tmp_path)
     taken, _, state = run("--load", tmp_path, "--finetune", "--lr", "0", train_iters=1)

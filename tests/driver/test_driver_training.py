@@ -7,14 +7,14 @@ import signal
 import pytest
 import torch
 
-from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.errors import ConfigError, TrainingError
 from mindspeed_mm.platform import get_platform
 from tests.helpers import tiny_training as tiny
 
 get_platform("cpu")
 
 from megatron.driver.loop import train  # noqa: E402
-from megatron.driver.state import BatchFacts, Hooks, TrainingError  # noqa: E402
+from megatron.driver.state import BatchFacts, Hooks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("single_process")
 

@@ -1,4 +1,4 @@
-"""A two-layer language model and its data, small enough to train in milliseconds. Import after the platform is chosen."""
+"""A two-layer language model and its data, small enough to train in milliseconds."""
 
 from __future__ import annotations
 

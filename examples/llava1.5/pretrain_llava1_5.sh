@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Stage 1 of LLaVA-1.5: trains the projector on image captions.
+# Every variable below can be set from the environment; flags after the script's name are passed on and win:
+#   NPUS_PER_NODE=1 MBS=4 bash examples/llava1.5/pretrain_llava1_5.sh --train-iters 100
+# Relative paths are taken from the root of the repository, whatever folder the script is started from.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+ASCEND_ENV="${ASCEND_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}"
+# shellcheck disable=SC1090  # the toolkit's script reads variables that may be unset
+if [[ -f "$ASCEND_ENV" ]]; then set +u; source "$ASCEND_ENV"; set -u; fi
+
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # keeps communication in order, as Megatron asks
+export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1200}"
+
+NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
+MASTER_ADDR="${MASTER_ADDR:-localhost}"
+MASTER_PORT="${MASTER_PORT:-29501}"
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
+WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
+
+TP="${TP:-1}"
+PP="${PP:-1}"
+CP="${CP:-1}"
+MBS="${MBS:-8}"
+GBS="${GBS:-$((WORLD_SIZE * MBS / (TP * PP * CP)))}"
+
+MM_DATA="${MM_DATA:-examples/llava1.5/data.json}"
+MM_MODEL="${MM_MODEL:-examples/llava1.5/model.json}"
+MM_TOOL="${MM_TOOL:-examples/llava1.5/tools.json}"
+SAVE_PATH="${SAVE_PATH:-save_dir}"
+LOAD_PATH="${LOAD_PATH:-$SAVE_PATH}" # where there is no checkpoint yet, training starts from scratch
+
+# 558,128 captions (LLaVA-Pretrain) / GBS 64 = 8,720 steps for one epoch.
+TRAIN_ITERS="${TRAIN_ITERS:-8720}"
+
+torchrun \
+    --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    -m mindspeed_mm train \
+    --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --mm-tool "$MM_TOOL" \
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
+    --micro-batch-size "$MBS" --global-batch-size "$GBS" \
+    --seq-length 2048 --tokenizer-type NullTokenizer --vocab-size 32000 --position-embedding-type rope \
+    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --use-flash-attn --use-fused-rotary-pos-emb --bf16 \
+    --lr 1.0e-3 --train-iters "$TRAIN_ITERS" --lr-decay-style cosine --lr-warmup-fraction 0.03 \
+    --weight-decay 0.0 --clip-grad 0.0 --adam-beta1 0.9 --adam-beta2 0.999 \
+    --num-workers 8 --distributed-backend nccl \
+    --load "$LOAD_PATH" --save "$SAVE_PATH" --save-interval 1000 --log-interval 1 \
+    "$@"

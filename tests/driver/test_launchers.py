@@ -1,0 +1,110 @@
+"""The training launchers, with a torchrun that only tells what it was asked to do."""
+
+import argparse
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron.driver.arguments import add_arguments, from_namespace
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {name: ROOT / "examples" / "llava1.5" / f"{name}_llava1_5.sh" for name in ("pretrain", "finetune")}
+TORCHRUN = """#!/usr/bin/env python3
+import json, os, sys
+print(json.dumps({"arguments": sys.argv[1:], "folder": os.getcwd(), "ascend": os.environ.get("FROM_ASCEND")}))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(script, *flags, NAME=value) -> what torchrun was given."""
+    stub = tmp_path / "bin" / "torchrun"
+    stub.parent.mkdir()
+    stub.write_text(TORCHRUN)
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+
+    def run(name, *flags, **variables):
+        environment = {"PATH": f"{stub.parent}:{os.environ['PATH']}", **variables}
+        command = ["bash", str(SCRIPTS[name]), *flags]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    return run
+
+
+def train_flags(told, world_size):
+    """The flags after `train`, as the driver reads them."""
+    arguments = told["arguments"]
+    assert arguments[arguments.index("-m") :][:3] == ["-m", "mindspeed_mm", "train"]
+    parser = argparse.ArgumentParser()
+    for name in ("--mm-model", "--mm-data", "--mm-tool"):
+        parser.add_argument(name, required=True)
+    add_arguments(parser)
+    namespace = parser.parse_args(arguments[arguments.index("train") + 1 :])
+    return namespace, from_namespace(namespace, world_size=world_size)
+
+
+def test_pretraining_of_the_guide(launch):
+    told = launch("pretrain")
+    assert told["arguments"][:10] == [
+        *("--nproc_per_node", "8", "--nnodes", "1", "--node_rank", "0"),
+        *("--master_addr", "localhost", "--master_port", "29501"),
+    ]
+    namespace, args = train_flags(told, 8)
+    assert Path(told["folder"]) == ROOT
+    assert namespace.mm_model == "examples/llava1.5/model.json"
+    assert (args.micro_batch_size, args.global_batch_size, args.seq_length, args.lr) == (8, 64, 2048, 1e-3)
+    assert (args.train_iters, args.warmup_steps, args.weight_decay, args.clip_grad) == (8720, 262, 0.0, 0.0)
+    assert args.bf16 and args.lr_decay_style == "cosine" and args.load == args.save == "save_dir"
+
+
+def test_fine_tuning_of_llava_1_5(launch):
+    namespace, args = train_flags(launch("finetune"), 8)
+    assert namespace.mm_model == "examples/llava1.5/model_finetune.json"
+    assert (args.lr, args.global_batch_size, args.weight_decay, args.clip_grad) == (2e-5, 128, 0.0, 1.0)
+    assert (args.train_iters, args.warmup_steps) == (5197, 156)
+    assert args.pretrained_checkpoint is None
+    _, args = train_flags(launch("finetune", PRETRAINED_PATH="stage 1"), 8)
+    assert args.pretrained_checkpoint == "stage 1"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_variable_comes_from_the_environment(launch, name):
+    told = launch(
+        name,
+        *("--train-iters", "7", "--lr", "0.5"),
+        **{"NPUS_PER_NODE": "2", "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "6000"},
+        **{"TP": "2", "PP": "1", "CP": "1", "MBS": "3", "GBS": "12", "LOAD_PATH": "in", "SAVE_PATH": "out dir"},
+        **{"MM_DATA": "a.json", "MM_MODEL": "b.json", "MM_TOOL": "c.json"},
+    )
+    assert told["arguments"][:10] == [
+        *("--nproc_per_node", "2", "--nnodes", "2", "--node_rank", "1"),
+        *("--master_addr", "10.0.0.1", "--master_port", "6000"),
+    ]
+    namespace, args = train_flags(told, 4)
+    assert (namespace.mm_data, namespace.mm_model, namespace.mm_tool) == ("a.json", "b.json", "c.json")
+    assert (args.tensor_model_parallel_size, args.micro_batch_size, args.global_batch_size) == (2, 3, 12)
+    assert (args.load, args.save) == ("in", "out dir")
+    assert (args.train_iters, args.lr) == (7, 0.5)
+
+
+def test_the_ascend_toolkit_is_sourced_where_it_exists(launch, tmp_path):
+    assert launch("pretrain")["ascend"] is None
+    toolkit = tmp_path / "set_env.sh"
+    toolkit.write_text('export FROM_ASCEND="yes$NOT_SET"\n')
+    assert launch("pretrain", ASCEND_ENV=str(toolkit))["ascend"] == "yes"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_launchers_are_strict_and_executable(name):
+    assert "set -euo pipefail" in SCRIPTS[name].read_text()
+    assert os.access(SCRIPTS[name], os.X_OK)
+
+
+def test_tools_switch_nothing_on():
+    tools = json.loads((ROOT / "examples" / "llava1.5" / "tools.json").read_text())
+    assert [block["enable"] for block in tools.values()] == [False, False]
