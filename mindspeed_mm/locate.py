@@ -9,7 +9,8 @@ from typing import Any
 import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
 from mindspeed_mm.config.load import read_json
 from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.models.spec import MODEL_KEYS, ModelSpec, from_llava, from_llava_hf, load_model_spec
+from mindspeed_mm.models.describe import describe_model
+from mindspeed_mm.models.spec import MODEL_KEYS, ModelSpec, load_model_spec
 from mindspeed_mm.weights.sources import Source, open_source
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -91,7 +92,7 @@ def _llava_hf(path: Path, source: Source, sources: dict[str, Source]) -> Located
     image_token = config.get("image_token_index", config.get("image_token_id"))
     return Located(
         path,
-        from_llava_hf(config),
+        describe_model(source),
         sources,
         image_token_id=32000 if image_token is None else image_token,  # LlavaConfig's default
         tokenizer=_holding(path, TOKENIZER_FILES),
@@ -110,7 +111,7 @@ def _llava(path: Path, source: Source, sources: dict[str, Source]) -> Located:
     folder = path / str(config.get("mm_vision_tower"))
     return Located(
         path,
-        from_llava(config, tower.config),
+        describe_model(source),
         sources,
         tokenizer=_holding(path, TOKENIZER_FILES),
         image_processor=_holding(folder, PROCESSOR_FILES) or _holding(path, PROCESSOR_FILES),
