@@ -1,34 +1,5 @@
 """Evaluation of vision-language models on benchmark tables: run, score, report."""
 
-from pathlib import Path
+from evaluation.score import score
 
-from evaluation.benchmarks import MODES, Mode, find_benchmark
-from evaluation.predictions import Predictions, match_predictions
-from evaluation.report import Report
-from evaluation.tsv import read_table
-from mindspeed_mm.errors import DataError
-
-
-def score(
-    benchmark: str,
-    predictions: Predictions,
-    tsv: str | Path,
-    mode: Mode = "strict",
-    *,
-    allow_missing: bool = False,
-    image_root: str | Path | None = None,
-) -> Report:
-    """Score answers to a benchmark table.
-
-    `benchmark` is a name in any case ("ai2d_test", "AI2D_TEST") or the user's own name of a multiple-choice table;
-    `predictions` {index: answer}, [{"index", "prediction"}], or a .json, .jsonl or .xlsx file of these. `mode` "strict"
-    is the benchmark's definition, "compat" equals VLMEvalKit row by row.
-
-    Raises DataError for an unusable table or answers (see read_table and match_predictions) or an unknown name.
-    """
-    if mode not in MODES:
-        raise DataError(f"found mode {mode!r}; expected {' or '.join(MODES)}.")
-    table = read_table(tsv, image_root=image_root)
-    found = find_benchmark(benchmark, table)
-    answers, missing = match_predictions(predictions, table, allow_missing=allow_missing)
-    return found.score(table, answers, mode, missing)
+__all__ = ["score"]

@@ -23,7 +23,7 @@ from evaluation.pandas_rules import NA_TEXTS
 from mindspeed_mm.errors import DataError
 
 MAX_CELL_CHARACTERS = 256 * 2**20
-"""Longest cell accepted: base64 of a 192 MiB picture file; the csv module's own default is 131,072."""
+"""Longest cell, and longest line, accepted: base64 of a 192 MiB picture file; the csv module's default is 131,072."""
 
 MAX_REFERENCE_CHARACTERS = 64
 """A picture cell of at most this length names the row that holds the picture (VLMEvalKit's rule)."""
@@ -273,7 +273,12 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = self.file.readline(MAX_CELL_CHARACTERS)
+        line = self.file.readline(MAX_CELL_CHARACTERS + 1)
+        if len(line) > MAX_CELL_CHARACTERS:
+            raise DataError(
+                f"{self.path}, line {self.number + 1} is longer than {MAX_CELL_CHARACTERS} bytes; expected a table of "
+                "questions. Store smaller pictures."
+            )
         if not line:
             self.ended = True
             raise StopIteration

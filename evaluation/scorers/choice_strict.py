@@ -145,7 +145,7 @@ def _text_claims(text: str, options: Mapping[str, str]) -> tuple[set[str], bytea
     covered = bytearray(len(text))
     claims = set()
     by_length: dict[int, list[tuple[str, str]]] = {}
-    for letter, option in options.items():
+    for letter, option in filter(lambda item: item[1], options.items()):
         by_length.setdefault(len(option), []).append((letter, _lower(option)))
     for length in sorted(by_length, reverse=True):
         found = [

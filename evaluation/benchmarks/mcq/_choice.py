@@ -39,6 +39,7 @@ CATEGORY_COLUMNS = ("l2-category", "category")
 NO_SPLIT = "none"
 """Name of the one split of a table without a split column, as VLMEvalKit writes it."""
 
+_LETTERS = frozenset(string.ascii_uppercase)
 ROTATION_OFFSET = 1_000_000
 """Circular benchmarks number the rotations of question i as i + k * 1,000,000 (MMBench's tables)."""
 
@@ -64,13 +65,21 @@ class MultipleChoice:
     name: str
 
     def check(self, table: Table) -> None:
-        """Raise DataError when a needed column is missing."""
+        """Raise DataError when a needed column is missing, or an answer is no letter."""
         missing = [name for name in ("question", "A", "B") if name not in table.columns]
         if missing:
             raise DataError(
                 f"{table.path} lacks column {', '.join(missing)}, which {self.name} needs; "
                 f"found {', '.join(table.columns)}."
             )
+
+        for row in table.rows:
+            answer = row.cells.get("answer", "")
+            if answer and answer.strip() not in _LETTERS:
+                raise DataError(
+                    f'{table.path}, row with index {row.index}: the answer is "{answer[:40]}"; expected the letter of an '
+                    "option, A to Z. Replace texts in column answer by letters."
+                )
 
     def has_answers(self, table: Table) -> bool:
         """True when the table has a column answer with a text in every row."""

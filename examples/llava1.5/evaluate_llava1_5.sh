@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Score a model on the benchmark TSV of evaluate_llava1_5.json. A killed run goes on where it was.
+# Every variable below can be set from the environment; flags after the script's name are passed on and win:
+#   NPUS_PER_NODE=1 LOAD_PATH=save_dir bash examples/llava1.5/evaluate_llava1_5.sh --batch-size 16
+# Relative paths are taken from the root of the repository, whatever folder the script is started from.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+ASCEND_ENV="${ASCEND_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}"
+# shellcheck disable=SC1090  # the toolkit's script reads variables that may be unset
+if [[ -f "$ASCEND_ENV" ]]; then set +u; source "$ASCEND_ENV"; set -u; fi
+
+export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-7200}"
+
+NPUS_PER_NODE="${NPUS_PER_NODE:-1}" # any number: the questions need not divide by it
+MASTER_ADDR="${MASTER_ADDR:-localhost}"
+MASTER_PORT="${MASTER_PORT:-29501}"
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
+
+MM_MODEL="${MM_MODEL:-examples/llava1.5/evaluate_llava1_5.json}"
+LOAD_PATH="${LOAD_PATH:-}" # a training checkpoint to evaluate, instead of the ckpt_path entries of MM_MODEL
+
+torchrun \
+    --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    -m mindspeed_mm evaluate --mm-model "$MM_MODEL" ${LOAD_PATH:+--load "$LOAD_PATH"} "$@"

@@ -1,0 +1,171 @@
+"""`mindspeed-mm evaluate` and its launcher, with the golden tiny model."""
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_helpers import choice_rows, write_table
+
+import mindspeed_mm as mm
+from evaluation.runner import run
+from mindspeed_mm.cli.main import main
+from mindspeed_mm.config.evaluation import EvaluationConfig
+from mindspeed_mm.config.load import load_config, read_json
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.spec import MODEL_KEYS
+from tests.helpers.golden_model import model_json
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "llava1.5"
+
+
+def command(golden, table, out, *flags):
+    return [
+        *("evaluate", "--model", str(golden / "models" / "llava_hf"), "--dataset-path", str(table)),
+        *("--evaluation-dataset", "toy", "--result-output-path", str(out), "--max-new-tokens", "3"),
+        *("--device", "cpu", *flags),
+    ]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_scores_are_printed_and_resumed(golden, table_path, tmp_path, capsys):
+    assert main(command(golden, table_path, tmp_path / "out", "--json", "--batch-size", "4")) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert (result["benchmark"], result["model"], result["n"], result["resumed"]) == ("toy", "llava_hf", 6, 0)
+    assert text[0].startswith("toy, strict scoring: accuracy ") and text[1].startswith("toy, compat scoring")
+    assert set(files(tmp_path / "out")) == {"llava_hf_toy.xlsx", "llava_hf_toy_acc.csv", "llava_hf_toy_report.json"}
+    before = files(tmp_path / "out")
+    assert main(command(golden, table_path, tmp_path / "out", "--json")) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["resumed"] == 6
+    assert files(tmp_path / "out") == before
+
+
+def test_answers_are_those_of_the_api(golden, table_path, tmp_path):
+    assert main(command(golden, table_path, tmp_path, "--limit", "2")) == 0
+    report = json.loads((tmp_path / "llava_hf_toy_report.json").read_text())
+    (journal,) = (tmp_path / "llava_hf_toy.journal").iterdir()
+    answers = {r["index"]: r["prediction"] for r in map(json.loads, journal.read_text().splitlines()[1:])}
+    from evaluation.tsv import read_table
+
+    vlm, table = mm.load(golden / "models" / "llava_hf", device="cpu"), read_table(table_path)
+    for row in table.rows[:2]:
+        question = f"<image>\n{row.cells['question']}\nA. cat\nB. dog\n" + ("C. None\n" if row.index == 0 else "")
+        question += "Answer with the option's letter from the given choices directly."
+        assert [answers[row.index]] == vlm.generate(question, list(table.images(row)), max_new_tokens=3)
+    assert report["decoding"]["method"] == "greedy" and report["template"] == "v1"
+
+
+def test_both_prompt_styles_and_an_unknown_benchmark(golden, table_path, tmp_path, capsys):
+    assert main(command(golden, table_path, tmp_path, "--limit", "1", "--prompt-style", "vlmevalkit")) == 0
+    path = write_table(tmp_path / "t.tsv", [{"index": "1", "image": choice_rows(1)[0]["image"], "question": "?"}])
+    line = command(golden, path, tmp_path)
+    line[line.index("toy")] = "ai2d_tset"
+    assert main(line) == 1
+    assert "nearest: ai2d_test" in capsys.readouterr().err
+
+
+def test_the_guides_json_with_flags_on_top(golden, table_path, tmp_path):
+    values = model_json(golden) | {
+        "dataset_path": "nowhere.tsv",
+        "evaluation_dataset": "toy",
+        "result_output_path": str(tmp_path / "out"),
+        "tokenizer": {"hub_backend": "hf", "from_pretrained": str(golden / "tokenizer")},
+        "image_processer_path": str(golden / "models" / "clip_hf"),
+        "generation_config": {
+            "max_new_tokens": 2,
+            "temperature": 0.0,
+            "top_p": None,
+            "do_sample": False,
+            "num_beams": 1,
+        },
+        "device": "cpu",
+    }
+    path = tmp_path / "evaluate.json"
+    path.write_text(json.dumps(values))
+    assert main(["evaluate", "--mm-model", str(path), "--dataset-path", str(table_path), "--limit", "1"]) == 0
+    report = json.loads((tmp_path / "out" / "llava_v1.5_7b_toy_report.json").read_text())
+    assert report["decoding"]["max_new_tokens"] == 2 and report["limit"] == 1
+
+
+def test_what_is_missing_is_told_before_the_model_is_loaded(golden, tmp_path, capsys):
+    assert main(["evaluate", "--model", "nowhere"]) == 1
+    error = capsys.readouterr().err
+    assert "dataset_path: missing" in error and "result_output_path: missing" in error
+    assert main(command(golden, tmp_path / "no.tsv", tmp_path)) == 1
+    assert "cannot read" in capsys.readouterr().err
+    table = write_table(tmp_path / "t.tsv", choice_rows(1))
+    assert main(["evaluate", *command(golden, table, tmp_path)[3:]]) == 1
+    assert "give --model PATH, --load CHECKPOINT or --mm-model JSON" in capsys.readouterr().err
+
+
+def test_example_config():
+    values = read_json(EXAMPLES / "evaluate_llava1_5.json")
+    own = {key: value for key, value in values.items() if key not in MODEL_KEYS}
+    config = load_config(EvaluationConfig, own, what="evaluation config")
+    assert config.evaluation_dataset == "ai2d_test" and config.evaluation_model == "llava_v1.5_7b"
+    with pytest.raises(ConfigError, match='dataset_pth: unknown key; did you mean "dataset_path"'):
+        load_config(EvaluationConfig, own | {"dataset_pth": "x"}, what="evaluation config")
+
+
+def test_launcher(tmp_path):
+    stub = tmp_path / "torchrun"
+    stub.write_text('#!/bin/sh\necho "$@"\n')
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPUS_PER_NODE": "3", "LOAD_PATH": "a b"}
+    script = ["bash", str(EXAMPLES / "evaluate_llava1_5.sh"), "--limit", "5"]
+    told = subprocess.run(script, env=environment, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("--nproc_per_node 3 --nnodes 1")
+    expected = "-m mindspeed_mm evaluate --mm-model examples/llava1.5/evaluate_llava1_5.json --load a b --limit 5\n"
+    assert told.endswith(expected)
+
+
+def evaluate_on_this_rank(model, table, out):
+    """Runs on every rank of a pool."""
+    from evaluation.model_engine import ModelEngine
+    from evaluation.ranks import connect
+    from mindspeed_mm.generation.options import GenerationOptions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", str(torch.distributed.get_world_size()))  # as torchrun does
+        communicator = connect("cpu")
+    engine = ModelEngine(mm.load(model, device="cpu"), GenerationOptions(max_new_tokens=3))
+    result = run("toy", table, engine, out, model="m", batch_size=2, communicator=communicator, progress=False)
+    return result.predictions
+
+
+def test_ranks_of_torch_distributed(golden, table_path, tmp_path, ranks):
+    model = golden / "models" / "llava_hf"
+    answers = ranks(2).run(evaluate_on_this_rank, model, table_path, tmp_path / "two")
+    assert answers[0] == answers[1] and len(answers[0]) == 6
+    assert len(list((tmp_path / "two" / "m_toy.journal").iterdir())) == 2
+    assert main(command(golden, table_path, tmp_path / "one", "--evaluation-model", "m")) == 0
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_digest_tells_weights_apart_and_not_their_layout(golden):
+    from evaluation.model_engine import weights_digest
+
+    first = mm.load(golden / "models" / "llava_hf", device="cpu").model
+    again = mm.load(golden / "models" / "llava_hf", device="cpu").model
+    name = weights_digest(first)
+    assert weights_digest(again) == name
+    parameter = next(again.parameters()).data.flatten()
+    parameter[[0, 1]] = parameter[[1, 0]]
+    assert weights_digest(again) != name
+    assert weights_digest(first.to(torch.bfloat16)) != name
+
+
+def test_digest_does_not_depend_on_the_chunks(monkeypatch):
+    from evaluation import model_engine
+
+    model = torch.nn.Linear(7, 5)
+    name = model_engine.weights_digest(model)
+    monkeypatch.setattr(model_engine, "DIGEST_CHUNK", 3)
+    assert model_engine.weights_digest(model) == name

@@ -1,0 +1,98 @@
+import json
+
+import openpyxl
+import pytest
+
+from evaluation.predictions import match_predictions
+from evaluation.tsv import read_table
+from mindspeed_mm.errors import DataError
+
+ANSWERS = {index: text for index, text in enumerate(["A", "None", "007", "=1+1", "", "B\n"])}
+RECORDS = [{"index": index, "prediction": text} for index, text in ANSWERS.items()]
+
+
+@pytest.fixture
+def table(table_path):
+    return read_table(table_path)
+
+
+@pytest.mark.parametrize("form", ["dict", "text keys", "list", "json", "object", "jsonl"])
+def test_every_form_of_answers(table, tmp_path, form):
+    path = tmp_path / f"answers.{'jsonl' if form == 'jsonl' else 'json'}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    else:
+        path.write_text(json.dumps(ANSWERS if form == "object" else RECORDS))
+    forms = {"dict": ANSWERS, "text keys": {str(k): v for k, v in ANSWERS.items()}, "list": reversed(RECORDS)}
+    found, missing = match_predictions(forms.get(form, path), table)
+    assert (found, missing) == (ANSWERS, 0)
+    assert list(found) == list(ANSWERS)
+
+
+def test_spreadsheet_of_another_tool(table, tmp_path):
+    book = openpyxl.Workbook()
+    book.active.append(["index", "question", "prediction"])
+    for row in [(0, "?", "A"), (1.0, "?", 14.0), (2, "?", None), (3, "?", "x"), (4, "?", True), (5, "?", 0.5)]:
+        book.active.append(row)
+    book.save(tmp_path / "answers.xlsx")
+    found, _ = match_predictions(tmp_path / "answers.xlsx", table)
+    assert list(found.values()) == ["A", "14", "", "x", "True", "0.5"]
+
+
+def test_missing_answers_may_be_allowed(table):
+    found, missing = match_predictions({2: "A"}, table, allow_missing=True)
+    assert (found, missing) == ({2: "A"}, 5)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        ({**ANSWERS, 9: "A"}, "1 answers belong to no row of toy.tsv, for example index 9"),
+        ({0: "A"}, "5 of 6 rows of toy.tsv have no answer, for example index 1"),
+        ({**ANSWERS, 0: 14}, "the answer of index 0 is 14; expected a text"),
+        ([*RECORDS, RECORDS[0]], "index 0 is answered twice"),
+        ([{"index": 0}], "record 0: found .*expected an object with index and prediction"),
+        (["A"], "record 0: found 'A'"),
+    ],
+)
+def test_answers_that_do_not_fit(table, predictions, message):
+    with pytest.raises(DataError, match=message):
+        match_predictions(predictions, table)
+
+
+def test_no_answers_at_all(table):
+    with pytest.raises(DataError, match="no row of toy.tsv is answered"):
+        match_predictions({}, table, allow_missing=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"{", "is not JSON"),
+        ("a.jsonl", b'{"index": 1}\n{', "is not JSON"),
+        ("a.json", b"\xff", "is not UTF-8 text"),
+        ("a.csv", b"1,2", "the form of the answers is not known"),
+        ("a.xlsx", b"no zip", "is not a spreadsheet"),
+    ],
+)
+def test_unusable_files(table, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        match_predictions(tmp_path / name, table)
+
+
+def test_missing_file_and_columns(table, tmp_path):
+    with pytest.raises(DataError, match="cannot read .*no.json"):
+        match_predictions(tmp_path / "no.json", table)
+    book = openpyxl.Workbook()
+    book.active.append(["index", "answer"])
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(DataError, match="found columns .*expected index and prediction"):
+        match_predictions(tmp_path / "a.xlsx", table)
+
+
+def test_too_large_a_file(table, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.predictions.MAX_FILE_BYTES", 3)
+    (tmp_path / "a.json").write_text("[   ]")
+    with pytest.raises(DataError, match="larger than 3 bytes"):
+        match_predictions(tmp_path / "a.json", table)
