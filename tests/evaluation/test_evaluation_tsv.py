@@ -68,7 +68,7 @@ def test_indices_stay_text_unless_all_are_plain_integers(tmp_path, texts):
 def test_any_text_survives(tmp_path_factory, cells, newline):
     path = tmp_path_factory.mktemp("any") / "t.tsv"
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator=newline)
+        writer = csv.writer(file, delimiter="\t", lineterminator=newline, quoting=csv.QUOTE_ALL)
         writer.writerow(["index", "image", "question"])
         writer.writerows([str(i), picture(), cell] for i, cell in enumerate(cells))
     table = read_table(path)

@@ -77,8 +77,8 @@ class MultipleChoice:
             answer = row.cells.get("answer", "")
             if answer and answer.strip() not in _LETTERS:
                 raise DataError(
-                    f'{table.path}, row with index {row.index}: the answer is "{answer[:40]}"; expected the letter of an '
-                    "option, A to Z. Replace texts in column answer by letters."
+                    f'{table.path}, row with index {row.index}: the answer is "{answer[:40]}"; expected the letter '
+                    "of an option, A to Z. Replace texts in column answer by letters."
                 )
 
     def has_answers(self, table: Table) -> bool:
