@@ -49,15 +49,15 @@ def picture(scan: np.ndarray) -> Image.Image:
     return Image.fromarray(grey).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
 
 
-def options(digit: int, answer: str, rng: random.Random) -> dict[str, int]:
-    """Option digits by letter: `digit` at `answer`, three other digits drawn for the other letters."""
-    others = rng.sample([other for other in range(10) if other != digit], len(LETTERS) - 1)
-    return {letter: digit if letter == answer else others.pop() for letter in LETTERS}
+def options(digit: int, answer: str, rng: random.Random) -> dict[str, str]:
+    """Option texts by letter: the digit's name at `answer`, three other names drawn for the other letters."""
+    others = rng.sample([name for name in NAMES if name != NAMES[digit]], len(LETTERS) - 1)
+    return {letter: NAMES[digit] if letter == answer else others.pop() for letter in LETTERS}
 
 
-def choice_question(question: str, choices: dict[str, int]) -> str:
+def choice_question(question: str, choices: dict[str, str]) -> str:
     """The multiple-choice prompt as the evaluation words it."""
-    lines = [question, *(f"{letter}. {NAMES[choice]}" for letter, choice in choices.items()), LETTER_INSTRUCTION]
+    lines = [question, *(f"{letter}. {choice}" for letter, choice in choices.items()), LETTER_INSTRUCTION]
     return "\n".join(lines)
 
 
