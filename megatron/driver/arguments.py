@@ -309,6 +309,10 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         )
     if args.save_interval is not None and args.save is None:
         problems.append("--save-interval is given without --save")
+    if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
+        problems.append(
+            "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"
+        )
     if args.load is None:
         needing = ("finetune", "ckpt_step", "exit_on_missing_checkpoint")
         problems += [f"{_option(name)} needs --load" for name in needing if getattr(args, name) not in (None, False)]

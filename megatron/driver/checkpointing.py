@@ -26,14 +26,16 @@ from mindspeed_mm.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def check_writable(args: DriverArguments) -> None:
-    """Fail at the start, not at the first save. Collective.
+def prepare_folders(args: DriverArguments) -> None:
+    """Tidy up after a killed run and fail at the start, not at the first save. Collective.
 
     Raises:
         CheckpointError: --save cannot be written to.
     """
 
-    def probe() -> None:
+    def prepare() -> None:
+        if args.load is not None:
+            storage.clean(Path(args.load))
         if args.save is None:
             return
         save = Path(args.save)
@@ -46,7 +48,7 @@ def check_writable(args: DriverArguments) -> None:
                 save,
             )
 
-    agree(probe)
+    agree(prepare)
 
 
 def save_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | None = None) -> Path:

@@ -112,12 +112,17 @@ class Recorder:
 
 
 def cut_records(path: Path, iteration: int) -> None:
-    """Drop the records after `iteration`, and a last line that a killed run left unfinished."""
+    """Drop the records after `iteration`, and all from one on that a killed run left unfinished."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["iteration"] > iteration:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            logger.warning("%s: the records after iteration %d are damaged and dropped", path, len(kept))
+            break
+        if not line.endswith("\n") or record["iteration"] > iteration:
             break
         kept.append(line)
     aside = path.with_name(path.name + ".new")

@@ -25,6 +25,12 @@ from mindspeed_mm.errors import CheckpointError
 FORMAT = 1
 """Version of run.json."""
 
+_RUN_FIELDS = {
+    **{"iteration": int, "consumed_samples": int, "skipped_iterations": int, "rng": bool},
+    **{"scheduler": dict, "layout": dict, "files": dict, "extra": dict},
+    **{"optimizer": (dict, type(None)), "frozen": (dict, type(None))},
+}
+
 OPTIMIZER_PREFIX = "optimizer."
 METADATA_FILE = ".metadata"
 METADATA_LIMIT = 2**30
@@ -168,6 +174,9 @@ def read_run(path: Path) -> dict[str, Any]:
     if not isinstance(run, dict) or run.get("format") != FORMAT:
         found = run.get("format") if isinstance(run, dict) else type(run).__name__
         raise CheckpointError(f"{file} has format {found!r}: expected {FORMAT}; use the release that wrote it")
+    wrong = [name for name, kind in _RUN_FIELDS.items() if not isinstance(run.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{file} lacks {', '.join(wrong)} or has them in another form. Load another iteration")
     storage.check_sizes(path, run["files"])
     return run
 

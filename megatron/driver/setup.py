@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.driver.arguments import DriverArguments
-from megatron.driver.checkpointing import check_writable
+from megatron.driver.checkpointing import prepare_folders
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.optimizer_state import begin_state
 from megatron.driver.resuming import load_checkpoint
@@ -40,7 +40,7 @@ def setup(
         CheckpointError: --save is not writable, or the checkpoint cannot be used.
     """
     hooks = hooks or Hooks()
-    check_writable(args)
+    prepare_folders(args)
     model = _build_model(args, model_provider, platform)
     optimizer = get_megatron_optimizer(_optimizer_config(args), model)
     begin_state(optimizer)

@@ -3,6 +3,9 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from tests.helpers import tiny_training as tiny
 
 get_platform("cpu")
 
-from megatron.driver import checkpointing, storage  # noqa: E402
+from megatron.driver import checkpointing, reading, storage  # noqa: E402
 from megatron.driver.initialize import shutdown  # noqa: E402
 from megatron.driver.reading import read_checkpoint  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
@@ -334,6 +337,7 @@ def test_a_run_file_that_is_missing_or_foreign(copied):
         ("[]", "has format 'list'"),
         (json.dumps(content | {"format": 99}), "has format 99: expected 1"),
         (json.dumps(content | {"frozen": {"id": "../x"}}), "is no hash"),
+        (json.dumps(content | {"files": [], "iteration": "4"}), "lacks iteration, files or has them in another form"),
     ):
         file.write_text(broken)
         with pytest.raises(CheckpointError, match=message):
@@ -402,6 +406,63 @@ def test_metadata_that_is_no_description(copied):
     record_sizes(folder)
     with pytest.raises(CheckpointError, match="is no torch_dist checkpoint: .metadata is missing"):
         read_checkpoint(copied)
+
+
+def test_metadata_that_is_too_large(copied, monkeypatch):
+    monkeypatch.setattr(reading, "METADATA_LIMIT", 10)
+    with pytest.raises(CheckpointError, match="metadata has .* bytes: expected at most 10"):
+        read_checkpoint(copied)
+
+
+def test_state_that_is_no_tensor_is_not_saved(tmp_path):
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    def provide(pre_process, post_process):
+        model = tiny.tiny_model()(pre_process, post_process)
+        plain = model.sharded_state_dict
+        model.sharded_state_dict = lambda **kwargs: (
+            plain(**kwargs) | {"counter": ShardedObject("counter", {1, 2}, (1,), (0,))}
+        )
+        return model
+
+    with pytest.raises(CheckpointError, match="counter is set: only tensors can be saved"):
+        tiny.run(tiny.arguments("--save", str(tmp_path)), provide)
+
+
+def test_vocabulary_rows_may_differ_by_padding_only(copied):
+    with pytest.raises(CheckpointError, match=r"output_layer.weight has shape \[32, 16\], the model has \[40, 16\]"):
+        run("--load", copied, vocabulary=40)
+
+
+def test_damaged_metrics_are_cut(tmp_path, caplog):
+    run("--save", tmp_path, "--save-interval", "2")
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]) + "\0\0{\n" + lines[3])
+    run("--save", tmp_path, "--load", tmp_path, "--ckpt-step", "2")
+    assert [record["iteration"] for record in tiny.records(tmp_path)] == [1, 2, 3, 4]
+    assert "the records after iteration 2 are damaged and dropped" in caplog.text
+
+
+def test_killed_by_the_system_and_resumed(tmp_path):
+    """kill -9 of a process of its own, wherever it happens to be."""
+    whole, _, _ = run("--save", tmp_path / "whole", "--save-interval", "2", train_iters=40)
+    cut = tmp_path / "cut"
+    flags = ["--save", str(cut), "--load", str(cut), "--save-interval", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.tiny_training", "0.02", "40", *flags], cwd=Path(__file__).parents[2]
+    )
+    try:
+        while not (cut / "iter_0000006").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert int((cut / storage.TRACKER).read_text()) < 40
+    resumed, _, _ = run(*flags, train_iters=40)
+    assert_equal(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(cut)
 
 
 def test_read_checkpoint_of_an_empty_folder(tmp_path):

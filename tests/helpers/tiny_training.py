@@ -60,7 +60,13 @@ def _row(number: int, masked: bool) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:-1], labels
 
 
-def tiny_model(frozen: tuple[str, ...] = (), dropout: float = 0.0, width: int = 16, layers: int = 2):
+def tiny_model(
+    frozen: tuple[str, ...] = (),
+    dropout: float = 0.0,
+    width: int = 16,
+    layers: int = 2,
+    vocabulary: int = VOCABULARY,
+):
     """model_provider of a GPTModel; parameters whose name contains a word of `frozen` are frozen."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -86,7 +92,7 @@ def tiny_model(frozen: tuple[str, ...] = (), dropout: float = 0.0, width: int = 
         model = GPTModel(
             config,
             get_gpt_layer_local_spec(normalization="LayerNorm"),
-            VOCABULARY,
+            vocabulary,
             SEQUENCE,
             pre_process=pre_process,
             post_process=post_process,
@@ -158,3 +164,25 @@ def records(save: Path) -> list[dict]:
     import json
 
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def main() -> None:
+    """Train in a process of its own: seconds per micro-batch, steps, flags."""
+    import sys
+    import time
+
+    pause, steps, *flags = sys.argv[1:]
+
+    def slow_step(data_iterator, model):
+        time.sleep(float(pause))
+        return forward_step(data_iterator, model)
+
+    torch.set_num_threads(1)
+    from mindspeed_mm.platform import get_platform
+
+    get_platform("cpu")
+    run(arguments(*flags, train_iters=int(steps)), step=slow_step)
+
+
+if __name__ == "__main__":
+    main()
