@@ -71,14 +71,16 @@ def convert(
         raise WeightError(f"cannot convert to {to!r}; expected {', '.join(TARGETS)}.")
     opened = source if isinstance(source, Source) else open_source(source)
     folder = Path(target)
+    whole = set(opened.parts) == set(PART_KINDS)
+    specs = describe_model(opened, num_attention_heads=num_attention_heads).part_specs() if whole else {}
     written = []
     for kind in opened.parts:
         heads = num_attention_heads if kind == "vision_encoder" else None
-        converted = convert_part(opened.part(kind), folder / FILE_NAMES[kind], dtype=dtype, num_attention_heads=heads)
-        written.append(converted.path)
-    if set(opened.parts) == set(PART_KINDS):
-        model = describe_model(opened, num_attention_heads=num_attention_heads)
-        write_json(folder / "model.json", model_block(model.part_specs()))
+        path = folder / FILE_NAMES[kind]
+        convert_part(opened.part(kind), path, spec=specs.get(kind), dtype=dtype, num_attention_heads=heads)
+        written.append(path)
+    if whole:
+        write_json(folder / "model.json", model_block(specs))
         written.append(folder / "model.json")
     return written + _copy_beside(opened, folder)
 
@@ -99,14 +101,20 @@ def _copy_beside(source: Source, folder: Path) -> list[Path]:
 
 
 def convert_part(
-    source: PartSource, path: Path, *, dtype: str | torch.dtype | None = None, num_attention_heads: int | None = None
+    source: PartSource,
+    path: Path,
+    *,
+    spec: PartSpec | None = None,
+    dtype: str | torch.dtype | None = None,
+    num_attention_heads: int | None = None,
 ) -> Converted:
     """Write one part under our names as a flat .pt file of full tensors, as the ancestor's converters do.
 
     All layers of the source are kept, also those that a model with a feature before the last layer never builds. The
-    file says inside what it holds (see weights/files.py), so that it loads without a further config.
+    file says inside what it holds (see weights/files.py), so that it loads without a further config. `spec` is what
+    the source is, None to take it from the source; see `convert` for the others.
     """
-    spec = describe_part(source, num_attention_heads=num_attention_heads)
+    spec = spec or describe_part(source, num_attention_heads=num_attention_heads)
     known = source.config is not None or num_attention_heads is not None or source.part != "vision_encoder"
     assumed = source.assumed if known else ("num_attention_heads",)
     state = _cast(our_state(source, spec), dtype)

@@ -6,6 +6,7 @@ from typing import Any
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.part import Part, PartSpec
 from mindspeed_mm.models.spec import DEFAULT_MODEL_IDS, PART_KINDS, ModelSpec, find_part, load_model_spec
+from mindspeed_mm.weights.configs import vision_select
 from mindspeed_mm.weights.rules import Rule
 from mindspeed_mm.weights.sources import PartSource, Source
 
@@ -41,8 +42,17 @@ def describe_part(source: PartSource, **given: Any) -> PartSpec:
 
 
 def describe_model(source: Source, **vision_encoder: Any) -> ModelSpec:
-    """ModelSpec of a source that holds all parts. Raises WeightError when one is not there."""
+    """ModelSpec of a source that holds all parts.
+
+    `vision_encoder` are fields of the vision encoder that the user states. A liuhaotian checkpoint whose tower has no
+    config beside it is described by the tower's shapes. Raises WeightError when a part is not there.
+    """
     specs = {kind: describe_part(source.part(kind)) for kind in PART_KINDS if kind != "vision_encoder"}
+    if source.layout == "llava":
+        config = source.config or {}
+        layer = vision_select(config)["vision_feature_layer"]
+        chosen = {"select_layer": layer, "select_feature": config.get("mm_vision_select_feature", "patch")}
+        vision_encoder = chosen | vision_encoder
     specs["vision_encoder"] = describe_part(source.part("vision_encoder"), **vision_encoder)
     return load_model_spec(model_block(specs), context=str(source.path))
 

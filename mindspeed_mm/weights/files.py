@@ -8,6 +8,7 @@ import math
 import pickle
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ RECORD_NAME = "mindspeed_mm.json"
 ZIP_MAGIC = b"PK\x03\x04"
 GIT_LFS_MAGIC = b"version https://git-lfs"
 
-_DAMAGED = (
+PARSER_ERRORS = (
     RuntimeError,
     EOFError,
     OSError,
@@ -40,8 +41,12 @@ _DAMAGED = (
     AttributeError,
     AssertionError,
     struct.error,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
-"""What torch's loader raises on a file that is cut off or overwritten: its parser has no error type of its own."""
+"""What zipfile, pickle and torch's loader raise on a file that is cut off or overwritten (found by changing bytes at
+random): they have no error type of their own for it."""
 
 
 class TensorFile(Protocol):
@@ -95,7 +100,7 @@ class PickleFile:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             raise _unpicklable(path, error) from error
-        except _DAMAGED as error:
+        except PARSER_ERRORS as error:
             raise damaged(
                 path, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             ) from error
@@ -117,6 +122,11 @@ def damaged(path: Path, detail: str) -> WeightError:
         f"{path}: the file is cut off or damaged ({detail.strip()}); expected a complete weight file. "
         "Download or copy it again."
     )
+
+
+def describe(error: Exception) -> str:
+    """Type and first line of another library's error."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -160,7 +170,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if any(not _is_shape(entry["shape"]) for entry in header.values()):
             raise damaged(path, "its header holds an impossible shape")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except PARSER_ERRORS as error:
         if isinstance(error, WeightError):
             raise
         raise damaged(path, "its header is not that of a safetensors file") from error
@@ -178,14 +188,14 @@ def _read_record(path: Path) -> dict[str, Any] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [info for info in archive.infolist() if info.filename.split("/", 1)[1:] == [RECORD_NAME]]
-            if not members:
-                return None
-            if members[0].file_size > MAX_JSON_BYTES:
-                raise damaged(path, f"its {RECORD_NAME} is larger than {MAX_JSON_BYTES} bytes")
-            record = json.loads(archive.read(members[0]))
-    except (zipfile.BadZipFile, OSError, EOFError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise damaged(path, str(error)) from error
-    if not isinstance(record, dict):
+            size = members[0].file_size if members else 0
+            text = archive.read(members[0]) if members and size <= MAX_JSON_BYTES else b"null"
+        record = json.loads(text)
+    except PARSER_ERRORS as error:
+        raise damaged(path, describe(error)) from error
+    if size > MAX_JSON_BYTES:
+        raise damaged(path, f"its {RECORD_NAME} is larger than {MAX_JSON_BYTES} bytes")
+    if members and not isinstance(record, dict):
         raise damaged(path, f"its {RECORD_NAME} is not an object")
     return record
 

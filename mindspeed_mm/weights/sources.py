@@ -101,6 +101,12 @@ def open_source(path: str | Path) -> Source:
         source = detector(path)
         if source is not None:
             return source
+    source = _open(path)
+    return replace(source, part_sources=_with_tower(source)) if source.layout == "llava" else source
+
+
+def _open(path: Path) -> Source:
+    """Open a path; the tower that a liuhaotian checkpoint names is not followed."""
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -179,8 +185,6 @@ def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> 
     }
     if layout.name == "mindspeed-mm" and files.record is not None:
         parts = {name: _recorded(part, files.record) for name, part in parts.items()}
-    if layout.name == "llava":
-        parts = _with_tower(path, config or {}, parts)
     return Source(path, layout.name, config, parts, tuple(dropped))
 
 
@@ -205,19 +209,18 @@ def _part_config(layout: Layout, part: str, config: dict[str, Any] | None) -> di
     return config if layout.name in ("hf", "clip") else None
 
 
-def _with_tower(folder: Path, config: dict[str, Any], parts: dict[str, PartSource]) -> dict[str, PartSource]:
+def _with_tower(source: Source) -> dict[str, PartSource]:
     """A liuhaotian checkpoint names its tower by path, relative to its folder; tensors inside come first."""
-    tower = _tower_source(folder, config)
+    config, parts = source.config or {}, source.part_sources
     select = configs.vision_select(config)
+    tower = _tower_source(source.path, config)
+    described = tower.config if tower else None
+    if described is not None and tower.dialect == "hf":
+        described = {**described, **select}
     if VISION in parts:
-        inside = parts[VISION]
-        described = {**tower.config, **select} if tower and tower.config and tower.dialect == "hf" else None
-        return {**parts, VISION: replace(inside, config=described)}
-    if tower is None:
-        return parts
-    if tower.dialect == "ours":
-        return {**parts, VISION: tower}
-    return {**parts, VISION: replace(tower, config={**tower.config, **select} if tower.config else None)}
+        hf = described if tower and tower.dialect == "hf" else None
+        return {**parts, VISION: replace(parts[VISION], config=hf)}
+    return {**parts, VISION: replace(tower, config=described)} if tower else parts
 
 
 def _tower_source(folder: Path, config: dict[str, Any]) -> PartSource | None:
@@ -225,4 +228,4 @@ def _tower_source(folder: Path, config: dict[str, Any]) -> PartSource | None:
     if not isinstance(name, str) or not name:
         return None
     path = folder / name  # an absolute name replaces the folder
-    return open_source(path).part(VISION) if path.exists() else None
+    return _open(path).part(VISION) if path.exists() else None

@@ -6,6 +6,7 @@ archive: torch/csrc/jit/docs/serialization.md.
 """
 
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.files import damaged
+from mindspeed_mm.weights.files import PARSER_ERRORS, damaged, describe
 
-MAX_PICKLE_BYTES = 64 * 2**20
+MAX_PICKLE_BYTES = 16 * 2**20
 """data.pkl of ViT-L/14@336px is about 0.2 MiB; tensors are not in it."""
 
 MAX_ATTRIBUTES = 1_000_000
@@ -44,8 +45,8 @@ def is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError) as error:
-        raise damaged(path, str(error)) from error
+    except PARSER_ERRORS as error:
+        raise damaged(path, describe(error)) from error
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,30 @@ class TorchScriptFile:
         self.path = path
         try:
             self._archive = zipfile.ZipFile(path)
-            members = [name for name in self._archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
-            if len(members) != 1:
-                raise damaged(path, f"{len(members)} data.pkl in the archive, expected 1")
-            self._root = members[0].removesuffix("data.pkl")
-            if self._archive.getinfo(members[0]).file_size > MAX_PICKLE_BYTES:
-                raise damaged(path, f"its data.pkl is larger than {MAX_PICKLE_BYTES} bytes")
-            order = f"{self._root}byteorder"
-            if order in self._archive.namelist() and self._archive.read(order) != b"little":
-                raise WeightError(f"{path}: stored in big-endian order; expected little. Save it on a common machine.")
-            content = _Unpickler(self._archive.read(members[0]), path).load()
-        except (zipfile.BadZipFile, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise damaged(path, str(error)) from error
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            content = _Unpickler(self._read_pickle(), path).load()
+        except PARSER_ERRORS as error:
             if isinstance(error, WeightError):
                 raise
-            raise damaged(path, "its data.pkl does not describe a module") from error
+            raise damaged(path, f"its data.pkl does not describe a module, {describe(error)}") from error
         self._tensors = _named_tensors(content, path)
         self.names = tuple(self._tensors)
+
+    def _read_pickle(self) -> bytes:
+        """data.pkl of the archive, checked before an unpickler sees it."""
+        members = [name for name in self._archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(members) != 1:
+            raise damaged(self.path, f"{len(members)} data.pkl in the archive, expected 1")
+        self._root = members[0].removesuffix("data.pkl")
+        if self._archive.getinfo(members[0]).file_size > MAX_PICKLE_BYTES:
+            raise damaged(self.path, f"its data.pkl is larger than {MAX_PICKLE_BYTES} bytes")
+        order = f"{self._root}byteorder"
+        if order in self._archive.namelist() and self._archive.read(order) != b"little":
+            raise WeightError(f"{self.path}: stored in big-endian order; expected little. Save it on a common machine.")
+        data = self._archive.read(members[0])
+        # An unpickler reserves its memo up to the largest index, which a few bytes can set to billions.
+        if any(code.name.endswith("PUT") and index > len(data) for code, index, _ in pickletools.genops(data)):
+            raise damaged(self.path, "its data.pkl numbers more values than it can hold")
+        return data
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
@@ -110,11 +117,12 @@ class TorchScriptFile:
         member = f"{self._root}data/{record.key}"
         try:
             info = self._archive.getinfo(member)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != record.numel * record.dtype.itemsize:
-                raise damaged(self.path, f"{member} does not hold {record.numel} values of {record.dtype}")
-            data = bytearray(self._archive.read(info))
-        except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
-            raise damaged(self.path, f"{member}: {error}") from error
+            fits = info.compress_type == zipfile.ZIP_STORED and info.file_size == record.numel * record.dtype.itemsize
+            data = bytearray(self._archive.read(info) if fits else b"")
+        except PARSER_ERRORS as error:
+            raise damaged(self.path, f"{member}, {describe(error)}") from error
+        if not fits:
+            raise damaged(self.path, f"{member} does not hold {record.numel} values of {record.dtype}")
         extent = sum((size - 1) * stride for size, stride in zip(record.shape, record.stride, strict=True))
         if 0 in record.shape:
             return torch.empty(record.shape, dtype=record.dtype)
@@ -144,6 +152,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch.jit._pickle", "build_doublelist"): list,
             ("torch.jit._pickle", "build_boollist"): list,
             ("torch.jit._pickle", "build_tensorlist"): list,
+            ("torch.jit._pickle", "restore_type_tag"): _untagged,
         }
         if (module, name) not in known:
             raise WeightError(
@@ -167,6 +176,11 @@ def _rebuild(storage: tuple[str, torch.dtype, int], offset: int, shape: Any, str
         raise ValueError("impossible tensor geometry")
     key, dtype, numel = storage
     return _TensorRecord(key, dtype, numel, offset, tuple(shape), tuple(stride))
+
+
+def _untagged(value: Any, _tag: Any) -> Any:
+    """Value of torch.jit._pickle.restore_type_tag, which adds the TorchScript type of a container."""
+    return value
 
 
 def _named_tensors(content: Any, path: Path) -> dict[str, _TensorRecord]:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -237,6 +238,20 @@ def test_describing_takes_stated_fields_over_the_config(models):
     assert describe_part(source).num_attention_heads == 4
     given = describe_part(source, num_attention_heads=8)
     assert (given.num_attention_heads, given.num_query_groups, given.kv_channels) == (8, 8, 8)
+
+
+def test_a_llava_without_its_towers_config_is_described_by_shapes(models, tmp_path):
+    folder = tmp_path / "llava"
+    shutil.copytree(models / "llava_original", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_vision_select_layer": -3}
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = describe_model(open_source(folder))
+    assert (spec.vision_encoder.num_attention_heads, spec.vision_encoder.num_built_layers) == (1, 2)  # 64 / 64
+    convert(folder, tmp_path / "out", to="mindspeed-mm", num_attention_heads=4)
+    tower = describe_model(open_source(tmp_path / "out")).vision_encoder
+    assert (tower.num_attention_heads, tower.select_layer) == (4, -3)
 
 
 def test_describing_from_shapes(models, spec):

@@ -198,7 +198,7 @@ def from_hf(config: dict[str, Any]) -> LlamaSpec:
 def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(base, scaling) from rope_theta + rope_scaling (before transformers 5) or rope_parameters (since)."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    base = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
+    base = parameters.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("text decoder config: found a partial_rotary_factor; Llama rotates all channels of a head.")
     kind = parameters.get("rope_type", parameters.get("type", "default"))

@@ -153,7 +153,10 @@ def from_hf(config: dict[str, Any]) -> ClipSpec:
     kind = config.get("model_type", "clip_vision_model")
     if kind not in MODEL_TYPES:
         raise ConfigError(f'vision encoder config: found model_type "{kind}"; expected {" or ".join(MODEL_TYPES)}.')
-    full = {**HF_DEFAULTS, **config, **(config.get("vision_config") or {})}
+    inner = (config.get("vision_config") or {}) | (
+        config.get("vision_config_dict") or {}
+    )  # the latter is the older key
+    full = {**HF_DEFAULTS, **config, **inner}
     strategy = full["vision_feature_select_strategy"]
     if strategy not in SELECT_FEATURES:
         raise ConfigError(
