@@ -92,7 +92,12 @@ def _read_sheet(path: Path) -> list[dict[str, str]]:
     """Rows of the first sheet; numbers are written as VLMEvalKit's reader shows them (14, not 14.0)."""
     import zipfile
 
-    import openpyxl
+    try:
+        import openpyxl
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f'{path}: reading a spreadsheet needs openpyxl; pip install "mindspeed-mm[evaluate]".'
+        ) from error
 
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)

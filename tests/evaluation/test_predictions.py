@@ -1,4 +1,5 @@
 import json
+import sys
 
 import openpyxl
 import pytest
@@ -96,3 +97,10 @@ def test_too_large_a_file(table, tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("[   ]")
     with pytest.raises(DataError, match="larger than 3 bytes"):
         match_predictions(tmp_path / "a.json", table)
+
+
+def test_without_openpyxl(table, tmp_path, monkeypatch):
+    (tmp_path / "a.xlsx").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(DataError, match="reading a spreadsheet needs openpyxl"):
+        match_predictions(tmp_path / "a.xlsx", table)
