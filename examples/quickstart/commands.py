@@ -32,7 +32,9 @@ class Command:
     variables: Mapping[str, str]
 
     def __str__(self) -> str:
-        return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()), shlex.join(self.words)])
+        return " ".join(
+            [*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()), shlex.join(self.words)]
+        )
 
 
 def say(text: str = "") -> None:
@@ -91,9 +93,7 @@ class Live:
             self._open = False
 
 
-def run(
-    command: Command, root: Path, log: Path, stop_when: Callable[[str], bool] | None = None
-) -> list[str]:
+def run(command: Command, root: Path, log: Path, stop_when: Callable[[str], bool] | None = None) -> list[str]:
     """Run a command in `root` and return its output lines, standard output and error together.
 
     Args:
@@ -133,11 +133,24 @@ def run(
     if stopped:
         return lines
     if code != 0:
-        tail = "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
+        tail = "\n".join(f"    {line}" for line in before_launcher_report(lines)[-TAIL_LINES:])
         raise StepError(f"the command above ended with exit code {code}. Its last lines (all are in {log}):\n{tail}")
     if stop_when is not None:
         raise StepError(f"the command above should have been interrupted, but ended by itself; see {log}")
     return lines
+
+
+def before_launcher_report(lines: Sequence[str]) -> Sequence[str]:
+    """The lines that the failed program itself wrote: torchrun adds pages about its workers behind them."""
+    first = next(
+        (
+            number
+            for number, line in enumerate(lines)
+            if "torch.distributed.elastic" in line or "torch/distributed/elastic" in line
+        ),
+        len(lines),
+    )
+    return lines[:first] or lines
 
 
 def kill_tree(pid: int) -> None:

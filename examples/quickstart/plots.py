@@ -12,7 +12,7 @@ from examples.quickstart.results import Answer  # noqa: E402
 
 RIGHT, WRONG, CURVE, LOST = "#1b7837", "#b2182b", "#2166ac", "#e08214"
 SHEET_ROWS, SHEET_COLUMNS = 4, 6
-SMOOTHING = 0.95
+SMOOTHING = 0.9
 
 
 def smoothed(values: list[float]) -> list[float]:
@@ -34,6 +34,9 @@ def plot_losses(path: Path, stage1: list[dict], stage2: list[dict], killed: dict
         axis.plot(steps, losses, color=CURVE, alpha=0.25, linewidth=0.8)
         axis.plot(steps, smoothed(losses), color=CURVE, linewidth=1.8, label="loss, smoothed")
         axis.set(title=title, xlabel="iteration", ylabel="loss per supervised token", yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(which="minor", labelsize=8)
         axis.grid(True, which="both", alpha=0.2)
     axes[1].plot(
         [iteration for iteration, _ in killed["lost"]],

@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.quickstart.commands import Command, StepError, free_port, iteration_of, json_result, logged_losses, run, say
+from examples.quickstart.commands import (
+    Command,
+    StepError,
+    free_port,
+    iteration_of,
+    json_result,
+    logged_losses,
+    run,
+    say,
+)
 from examples.quickstart.configs import write_configs
 from examples.quickstart.make_data import CHOOSING, make_data, picture_name
 from examples.quickstart.make_models import make_models

@@ -16,9 +16,7 @@ TOP_LEVEL = ("mindspeed_mm", "checkpoint_converters", "evaluation", "megatron")
 @pytest.fixture(scope="module")
 def setup_arguments() -> dict:
     """The keyword arguments that setup.py gives to setuptools."""
-    script = (
-        "import json, runpy, setuptools; setuptools.setup = lambda **kw: print(json.dumps(kw)); runpy.run_path('setup.py')"
-    )
+    script = "import json, runpy, setuptools; setuptools.setup = lambda **kw: print(json.dumps(kw)); runpy.run_path('setup.py')"
     import json
 
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -107,7 +105,17 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
     here = importlib.metadata.distribution("torch").locate_file("")
     (target / "borrowed.pth").write_text(f"{here}\n", encoding="utf-8")
     python = venv / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps", "--ignore-installed", ROOT]
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "-q",
+        "--no-deps",
+        "--ignore-installed",
+        ROOT,
+    ]
     subprocess.run(install, check=True, cwd=elsewhere)
     where = subprocess.run(
         [python, "-c", "import mindspeed_mm, megatron.driver, megatron.core, evaluation; print(mindspeed_mm.__file__)"],
