@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.driver.arguments import DriverArguments
@@ -182,7 +181,7 @@ def train_step(
     loss = totals.loss_sum / totals.supervised
     if not math.isfinite(loss):
         _refuse(state, data, f"the loss is {loss}: check the data and weights, or lower --lr")
-    learning_rate = get_canonical_lr_for_logging(state.optimizer.param_groups) or 0.0
+    learning_rate = next((group["lr"] for group in state.optimizer.param_groups), 0.0)
     loss_scale = state.optimizer.get_loss_scale().item()
     updated, grad_norm, _ = state.optimizer.step()
     if updated:

@@ -168,6 +168,7 @@ def records(save: Path) -> list[dict]:
 
 def main() -> None:
     """Train in a process of its own: seconds per micro-batch, steps, flags."""
+    import os
     import sys
     import time
 
@@ -181,7 +182,8 @@ def main() -> None:
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
-    run(arguments(*flags, train_iters=int(steps)), step=slow_step)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    run(arguments(*flags, train_iters=int(steps), world_size=world_size), step=slow_step)
 
 
 if __name__ == "__main__":
