@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_converters.write import beside, write_json, write_pt
+from checkpoint_converters.write import beside, write_json, write_pt, write_safetensors
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_model, describe_part, model_block, part_of_source
 from mindspeed_mm.models.part import DTYPES, PartSpec
@@ -33,7 +33,7 @@ COMPANIONS = (
 )
 """Files that a model needs beside its weights."""
 
-TARGETS = ("mindspeed-mm",)
+TARGETS = ("mindspeed-mm", "hf")
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ def convert(
 
     Args:
         source: weights in any readable layout.
-        target: folder to write; it is created, and files of the same name are replaced when the new ones are complete.
+        target: folder to write; it is created. Files of layout mindspeed-mm replace those of the same name when they
+            are complete; for "hf" the folder must not exist.
         to: layout to write; "mindspeed-mm" = converted_clip.pt, converted_vicuna.pt, mlp.pt, and for a whole model the
-            model.json that describes them.
+            model.json that describes them; "hf" = the text decoder as a Llama folder.
         dtype: type to store (fp32, fp16, bf16 or torch's); None keeps each tensor's own.
         num_attention_heads: heads of a vision encoder whose source does not say (None: width / 64).
 
@@ -70,19 +71,41 @@ def convert(
     if to not in TARGETS:
         raise WeightError(f"cannot convert to {to!r}; expected {', '.join(TARGETS)}.")
     opened = source if isinstance(source, Source) else open_source(source)
-    folder = Path(target)
-    whole = set(opened.parts) == set(PART_KINDS)
-    specs = describe_model(opened, num_attention_heads=num_attention_heads).part_specs() if whole else {}
+    if to == "hf":
+        return _convert_to_hf(opened.part("text_decoder"), Path(target), dtype) + _copy_beside(opened, Path(target))
+    return _convert_to_ours(opened, Path(target), dtype, num_attention_heads) + _copy_beside(opened, Path(target))
+
+
+def _convert_to_ours(
+    source: Source, folder: Path, dtype: str | torch.dtype | None, num_attention_heads: int | None
+) -> list[Path]:
+    """Layout mindspeed-mm: one file per part, and a model.json where all parts are there."""
+    whole = set(source.parts) == set(PART_KINDS)
+    specs = describe_model(source, num_attention_heads=num_attention_heads).part_specs() if whole else {}
     written = []
-    for kind in opened.parts:
+    for kind in source.parts:
         heads = num_attention_heads if kind == "vision_encoder" else None
         path = folder / FILE_NAMES[kind]
-        convert_part(opened.part(kind), path, spec=specs.get(kind), dtype=dtype, num_attention_heads=heads)
+        convert_part(source.part(kind), path, spec=specs.get(kind), dtype=dtype, num_attention_heads=heads)
         written.append(path)
     if whole:
         write_json(folder / "model.json", model_block(specs))
         written.append(folder / "model.json")
-    return written + _copy_beside(opened, folder)
+    return written
+
+
+def _convert_to_hf(source: PartSource, folder: Path, dtype: str | torch.dtype | None) -> list[Path]:
+    """Layout hf: config.json and safetensors, whole or not at all."""
+    if folder.exists():
+        raise WeightError(f"{folder} exists; expected a new folder. Remove it or choose another target.")
+    part, spec = part_of_source(source), describe_part(source)
+    state = part.rules["hf"].export(_cast(our_state(source, spec), dtype), spec.geometry)
+    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
+    with beside(folder) as temporary:
+        temporary.mkdir()
+        write_json(temporary / "config.json", part.to_hf(spec, stored.pop() if len(stored) == 1 else "float32"))
+        write_safetensors(temporary, state)
+    return sorted(folder.iterdir())
 
 
 def _copy_beside(source: Source, folder: Path) -> list[Path]:

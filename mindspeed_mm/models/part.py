@@ -99,11 +99,14 @@ class PartSpec(StrictModel):
 class Part:
     """One kind of part, found by the registry as `PART` of its file.
 
-    `kind` is one of text_decoder, vision_encoder, vision_projector; `from_hf` turns the part's HF config into a Spec;
-    `rules` maps a dialect (see weights/sources.py) to its rules; `checked` names the Spec fields that a source's config
-    must confirm before its weights are loaded, `checked_where` further ones with the HF key that some configs lack;
-    `from_shapes` derives a Spec of weights without a config: from shape(our name), the number of layers, and fields
-    that the user gives; None where shapes do not suffice.
+    kind: text_decoder, vision_encoder or vision_projector.
+    from_hf: the part's HF config -> Spec.
+    rules: dialect (see weights/sources.py) -> rules.
+    checked: Spec fields that a source's config must confirm before its weights are loaded; checked_where: further ones,
+        with the HF key that some configs lack.
+    to_hf: (Spec, dtype) -> config that stock transformers reads; None where there is none.
+    from_shapes: Spec of weights without a config, from shape(our name), the number of layers, and fields that the user
+        gives; None where shapes do not suffice.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Part:
     rules: dict[str, RuleSet]
     checked: tuple[str, ...] = ()
     checked_where: dict[str, str] = field(default_factory=dict)
+    to_hf: Callable[..., dict[str, Any]] | None = None
     from_shapes: Callable[..., PartSpec] | None = None
     build: Callable[..., torch.nn.Module] | None = None
 

@@ -9,9 +9,11 @@ import pickle
 import pickletools
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,10 +64,9 @@ class _TensorRecord:
 
 
 class _Record:
-    """An object of the archive's program: its attributes, without its class."""
+    """An object of the archive's program: its attributes, without its class. (Unpickling calls no __init__.)"""
 
-    def __init__(self) -> None:
-        self.attributes: dict[str, Any] = {}
+    attributes: Mapping[str, Any] = MappingProxyType({})
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
@@ -145,14 +146,15 @@ class _Unpickler(pickle.Unpickler):
             return _Record
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
+        # New functions for each archive: a pickle can set attributes of whatever it is handed.
         known = {
             ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _rebuild(*arguments),
             ("torch.jit._pickle", "build_intlist"): list,
             ("torch.jit._pickle", "build_doublelist"): list,
             ("torch.jit._pickle", "build_boollist"): list,
             ("torch.jit._pickle", "build_tensorlist"): list,
-            ("torch.jit._pickle", "restore_type_tag"): _untagged,
+            ("torch.jit._pickle", "restore_type_tag"): lambda value, _tag: value,
         }
         if (module, name) not in known:
             raise WeightError(
@@ -176,11 +178,6 @@ def _rebuild(storage: tuple[str, torch.dtype, int], offset: int, shape: Any, str
         raise ValueError("impossible tensor geometry")
     key, dtype, numel = storage
     return _TensorRecord(key, dtype, numel, offset, tuple(shape), tuple(stride))
-
-
-def _untagged(value: Any, _tag: Any) -> Any:
-    """Value of torch.jit._pickle.restore_type_tag, which adds the TorchScript type of a container."""
-    return value
 
 
 def _named_tensors(content: Any, path: Path) -> dict[str, _TensorRecord]:

@@ -191,6 +191,33 @@ def test_large_states_are_written_in_shards_with_an_index(tmp_path):
     assert_equal({name: part.get(name) for name in part.names}, state)
 
 
+@pytest.mark.parametrize("source", ["vicuna", "vicuna_bin", "llava_original"])
+def test_the_decoder_goes_back_to_hf_bit_equal(models, tmp_path, source):
+    convert(models / source, tmp_path / "ours", to="mindspeed-mm")
+    written = convert(tmp_path / "ours", tmp_path / "hf", to="hf")
+    assert {"config.json", "model.safetensors", "tokenizer.model"} <= {path.name for path in written}
+    part, original = (open_source(path).part("text_decoder") for path in (tmp_path / "hf", models / "vicuna"))
+    assert_equal({name: part.get(name) for name in part.names}, {name: original.get(name) for name in original.names})
+    assert describe_part(part) == describe_part(original)
+
+
+def test_stock_transformers_computes_the_same_with_the_export(models, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    convert(models / "vicuna", tmp_path / "hf", to="hf", dtype="fp32")
+    ids = torch.tensor([[1, 17, 300, 999]])
+    loads = [
+        transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (tmp_path / "hf", models / "vicuna")
+    ]
+    with torch.no_grad():
+        assert torch.equal(loads[0](ids).logits, loads[1](ids).logits)
+
+
+def test_a_folder_that_exists_is_not_overwritten(models, tmp_path):
+    with pytest.raises(WeightError, match="exists; expected a new folder"):
+        convert(models / "vicuna", tmp_path, to="hf")
+
+
 def run_script(monkeypatch, name, *arguments):
     """Run a script in this process; returns its exit status."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])

@@ -277,6 +277,13 @@ def test_rope_of_every_age(rope):
     assert spec.rotary_base == 5e5 and (spec.rope_scaling.rope_type, spec.rope_scaling.factor) == ("linear", 2.0)
 
 
+def test_a_spec_survives_its_hf_config():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    spec = load_config(LlamaSpec, {**LLAMA, "rope_scaling": scaling, "params_dtype": "float16"}, what="x")
+    assert llama.from_hf(llama.to_hf(spec, "float16")) == spec
+
+
 @pytest.mark.parametrize("rope", [{"rope_scaling": None}, {"rope_parameters": {"rope_type": "default"}}])
 def test_unscaled_rope(rope):
     assert llama.from_hf({"model_type": "llama", **rope}).rope_scaling is None

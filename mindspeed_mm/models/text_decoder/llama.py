@@ -195,6 +195,32 @@ def from_hf(config: dict[str, Any]) -> LlamaSpec:
     )
 
 
+def to_hf(spec: LlamaSpec, dtype: str) -> dict[str, Any]:
+    """config.json of an HF Llama, with keys that transformers of every age reads; `dtype` as HF names it."""
+    scaling = spec.rope_scaling.model_dump(exclude_none=True) if spec.rope_scaling else None
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": spec.language_vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.ffn_hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_key_value_heads": spec.num_query_groups,
+        "head_dim": spec.kv_channels,
+        "hidden_act": spec.activation_func,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "initializer_range": spec.init_method_std,
+        "rms_norm_eps": spec.layernorm_epsilon,
+        "rope_theta": spec.rotary_base,
+        "rope_scaling": scaling,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": spec.share_embeddings_and_output_weights,
+        "torch_dtype": dtype,
+    }
+
+
 def _rope(config: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """(base, scaling) from rope_theta + rope_scaling (before transformers 5) or rope_parameters (since)."""
     parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
@@ -252,6 +278,7 @@ PART = Part(
     kind="text_decoder",
     Spec=LlamaSpec,
     from_hf=from_hf,
+    to_hf=to_hf,
     rules={"hf": HF_RULES, "ours": HF_RULES.own()},
     build=build,
     checked=(
