@@ -159,6 +159,18 @@ def snapshot(state) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def whole_run(*flags, train_iters: int = 4, hooks=None, step=forward_step, **model):
+    """A run from process group to shut-down in this process: (snapshot, report, state). `model` goes to tiny_model."""
+    from megatron.driver.initialize import shutdown
+
+    args = arguments(*map(str, flags), train_iters=train_iters)
+    try:
+        state, report = run(args, tiny_model(**model), hooks, step)
+        return snapshot(state), report, state
+    finally:
+        shutdown()
+
+
 def records(save: Path) -> list[dict]:
     """metrics.jsonl of a save folder."""
     import json
