@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -105,16 +106,7 @@ def run(command: Command, root: Path, log: Path, stop_when: Callable[[str], bool
     """
     say(f"$ {command}")
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = subprocess.Popen(
-        list(command.words),
-        cwd=root,
-        env=environment(command.variables),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    process = start(command, root)
     lines, stopped, live = [], False, Live()
     try:
         with log.open("w", encoding="utf-8") as stream:
@@ -138,6 +130,24 @@ def run(command: Command, root: Path, log: Path, stop_when: Callable[[str], bool
     if stop_when is not None:
         raise StepError(f"the command above should have been interrupted, but ended by itself; see {log}")
     return lines
+
+
+def start(command: Command, root: Path) -> subprocess.Popen:
+    """The running command; StepError where its program does not exist."""
+    variables = environment(command.variables)
+    program = shutil.which(command.words[0], path=variables["PATH"])
+    if program is None:
+        raise StepError(f"{command.words[0]} is not on PATH: is the environment of scripts/setup_env.sh in use?")
+    return subprocess.Popen(
+        [program, *command.words[1:]],
+        cwd=root,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
 
 
 def before_launcher_report(lines: Sequence[str]) -> Sequence[str]:

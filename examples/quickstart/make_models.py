@@ -4,6 +4,7 @@
 real run starts: at weights somebody else wrote.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -53,11 +54,10 @@ def training_lines(records: list[dict]) -> list[str]:
 def make_tokenizer(folder: Path, lines: list[str]) -> int:
     """A SentencePiece BPE model with the settings of Llama's, saved like a slow Llama tokenizer; returns its size."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = folder.parent / "tokenizer_text.txt"
-    text.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
+        sentence_iterator=iter(lines),
+        model_writer=trained,
         model_type="bpe",
         vocab_size=VOCABULARY,
         character_coverage=1.0,
@@ -78,8 +78,7 @@ def make_tokenizer(folder: Path, lines: list[str]) -> int:
         num_threads=1,
         minloglevel=2,
     )
-    text.unlink()
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     settings = {
         "tokenizer_class": "LlamaTokenizer",
@@ -93,7 +92,7 @@ def make_tokenizer(folder: Path, lines: list[str]) -> int:
     }
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", special)
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+    return sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue()).vocab_size()
 
 
 def make_clip(folder: Path, seed: int) -> int:

@@ -1,7 +1,6 @@
 """Imports go down the floors of docs/architecture.md only, whether they stand at the top of a file or in a function."""
 
 import pytest
-
 from house import LIBRARY, ROOT, imported_modules, module_name, python_files, where
 
 # Lower floor first. A unit (one line's item) imports lower floors and itself; units of one floor are siblings that

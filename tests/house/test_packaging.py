@@ -1,24 +1,24 @@
 """What a wheel holds, and the two files that must stay in step with it."""
 
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
 
 import pytest
-import setuptools
-from house import ROOT, python_files
+from house import LIBRARY, ROOT, imported_modules, python_files
 from packaging.requirements import Requirement
-
-TOP_LEVEL = ("mindspeed_mm", "checkpoint_converters", "evaluation", "megatron")
 
 
 @pytest.fixture(scope="module")
 def setup_arguments() -> dict:
     """The keyword arguments that setup.py gives to setuptools."""
-    script = "import json, runpy, setuptools; setuptools.setup = lambda **kw: print(json.dumps(kw)); runpy.run_path('setup.py')"
-    import json
-
+    script = (
+        "import json, runpy, setuptools\n"
+        "setuptools.setup = lambda **arguments: print(json.dumps(arguments))\n"
+        "runpy.run_path('setup.py')"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -28,12 +28,12 @@ def test_megatron_stays_a_namespace():
 
 
 def test_packages_are_exactly_the_folders_with_code(setup_arguments):
-    folders = {path.parent.relative_to(ROOT) for path in python_files(*TOP_LEVEL)}
+    folders = {path.parent.relative_to(ROOT) for path in python_files()}
     expected = {".".join(folder.parts) for folder in folders}
     listed = set(setup_arguments["packages"])
     with_data_only = {name for name in listed - expected if any((ROOT / name.replace(".", "/")).glob("*.*"))}
     assert listed - with_data_only == expected
-    assert all(name == "megatron.driver" or not name.startswith("megatron") for name in listed if "driver" not in name)
+    assert not [name for name in listed if name.startswith("megatron") and not name.startswith("megatron.driver")]
 
 
 def test_packages_outside_the_namespace_have_an_init_file(setup_arguments):
@@ -73,8 +73,6 @@ def test_constraints_fit_the_requirements(setup_arguments):
 
 def test_imported_packages_are_required(setup_arguments):
     """Third-party modules that the library imports are among the requirements (extras included)."""
-    from house import LIBRARY, imported_modules
-
     extras = setup_arguments["extras_require"]
     wanted = setup_arguments["install_requires"] + [line for lines in extras.values() for line in lines]
     required = {canonical(Requirement(line).name) for line in wanted}
@@ -127,7 +125,3 @@ def test_a_wheel_works_outside_the_checkout(tmp_path):
     assert str(venv) in where.stdout
     helped = subprocess.run([venv / "bin" / "mindspeed-mm", "--help"], cwd=elsewhere, capture_output=True, text=True)
     assert helped.returncode == 0 and "train" in helped.stdout, helped.stderr
-
-
-def test_setuptools_reads_setup_py():
-    assert callable(setuptools.setup)

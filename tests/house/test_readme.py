@@ -4,7 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
-from functools import lru_cache
+from functools import cache
 
 import pytest
 from house import ROOT
@@ -51,7 +51,7 @@ def words(line: str) -> list[str]:
     return parts
 
 
-@lru_cache(maxsize=None)
+@cache
 def help_of(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "mindspeed_mm", *command, "--help"], cwd=ROOT, capture_output=True, text=True
