@@ -31,6 +31,7 @@ REQUIRES = [
     "rich>=13",
     "psutil>=5.9",
     "tensorboard>=2.14",
+    "jinja2>=3.1",
 ]
 
 EVALUATE = ["openpyxl>=3.1"]
@@ -38,6 +39,7 @@ QUICKSTART = [*EVALUATE, "scikit-learn>=1.4", "matplotlib>=3.8"]
 
 EXTRAS = {
     "evaluate": EVALUATE,
+    "parquet": ["pyarrow>=14"],
     "quickstart": QUICKSTART,
     "serve": [],  # reserved for the servers, which need nothing beyond the requirements so far
     "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN

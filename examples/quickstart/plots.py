@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from examples.quickstart.results import Answer  # noqa: E402
 
@@ -34,10 +35,10 @@ def plot_losses(path: Path, stage1: list[dict], stage2: list[dict], killed: dict
         axis.plot(steps, losses, color=CURVE, alpha=0.25, linewidth=0.8)
         axis.plot(steps, smoothed(losses), color=CURVE, linewidth=1.8, label="loss, smoothed")
         axis.set(title=title, xlabel="iteration", ylabel="loss per supervised token", yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(which="minor", labelsize=8)
-        axis.grid(True, which="both", alpha=0.2)
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.grid(True, alpha=0.2)
     axes[1].plot(
         [iteration for iteration, _ in killed["lost"]],
         [loss for _, loss in killed["lost"]],

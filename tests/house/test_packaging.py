@@ -84,7 +84,7 @@ def test_imported_packages_are_required(setup_arguments):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top in LIBRARY or top in optional:
                 continue
-            if not {canonical(name) for name in owners.get(top, [])} & required:
+            if not {canonical(name) for name in owners.get(top, [top])} & required:
                 unknown.add(top)
     assert not unknown, f"not in setup.py: {sorted(unknown)}"
 
