@@ -164,7 +164,7 @@ def log_line(state: TrainState, args: DriverArguments, steps: list[StepMetrics])
     ]
     flops = speed.pop("throughput per GPU (TFLOP/s/GPU)", None)
     if flops is not None:
-        parts.append(f"throughput per GPU (TFLOP/s/GPU): {flops:.1f}")
+        parts.append(f"throughput per GPU (TFLOP/s/GPU): {flops:#.3g}")
     parts += [
         f"learning rate: {last.learning_rate:.6E}",
         f"global batch size: {args.global_batch_size:5d}",
