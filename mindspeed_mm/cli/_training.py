@@ -24,6 +24,7 @@ from mindspeed_mm.data.template import describe_sample
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.build import build_vlm
+from mindspeed_mm.models.parallel import layout_problems
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec, load_model_spec
 from mindspeed_mm.models.vlm import VLM
@@ -34,7 +35,7 @@ from mindspeed_mm.weights.loading import table
 
 logger = logging.getLogger(__name__)
 
-NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16"}
+NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16", "pipeline_num_layers"}
 """Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
 
 
@@ -49,7 +50,8 @@ class TrainingRun:
         self.data_config = DataConfig.load(data_path)
         if tool_path is not None:
             refuse_tools(read_json(tool_path))
-        _check_flags(args, self.spec)
+        self.runtime = _runtime(args)
+        _check_flags(args, self.spec, self.runtime)
         parameters = self.data_config.dataset_param
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
@@ -61,13 +63,6 @@ class TrainingRun:
             self.image_processor,
             self.spec.vision_encoder.num_image_tokens,
             args.seq_length or self.spec.text_decoder.language_max_sequence_length,
-        )
-        self.runtime = Runtime(
-            tensor_model_parallel_size=args.tensor_model_parallel_size,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            context_parallel_size=args.context_parallel_size,
-            sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
-            params_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
         )
 
     def run(self) -> dict[str, Any]:
@@ -84,8 +79,9 @@ class TrainingRun:
         return {"iteration": report.iteration, "loss": report.loss, "checkpoint": checkpoint}
 
     def _model_provider(self, pre_process: bool, post_process: bool) -> VLM:
-        folders = [folder for folder in (self.args.load, self.args.pretrained_checkpoint) if folder]
-        in_checkpoint = any(find_checkpoint(Path(folder), self.args.ckpt_step) for folder in folders)
+        # --ckpt-step is about --load alone.
+        places = ((self.args.load, self.args.ckpt_step), (self.args.pretrained_checkpoint, None))
+        in_checkpoint = any(find_checkpoint(folder, step) for folder, step in places if folder)
         vlm, reports = build_vlm(
             self.spec,
             self.runtime,
@@ -110,8 +106,10 @@ class TrainingRun:
             seed=self.args.seed,
             num_workers=self.args.num_workers,
             pad_token_id=self._pad_token_id(),
-            pad_multiple=self.args.tensor_model_parallel_size if self.runtime.sequence_parallel else 1,
+            pad_multiple=self.runtime.sequence_multiple,
             options=self.data_config.dataloader_param,
+            weights=self.data_config.dataset_param.weights,
+            global_batch_size=self.args.global_batch_size,
         )
 
     def _pad_token_id(self) -> int:
@@ -160,7 +158,17 @@ def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: 
     return lines
 
 
-def _check_flags(args: DriverArguments, spec: ModelSpec) -> None:
+def _runtime(args: DriverArguments) -> Runtime:
+    return Runtime(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
+        params_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
+    )
+
+
+def _check_flags(args: DriverArguments, spec: ModelSpec, runtime: Runtime) -> None:
     """Flags that repeat the model.json must agree with it; all disagreements at once."""
     names = {"vocab_size": "language_vocab_size"}
     problems = []
@@ -176,10 +184,7 @@ def _check_flags(args: DriverArguments, spec: ModelSpec) -> None:
             problems.append(
                 f"--{flag.replace('_', '-')} is {value}, but text_decoder.{key} is {found}: make them equal"
             )
-    if args.context_parallel_size > 1:
-        problems.append("--context-parallel-size above 1 is not supported yet: use 1")
-    if args.pipeline_model_parallel_size > 1:
-        problems.append("--pipeline-model-parallel-size above 1 is not supported yet: use 1")
+    problems += layout_problems(spec, runtime)
     if problems:
         raise ConfigError("the command line does not fit the model:\n  " + "\n  ".join(problems))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
@@ -52,6 +53,17 @@ def build_vlm(
                 source,
                 tp_rank=parallel_state.get_tensor_model_parallel_rank(),
                 tp_size=runtime.tensor_model_parallel_size,
+                **_place(module, runtime, kind),
             )
         )
     return vlm, reports
+
+
+def _place(module: torch.nn.Module, runtime: Runtime, kind: str) -> dict[str, int]:
+    """Which layers of the text decoder this pipeline stage holds, for `load_part`; nothing where it holds all."""
+    if kind != "text_decoder" or runtime.pipeline_model_parallel_size == 1:
+        return {}
+    return {
+        "layer_offset": get_transformer_layer_offset(module.config),
+        "num_local_layers": len(module.decoder.layers),
+    }

@@ -16,7 +16,8 @@ def token_losses(decoder, hidden: torch.Tensor, labels: torch.Tensor) -> torch.T
     Args:
         decoder: LlamaDecoder of the last pipeline stage.
         hidden: [S, B, H] of the final norm (a sequence slice under sequence parallelism).
-        labels: [B, S] int64, the id each position predicts; IGNORE_INDEX where none.
+        labels: [B, S] int64, the id each position predicts; IGNORE_INDEX where none; of the same slice as `hidden`
+            under context parallelism.
 
     Returns:
         [n] losses in the order of the supervised positions read column by column; n may be 0.

@@ -19,6 +19,11 @@ class Runtime:
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
 
+    @property
+    def sequence_multiple(self) -> int:
+        """Rows must be as long as a multiple of this, so that every rank gets an equal slice."""
+        return self.context_parallel_size * (self.tensor_model_parallel_size if self.sequence_parallel else 1)
+
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP (clip/model.py, QuickGELU)."""
@@ -53,7 +58,9 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "recompute_num_layers": spec.recompute_num_layers,
         "tensor_model_parallel_size": runtime.tensor_model_parallel_size,
         "pipeline_model_parallel_size": runtime.pipeline_model_parallel_size if pipelined else 1,
-        "context_parallel_size": runtime.context_parallel_size,
+        "pipeline_model_parallel_layout": _stages(spec, runtime) if pipelined else None,
+        # Whatever stands on the first stage alone sees whole pictures on every rank.
+        "context_parallel_size": runtime.context_parallel_size if pipelined else 1,
         "sequence_parallel": runtime.sequence_parallel,
         "params_dtype": runtime.params_dtype,
         "pipeline_dtype": runtime.params_dtype,
@@ -69,6 +76,16 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "persist_layer_norm": False,
     }
     return TransformerConfig(**(fields | overrides))
+
+
+def _stages(spec, runtime: Runtime) -> list[list[str]] | None:
+    """The spec's uneven split in the words of megatron.core: what stands on each stage; None for equal shares."""
+    if runtime.pipeline_model_parallel_size == 1 or spec.pipeline_num_layers is None:
+        return None
+    stages = [["decoder"] * layers for layers in spec.pipeline_num_layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def attention_fields(spec) -> dict:

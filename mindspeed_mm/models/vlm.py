@@ -13,6 +13,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm.models.fusion import image_positions, scatter_features
+from mindspeed_mm.models.layers.context import sequence_slice
 from mindspeed_mm.models.loss import token_losses
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
@@ -124,14 +125,15 @@ class VLM(MegatronModule):
 
         Returns:
             Last stage: with labels the token losses [n] float32 of the n supervised positions; without, the logits
-            [B, S, V] float32. Other stages: hidden states [S, B, H].
+            [B, S, V] float32. Other stages: hidden states [S, B, H]. Under context parallelism all of them are those of
+            this rank's slice of the sequence, while the arguments are whole.
         """
         hidden = self.embed(input_ids, pixel_values) if self.pre_process else None
         hidden = self.text_decoder(hidden, position_ids, attention_mask)
         if not self.post_process:
             return hidden
         if labels is not None:
-            return token_losses(self.text_decoder, hidden, labels)
+            return token_losses(self.text_decoder, hidden, sequence_slice(labels, 1))
         return self.logits(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

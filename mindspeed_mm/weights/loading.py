@@ -54,7 +54,7 @@ def load_part(
         path: weights in any readable layout, or an opened Source; None leaves a part at random init that says `fresh`.
         tp_rank, tp_size: place in the tensor-parallel group.
         layer_offset: number of the first layer that this pipeline stage holds.
-        num_local_layers: layers of this stage, None for all.
+        num_local_layers: layers of this stage; None where it holds the whole part.
 
     Raises WeightError for missing or extra tensors, other shapes or types, and a source whose config differs.
     """
@@ -71,7 +71,7 @@ def load_part(
     steps = {step.target: step for step in match.steps if not step.unused}
     _check_tied_copy(rules, geometry, part_source)
     local = {_global_name(name, layer_offset): tensor for name, tensor in state.items()}
-    whole = num_local_layers is None or num_local_layers == geometry.num_layers
+    whole = num_local_layers is None
     _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
     stored = found.geometry if part_source.assumed else geometry
     with torch.no_grad():

@@ -6,10 +6,12 @@ Legend: S query length, K key length, B batch, H heads, G key/value heads (of th
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
+from mindspeed_mm.models.layers.context import heads_to_sequence, repeat_groups, sequence_to_heads
 from mindspeed_mm.models.layers.kv_cache import KVCache
 from mindspeed_mm.platform import current_platform
 
@@ -33,6 +35,8 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.platform = current_platform()
+        parallel = config.context_parallel_size > 1
+        self.context_group = parallel_state.get_context_parallel_group() if parallel else None
         self.cache: KVCache | None = None
         self.cache_layer = 0
 
@@ -49,7 +53,8 @@ class CoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [S, B, H, D]; key, value: [K, B, G, D], already rotated.
+            query: [S, B, H, D]; key, value: [K, B, G, D], already rotated; under context parallelism this rank's slices
+                of S and K, while the mask is that of the whole sequence.
             attention_mask: bool [B or 1, 1, S, K], True = may attend, complete (causality included), or None: causal
                 for a decoder, everything for a tower.
 
@@ -58,6 +63,10 @@ class CoreAttention(MegatronModule):
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention_bias and packed_seq_params are not supported by this attention module")
+        group = self.context_group
+        if group is not None:
+            key, value = (repeat_groups(x, group.size()) for x in (key, value))
+            query, key, value = (heads_to_sequence(x, group) for x in (query, key, value))
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = attention_mask
         if self.cache is not None:
@@ -71,4 +80,5 @@ class CoreAttention(MegatronModule):
             scale=self.scale,
             dropout=self.dropout if self.training else 0.0,
         )
-        return output.permute(2, 0, 1, 3).flatten(2)
+        output = output.permute(2, 0, 1, 3)
+        return (output if group is None else sequence_to_heads(output, group)).flatten(2)

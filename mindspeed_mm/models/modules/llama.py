@@ -11,6 +11,7 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 
+from mindspeed_mm.models.layers.context import sequence_slice
 from mindspeed_mm.models.layers.kv_cache import KVCache
 from mindspeed_mm.models.layers.rotary import RotaryEmbedding
 from mindspeed_mm.models.layers.specs import block_spec
@@ -76,20 +77,23 @@ class LlamaDecoder(LanguageModule):
 
         Args:
             hidden: [S, B, H] embeddings (first stage) or None (later stages, see set_input_tensor).
-            position_ids: [B or 1, S] int64.
+            position_ids: [B or 1, S] int64, of the whole sequence like `hidden` and the mask.
             attention_mask: complete bool mask [B or 1, 1, S, S], True = may attend; None = causal.
 
         Returns:
-            [S, B, H], split along S over the tensor-parallel ranks under sequence parallelism.
+            [S, B, H], split along S over the context-parallel ranks and, under sequence parallelism, over the
+            tensor-parallel ranks.
         """
+        if hidden is not None:
+            hidden = sequence_slice(hidden, 0)
         if hidden is not None and self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return self.decoder(
-            hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=self.rotary(position_ids)
+            hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=self.rotary(sequence_slice(position_ids, 1))
         )
 
     def gather_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Whole sequence [S, B, H] of what `forward` returned."""
+        """What `forward` returned, [S, B, H], no longer split over the tensor-parallel ranks."""
         if self.config.sequence_parallel:
             return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden

@@ -95,6 +95,8 @@ class LlamaSpec(PartSpec):
     share_embeddings_and_output_weights: bool = False
     is_encoder_decoder: Annotated[bool, only(False, why="Llama is a decoder")] = False
     tokenizer_padding_side: Annotated[str, only("right", why="batches are padded on the right")] = "right"
+    pipeline_num_layers: list[Annotated[int, pydantic.Field(ge=0)]] | None = None
+    """Layers of each pipeline stage; None: equal shares. Only the first may be 0 (it holds the tower)."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -132,6 +134,12 @@ class LlamaSpec(PartSpec):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
                 f"{self.num_query_groups}; every group must serve equally many heads"
+            )
+        stages = self.pipeline_num_layers
+        if stages is not None and (sum(stages) != self.num_layers or 0 in stages[1:]):
+            raise ValueError(
+                f"pipeline_num_layers {stages} does not share out num_layers {self.num_layers}; its sum must be that, "
+                "and only the first stage may have 0"
             )
         if self.kv_channels % 2:
             raise ValueError(f"kv_channels {self.kv_channels} is odd; rotary positions rotate pairs of channels")

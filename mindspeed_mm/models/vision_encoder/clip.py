@@ -67,6 +67,8 @@ class ClipSpec(PartSpec):
     normalization: Annotated[str, only("LayerNorm", why="CLIP has LayerNorm")] = "LayerNorm"
     layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-5
     post_layer_norm: Annotated[bool, only(False, why="the feature is taken before the final norm")] = False
+    pipeline_num_layers: list[Annotated[int, pydantic.Field(ge=0)]] | None = None
+    """Layers of each pipeline stage, as in the ancestor's files; the tower stands on the first stage."""
     device: str | None = None
     """Device of the ancestor's helper tensors; ours live on the run's device."""
 
@@ -104,6 +106,12 @@ class ClipSpec(PartSpec):
             raise ValueError(
                 f"num_query_groups {self.num_query_groups} is not num_attention_heads {self.num_attention_heads}; "
                 "CLIP has plain multi-head attention"
+            )
+        stages = self.pipeline_num_layers
+        if stages is not None and (stages[:1] not in ([self.num_layers], [self.num_built_layers]) or any(stages[1:])):
+            raise ValueError(
+                f"pipeline_num_layers {stages} spreads the tower; it stands on the first pipeline stage, so expected "
+                f"{[self.num_layers] + [0] * (len(stages) - 1)}"
             )
         if self.image_size % self.patch_size:
             raise ValueError(

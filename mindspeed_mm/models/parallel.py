@@ -1,0 +1,100 @@
+"""How a model's layers and heads are shared between ranks, and which layouts a model cannot have.
+
+Letters: T tensor-, P pipeline-, C context-parallel size.
+"""
+
+from __future__ import annotations
+
+from mindspeed_mm.models.runtime import Runtime
+from mindspeed_mm.models.spec import ModelSpec
+
+
+def stage_layers(spec, stages: int) -> list[int]:
+    """Layers of the text decoder on each of `stages` pipeline stages: `pipeline_num_layers`, else equal shares."""
+    return list(spec.pipeline_num_layers or [spec.num_layers // stages] * stages)
+
+
+def layout_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
+    """One sentence for each reason why `spec` cannot be spread as `runtime` says; empty where it can."""
+    problems = [*_head_problems(spec, runtime), *_stage_problems(spec, runtime.pipeline_model_parallel_size)]
+    problems += [] if problems else _recompute_problems(spec, runtime)
+    size = runtime.tensor_model_parallel_size
+    for kind, part in spec.part_specs().items():
+        if part.ffn_hidden_size % size:
+            problems.append(
+                f"{kind}.ffn_hidden_size {part.ffn_hidden_size} cannot be split over --tensor-model-parallel-size "
+                f"{size}: use a divisor"
+            )
+    return problems
+
+
+def _head_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
+    problems = []
+    size, slices = runtime.tensor_model_parallel_size, runtime.context_parallel_size
+    for kind in ("text_decoder", "vision_encoder"):
+        part = spec.part(kind)
+        if part.num_attention_heads % size:
+            problems.append(
+                f"{kind}.num_attention_heads {part.num_attention_heads} cannot be split over "
+                f"--tensor-model-parallel-size {size}: use a divisor"
+            )
+        elif part.num_query_groups % size:
+            problems.append(
+                f"{kind}.num_query_groups {part.num_query_groups} cannot be split over --tensor-model-parallel-size "
+                f"{size}: use a divisor of the query groups"
+            )
+    heads = spec.text_decoder.num_attention_heads
+    if slices > 1 and heads % size == 0 and heads % (size * slices):
+        problems.append(
+            f"text_decoder.num_attention_heads {heads} cannot be split over --tensor-model-parallel-size {size} x "
+            f"--context-parallel-size {slices} = {size * slices}: context parallelism exchanges heads for sequence, so "
+            "that each rank attends with its share of the heads; lower one of them"
+        )
+    return problems
+
+
+def _recompute_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
+    """megatron.core's rules for recompute_*, and layers that its uniform method cannot group."""
+    problems = []
+    decoder_layers = set(stage_layers(spec.text_decoder, runtime.pipeline_model_parallel_size)) - {0}
+    for kind, layers in (("text_decoder", decoder_layers), ("vision_encoder", {spec.vision_encoder.num_built_layers})):
+        part = spec.part(kind)
+        granularity, method, number = part.recompute_granularity, part.recompute_method, part.recompute_num_layers
+        if granularity == "full" and (method is None or number is None):
+            problems.append(
+                f'{kind}.recompute_granularity "full" needs recompute_method (uniform or block) and recompute_num_layers'
+            )
+        elif granularity != "full" and (method is not None or number is not None):
+            problems.append(
+                f"{kind}.recompute_method and recompute_num_layers belong to recompute_granularity "
+                f'"full", found {granularity!r}: remove them or set it'
+            )
+        elif method == "uniform" and any(count % number for count in layers):
+            problems.append(
+                f"{kind}.recompute_num_layers {number} does not divide the {sorted(layers)} layers of a pipeline stage: "
+                'use a divisor, or recompute_method "block"'
+            )
+    return problems
+
+
+def _stage_problems(spec: ModelSpec, stages: int) -> list[str]:
+    given, layers = spec.text_decoder.pipeline_num_layers, spec.text_decoder.num_layers
+    problems = []
+    if given is not None and len(given) != stages:
+        problems.append(
+            f"text_decoder.pipeline_num_layers {given} is for {len(given)} stage(s), "
+            f"--pipeline-model-parallel-size is {stages}: make them equal"
+        )
+    if given is None and layers % stages:
+        shares = [layers // stages + (number < layers % stages) for number in reversed(range(stages))]
+        problems.append(
+            f"text_decoder.num_layers {layers} cannot be divided by --pipeline-model-parallel-size {stages}: use a "
+            f"divisor, or share them unevenly with text_decoder.pipeline_num_layers, for example {shares}"
+        )
+    tower = spec.vision_encoder.pipeline_num_layers
+    if tower is not None and len(tower) != stages:
+        problems.append(
+            f"vision_encoder.pipeline_num_layers {tower} is for {len(tower)} stage(s), "
+            f"--pipeline-model-parallel-size is {stages}: make them equal, or leave it out"
+        )
+    return problems
