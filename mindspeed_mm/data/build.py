@@ -1,7 +1,9 @@
 """From a data config to an endless stream of batches."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +12,30 @@ from torch.utils.data import DataLoader, Dataset
 from mindspeed_mm import registry
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.config import DATASETS, DataConfig, DataloaderParam
-from mindspeed_mm.data.dataset import MultimodalDataset
+from mindspeed_mm.data.dataset import DataSet, MultimodalDataset, Policies
+from mindspeed_mm.data.datasets._files import ReadOptions
+from mindspeed_mm.data.expand import Encoding
 from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.index import default_folder
+from mindspeed_mm.data.packing import PackedOrder
 from mindspeed_mm.data.sample import Batch, Encoded
-from mindspeed_mm.data.sampler import EndlessBatchSampler
-from mindspeed_mm.data.template import check_template, get_template
+from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder, GroupedOrder, Order, WeightedOrder
+from mindspeed_mm.data.template import Template, check_template, get_template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+LEAST_JUDGED = 1000
+"""max_skip_percent counts from so many samples, so that one bad image in the first batch stops no run."""
+
+
+@dataclass
+class DataCounts:
+    """What one rank has read so far."""
+
+    samples: int = 0
+    skipped: int = 0
 
 
 def build_dataset(
@@ -27,15 +44,17 @@ def build_dataset(
     image_processor: ImageProcessor | None,
     tokens_per_image: int,
     max_length: int,
+    *,
+    validation: bool = False,
 ) -> MultimodalDataset:
-    """Map-style dataset of Encoded from a data config.
+    """Map-style dataset of Encoded from a data config; with `validation` of its validation sets.
 
-    `image_processor=None` takes the one of the config; `max_length` counts expanded tokens. Every record is checked
-    here (images are opened later). Raises DataError for bad records, TemplateError when the tokenizer does not
-    round-trip the template, ConfigError for settings that do not fit.
+    `image_processor=None` takes the one of the config; `max_length` counts expanded tokens. Every record and its length
+    are checked here (images are opened later). Raises DataError for bad records, TemplateError when the tokenizer does
+    not round-trip the template, ConfigError for settings that do not fit.
     """
     parameters = config.dataset_param
-    template = get_template(parameters.template_name)
+    template = get_template(parameters.template_name, tokenizer)
     check_template(template, tokenizer)
     image_processor = image_processor or parameters.preprocess_parameters.image_processor()
     if image_processor.output_size is None:
@@ -43,19 +62,74 @@ def build_dataset(
             "the image processor gives images of different sizes (no centre crop); a batch needs one size. Set "
             "do_center_crop, or a size with height and width."
         )
-    kind = registry.find(DATASETS, parameters.dataset_kind, "DATASET", what="dataset_type")
-    sources = [kind(basic, template) for basic in parameters.basic_parameters]
+    options = read_options(config, template)
+    chosen = parameters.validation_parameters if validation else parameters.basic_parameters
+    sets = []
+    for basic in chosen:
+        kind = parameters.kind_of(basic)
+        if kind == "preference":
+            raise ConfigError(
+                f"{basic.data_path} holds preference records, which `train` does not train on; "
+                '`check-data` reads them. Give the "dataset_type" of conversations.'
+            )
+        source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
+        sets.append(DataSet(source, basic.repeat_time, basic.data_path))
+    loading = config.dataloader_param
     return MultimodalDataset(
-        sources,
-        tokenizer=tokenizer,
-        template=template,
+        sets,
+        encoding=Encoding(tokenizer, template, tokens_per_image, parameters.special_text),
         image_processor=image_processor,
         pad=parameters.preprocess_parameters.pad,
-        tokens_per_image=tokens_per_image,
         max_length=config.max_length(max_length),
-        image_error=parameters.image_error,
-        overlong=parameters.overlong,
+        policies=Policies(parameters.image_error, parameters.overlong, parameters.max_skip_percent),
+        measured=(loading.packing or loading.group_by_modality_length) and not validation,
     )
+
+
+def read_options(config: DataConfig, template: Template) -> ReadOptions:
+    """How the config's data files are read."""
+    parameters = config.dataset_param
+    folder = Path(parameters.index_folder) if parameters.index_folder else default_folder()
+    return ReadOptions(template, folder, parameters.images_first)
+
+
+def build_order(
+    dataset: MultimodalDataset,
+    options: DataloaderParam,
+    *,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    global_batch_size: int = 1,
+) -> Order:
+    """The endless sequence of samples (or packed rows) that a run trains on; equal on every rank.
+
+    Raises ConfigError for what does not go together.
+    """
+    if options.group_by_modality_length:
+        if weights is not None:
+            raise ConfigError('data config: "weight" and group_by_modality_length do not go together; use repeat_time.')
+        return GroupedOrder(dataset.lengths, batch=global_batch_size, seed=seed)
+    if weights is not None:
+        sizes = [len(data_set) for data_set in dataset.sets]
+        order: Order = WeightedOrder(sizes, weights, seed=seed, shuffle=options.shuffle)
+    else:
+        order = EpochOrder(len(dataset), seed=seed, shuffle=options.shuffle)
+    if not options.packing:
+        return order
+    length = _row_length(dataset, options)
+    packed = PackedOrder(order, dataset.lengths, capacity=length, window=options.packing_window, seed=seed)
+    logger.info("packing: %.1f%% of the positions of the first rows are used", 100 * packed.fill())
+    return packed
+
+
+def _row_length(dataset: MultimodalDataset, options: DataloaderParam) -> int:
+    length = options.packing_length or dataset.max_length
+    if length < dataset.max_length:
+        raise ConfigError(
+            f"data config: packing_length is {length}, less than the maximum length of a sample, {dataset.max_length}; "
+            "raise it, or lower --seq-length."
+        )
+    return length
 
 
 def build_loader(
@@ -70,60 +144,78 @@ def build_loader(
     pad_token_id: int,
     pad_multiple: int = 1,
     options: DataloaderParam | None = None,
+    weights: Sequence[float] | None = None,
+    global_batch_size: int | None = None,
+    counts: DataCounts | None = None,
 ) -> Iterator[Batch]:
     """Endless iterator of the micro-batches of one data-parallel rank, from `consumed_samples` on.
 
-    The order depends on `seed` alone (see EndlessBatchSampler). `options` are shuffle, pinning and prefetching of
-    data.json. Errors of workers come out as themselves: DataError naming record and cause.
+    The order depends on `seed` and the data alone (see sampler.py). `options` are shuffle, packing, pinning and
+    prefetching of data.json, `weights` its weights, `global_batch_size` (default: micro_batch_size * dp_size) is for
+    grouping. `counts` is kept up to date. Errors of workers come out as themselves: DataError naming record and cause.
     """
     options = options or DataloaderParam()
+    order = build_order(
+        dataset,
+        options,
+        seed=seed,
+        weights=weights,
+        global_batch_size=global_batch_size or micro_batch_size * dp_size,
+    )
     sampler = EndlessBatchSampler(
-        len(dataset),
+        order,
         consumed_samples=consumed_samples,
         micro_batch_size=micro_batch_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        seed=seed,
-        shuffle=options.shuffle,
     )
     worker_options: dict[str, Any] = {}
     if num_workers:
         worker_options = {"persistent_workers": True, "prefetch_factor": options.prefetch_factor or 2}
+    row_length = _row_length(dataset, options) if options.packing else None
+    collator = Collator(pad_token_id, dataset.image_processor.output_size, pad_multiple, row_length)
     loader = DataLoader(
         _ErrorsAsValues(dataset),
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_CollateErrors(Collator(pad_token_id, dataset.image_processor.output_size, pad_multiple)),
+        collate_fn=_CollateErrors(collator),
         pin_memory=options.pin_memory and torch.cuda.is_available(),
         # An own generator seeds the workers, apart for every rank, and leaves the global one alone: drawing from that
         # would make a resumed run differ from a continued one.
         generator=torch.Generator().manual_seed(seed * 1_000_003 + dp_rank),
         **worker_options,
     )
-    return _batches(loader)
+    return _batches(loader, counts or DataCounts(), dataset.policies.max_skip_percent)
 
 
-def _batches(loader: DataLoader) -> Iterator[Batch]:
+def _batches(loader: DataLoader, counts: DataCounts, max_skip_percent: float) -> Iterator[Batch]:
     logged: set[str] = set()
     for batch in loader:
         if isinstance(batch, DataError):
             raise batch
+        counts.samples += len(batch.sample_ids)
+        counts.skipped += len(batch.skipped)
         for reason in batch.skipped:
             if reason not in logged:
                 logged.add(reason)
                 logger.warning("record left out: %s", reason)
+        if counts.skipped > max_skip_percent / 100 * max(counts.samples, LEAST_JUDGED):
+            raise DataError(
+                f"{counts.skipped} records had no usable image while {counts.samples} samples were read, more than "
+                f"max_skip_percent {max_skip_percent:g} allows; the last one: {batch.skipped[-1]} Run check-data."
+            )
         yield batch
 
 
 class _ErrorsAsValues(Dataset[Any]):
     """Hands a DataError on as a value: a DataLoader would bury its message in the trace of a worker."""
 
-    def __init__(self, dataset: Dataset[Encoded]):
+    def __init__(self, dataset: MultimodalDataset):
         self._dataset = dataset
 
-    def __getitem__(self, index: int) -> Encoded | DataError:
+    def __getitem__(self, index: int | tuple[int, ...]) -> Encoded | list[Encoded] | DataError:
         try:
-            return self._dataset[index]
+            return self._dataset.row(index) if isinstance(index, tuple) else self._dataset[index]
         except DataError as error:
             error.__cause__ = error.__context__ = None  # a picture's error may not survive pickling
             return error
@@ -135,6 +227,6 @@ class _CollateErrors:
     def __init__(self, collator: Collator):
         self._collator = collator
 
-    def __call__(self, samples: list[Encoded | DataError]) -> Batch | DataError:
+    def __call__(self, samples: list[Encoded | list[Encoded] | DataError]) -> Batch | DataError:
         errors = [sample for sample in samples if isinstance(sample, DataError)]
         return errors[0] if errors else self._collator(samples)

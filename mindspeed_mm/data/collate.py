@@ -11,35 +11,53 @@ from mindspeed_mm.data.sample import Batch, Encoded
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a Batch of Encoded samples; rows are as long as the longest, rounded up to `pad_multiple`."""
+    """Makes a Batch of samples, one in a row, or of lists of samples that share a row."""
 
     pad_token_id: int
     image_size: tuple[int, int]
     """(height, width) of the images, for batches without any."""
 
     pad_multiple: int = 1
+    """Rows are as long as the longest, rounded up to a multiple of this."""
 
-    def __call__(self, samples: Sequence[Encoded]) -> Batch:
-        """B samples -> Batch; see there for shapes and dtypes."""
-        longest = max(len(sample.input_ids) for sample in samples)
+    row_length: int | None = None
+    """Length of packed rows (rounded up likewise)."""
+
+    def __call__(self, rows: Sequence[Encoded] | Sequence[Sequence[Encoded]]) -> Batch:
+        """B rows -> Batch; see there for shapes and dtypes."""
+        packed = self.row_length is not None
+        filled = [list(row) if isinstance(row, Sequence) else [row] for row in rows]
+        longest = self.row_length or max(sum(len(sample.input_ids) for sample in row) for row in filled)
         length = -(-longest // self.pad_multiple) * self.pad_multiple
-        shape = (len(samples), length)
+        shape = (len(filled), length)
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-        for row, sample in enumerate(samples):
-            size = len(sample.input_ids)
-            input_ids[row, :size] = torch.tensor(sample.input_ids)
-            labels[row, : size - 1] = torch.tensor(sample.labels[1:])
+        position_ids = torch.arange(length).repeat(len(filled), 1)
+        segment_ids = torch.zeros(shape, dtype=torch.int64)
+        for row, members in enumerate(filled):
+            start = 0
+            for segment, sample in enumerate(members, 1):
+                end = start + len(sample.input_ids)
+                input_ids[row, start:end] = torch.tensor(sample.input_ids, dtype=torch.int64)
+                labels[row, start : max(end - 1, start)] = torch.tensor(sample.labels[1:], dtype=torch.int64)
+                segment_ids[row, start:end] = segment
+                if packed:
+                    position_ids[row, start:] = torch.arange(length - start)
+                start = end
+            if packed:  # the padding behind the last sample is a sequence of its own
+                position_ids[row, start:] = torch.arange(length - start)
+        samples = [sample for row in filled for sample in row]
         images = [image for sample in samples for image in sample.images]
-        pixel_values = torch.stack(images) if images else torch.zeros(0, 3, *self.image_size)
+        used = [sample for sample in samples if sample.input_ids]
         return Batch(
             input_ids=input_ids,
             labels=labels,
-            position_ids=torch.arange(length).repeat(len(samples), 1),
-            pixel_values=pixel_values,
-            sample_ids=[sample.sample_id for sample in samples],
+            position_ids=position_ids,
+            pixel_values=torch.stack(images) if images else torch.zeros(0, 3, *self.image_size),
+            sample_ids=[sample.sample_id for sample in used],
             tokens=sum(len(sample.input_ids) for sample in samples),
             supervised=int((labels != IGNORE_INDEX).sum()),
-            lengths=tuple(len(sample.input_ids) for sample in samples),
+            lengths=tuple(len(sample.input_ids) for sample in used),
             skipped=tuple(reason for sample in samples for reason in sample.skipped),
+            segment_ids=segment_ids if packed else None,
         )

@@ -1,8 +1,8 @@
 """data.json: the shape of MindSpeed-MM's LLaVA data config, checked strictly.
 
 Every key of that config is known here. A key that has nothing to decide any more accepts the values that agree with
-what is done and refuses the others with the reason. Added keys: dataset_param.image_error, dataset_param.overlong,
-preprocess_parameters.image_processer_path and .pad2square. Relative paths start at the current directory.
+what is done and refuses the others with the reason. docs/data.md lists the keys that were added. Relative paths start
+at the current directory.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,16 @@ def _only(*allowed: Any, reason: str) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
+def known_dataset(value: str) -> str:
+    """Check a dataset_type."""
+    known = [*DATASET_TYPES, *registry.available(DATASETS)]
+    if value not in known:
+        raise ValueError(f'found "{value}", expected one of: {", ".join(known)}')
+    return value
+
+
 class BasicParameters(StrictModel):
-    """One data file and the folder of its images."""
+    """One data file (or tar shards) and the folder of its images."""
 
     data_path: str
     data_folder: str = ""
@@ -45,8 +53,20 @@ class BasicParameters(StrictModel):
     repeat_time: float = 1
     """How often the file counts: a whole number, or a share below 1 (that part from the start of the file)."""
 
+    weight: pydantic.PositiveFloat | None = None
+    """Share of the samples that come from this set, relative to the other sets' weights; all sets have one or none has.
+    Without weights, an epoch holds every set as often as its repeat_time says."""
+
+    dataset_type: str | None = None
+    """The format of this set where it is not the one of dataset_param."""
+
     return_type: Annotated[str | None, _only(None, "list", reason="records are read one by one")] = None
     data_storage_mode: Annotated[str, _only("standard", reason="JSON and JSONL files are read")] = "standard"
+
+    @pydantic.field_validator("dataset_type")
+    @classmethod
+    def _known_dataset(cls, value: str | None) -> str | None:
+        return None if value is None else known_dataset(value)
 
     @pydantic.field_validator("repeat_time")
     @classmethod
@@ -129,10 +149,27 @@ class DatasetParam(StrictModel):
     image_error: Literal["error", "skip"] = "error"
     """A missing or broken image stops the run, or the next good record takes its place (counted and logged)."""
 
-    overlong: Literal["error", "truncate"] = "error"
-    """A sample over the maximum length stops the run, or is cut (never inside or before an image)."""
+    max_skip_percent: Annotated[float, pydantic.Field(ge=0, le=100)] = 5
+    """Under "skip": more bad images than this share of the samples seen (of the first 1,000 at least) stop the run."""
 
-    @pydantic.field_validator("basic_parameters", mode="before")
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """A sample over the maximum length stops the run at its start, is left out, or its text is cut at the end. Cutting
+    never touches an image and never takes all supervised tokens: where it would, the sample is left out."""
+
+    images_first: bool = True
+    """LLaVA's clean-up moves every `<image>` to the front of its turn; false leaves it where it was written."""
+
+    special_text: Literal["text", "tokens"] = "text"
+    """What "</s>" and the like become that a user or an answer holds: plain text, which cannot end a turn, or the
+    special token itself, as in the original LLaVA."""
+
+    index_folder: str | None = None
+    """Where indexes of data files over 16 MiB are stored; default: ~/.cache/mindspeed-mm/index."""
+
+    validation_parameters: tuple[BasicParameters, ...] = ()
+    """Sets whose loss is measured at --eval-interval and never trained on."""
+
+    @pydantic.field_validator("basic_parameters", "validation_parameters", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         """A single set may be given without the list around it."""
@@ -143,6 +180,13 @@ class DatasetParam(StrictModel):
     def _not_empty(cls, value: tuple[BasicParameters, ...]) -> tuple[BasicParameters, ...]:
         if not value:
             raise ValueError("is an empty list; expected at least one data_path")
+        weighted = [basic.weight is not None for basic in value]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f'set {weighted.index(False)} has no "weight" but others have one; give every set one, or none'
+            )
+        if any(basic.weight is not None and basic.repeat_time > 1 for basic in value):
+            raise ValueError('a set has both "weight" and "repeat_time" above 1; the weight alone decides, keep one')
         return value
 
     @pydantic.field_validator("template_name")
@@ -154,15 +198,24 @@ class DatasetParam(StrictModel):
     @pydantic.field_validator("dataset_type")
     @classmethod
     def _known_dataset(cls, value: str) -> str:
-        known = [*DATASET_TYPES, *registry.available(DATASETS)]
-        if value not in known:
-            raise ValueError(f'found "{value}", expected one of: {", ".join(known)}')
-        return value
+        return known_dataset(value)
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Weights of the sets, or None where repeat_time decides."""
+        if self.basic_parameters[0].weight is None:
+            return None
+        return [float(basic.weight or 0) for basic in self.basic_parameters]
 
     @property
     def dataset_kind(self) -> str:
         """Name of the module in DATASETS."""
         return DATASET_TYPES.get(self.dataset_type, self.dataset_type)
+
+    def kind_of(self, basic: BasicParameters) -> str:
+        """Name of the module in DATASETS that reads this set."""
+        kind = basic.dataset_type or self.dataset_type
+        return DATASET_TYPES.get(kind, kind)
 
 
 def _from_command_line(flag: str) -> Callable[[Any], Any]:
@@ -206,9 +259,31 @@ class DataloaderParam(StrictModel):
     persistent_workers: bool | None = None
     """Accepted as information: workers live as long as training."""
 
+    packing: bool = False
+    """Several samples share a row of --seq-length positions; attention and positions keep them apart. A row then counts
+    as a sample for --global-batch-size and --train-samples."""
+
+    packing_length: pydantic.PositiveInt | None = None
+    """Positions of a row; default: the maximum length of a sample. Longer rows are filled better (docs/data.md);
+    positions start again with each sample, so the model's maximum length does not bound them."""
+
+    packing_window: Annotated[int, pydantic.Field(ge=1)] = 4096
+    """So many samples at a time are sorted into rows (first-fit decreasing)."""
+
+    group_by_modality_length: bool = False
+    """As in the original LLaVA: a global batch holds samples with images or without, sorted by length."""
+
     batch_size: Annotated[int | None, _from_command_line("--micro-batch-size")] = None
     num_workers: Annotated[int | None, _from_command_line("--num-workers")] = None
     collate_param: CollateParam = CollateParam()
+
+    @pydantic.model_validator(mode="after")
+    def _one_order(self) -> "DataloaderParam":
+        if self.group_by_modality_length and (self.packing or not self.shuffle):
+            raise ValueError(
+                "group_by_modality_length is an order of its own; it goes with shuffle true and packing false"
+            )
+        return self
 
 
 class DataConfig(StrictModel):

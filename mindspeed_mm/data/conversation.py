@@ -1,7 +1,12 @@
-"""A LLaVA record's conversation, checked and brought into the form that LLaVA trains on."""
+"""Conversations of records, checked and brought into the form that templates take.
 
+`conversation_turns` is LLaVA's own format with LLaVA's own clean-up; other formats (`data/datasets`) share the checks
+here.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.sample import Turn
@@ -25,13 +30,16 @@ def record_images(record: Mapping[str, Any]) -> list[str]:
     return names
 
 
-def conversation_turns(conversation: Mapping[str, Any] | Sequence[Any]) -> tuple[Turn, ...]:
+def conversation_turns(
+    conversation: Mapping[str, Any] | Sequence[Any], *, images_first: bool = True
+) -> tuple[Turn, ...]:
     """Turns of a record (`{"conversations": [{"from", "value"}, ...], "image": ...}`) or of its conversations list.
 
     As LLaVA does before training (preprocess_multimodal and the template functions of its train.py):
     - an `<image>` is moved to the front of its turn, followed by a line feed; several in one turn become one, except in
       a record with a list of several images, where each keeps its own;
     - a leading gpt turn is dropped; after that human and gpt alternate.
+    `images_first=False` leaves every `<image>` where it was written instead.
 
     Raises DataError for a record without usable conversations, TemplateError for unknown or misplaced roles.
     """
@@ -42,36 +50,65 @@ def conversation_turns(conversation: Mapping[str, Any] | Sequence[Any]) -> tuple
         keep_count, entries = False, conversation
     if isinstance(entries, str) or not isinstance(entries, Sequence) or not entries:
         raise DataError(f'"conversations" is {_shown(entries)}; expected a list of {{"from", "value"}} turns.')
-    turns = [_turn(entry, index, keep_count) for index, entry in enumerate(entries)]
-    dropped = 1 if turns[0].role == "gpt" else 0
-    turns = turns[dropped:]
-    if not turns:
-        raise DataError('"conversations" holds only a gpt turn; expected a human turn that it answers.')
-    for index, turn in enumerate(turns):
+    turns = [_turn(entry, index) for index, entry in enumerate(entries)]
+    if images_first:
+        turns = [Turn(turn.role, _images_first(turn.text, keep_count), turn.literal) for turn in turns]
+    return alternating(turns, "conversations")
+
+
+def alternating(turns: Sequence[Turn], key: str) -> tuple[Turn, ...]:
+    """Turns without a leading gpt turn. Raises TemplateError unless human and gpt alternate after a system turn.
+
+    `key` names the list of turns in messages.
+    """
+    start = 1 if turns and turns[0].role == "system" else 0
+    dropped = 1 if len(turns) > start and turns[start].role == "gpt" else 0
+    kept = [*turns[:start], *turns[start + dropped :]]
+    if len(kept) == start:
+        raise DataError(f'"{key}" holds only a gpt turn; expected a human turn that it answers.')
+    for index, turn in enumerate(kept[start:]):
         if turn.role != ROLES[index % 2]:
             raise TemplateError(
-                f'conversations[{index + dropped}] is from "{turn.role}", expected "{ROLES[index % 2]}": human and gpt '
+                f'{key}[{index + start + dropped}] is from "{turn.role}", expected "{ROLES[index % 2]}": human and gpt '
                 "alternate. Merge the turns of one speaker, or split the record."
             )
-    return tuple(turns)
+    return tuple(kept)
+
+
+def literal_turn(role: Literal["human", "gpt", "system"], text: str) -> Turn:
+    """A turn in which no `<image>` stands for an image."""
+    return Turn(role, text, tuple(match.start() for match in re.finditer(re.escape(IMAGE_TOKEN), text)))
+
+
+def checked_text(value: Any, place: str) -> str:
+    """A text of a record. `place` names it in messages. Raises DataError for what is no text."""
+    if not isinstance(value, str):
+        raise DataError(f"{place} is {_shown(value)}; expected a string.")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place} holds half of a surrogate pair at character {error.start} ({ascii(value[error.start])}); "
+                "expected whole characters. Correct the text."
+            ) from error
+    return value
 
 
 def count_images(turns: Sequence[Turn]) -> int:
     """Number of image placeholders."""
-    return sum(turn.text.count(IMAGE_TOKEN) for turn in turns)
+    return sum(turn.text.count(IMAGE_TOKEN) - len(turn.literal) for turn in turns)
 
 
-def _turn(entry: Any, index: int, keep_count: bool) -> Turn:
+def _turn(entry: Any, index: int) -> Turn:
     if isinstance(entry, Turn):
-        return Turn(entry.role, _images_first(entry.text, keep_count))
+        return entry
     if not isinstance(entry, Mapping) or "from" not in entry or "value" not in entry:
         raise DataError(f'conversations[{index}] is {_shown(entry)}; expected an object with "from" and "value".')
     role, text = entry["from"], entry["value"]
     if role not in ROLES:
         raise TemplateError(f'conversations[{index}].from is {_shown(role)}; expected "human" or "gpt".')
-    if not isinstance(text, str):
-        raise DataError(f"conversations[{index}].value is {_shown(text)}; expected a string.")
-    return Turn(role, _images_first(text, keep_count))
+    return Turn(role, checked_text(text, f"conversations[{index}].value"))
 
 
 def _images_first(text: str, keep_count: bool) -> str:

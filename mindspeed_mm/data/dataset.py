@@ -1,58 +1,162 @@
 """Samples of any kind of data file as tokens and pixels, ready for collation."""
 
-from bisect import bisect_right
+import logging
 from collections.abc import Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from mindspeed_mm.data.expand import expand_images, fit_length
+from mindspeed_mm.data.expand import Encoding, fit_length
 from mindspeed_mm.data.image import ImageError, ImageProcessor, preprocess
+from mindspeed_mm.data.lengths import UNUSABLE, count_all, refuse_overlong, usable_length
 from mindspeed_mm.data.sample import Encoded, Sample
-from mindspeed_mm.data.template import Template, encode_turns
-from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MAX_SKIPS = 1000
 """So many bad images in a row mean a wrong folder, not single damaged files."""
 
 
+@dataclass(frozen=True)
+class Policies:
+    """What happens to samples that cannot be used as they are. See DatasetParam for the choices."""
+
+    image_error: str = "error"
+    overlong: str = "error"
+    max_skip_percent: float = 5
+
+
+class DataSet:
+    """One source of the data config: its records, those that are left out, and how often it counts."""
+
+    def __init__(self, source: Any, repeat_time: float, name: str):
+        """`source` has len(), [number] -> Sample, and `index` (see datasets/_files.py)."""
+        self.source, self.name = source, name
+        self._repeat = repeat_time
+        self._kept: np.ndarray | None = None
+        self.lengths: np.ndarray | None = None
+        """[n] int32 by record number, negative without images; known after `measure`."""
+        self._count()
+
+    def _count(self) -> None:
+        usable = len(self.source) if self._kept is None else len(self._kept)
+        self._length = int(usable * self._repeat)
+        if not self._length:
+            raise DataError(
+                f"{self.name}: a share of {self._repeat} of {usable} records is none; raise repeat_time, or look at "
+                "the records that were left out."
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def number(self, index: int) -> int:
+        """Record number of a sample of this set."""
+        if self._kept is None:
+            return index % len(self.source)
+        return int(self._kept[index % len(self._kept)])
+
+    def all_lengths(self) -> np.ndarray:
+        """[len(self)] int32."""
+        assert self.lengths is not None
+        lengths = self.lengths if self._kept is None else self.lengths[self._kept]
+        return lengths[: self._length] if self._length <= len(lengths) else np.resize(lengths, self._length)
+
+    def measure(self, encoding: Encoding, max_length: int, policy: str) -> None:
+        """Count the length of every record and leave out what the policy drops. Raises DataError under "error"."""
+        source = self.source
+        self.lengths = source.index.array(
+            "lengths",
+            np.int32,
+            lambda: count_all(
+                f"counting tokens of {self.name}",
+                len(source),
+                lambda number: usable_length(source[number], encoding, max_length, policy),
+            ),
+            **encoding.key,
+            max_length=max_length,
+            policy=policy,
+        )
+        dropped = int((self.lengths == UNUSABLE).sum())
+        if dropped:
+            self._kept = np.flatnonzero(self.lengths != UNUSABLE)
+            logger.warning(
+                "%s: %d of %d records are over %d tokens and left out (overlong: %s)",
+                *(self.name, dropped, len(source), max_length, policy),
+            )
+            self._count()
+
+    def refuse_overlong(self, encoding: Encoding, max_length: int) -> None:
+        """Raise DataError for the first record that is too long."""
+        source = self.source
+        source.index.array(
+            "fits",
+            np.int32,
+            lambda: count_all(
+                f"checking lengths of {self.name}",
+                len(source),
+                lambda number: refuse_overlong(source[number], encoding, max_length),
+            )[:1],
+            **encoding.key,
+            max_length=max_length,
+        )
+
+    @property
+    def dropped(self) -> int:
+        """Records that are left out."""
+        return 0 if self._kept is None else len(self.source) - len(self._kept)
+
+
 class MultimodalDataset(Dataset[Encoded]):
-    """Map-style dataset of Encoded. `sources` are concatenated; images are decoded when a sample is asked for."""
+    """Map-style dataset of Encoded. The sets follow each other; images are decoded when a sample is asked for."""
 
     def __init__(
         self,
-        sources: Sequence[Any],
+        sets: Sequence[DataSet],
         *,
-        tokenizer: Tokenizer,
-        template: Template,
+        encoding: Encoding,
         image_processor: ImageProcessor,
         pad: bool,
-        tokens_per_image: int,
         max_length: int,
-        image_error: str = "error",
-        overlong: str = "error",
+        policies: Policies = Policies(),
+        measured: bool = False,
     ):
-        self._sources = list(sources)
-        self._ends = list(accumulate(len(source) for source in sources))
-        self._tokenizer = tokenizer
-        self._template = template
+        """`measured`: count all lengths now (for packing and grouping); otherwise only where a policy needs them."""
+        self.sets = list(sets)
+        self.encoding = encoding
         self.image_processor = image_processor
+        self.policies = policies
+        self.max_length = max_length
         self._pad = pad
-        self._tokens_per_image = tokens_per_image
-        self._max_length = max_length
-        self._image_error = image_error
-        self._overlong = overlong
+        self._lengths: np.ndarray | None = None
+        for data_set in self.sets:
+            if measured or policies.overlong != "error":
+                data_set.measure(encoding, max_length, policies.overlong)
+            else:
+                data_set.refuse_overlong(encoding, max_length)
+        self._ends = np.cumsum([len(data_set) for data_set in self.sets])
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return int(self._ends[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[n] int32 expanded length of every sample, negative without images. Needs `measured`."""
+        if self._lengths is None:
+            parts = [data_set.all_lengths() for data_set in self.sets]
+            self._lengths = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._lengths
 
     def sample(self, index: int) -> Sample:
         """The checked record at `index`, images unopened."""
-        source = bisect_right(self._ends, index)
-        start = self._ends[source - 1] if source else 0
-        return self._sources[source][index - start]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        data_set = self.sets[number]
+        return data_set.source[data_set.number(index - (int(self._ends[number - 1]) if number else 0))]
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`. Under the policy "skip" a sample whose image cannot be used is replaced by the next good one
@@ -60,25 +164,42 @@ class MultimodalDataset(Dataset[Encoded]):
 
         Raises DataError naming record, path and cause.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         skipped: list[str] = []
-        for step in range(min(len(self), MAX_SKIPS)):
-            sample = self.sample((index + step) % len(self))
+        sample = self.sample(index)
+        for step in range(1, min(len(self), MAX_SKIPS) + 1):
             try:
                 return self._encode(sample, tuple(skipped))
             except ImageError as error:
-                message = f"{sample.where}: {error}"
-                if self._image_error == "error":
-                    raise DataError(message) from error
-                skipped.append(message)
-            except DataError as error:
-                raise type(error)(f"{sample.where}: {error}") from error
+                skipped.append(self._skipped(sample, error))
+            sample = self.sample((index + step) % len(self))
         raise DataError(f"{len(skipped)} records in a row have no usable image, the last one: {skipped[-1]}")
 
+    def row(self, indices: Sequence[int]) -> list[Encoded]:
+        """The samples that share a row. Under the policy "skip" one whose image cannot be used leaves its place empty;
+        the first of the rest carries the reason (or a sample without tokens, when nothing is left).
+        """
+        samples, skipped = [], []
+        for index in indices:
+            sample = self.sample(index)
+            try:
+                samples.append(self._encode(sample, ()))
+            except ImageError as error:
+                skipped.append(self._skipped(sample, error))
+        if skipped:
+            samples.append(Encoded("(skipped)", [], [], (), tuple(skipped)))
+        return samples
+
+    def _skipped(self, sample: Sample, error: ImageError) -> str:
+        message = f"{sample.where}: {error}"
+        if self.policies.image_error == "error":
+            raise DataError(message) from error
+        return message
+
     def _encode(self, sample: Sample, skipped: tuple[str, ...]) -> Encoded:
-        ids, labels = encode_turns(sample.turns, self._tokenizer, self._template)
-        ids, labels = expand_images(ids, labels, self._tokens_per_image)
-        ids, labels = fit_length(ids, labels, self._max_length, self._overlong)
-        images = tuple(preprocess(path, self.image_processor, self._pad) for path in sample.images)
+        try:
+            ids, labels = self.encoding.of(sample)
+            ids, labels = fit_length(ids, labels, self.max_length, self.policies.overlong)
+        except DataError as error:
+            raise type(error)(f"{sample.where}: {error}") from error
+        images = tuple(preprocess(image, self.image_processor, self._pad) for image in sample.images)
         return Encoded(sample.id, ids, labels, images, skipped)

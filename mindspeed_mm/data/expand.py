@@ -1,9 +1,49 @@
 """Expand each image placeholder to the number of image tokens, so that shapes are known before the model runs."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from mindspeed_mm.data.sample import Sample
+from mindspeed_mm.data.template import SpecialText, Template, encode_turns, render_turns
+from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import DataError
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How samples become tokens."""
+
+    tokenizer: Tokenizer
+    template: Template
+    tokens_per_image: int
+    special_text: SpecialText = "text"
+
+    def of(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """Expanded ids and labels of a sample, of any length."""
+        ids, labels = encode_turns(sample.turns, self.tokenizer, self.template, self.special_text)
+        return expand_images(ids, labels, self.tokens_per_image)
+
+    def upper_bound(self, sample: Sample) -> int:
+        """A length that the sample cannot exceed, without tokenising: a token covers at least a byte, up to the ones
+        without width at the start of each piece."""
+        pieces = 4 * (1 + len(sample.turns) + len(sample.images))
+        return (
+            len(render_turns(sample.turns, self.template).encode())
+            + pieces
+            + len(sample.images) * self.tokens_per_image
+        )
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What lengths depend on besides the records."""
+        return {
+            "tokenizer": self.tokenizer.digest,
+            "template": self.template.digest,
+            "tokens_per_image": self.tokens_per_image,
+            "special_text": self.special_text,
+        }
 
 
 def expand_images(
@@ -33,7 +73,7 @@ def fit_length(input_ids: list[int], labels: list[int], max_length: int, policy:
     if policy == "error":
         raise DataError(
             f"has {length} tokens with its images, more than the maximum of {max_length}. Raise --seq-length, set "
-            '"overlong": "truncate" in dataset_param, or remove the record.'
+            '"overlong": "truncate" or "drop" in dataset_param, or remove the record.'
         )
     if IMAGE_TOKEN_INDEX in input_ids[max_length:]:
         raise DataError(

@@ -4,6 +4,7 @@ The steps, in float32 and channel order R, G, B: convert to RGB (alpha dropped, 
 square with the mean colour (LLaVA's expand2square) where wanted, resize, centre crop, rescale, normalise.
 """
 
+import io
 import json
 import math
 import struct
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
+from mindspeed_mm.data.sample import ImageBytes
 from mindspeed_mm.errors import ConfigError, DataError
 
 MAX_PIXELS = 2 * 89_478_485
@@ -118,15 +120,15 @@ def _config_file(path: Path) -> Path:
     raise ConfigError(f"{path} holds no {CONFIG_NAMES[0]}; expected the folder of a CLIP image processor.")
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Decode a picture to RGB.
+def load_image(path: str | Path | ImageBytes) -> Image.Image:
+    """Decode a picture to RGB; its content decides the format, whatever the file's suffix says.
 
     Raises ImageError naming the path when it is missing, truncated, too large or not a picture.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on sizes and palettes; the size is checked below
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(_opened(path), formats=FORMATS) as image:
                 _bound(image.width * image.height, f"is {image.width} x {image.height} pixels", path)
                 return image.convert("RGB")
     except FileNotFoundError as error:
@@ -140,8 +142,14 @@ def load_image(path: str | Path) -> Image.Image:
         ) from error
 
 
+def _opened(source: str | Path | ImageBytes) -> str | Path | io.BytesIO:
+    return io.BytesIO(source.data) if isinstance(source, ImageBytes) else source
+
+
 def preprocess(
-    image: str | Path | Image.Image, image_processor: ImageProcessor | str | Path | dict[str, Any], pad: bool = True
+    image: str | Path | ImageBytes | Image.Image,
+    image_processor: ImageProcessor | str | Path | dict[str, Any],
+    pad: bool = True,
 ) -> torch.Tensor:
     """A picture as the vision encoder sees it: [3, H, W] float32.
 

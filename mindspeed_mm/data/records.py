@@ -1,19 +1,23 @@
-"""Random access to the records of a JSON list or a JSONL file without holding them in memory.
+"""Random access to the records of a JSON list or a JSONL file at constant memory.
 
-The file is read once at the start: every record is parsed (so that damage is found before training, not within it) and
-only its place in the file is kept, 16 bytes per record. Later reads fetch one record each.
+The file is read once: every record is parsed and checked (so that damage is found before training, not within it) and
+the byte at which it starts is kept, 8 bytes a record. For large files that index is stored and mapped (see index.py),
+so that later starts, other ranks and workers read it from there.
 """
 
 import codecs
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mindspeed_mm.data.index import Index
+from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.errors import DataError
 
 BLOCK_BYTES = 4 * 2**20
@@ -23,44 +27,68 @@ MAX_RECORD_BYTES = 64 * 2**20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_SPACE = b" \t\r\n"
 JSON_SPACES = re.compile(r"[ \t\r\n]*")
+DECODER = json.JSONDecoder()
 
 
 class RecordFile:
     """The records of one file. Safe to use from several processes at once; can be pickled."""
 
-    def __init__(self, path: str | Path, check: Callable[[dict[str, Any], str], Any] | None = None):
-        """Index the file; `check(record, where)` is called for every record and may raise DataError.
+    def __init__(
+        self,
+        path: str | Path,
+        check: Callable[[dict[str, Any], str], Any] | None = None,
+        *,
+        index: Index | None = None,
+    ):
+        """Index the file, or take a stored index that fits; `check(record, where)` is called for every record that is
+        read for that and may raise DataError.
 
         Raises DataError for a missing, empty or damaged file, naming the record and its line.
         """
         self.path = Path(path)
         self._descriptor: int | None = None
-        places = []
-        for number, (record, start, end) in enumerate(self._scan()):
-            where = self.where(number)
-            if not isinstance(record, dict):
-                raise DataError(f"{where} is {_shown(record)}; expected an object with conversations.")
-            if check is not None:
-                check(record, where)
-            places.append((start, end))
-        if not places:
+        index = index or Index(self.path, None)
+        # The last entry is the byte after the last record.
+        self._starts: np.ndarray = index.array("starts", np.int64, lambda: self._index(check))
+
+    def _index(self, check: Callable[[dict[str, Any], str], Any] | None) -> np.ndarray:
+        starts, last = array("q"), 0
+        total = self.path.stat().st_size if self.path.is_file() else 0
+        with progress_bar(f"indexing {self.path.name}", total) as advance:
+            for number, (record, start, end) in enumerate(self._scan()):
+                where = self.where(number)
+                if not isinstance(record, dict):
+                    raise DataError(
+                        f"{where} is {_shown(record)}; expected an object with conversations, such as "
+                        '{"id": "1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": '
+                        '"Hello"}]}.'
+                    )
+                if check is not None:
+                    check(record, where)
+                starts.append(start)
+                advance(end - last)
+                last = end
+        if not starts:
             raise DataError(f"{self.path} holds no records; expected a JSON list or JSONL of conversations.")
-        self._places = np.asarray(places, dtype=np.int64)
+        starts.append(last)
+        return np.frombuffer(starts, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._starts) - 1
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        start, end = self._places[number].tolist()
+        start, end = int(self._starts[number]), int(self._starts[number + 1])
         if self._descriptor is None:
             self._descriptor = self._open()
         raw = os.pread(self._descriptor, end - start, start)
         try:
-            return json.loads(raw)
+            # Behind a record come the separators before the next one.
+            record, _ = DECODER.raw_decode(raw.decode("utf-8").lstrip())
         except ValueError as error:
             raise DataError(
                 f"{self.where(number)} is not JSON any more; the file has changed since the start."
             ) from error
+        return record
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descriptor": None}

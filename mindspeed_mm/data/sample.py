@@ -9,21 +9,40 @@ import torch
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation, in LLaVA's role names."""
+    """One turn of a conversation, in LLaVA's role names; a system turn only comes first."""
 
-    role: Literal["human", "gpt"]
+    role: Literal["human", "gpt", "system"]
     text: str
+    """`<image>` stands for an image, except at the places in `literal`."""
+
+    literal: tuple[int, ...] = ()
+    """Where in the text `<image>` begins that is meant as these seven characters."""
+
+
+@dataclass(frozen=True)
+class ImageBytes:
+    """An encoded picture that is no file of its own (a member of a tar or parquet file)."""
+
+    name: str
+    """For messages."""
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A record that was read and checked; images are paths and not opened yet."""
+    """A record that was read and checked; images are not decoded yet."""
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[Path, ...]
+    images: tuple[Path | ImageBytes, ...]
     where: str
     """File and record number, for messages."""
+
+    rejected: tuple[Turn, ...] | None = None
+    """Preference records: the conversation with the worse answer (`turns` has the better one)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """A right-padded micro-batch. B: samples, S: length, N: images of the whole batch."""
+    """A right-padded micro-batch. B: rows (samples, unless packed), S: length, N: images of the whole batch."""
 
     input_ids: torch.Tensor
     """[B, S] int64; -200 at image positions, the pad id behind a sample's end."""
@@ -55,7 +74,7 @@ class Batch:
     """[B, S] int64; the NEXT token at each position (already shifted), -100 where nothing is predicted."""
 
     position_ids: torch.Tensor
-    """[B, S] int64; 0, 1, 2, ... in every row."""
+    """[B, S] int64; 0, 1, 2, ... in every row; packed: from 0 again at the start of each sample."""
 
     pixel_values: torch.Tensor
     """[N, 3, H, W] float32 in reading order; N is 0 for a text-only batch."""
@@ -68,12 +87,17 @@ class Batch:
     """Positions with a label."""
 
     lengths: tuple[int, ...] = ()
-    """Positions of each row that hold the sample; their sum is `tokens`."""
+    """Positions of each sample; their sum is `tokens`."""
 
     skipped: tuple[str, ...] = ()
     """Why records were left out while these samples were fetched, one entry per record."""
 
+    segment_ids: torch.Tensor | None = None
+    """[B, S] int64 of packed rows: 1, 2, ... for the samples of a row, 0 for padding. Attention stays inside a segment.
+    None: one sample a row, causal attention is right."""
+
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (DataLoader calls this under pin_memory)."""
-        names = ("input_ids", "labels", "position_ids", "pixel_values")
+        names = ["input_ids", "labels", "position_ids", "pixel_values"]
+        names += ["segment_ids"] if self.segment_ids is not None else []
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})

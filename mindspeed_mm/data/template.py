@@ -1,14 +1,17 @@
 """Conversation templates: how turns become one string, which of its tokens are supervised, where an answer stops.
 
-Templates are JSON files in the folder `templates`; a new one is a new file. Masks come from the turns themselves: the
-rendered string is made of segments that know whether they are supervised, and every token takes the mask of the
-segment in which it starts. Nothing is ever searched for in the rendered string, so no text of a user can shift a mask.
+Templates are JSON files in the folder `templates`; a new one is a new file. The name "tokenizer" stands for the chat
+template that comes with the tokenizer (see chat_template.py). Masks come from the turns themselves: the rendered string
+is made of segments that know whether they are supervised, and every token takes the mask of the segment in which it
+starts. Nothing is ever searched for in the rendered string, so no text of a user can shift a mask.
 """
 
+import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from mindspeed_mm.config.load import StrictModel, load_config, nearest
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -19,12 +22,32 @@ from mindspeed_mm.errors import TemplateError
 
 FOLDER = Path(__file__).parent / "templates"
 
-Segment = tuple[str, bool]
-"""Text and whether it is supervised."""
+OWN_TEMPLATE = "tokenizer"
+"""The name that stands for the tokenizer's own chat template."""
+
+SLOT = "{text}"
+SYSTEM_SLOT = "{system}"
+
+SpecialText = Literal["tokens", "text"]
+"""What the text of a special token ("</s>") becomes where a user or an answer holds it: the token, as in the original
+LLaVA, or plain text, which cannot end a turn."""
+
+
+class Segment(NamedTuple):
+    """A piece of the rendered string."""
+
+    text: str
+    supervised: bool = False
+    start: int = 0
+    """Where the turn's own text begins in `text`, and where it ends; the rest is the template's."""
+    end: int = 0
+    literal: tuple[int, ...] = ()
+    """Where in `text` an `<image>` begins that is no image."""
 
 
 class Template(StrictModel):
-    """A template's file. `{text}` stands for the text of the turn. Wordings are those of LLaVA's conversation.py."""
+    """A template's file. `{text}` stands for the text of the turn, once in each form. Wordings are those of LLaVA's
+    conversation.py where it has the template."""
 
     aliases: tuple[str, ...] = ()
     prefix: str = ""
@@ -33,6 +56,10 @@ class Template(StrictModel):
     human: str
     human_first: str | None = None
     """The first human turn where it differs (a system text inside)."""
+
+    with_system: str | None = None
+    """Start of a conversation that brings its own system text: prefix and first human turn with `{system}` and
+    `{text}`; None: such a conversation is refused."""
 
     human_empty: str | None = None
     """A human turn without text; None: as any other."""
@@ -46,14 +73,28 @@ class Template(StrictModel):
     gpt_empty: str = ""
     """An answer without text (LLaVA leaves the end marker out)."""
 
+    gpt_footer: str = ""
+    """What follows an answer; not supervised."""
+
+    suffix: str = ""
+    """What ends a conversation; not supervised."""
+
     end: str
-    """The end marker of an answer."""
+    """The end marker of an answer: one token, unless `end_is_text`."""
+
+    end_is_text: bool = False
+    """The end marker is ordinary text, of any number of tokens."""
 
     stop: tuple[str, ...]
     """Strings that end generation."""
 
     captions_only: bool = False
     """The template is one image and its caption: the human text is dropped, exactly one answer follows."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any field."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -71,16 +112,26 @@ def _templates() -> dict[str, Template]:
 
 def template_names() -> list[str]:
     """Names and aliases of all templates."""
-    return sorted(_templates())
+    return sorted([*_templates(), OWN_TEMPLATE])
 
 
-def get_template(template: str | Template) -> Template:
-    """The template of a name or alias (a Template is returned as it is). Raises TemplateError for an unknown name."""
+def get_template(template: str | Template, tokenizer: Tokenizer | None = None) -> Template:
+    """The template of a name or alias (a Template is returned as it is).
+
+    "tokenizer" is the chat template of the `tokenizer` that is given. Raises TemplateError for an unknown name, or
+    where the tokenizer has no chat template or one that is not made of turns.
+    """
     if isinstance(template, Template):
         return template
+    if template == OWN_TEMPLATE:
+        if tokenizer is None:
+            raise TemplateError('the template "tokenizer" needs the tokenizer that brings it; name another one here.')
+        from mindspeed_mm.data.chat_template import template_from_tokenizer
+
+        return template_from_tokenizer(tokenizer)
     templates = _templates()
     if template not in templates:
-        close = nearest(template, templates)
+        close = nearest(template, template_names())
         hint = f'did you mean "{close}"?' if close else f"known: {', '.join(sorted(templates))}"
         raise TemplateError(f'unknown template "{template}"; {hint}')
     return templates[template]
@@ -93,7 +144,7 @@ def render(conversation: Mapping[str, Any] | Sequence[Any], template: str | Temp
 
 def render_turns(turns: Sequence[Turn], template: str | Template) -> str:
     """As `render`, for turns that `conversation_turns` has checked."""
-    return "".join(text for text, _ in _segments(turns, get_template(template)))
+    return "".join(segment.text for segment in _segments(turns, get_template(template)))
 
 
 def encode(
@@ -102,16 +153,18 @@ def encode(
     template: str | Template,
     *,
     max_length: int | None = None,
+    special_text: SpecialText = "tokens",
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a LLaVA record, or of its conversations list, as the original LLaVA preprocess gives them.
 
     One IMAGE_TOKEN_INDEX (-200) per image. Supervised is each answer from just after its header through its end marker;
     everything else, BOS and images have IGNORE_INDEX (-100). A text-only conversation is cut to `max_length` (default:
     the record's `model_max_length`, where it has one), one with images is not.
+    `special_text="text"` keeps special tokens that someone typed plain text, which the original LLaVA does not.
     Raises DataError for a broken record, TemplateError where the conversation does not fit the template.
     """
     turns = conversation_turns(conversation)
-    ids, labels = _tokenize(_segments(turns, get_template(template)), tokenizer)
+    ids, labels = encode_turns(turns, tokenizer, template, special_text)
     if max_length is None and isinstance(conversation, Mapping):
         max_length = conversation.get("model_max_length")
     if max_length is not None and not count_images(turns):
@@ -119,9 +172,11 @@ def encode(
     return ids, labels
 
 
-def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer, template: str | Template) -> tuple[list[int], list[int]]:
-    """As `encode`, for turns that `conversation_turns` has checked."""
-    return _tokenize(_segments(turns, get_template(template)), tokenizer)
+def encode_turns(
+    turns: Sequence[Turn], tokenizer: Tokenizer, template: str | Template, special_text: SpecialText = "tokens"
+) -> tuple[list[int], list[int]]:
+    """As `encode`, for turns that have been checked."""
+    return _tokenize(_segments(turns, get_template(template, tokenizer)), tokenizer, special_text)
 
 
 def generation_prompt(turns: Sequence[Sequence[str | None]], template: str | Template) -> str:
@@ -129,12 +184,13 @@ def generation_prompt(turns: Sequence[Sequence[str | None]], template: str | Tem
 
     Raises TemplateError when another answer is open or the last one is not.
     """
-    return "".join(text for text, _ in _segments(_open_turns(turns), get_template(template), generation=True))
+    segments = _segments(_open_turns(turns), get_template(template), generation=True)
+    return "".join(segment.text for segment in segments)
 
 
 def encode_prompt(turns: Sequence[Sequence[str | None]], tokenizer: Tokenizer, template: str | Template) -> list[int]:
     """Ids of `generation_prompt`, one IMAGE_TOKEN_INDEX (-200) per `<image>`."""
-    return _tokenize(_segments(_open_turns(turns), get_template(template), generation=True), tokenizer)[0]
+    return _tokenize(_segments(_open_turns(turns), get_template(template, tokenizer), generation=True), tokenizer)[0]
 
 
 def _open_turns(pairs: Sequence[Sequence[str | None]]) -> list[Turn]:
@@ -156,25 +212,50 @@ def _segments(turns: Sequence[Turn], template: Template, generation: bool = Fals
     """The rendered string in pieces. In `generation` the last answer is open: only its header is there."""
     if template.captions_only:
         turns = _caption_turns(turns)
-    segments = [(template.prefix, False)]
+    if turns[0].role == "system":
+        segments, turns = _opening(turns, template), turns[2:]
+    else:
+        first = template.human if template.human_first is None else template.human_first
+        segments = [Segment(template.prefix), _human(turns[0], template, first)]
+        turns = turns[1:]
     for index, turn in enumerate(turns):
         if turn.role == "human":
-            segments.append((_human(turn.text, template, first=index == 0), False))
+            segments.append(_human(turn, template, template.human))
             continue
-        segments.append((template.gpt_header, False))
+        segments.append(Segment(template.gpt_header))
         if not (generation and index == len(turns) - 1):
-            body = template.gpt.replace("{text}", turn.text) if turn.text else template.gpt_empty
-            segments.append((body, True))
+            body = _fill(template.gpt, turn, supervised=True) if turn.text else Segment(template.gpt_empty, True)
+            segments += [body, Segment(template.gpt_footer)]
+    if not generation:
+        segments.append(Segment(template.suffix))
     return segments
 
 
-def _human(text: str, template: Template, first: bool) -> str:
-    if not text and template.human_empty is not None:
-        if first and template.human_first is not None:
+def _opening(turns: Sequence[Turn], template: Template) -> list[Segment]:
+    """A system text and the first human turn."""
+    if template.with_system is None:
+        raise TemplateError("this template has no place for a system text; remove it, or choose another template.")
+    if len(turns) < 2:
+        raise TemplateError("a system text alone is no conversation; expected a human turn behind it.")
+    system, human = template.with_system.split(SLOT)[0], SLOT + template.with_system.split(SLOT)[1]
+    before, after = system.split(SYSTEM_SLOT)
+    return [_fill(before + SLOT, turns[0]), _fill(after + human, turns[1])]
+
+
+def _human(turn: Turn, template: Template, form: str) -> Segment:
+    if not turn.text and template.human_empty is not None:
+        if form == template.human_first:
             raise TemplateError("the first human turn is empty; this template puts its system text there. Add a text.")
-        return template.human_empty
-    form = template.human_first if first and template.human_first is not None else template.human
-    return form.replace("{text}", text)
+        return Segment(template.human_empty)
+    return _fill(form, turn)
+
+
+def _fill(form: str, turn: Turn, supervised: bool = False) -> Segment:
+    """A form with the text of a turn in its slot."""
+    before, after = form.split(SLOT)
+    start = len(before)
+    literal = tuple(start + place for place in turn.literal)
+    return Segment(before + turn.text + after, supervised, start, start + len(turn.text), literal)
 
 
 def _caption_turns(turns: Sequence[Turn]) -> list[Turn]:
@@ -188,26 +269,52 @@ def _caption_turns(turns: Sequence[Turn]) -> list[Turn]:
     return [Turn("human", IMAGE_TOKEN * images), turns[1]]
 
 
-def _tokenize(segments: Iterable[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Tokenise the joined segments, cut at `<image>`; every piece is encoded on its own, as LLaVA does."""
+def _tokenize(
+    segments: Iterable[Segment], tokenizer: Tokenizer, special_text: SpecialText = "tokens"
+) -> tuple[list[int], list[int]]:
+    """Tokenise the joined segments, cut at each image; every piece is encoded on its own, as LLaVA does."""
     segments = list(segments)
-    text = "".join(part for part, _ in segments)
+    text = "".join(segment.text for segment in segments)
     # One flag per character, one more for tokens without width at the very end.
-    supervised = b"".join((b"\1" if flag else b"\0") * len(part) for part, flag in segments) + b"\0"
+    supervised = b"".join((b"\1" if segment.supervised else b"\0") * len(segment.text) for segment in segments) + b"\0"
+    literal, plain = _places(segments, special_text)
     ids: list[int] = []
     labels: list[int] = []
-    position = 0
-    for index, chunk in enumerate(text.split(IMAGE_TOKEN)):
+    for index, (begin, end) in enumerate(_between_images(text, literal)):
         if index:
             ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
-            position += len(IMAGE_TOKEN)
-        chunk_ids, starts = tokenizer.encode_with_starts(chunk, add_bos=index == 0)
+        spans = [(start - begin, stop - begin) for start, stop in plain if start < end and stop > begin]
+        chunk_ids, starts = tokenizer.encode_with_starts(text[begin:end], add_bos=index == 0, plain=spans)
         ids += chunk_ids
         for token_id, start in zip(chunk_ids, starts, strict=True):
-            labels.append(token_id if start >= 0 and supervised[position + start] else IGNORE_INDEX)
-        position += len(chunk)
+            labels.append(token_id if start >= 0 and supervised[begin + start] else IGNORE_INDEX)
     return ids, labels
+
+
+def _places(segments: Sequence[Segment], special_text: SpecialText) -> tuple[set[int], list[tuple[int, int]]]:
+    """Where in the joined segments an `<image>` is text, and which spans hold no special tokens."""
+    literal: set[int] = set()
+    plain: list[tuple[int, int]] = []
+    position = 0
+    for segment in segments:
+        literal.update(position + place for place in segment.literal)
+        if special_text == "text" and segment.end > segment.start:
+            plain.append((position + segment.start, position + segment.end))
+        else:  # a literal <image> is no special token either
+            plain += [(position + place, position + place + len(IMAGE_TOKEN)) for place in segment.literal]
+        position += len(segment.text)
+    return literal, plain
+
+
+def _between_images(text: str, literal: set[int]) -> list[tuple[int, int]]:
+    """(begin, end) of the text before, between and behind the images."""
+    spans, begin = [], 0
+    for match in re.finditer(re.escape(IMAGE_TOKEN), text):
+        if match.start() not in literal:
+            spans.append((begin, match.start()))
+            begin = match.end()
+    return [*spans, (begin, len(text))]
 
 
 PROBE = ("Which number is it?\nSay it.", "It is 42, I think.\nYes.", "Sure?", "Yes: A.")
@@ -218,21 +325,32 @@ def check_template(template: str | Template, tokenizer: Tokenizer) -> None:
     """Check that a template and a tokenizer fit: answers come back from their supervised tokens, and the end marker is
     one token of its own. Raises TemplateError otherwise; call it once before training or generation.
     """
-    template = get_template(template)
-    end_ids = _end_ids(template, tokenizer)
+    template = get_template(template, tokenizer)
+    end_ids = None if template.end_is_text else _end_ids(template, tokenizer)
     pairs = [PROBE[:2]] if template.captions_only else [PROBE[:2], PROBE[2:]]
     turns = [turn for question, answer in pairs for turn in (Turn("human", question), Turn("gpt", answer))]
     if template.captions_only:
         turns[0] = Turn("human", IMAGE_TOKEN)
     _, labels = encode_turns(turns, tokenizer, template)
-    for (_, answer), run in zip(pairs, supervised_runs(labels), strict=True):
-        body = run[: -len(end_ids)]
-        if run[-len(end_ids) :] != end_ids or tokenizer.decode(body).strip() != answer.strip():
-            raise TemplateError(
-                f"the tokenizer does not round-trip this template: the answer {answer!r} with its end marker "
-                f"{template.end!r} comes back as {tokenizer.decode(run, skip_special_tokens=False)!r}. Use the "
-                "tokenizer of the text decoder's checkpoint, or a template made for it."
-            )
+    runs = supervised_runs(labels)
+    if len(runs) != len(pairs) or not all(
+        _comes_back(run, answer, end_ids, template, tokenizer) for run, (_, answer) in zip(runs, pairs, strict=True)
+    ):
+        shown = [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+        raise TemplateError(
+            f"the tokenizer does not round-trip this template: the answer {pairs[0][1]!r} with its end marker "
+            f"{template.end!r} comes back as {shown[0] if shown else ''!r}. Use the tokenizer of the text decoder's "
+            "checkpoint, or a template made for it."
+        )
+
+
+def _comes_back(
+    run: list[int], answer: str, end_ids: list[int] | None, template: Template, tokenizer: Tokenizer
+) -> bool:
+    """Whether the supervised tokens are the answer and its end marker."""
+    if end_ids is None:
+        return tokenizer.decode(run).strip() == template.gpt.replace(SLOT, answer).strip()
+    return run[-len(end_ids) :] == end_ids and tokenizer.decode(run[: -len(end_ids)]).strip() == answer.strip()
 
 
 def _end_ids(template: Template, tokenizer: Tokenizer) -> list[int]:

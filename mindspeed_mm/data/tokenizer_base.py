@@ -1,7 +1,10 @@
 """What every tokenizer offers, and the settings that lie beside tokenizer files."""
 
+import hashlib
+import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +55,32 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_with_starts(
-        self, text: str, add_bos: bool = True, *, special_text: bool = True
+        self, text: str, add_bos: bool = True, *, special_text: bool = True, plain: Sequence[tuple[int, int]] = ()
     ) -> tuple[list[int], list[int]]:
-        """As `encode`, plus the position in `text` where each token starts (-1 for BOS)."""
+        """As `encode`, plus the position in `text` where each token starts (-1 for BOS).
+
+        `plain` are spans (begin, end) of `text` in which the text of special tokens stays text.
+        """
+
+    @property
+    def digest(self) -> str:
+        """Changes with any of the tokenizer's files."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        return digest.hexdigest()
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template that lies beside the tokenizer, or None."""
+        if "chat_template.jinja" in self._files:
+            return self._files["chat_template.jinja"].decode()
+        config = json.loads(self._files.get("tokenizer_config.json", b"{}").decode("utf-8-sig"))
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, each with a name
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default")
+        return template
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -81,6 +107,17 @@ class Tokenizer(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
+
+
+def outside(splitter: re.Pattern[str], text: str, plain: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the special tokens in a text that lie outside the spans in `plain`."""
+    position = 0
+    while match := splitter.search(text, position):
+        inside = next((stop for start, stop in plain if match.start() < stop and match.end() > start), None)
+        if inside is None:
+            yield match.span()
+        # A token that begins inside a span is none; one that begins in its middle may still be.
+        position = match.end() if inside is None else match.start() + 1
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """tokenizer.json of any model family."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
-from mindspeed_mm.data.tokenizer_base import LLAMA_CLASSES, SPACE, Tokenizer, TokenizerSettings
+from mindspeed_mm.data.tokenizer_base import LLAMA_CLASSES, SPACE, Tokenizer, TokenizerSettings, outside
 from mindspeed_mm.errors import DataError
 
 
@@ -37,16 +38,43 @@ class FastTokenizer(Tokenizer):
         self.pad_token_id = next(token_id for token_id in pads if token_id is not None)
         special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         self.special_ids = frozenset(special | {token_id for token_id in named.values()})
+        added = {token.content: token for token in self._model.get_added_tokens_decoder().values()}
+        self._strips = {content: (token.lstrip, token.rstrip) for content, token in added.items()}
+        longest_first = sorted(added, key=len, reverse=True)
+        self._splitter = re.compile("|".join(re.escape(content) for content in longest_first) or r"(?!)")
         sample = self._model.encode("a")
         body = sample.special_tokens_mask.index(0) if 0 in sample.special_tokens_mask else len(sample.ids)
         self._prefix = sample.ids[:body]
 
     def encode_with_starts(
-        self, text: str, add_bos: bool = True, *, special_text: bool = True
+        self, text: str, add_bos: bool = True, *, special_text: bool = True, plain: Sequence[tuple[int, int]] = ()
     ) -> tuple[list[int], list[int]]:
-        encoding = (self._model if special_text else self._plain).encode(text, add_special_tokens=False)
         prefix = self._prefix if add_bos else []
-        return [*prefix, *encoding.ids], [-1] * len(prefix) + [start for start, _ in encoding.offsets]
+        ids, starts = list(prefix), [-1] * len(prefix)
+        for begin, end, special in (
+            self._pieces(text, plain) if special_text and plain else [(0, len(text), special_text)]
+        ):
+            encoding = (self._model if special else self._plain).encode(text[begin:end], add_special_tokens=False)
+            ids += encoding.ids
+            starts += [begin + start for start, _ in encoding.offsets]
+        return ids, starts
+
+    def _pieces(self, text: str, plain: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+        """(begin, end, whether special tokens are seen) of the parts of a text with plain spans.
+
+        The library cannot leave spans out, so the text is cut at the special tokens outside of them, where it would cut
+        the text anyway, and what lies between is encoded without special tokens.
+        """
+        matches = [(match.start(), match.end()) for match in self._splitter.finditer(text)]
+        if not any(begin < stop and end > start for begin, end in matches for start, stop in plain):
+            return [(0, len(text), True)]
+        pieces, position = [], 0
+        for begin, end in outside(self._splitter, text, plain):
+            lstrip, rstrip = self._strips[text[begin:end]]
+            before = len(text[position:begin].rstrip()) + position if lstrip else begin
+            pieces += [(position, before, False), (begin, end, True)]
+            position = end + (len(text[end:]) - len(text[end:].lstrip()) if rstrip else 0)
+        return [piece for piece in [*pieces, (position, len(text), False)] if piece[1] > piece[0]]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         self.pieces(ids)  # refuses unknown ids

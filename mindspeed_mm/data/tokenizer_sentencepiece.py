@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from mindspeed_mm.data.tokenizer_base import SPACE, Tokenizer, TokenizerSettings
+from mindspeed_mm.data.tokenizer_base import SPACE, Tokenizer, TokenizerSettings, outside
 from mindspeed_mm.errors import DataError
 
 
@@ -77,14 +77,14 @@ class SentencePieceTokenizer(Tokenizer):
         return added
 
     def encode_with_starts(
-        self, text: str, add_bos: bool = True, *, special_text: bool = True
+        self, text: str, add_bos: bool = True, *, special_text: bool = True, plain: Sequence[tuple[int, int]] = ()
     ) -> tuple[list[int], list[int]]:
         """See the base class. Tokens without width (a dummy prefix, the first bytes of a character) start where the
         character after them does."""
         prefix = [self.bos_token_id] if add_bos and self._adds_bos else []
         ids, starts = list(prefix), [-1] * len(prefix)
         first = True
-        for chunk, start, token in self._split(text) if special_text else [(text, 0, None)]:
+        for chunk, start, token in self._split(text, plain) if special_text else [(text, 0, None)]:
             if token is not None:
                 ids.append(token.id)
                 starts.append(start)
@@ -95,18 +95,18 @@ class SentencePieceTokenizer(Tokenizer):
             first = False
         return ids, starts
 
-    def _split(self, text: str) -> list[tuple[str, int, AddedToken | None]]:
+    def _split(self, text: str, plain: Sequence[tuple[int, int]]) -> list[tuple[str, int, AddedToken | None]]:
         """(text, position, added token or None) in order; the longest token wins where several begin."""
         parts: list[tuple[str, int, AddedToken | None]] = []
         position = 0
-        for match in self._splitter.finditer(text):
-            if match.start() < position:
+        for begin, end in outside(self._splitter, text, plain):
+            if begin < position:
                 continue
-            token = self._added[self._by_content[match.group()]]
-            before = text[position : match.start()]
+            token = self._added[self._by_content[text[begin:end]]]
+            before = text[position:begin]
             parts.append((before.rstrip() if token.lstrip else before, position, None))
-            parts.append((match.group(), match.start(), token))
-            position = match.end()
+            parts.append((text[begin:end], begin, token))
+            position = end
             if token.rstrip:
                 position += len(text[position:]) - len(text[position:].lstrip())
         parts.append((text[position:], position, None))

@@ -51,7 +51,7 @@ class GenerationEngine:
         self, vlm: VLM, tokenizer: Tokenizer, image_processor: ImageProcessor, template: str | Template, *, pad: bool
     ) -> None:
         self.vlm, self.tokenizer, self.image_processor = vlm, tokenizer, image_processor
-        self.template = get_template(template)
+        self.template = get_template(template, tokenizer)
         self.pad = pad
         self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from mindspeed_mm.models.masks import segment_mask
 from mindspeed_mm.platform import current_platform
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]]
@@ -37,10 +38,14 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
     """
     batch = next(data_iterator)
     device = current_platform().device()
+    mask = None
+    if batch.segment_ids is not None:
+        mask = segment_mask(batch.segment_ids.to(device, non_blocking=True))
     output = model(
         batch.input_ids.to(device, non_blocking=True),
         batch.position_ids.to(device, non_blocking=True),
         labels=batch.labels.to(device, non_blocking=True),
         pixel_values=batch.pixel_values.to(device, non_blocking=True),
+        attention_mask=mask,
     )
     return output, sum_losses

@@ -6,13 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mindspeed_mm.data.sampler import EndlessBatchSampler
+from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder
 from mindspeed_mm.errors import ConfigError
 
 
 def batches(count, length=10, consumed=0, mbs=2, rank=0, dp=1, seed=1, shuffle=True):
     sampler = EndlessBatchSampler(
-        length, consumed_samples=consumed, micro_batch_size=mbs, dp_rank=rank, dp_size=dp, seed=seed, shuffle=shuffle
+        EpochOrder(length, seed=seed, shuffle=shuffle),
+        consumed_samples=consumed,
+        micro_batch_size=mbs,
+        dp_rank=rank,
+        dp_size=dp,
     )
     return list(islice(sampler, count))
 

@@ -1,0 +1,122 @@
+"""Hugging Face "messages": {"messages": [{"role", "content"}, ...], "images": [...]} as JSON, JSONL or parquet.
+
+`content` is a text or a list of parts {"type": "text", "text": ..} and {"type": "image"}. An image part may name its
+picture (key image, path or url), else the pictures of "images" are taken in order. In a text, `<image>` stands for a
+picture only when content is no list and the record has "images"; everywhere else it is text.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mindspeed_mm.constants import IMAGE_TOKEN
+from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn
+from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
+from mindspeed_mm.data.sample import ImageBytes, Turn
+from mindspeed_mm.errors import DataError, TemplateError
+
+ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
+EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
+
+Image = str | ImageBytes
+
+
+def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
+    """Turns and images of a record. Raises DataError for a broken one."""
+    listed = listed_images(record)
+    turns, named = parse_messages(record.get("messages"), "messages", bool(listed))
+    return Parsed(turns, merged_images(listed, named))
+
+
+def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn, ...], list[Image | None]]:
+    """Turns of a list of messages, and the pictures that its parts name (None for an unnamed one), in order."""
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f'"{key}" is {entries!r:.80}; expected a list of messages, such as {EXAMPLE}.')
+    turns: list[Turn] = []
+    named: list[Image | None] = []
+    for index, entry in enumerate(entries):
+        place = f"{key}[{index}]"
+        if not isinstance(entry, Mapping) or "role" not in entry or "content" not in entry:
+            raise DataError(f'{place} is {entry!r:.80}; expected an object with "role" and "content", as in {EXAMPLE}.')
+        role = ROLES.get(entry["role"]) if isinstance(entry["role"], str) else None
+        if role is None or (role == "system" and index):
+            raise TemplateError(
+                f'{place}.role is {entry["role"]!r:.80}; expected "user" or "assistant", or "system" in the first.'
+            )
+        content = entry["content"]
+        if isinstance(content, list):
+            turn, images = _from_parts(role, content, place)
+            turns.append(turn)
+            named += images
+            continue
+        text = checked_text(content, f"{place}.content")
+        turns.append(Turn(role, text) if has_images else literal_turn(role, text))
+        named += [None] * (text.count(IMAGE_TOKEN) if has_images else 0)
+    return alternating(turns, key), named
+
+
+def _from_parts(role: Any, parts: list[Any], place: str) -> tuple[Turn, list[Image | None]]:
+    """A turn of parts; a picture is followed by a line feed, as in LLaVA's own data."""
+    text, literal, images = "", [], []
+    for index, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            piece = literal_turn(role, checked_text(part.get("text"), f"{place}.content[{index}].text"))
+            literal += [len(text) + start for start in piece.literal]
+            text += piece.text
+        elif kind in ("image", "image_url"):
+            images.append(_picture(part, f"{place}.content[{index}]"))
+            text += IMAGE_TOKEN + "\n"
+        else:
+            raise DataError(
+                f'{place}.content[{index}] is {part!r:.80}; expected {{"type": "text", "text": ..}} or '
+                '{"type": "image"}.'
+            )
+    if parts and kind != "text":
+        text = text.removesuffix("\n")
+    return Turn(role, text, tuple(literal)), images
+
+
+def _picture(part: Mapping[str, Any], place: str) -> Image | None:
+    value = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+    if isinstance(value, Mapping) and "url" in value:
+        value = value["url"]
+    return None if value is None else image_source(value, place)
+
+
+def image_source(value: Any, place: str) -> Image:
+    """A picture's name, or its bytes in the form of Hugging Face's Image feature {"bytes", "path"}."""
+    if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
+        return ImageBytes(f"{place} ({value.get('path') or 'unnamed'})", value["bytes"])
+    if isinstance(value, Mapping) and value.get("bytes") is None:
+        value = value.get("path")
+    if not isinstance(value, str) or not value:
+        raise DataError(f'{place} is {value!r:.80}; expected the name of an image, such as "coco/1.jpg".')
+    if value.startswith(("http://", "https://", "data:")):
+        raise DataError(f"{place} is {value[:80]!r}; expected a file in data_folder: nothing is downloaded. Fetch it.")
+    return value.removeprefix("file://")
+
+
+def listed_images(record: Mapping[str, Any]) -> list[Image]:
+    """The pictures under "images" or "image". Raises DataError."""
+    if record.get("image") is not None and record.get("images") is not None:
+        raise DataError('has both "image" and "images"; keep one of them.')
+    key = "images" if record.get("images") is not None else "image"
+    value = record.get(key)
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    return [image_source(item, f"{key}[{index}]") for index, item in enumerate(values)]
+
+
+def merged_images(listed: list[Image], named: list[Image | None]) -> list[Image]:
+    """Pictures in reading order: those named in place, the unnamed ones from the list. Raises DataError."""
+    unnamed = sum(image is None for image in named)
+    if unnamed != len(listed):
+        raise DataError(
+            f'the messages hold {unnamed} image parts or <image> placeholders without a name, but "images" lists '
+            f"{len(listed)}; expected one each. Correct the record."
+        )
+    rest = iter(listed)
+    return [next(rest) if image is None else image for image in named]
+
+
+DATASET = partial(FileRecords, parse=parse)

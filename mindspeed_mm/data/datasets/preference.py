@@ -1,0 +1,90 @@
+"""Preference records for DPO: {"prompt", "chosen", "rejected", "images"}; read and checked here, trained elsewhere.
+
+`prompt` is a text or a list of messages (also under "question"; LLaMA-Factory's "conversations" turns are taken, too);
+`chosen` and `rejected` (HA-DPO's "reject") are a text, a turn, or a list whose last message is the answer. Without a
+prompt, both lists are whole conversations that differ in their last answer only (as in TRL).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from mindspeed_mm.constants import IMAGE_TOKEN
+from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn
+from mindspeed_mm.data.datasets import sharegpt
+from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
+from mindspeed_mm.data.datasets.messages import Image, listed_images, merged_images, parse_messages
+from mindspeed_mm.data.sample import Turn
+from mindspeed_mm.errors import DataError
+
+EXAMPLE = '{"prompt": "<image>\\nWhat is it?", "chosen": "A cat.", "rejected": "A dog.", "images": ["cat.jpg"]}'
+
+
+def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
+    """Both conversations and the images of a record. Raises DataError for a broken one."""
+    listed = listed_images(record)
+    chosen = _side(record, ("chosen",))
+    rejected = _side(record, ("rejected", "reject"))
+    prompt, named = _prompt(record, bool(listed))
+    if prompt is None:
+        whole, named = parse_messages(chosen, "chosen", bool(listed))
+        other, _ = parse_messages(rejected, "rejected", bool(listed))
+        prompt, good, bad = whole[:-1], whole[-1], other[-1]
+        if other[:-1] != prompt:
+            raise DataError(
+                '"chosen" and "rejected" differ before their last answer; expected the same prompt in both.'
+            )
+    else:
+        good, bad = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+    if good.role != "gpt" or bad.role != "gpt" or not prompt or prompt[-1].role != "human":
+        raise DataError(f"the prompt must end with a question and both sides with an answer, as in {EXAMPLE}.")
+    for key, turn in (("chosen", good), ("rejected", bad)):
+        if not turn.text:
+            raise DataError(f'"{key}" is empty; expected an answer, as in {EXAMPLE}.')
+    if good.text == bad.text:
+        raise DataError('"chosen" and "rejected" are the same text; there is nothing to prefer. Remove the record.')
+    return Parsed((*prompt, good), merged_images(listed, named), (*prompt, bad))
+
+
+def _side(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
+    found = [key for key in keys if key in record]
+    if len(found) != 1:
+        state = "missing" if not found else "given twice"
+        raise DataError(f'"{keys[0]}" is {state}; expected one of {", ".join(keys)}, as in {EXAMPLE}.')
+    return record[found[0]]
+
+
+def _prompt(record: Mapping[str, Any], has_images: bool) -> tuple[tuple[Turn, ...] | None, list[Image | None]]:
+    """Turns of the prompt, None where chosen and rejected hold it, and the pictures in it."""
+    found = [key for key in ("prompt", "question", "conversations") if key in record]
+    if len(found) > 1:
+        raise DataError(f'has "{found[0]}" and "{found[1]}"; keep one of them, as in {EXAMPLE}.')
+    if not found:
+        return None, []
+    value = record[found[0]]
+    if found[0] == "conversations" and isinstance(value, list):
+        turns = [sharegpt.parse_turn(entry, f"conversations[{i}]", has_images) for i, entry in enumerate(value)]
+        count = sum(turn.text.count(IMAGE_TOKEN) - len(turn.literal) for turn in turns)
+        return alternating(turns, "conversations"), [None] * count
+    if isinstance(value, list):
+        return parse_messages(value, found[0], has_images)
+    text = checked_text(value, found[0])
+    if not has_images:
+        return (literal_turn("human", text),), []
+    if IMAGE_TOKEN not in text:  # HA-DPO's questions leave the placeholder to the reader
+        text = f"{IMAGE_TOKEN}\n{text}"
+    return (Turn("human", text),), [None] * text.count(IMAGE_TOKEN)
+
+
+def _answer(value: Any, key: str) -> Turn:
+    if isinstance(value, list) and value:
+        value = value[-1]
+    if isinstance(value, Mapping):
+        role = value.get("role", value.get("from"))
+        if role not in ("assistant", "gpt"):
+            raise DataError(f'"{key}" is from {role!r}; expected "assistant" (or "gpt").')
+        value = value.get("content", value.get("value"))
+    return literal_turn("gpt", checked_text(value, key))
+
+
+DATASET = partial(FileRecords, parse=parse)
