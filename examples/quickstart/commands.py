@@ -52,6 +52,11 @@ class Logged(NamedTuple):
     loss: float
 
 
+def shortened(text: str, root: Path) -> str:
+    """Paths inside the checkout as they are written in its root, where the commands run."""
+    return text.replace(f"{root}{os.sep}", "")
+
+
 def iteration_of(line: str) -> Logged | None:
     """What a training log line says; None for any other line."""
     found = ITERATION.search(line)
@@ -104,7 +109,7 @@ def run(command: Command, root: Path, log: Path, stop_when: Callable[[str], bool
     Raises:
         StepError: the command failed (its last lines are in the message), or it ended before `stop_when` said so.
     """
-    say(f"$ {command}")
+    say(f"$ {shortened(str(command), root)}")
     log.parent.mkdir(parents=True, exist_ok=True)
     process = start(command, root)
     lines, stopped, live = [], False, Live()

@@ -18,7 +18,7 @@ from examples.quickstart.make_data import IMAGE_SIZE
 VOCABULARY = 1024  # 3 control symbols, 256 bytes, the rest from the text
 PATCH_SIZE = 8
 VISION = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8}
 MAX_POSITIONS = 512
 INITIALIZER_RANGE = 0.08  # about 1 / sqrt(hidden size); the usual 0.02 is for models 30 times as wide
 # Mean and standard deviation of OpenAI's CLIP preprocessing (preprocessor_config.json of clip-vit-large-patch14-336).

@@ -26,7 +26,8 @@ class Settings:
     questions_per_digit: int = 4
     global_batch_size: int = 32
     stage1_lr: float = 1e-3
-    stage2_lr: float = 8e-4
+    stage2_lr: float = 1e-3
+    adam_beta2: float = 0.98
     warmup_fraction: float = 0.03
     seed: int = 1234
 
@@ -41,7 +42,7 @@ class Settings:
 FULL = Settings(
     form="full",
     stage1_steps=250,
-    stage2_steps=1200,
+    stage2_steps=1000,
     save_interval=300,
     interrupt_at=340,
     required_accuracy=0.90,

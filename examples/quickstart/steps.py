@@ -15,6 +15,7 @@ from examples.quickstart.commands import (
     logged_losses,
     run,
     say,
+    shortened,
 )
 from examples.quickstart.configs import write_configs
 from examples.quickstart.make_data import CHOOSING, make_data, picture_name
@@ -87,7 +88,7 @@ def convert(run: Run) -> dict:
         )
         for line in lines:
             if line.startswith("wrote"):
-                say(f"    {line}")
+                say(f"    {shortened(line, ROOT)}")
     return {"files": sorted(path.name for path in target.iterdir())}
 
 
@@ -97,7 +98,7 @@ def training_words(run: Run, launcher: str, steps: int, lr: float) -> list[str |
     return [
         *("bash", f"examples/llava1.5/{launcher}"),
         *("--train-iters", str(steps), "--lr", str(lr), "--lr-warmup-fraction", str(settings.warmup_fraction)),
-        *("--clip-grad", "1.0", "--seq-length", "256"),
+        *("--clip-grad", "1.0", "--adam-beta2", str(settings.adam_beta2), "--seq-length", "256"),
         *("--vocab-size", str(run.folder.result("models")["vocabulary"])),
         *("--save-interval", str(settings.save_interval), "--log-interval", "10"),
         *("--num-workers", "0", "--seed", str(settings.seed)),

@@ -12,7 +12,7 @@ from PIL import Image
 
 from examples.quickstart import main as quickstart
 from examples.quickstart import steps
-from examples.quickstart.commands import Command, StepError, iteration_of, json_result, logged_losses, run
+from examples.quickstart.commands import Command, StepError, iteration_of, json_result, logged_losses, run, shortened
 from examples.quickstart.plots import plot_losses, plot_test_sheet, sheet_selection, smoothed
 from examples.quickstart.results import Answer, loss_drop, read_metrics
 from examples.quickstart.settings import FAST, FULL
@@ -151,8 +151,9 @@ def test_json_is_the_last_line_that_is_json():
         json_result(["text"])
 
 
-def test_commands_are_shown_as_they_are_typed():
+def test_commands_are_shown_as_they_are_typed(tmp_path):
     assert str(Command(["echo", "a b"], {"X": "1 2"})) == "X='1 2' echo 'a b'"
+    assert shortened(f"cat {tmp_path}/out/x {tmp_path}2/y", tmp_path) == f"cat out/x {tmp_path}2/y"
 
 
 # --- results
