@@ -69,6 +69,8 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         # The loss of a step is a sum over its supervised tokens, divided once by their global number.
         "calculate_per_token_loss": True,
         "variable_seq_lengths": runtime.pipeline_model_parallel_size > 1,
+        # There are no experts; megatron.core 0.16 refuses variable lengths beside the default dispatcher.
+        "moe_token_dispatcher_type": "alltoall",
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,

@@ -1,0 +1,91 @@
+"""Parallel layouts that a model cannot have, and uneven splits of layers."""
+
+import pytest
+
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.parallel import layout_problems, stage_layers
+from mindspeed_mm.models.runtime import Runtime
+from mindspeed_mm.models.spec import load_model_spec
+
+TEXT = {
+    "num_layers": 6,
+    "hidden_size": 96,
+    "num_attention_heads": 12,
+    "num_query_groups": 4,
+    "ffn_hidden_size": 192,
+    "language_vocab_size": 100,
+    "fresh": True,
+}
+TOWER = {"num_layers": 4, "hidden_size": 128, "patch_size": 14, "image_size": 56, "num_attention_heads": 4}
+
+
+def spec(text=None, tower=None):
+    return load_model_spec(
+        {
+            "text_decoder": TEXT | (text or {}),
+            "image_encoder": {
+                "vision_encoder": TOWER | {"fresh": True} | (tower or {}),
+                "vision_projector": {"input_size": 128, "hidden_size": 96},
+            },
+        }
+    )
+
+
+def problems(text=None, tower=None, tp=1, pp=1, cp=1):
+    runtime = Runtime(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp)
+    return "\n".join(layout_problems(spec(text, tower), runtime))
+
+
+FULL = {"recompute_granularity": "full"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tp": 8}, "text_decoder.num_attention_heads 12 cannot be split over --tensor-model-parallel-size 8"),
+        ({"tp": 6}, "num_query_groups 4 cannot be split over --tensor-model-parallel-size 6: use a divisor of the query"),
+        ({"tp": 6}, "vision_encoder.num_attention_heads 4 cannot be split over --tensor-model-parallel-size 6"),
+        ({"tp": 4, "text": {"ffn_hidden_size": 190}}, "text_decoder.ffn_hidden_size 190 cannot be split"),
+        ({"tp": 2, "cp": 4}, "heads 12 cannot be split over --tensor-model-parallel-size 2 x --context-parallel-size 4 = 8"),
+        ({"pp": 4}, r"num_layers 6 cannot be divided by --pipeline-model-parallel-size 4.*\[1, 1, 2, 2\]"),
+        ({"pp": 2, "text": {"pipeline_num_layers": [2, 2, 2]}}, r"\[2, 2, 2\] is for 3 stage\(s\)"),
+        ({"pp": 2, "tower": {"pipeline_num_layers": [4, 0, 0]}}, r"vision_encoder.pipeline_num_layers \[4, 0, 0\] is for 3"),
+        ({"text": FULL}, 'text_decoder.recompute_granularity "full" needs recompute_method'),
+        ({"tower": {"recompute_num_layers": 1}}, 'vision_encoder.recompute_method .* belong to recompute_granularity "full"'),
+        (
+            {"pp": 2, "text": FULL | {"recompute_method": "uniform", "recompute_num_layers": 2}},
+            r"recompute_num_layers 2 does not divide the \[3\] layers of a pipeline stage",
+        ),
+    ],
+)
+def test_refused_with_the_reason(given, message):
+    import re
+
+    assert re.search(message, problems(**given)), problems(**given)
+
+
+@pytest.mark.parametrize("given", [{}, {"tp": 4}, {"pp": 3}, {"tp": 2, "cp": 3}, {"tp": 4, "pp": 2, "cp": 3}])
+def test_accepted(given):
+    assert problems(**given) == ""
+
+
+def test_layers_of_the_stages():
+    assert stage_layers(spec().text_decoder, 3) == [2, 2, 2]
+    assert stage_layers(spec({"pipeline_num_layers": [0, 2, 4]}).text_decoder, 3) == [0, 2, 4]
+
+
+def test_the_tower_may_be_named_on_the_first_stage():
+    assert problems(tower={"pipeline_num_layers": [4, 0]}, pp=2) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": {"pipeline_num_layers": [2, 2]}}, r"pipeline_num_layers \[2, 2\] does not share out num_layers 6"),
+        ({"text": {"pipeline_num_layers": [6, 0]}}, "only the first stage may have 0"),
+        ({"tower": {"pipeline_num_layers": [2, 2]}}, r"spreads the tower; .* expected \[4, 0\]"),
+    ],
+)
+def test_splits_that_contradict_the_spec(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        spec(**changes)
