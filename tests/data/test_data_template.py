@@ -211,3 +211,180 @@ def test_describe_sample(tokenizer):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     text = describe_sample(*encode(turns, tokenizer, "v1"), tokenizer)
     assert text.endswith("USER: <image x 1> \nWhat? ASSISTANT:[[ A cat.</s>]]")
+
+
+# A tokenizer with the special tokens of every template, and any character as bytes.
+MARKS = {
+    "qwen": ["<|im_start|>", "<|im_end|>"],
+    "internlm2_chat": ["<|im_start|>", "<|im_end|>"],
+    "mpt": ["<|im_start|>", "<|im_end|>"],
+    "phi3": ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"],
+    "llama_3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "gemma": ["<start_of_turn>", "<end_of_turn>"],
+    "mistral_instruct": [],
+    "llava_llama_2": [],
+    "v1": [],
+    "v0": [],
+}
+SLOW_NAMES = sorted(MARKS)
+
+
+@pytest.fixture(scope="session")
+def marked(golden, tmp_path_factory):
+    """(slow, fast): the golden tokenizer with all special tokens above, from tokenizer.model and as tokenizer.json."""
+    import shutil
+
+    import tokenizers
+
+    from mindspeed_mm.data.tokenizer import load_tokenizer
+
+    marks = list(dict.fromkeys(mark for names in MARKS.values() for mark in names))
+    slow, fast = tmp_path_factory.mktemp("slow"), tmp_path_factory.mktemp("fast")
+    shutil.copy(golden / "tokenizer/tokenizer.model", slow)
+    config = json.loads((golden / "tokenizer/tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    config["additional_special_tokens"] = marks
+    (slow / "tokenizer_config.json").write_text(json.dumps(config))
+    library = tokenizers.Tokenizer.from_file(str(golden / "tokenizer/tokenizer.json"))
+    library.add_special_tokens(marks)
+    library.save(str(fast / "tokenizer.json"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (fast / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(slow), load_tokenizer(fast)
+
+
+ODD = [*"aZ 9.\n\u732b\u00e9#", "USER:", " ASSISTANT:", "[/INST]", "### Human:", "<image>", "</s>", "<s>", "\n###"]
+ODD += [mark for names in MARKS.values() for mark in names]
+odd_texts = st.lists(st.sampled_from(ODD), min_size=1, max_size=8).map("".join)
+odd_texts = odd_texts.filter(lambda text: text and text.strip() == text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(odd_texts, odd_texts), min_size=1, max_size=3),
+    name=st.sampled_from(SLOW_NAMES),
+    fast=st.booleans(),
+)
+def test_nothing_typed_breaks_the_structure(marked, pairs, name, fast):
+    """Image tags, special tokens and role words in texts are text: the supervised tokens decode to the answers."""
+    from mindspeed_mm.data.conversation import literal_turn
+    from mindspeed_mm.data.template import encode_turns
+
+    tokenizer = marked[fast]
+    turns = [literal_turn(role, text) for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
+    ids, labels = encode_turns(turns, tokenizer, name, "text")
+    assert IMAGE_TOKEN_INDEX not in ids
+    runs = supervised_runs(labels)
+    assert len(runs) == len(pairs)
+    template = get_template(name)
+    for run, (_, answer) in zip(runs, pairs, strict=True):
+        if not template.end_is_text:
+            assert run.pop() == tokenizer.token_to_id(template.end)
+        decoded = tokenizer.decode(run, skip_special_tokens=False)
+        if template.end_is_text:
+            decoded = decoded.removesuffix("\n" + template.end)
+        assert decoded.strip() == answer, tokenizer.pieces(run)
+
+
+@pytest.mark.parametrize("name", SLOW_NAMES)
+def test_every_template_fits_slow_and_fast_tokenizers(marked, name):
+    turns = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Ho."}] * 2
+    for tokenizer in marked:
+        check_template(name, tokenizer)
+    slow, fast = (encode({"image": ["a", "b"], "conversations": turns}, tokenizer, name) for tokenizer in marked)
+    assert [label != IGNORE_INDEX for label in slow[1]].count(True) > 0
+    if name not in ("phi3", "qwen", "internlm2_chat", "mpt", "llama_3", "gemma"):  # no ids that only one of them has
+        assert slow == fast
+
+
+RENDERED = {
+    "v0": "S\n\n### Human: Q\n### Assistant: A\n### Human: R\n### Assistant: B\n### ",
+    "mistral_instruct": "[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s>[INST] R [/INST] B </s>",
+    "llama_3": "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nQ"
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|><|start_header_id|>user<|end_header_id|>"
+    "\n\nR<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nB<|eot_id|>",
+    "gemma": "<start_of_turn>user\nS\n\nQ<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n<start_of_turn>user\nR"
+    "<end_of_turn>\n<start_of_turn>model\nB<end_of_turn>\n",
+    "internlm2_chat": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    "A<|im_end|>\n<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n",
+    "phi3": "<|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\nA<|end|>\n<|user|>\nR<|end|>\n<|assistant|>\nB"
+    "<|end|>\n",
+    "v1": "S USER: Q ASSISTANT: A</s>USER: R ASSISTANT: B</s>",
+    "llava_llama_2": "[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST] A </s><s>[INST] R [/INST] B </s>",
+}
+RENDERED["qwen"] = RENDERED["internlm2_chat"]
+
+
+@pytest.mark.parametrize("name", sorted(RENDERED))
+def test_rendering_with_a_system_text(name):
+    from mindspeed_mm.data.sample import Turn
+    from mindspeed_mm.data.template import render_turns
+
+    turns = [Turn("system", "S"), Turn("human", "Q"), Turn("gpt", "A"), Turn("human", "R"), Turn("gpt", "B")]
+    assert render_turns(turns, name) == RENDERED[name]
+
+
+def test_a_system_text_needs_a_place():
+    from mindspeed_mm.data.sample import Turn
+    from mindspeed_mm.data.template import render_turns
+
+    turns = [Turn("system", "S"), Turn("human", "<image>"), Turn("gpt", "A")]
+    with pytest.raises(TemplateError, match="a caption template takes|no place for a system text"):
+        render_turns(turns, "plain")
+    bare = Template(human="{text}", gpt="{text}", end="</s>", stop=("</s>",))
+    with pytest.raises(TemplateError, match="no place for a system text"):
+        render_turns(turns, bare)
+    with pytest.raises(TemplateError, match="a system text alone is no conversation"):
+        render_turns(turns[:1], "v1")
+
+
+CHATML = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | "
+    "trim + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def with_chat_template(tokenizer, source):
+    import copy
+
+    changed = copy.copy(tokenizer)
+    changed._files = tokenizer._files | {"chat_template.jinja": source.encode()}
+    return changed
+
+
+def test_the_tokenizers_own_template(chat_tokenizer, tokenizer):
+    chat = with_chat_template(chat_tokenizer, CHATML)
+    own = get_template("tokenizer", chat)
+    assert own.model_copy(update={"stop": (), "aliases": ()}) == get_template("internlm2_chat").model_copy(
+        update={"stop": (), "aliases": (), "human_first": own.human_first}
+    )
+    assert own.stop == ("<|im_end|>", "</s>")
+    check_template("tokenizer", chat)
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    assert encode(turns, chat, "tokenizer") == encode(turns, chat, "internlm2_chat")
+    with pytest.raises(TemplateError, match="has no chat template"):
+        get_template("tokenizer", tokenizer)
+    with pytest.raises(TemplateError, match='"tokenizer" needs the tokenizer that brings it'):
+        render(turns, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{% for", "is no valid Jinja"),
+        ("{{ raise_exception('no') }}", "cannot be run: no"),
+        ("{{ messages[9].content }}x", "cannot be run|leaves out or repeats a turn"),
+        ("fixed text", "leaves out or repeats a turn"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no label mask can be proven"),
+        ("{{ ''.__class__.__mro__ }}", "cannot be run|leaves out"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(chat_tokenizer, source, message):
+    with pytest.raises(TemplateError, match=message):
+        get_template("tokenizer", with_chat_template(chat_tokenizer, source))
+
+
+def test_a_chat_template_without_system_texts(chat_tokenizer):
+    source = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML
+    own = get_template("tokenizer", with_chat_template(chat_tokenizer, source))
+    assert own.with_system is None

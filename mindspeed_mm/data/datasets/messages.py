@@ -2,7 +2,7 @@
 
 `content` is a text or a list of parts {"type": "text", "text": ..} and {"type": "image"}. An image part may name its
 picture (key image, path or url), else the pictures of "images" are taken in order. In a text, `<image>` stands for a
-picture only when content is no list and the record has "images"; everywhere else it is text.
+picture only when no content is a list and the record has "images"; everywhere else it is text.
 """
 
 from collections.abc import Mapping
@@ -32,6 +32,9 @@ def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn
     """Turns of a list of messages, and the pictures that its parts name (None for an unnamed one), in order."""
     if not isinstance(entries, list) or not entries:
         raise DataError(f'"{key}" is {entries!r:.80}; expected a list of messages, such as {EXAMPLE}.')
+    # Who writes pictures as parts has no need of placeholders in texts.
+    in_parts = any(isinstance(entry, Mapping) and isinstance(entry.get("content"), list) for entry in entries)
+    placeholders = has_images and not in_parts
     turns: list[Turn] = []
     named: list[Image | None] = []
     for index, entry in enumerate(entries):
@@ -50,8 +53,8 @@ def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn
             named += images
             continue
         text = checked_text(content, f"{place}.content")
-        turns.append(Turn(role, text) if has_images else literal_turn(role, text))
-        named += [None] * (text.count(IMAGE_TOKEN) if has_images else 0)
+        turns.append(Turn(role, text) if placeholders else literal_turn(role, text))
+        named += [None] * (text.count(IMAGE_TOKEN) if placeholders else 0)
     return alternating(turns, key), named
 
 
