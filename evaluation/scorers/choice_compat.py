@@ -49,3 +49,19 @@ def _by_text(answer: str, options: Mapping[str, str]) -> str | None:
         return None
     contained = [letter for letter, text in options.items() if text.lower() in answer]
     return contained[0] if len(contained) == 1 else None
+
+
+def mindspeed_read_choice(answer: str, options: Mapping[str, str]) -> str | None:
+    """Letter by MindSpeed-MM's older form of the rule: anywhere in the answer, no "answer is", no limit of length."""
+    if _API_FAILURE in answer:
+        letter = None
+    elif any(refusal in answer for refusal in _REFUSALS):
+        letter = UNREADABLE
+    else:
+        words = answer.translate(_MARKS_TO_SPACE).split()
+        named = [letter for letter in options if letter in words]
+        letter = named[0] if len(named) == 1 else UNREADABLE if not named and UNREADABLE in words else None
+    if letter:
+        return letter
+    contained = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return contained[0] if len(contained) == 1 else None

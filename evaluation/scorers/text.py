@@ -30,3 +30,11 @@ def is_cjk(character: str) -> bool:
 
 
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-"})
+
+
+def narrow(text: str) -> str:
+    """Full-width ASCII characters and the minus sign in their ASCII form."""
+    return text.translate(_NARROW)
+
+
+_NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x2212: "-"}
