@@ -27,6 +27,9 @@ MAX_PIXELS = 2 * 89_478_485
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Raster formats only: Pillow would start other programs for some of the rest (EPS)."""
 
+SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".PNG", ".JPEG")
+"""Suffixes tried for a missing file."""
+
 CONFIG_NAMES = ("preprocessor_config.json", "processor_config.json")
 
 PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
@@ -130,9 +133,13 @@ def load_image(path: str | Path | ImageBytes) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow's remarks on sizes and palettes; the size is checked below
             with Image.open(_opened(path), formats=FORMATS) as image:
                 _bound(image.width * image.height, f"is {image.width} x {image.height} pixels", path)
-                return image.convert("RGB")
+                return _to_rgb(image, path)
     except FileNotFoundError as error:
-        raise ImageError(f"image {path} is missing; correct the record, the data folder, or add the file.") from error
+        other = other_suffix(path)
+        hint = f"; {other.name} is there: `check-data --fix-suffix` writes records that name it" if other else ""
+        raise ImageError(
+            f"image {path} is missing; correct the record, the data folder, or add the file{hint}."
+        ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, ImageError):
             raise
@@ -140,6 +147,26 @@ def load_image(path: str | Path | ImageBytes) -> Image.Image:
             f"image {path} cannot be decoded ({error}); expected a whole {', '.join(FORMATS[:3])} or similar file. "
             "Replace it or remove the record."
         ) from error
+
+
+def other_suffix(path: str | Path | ImageBytes) -> Path | None:
+    """A file of the same name with another suffix of a picture, where there is one."""
+    if isinstance(path, ImageBytes):
+        return None
+    candidates = (Path(path).with_suffix(suffix) for suffix in SUFFIXES)
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def _to_rgb(image: Image.Image, path: Any) -> Image.Image:
+    """RGB of any mode; 16-bit greys are scaled to 8 bits, where Pillow alone would cut them off at 255."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"image {path} has 32-bit pixels, whose range no file tells; expected 8 or 16 bits. Convert it, or remove "
+            "the record."
+        )
+    return image.convert("RGB")
 
 
 def _opened(source: str | Path | ImageBytes) -> str | Path | io.BytesIO:

@@ -5,29 +5,18 @@ They are counted once by all cores, stored like other indexes, and cost 4 bytes 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from mindspeed_mm.data.expand import Encoding, fit_length
+from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.sample import Sample
 from mindspeed_mm.errors import DataError
 
-CHUNK = 512
-ALONE_BELOW = 4 * CHUNK
-"""So few records are counted in this process."""
-
-MAX_PROCESSES = 16
 UNUSABLE = np.iinfo(np.int32).min
 """Length of a sample that the policy leaves out."""
-
-_work: Callable[[int], int] | None = None
-"""Set before worker processes are forked, which inherit it."""
 
 
 def usable_length(sample: Sample, encoding: Encoding, max_length: int, policy: str) -> int:
@@ -59,40 +48,20 @@ def count_all(title: str, count: int, work: Callable[[int], int]) -> np.ndarray:
 
     The first DataError comes out.
     """
-    result = np.empty(count, dtype=np.int32)
-    with progress_bar(title, count) as advance, _mapper(work, count) as mapped:
-        for start, values in mapped:
+
+    def part_of(numbers: range) -> list[int] | DataError:
+        try:
+            return [work(number) for number in numbers]
+        except DataError as error:
+            error.__cause__ = error.__context__ = None  # may not survive pickling
+            return error
+
+    result, done = np.empty(count, dtype=np.int32), 0
+    with progress_bar(title, count) as advance, ordered(part_of, count) as parts:
+        for values in parts:
             if isinstance(values, DataError):
                 raise values
-            result[start : start + len(values)] = values
+            result[done : done + len(values)] = values
+            done += len(values)
             advance(len(values))
     return result
-
-
-@contextmanager
-def _mapper(work: Callable[[int], int], count: int) -> Iterator[Iterator[tuple[int, Any]]]:
-    global _work
-    ranges = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
-    processes = min(len(os.sched_getaffinity(0)), MAX_PROCESSES)
-    if count < ALONE_BELOW or processes == 1:
-        yield (_chunk_of(work, part) for part in ranges)
-        return
-    _work = work
-    try:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            yield pool.imap(_chunk, ranges)
-    finally:
-        _work = None
-
-
-def _chunk(part: tuple[int, int]) -> tuple[int, Any]:
-    assert _work is not None
-    return _chunk_of(_work, part)
-
-
-def _chunk_of(work: Callable[[int], int], part: tuple[int, int]) -> tuple[int, Any]:
-    try:
-        return part[0], [work(number) for number in range(*part)]
-    except DataError as error:
-        error.__cause__ = error.__context__ = None  # may not survive pickling
-        return part[0], error

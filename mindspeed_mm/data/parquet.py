@@ -27,9 +27,15 @@ class ParquetFile:
     """As RecordFile, for parquet. Safe to use from several processes; can be pickled."""
 
     def __init__(
-        self, path: str | Path, check: Callable[[dict[str, Any], str], Any] | None = None, *, index: Index | None = None
+        self,
+        path: str | Path,
+        check: Callable[[dict[str, Any], str], Any] | None = None,
+        *,
+        index: Index | None = None,
+        problems: list[DataError] | None = None,
     ):
-        """Raises DataError for a missing, empty or damaged file, ConfigError without pyarrow."""
+        """Arguments as RecordFile's. Raises DataError for a missing, empty or damaged file, ConfigError without
+        pyarrow."""
         self.path = Path(path)
         self._file: Any = None
         self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()

@@ -39,14 +39,16 @@ class RecordFile:
         check: Callable[[dict[str, Any], str], Any] | None = None,
         *,
         index: Index | None = None,
+        problems: list[DataError] | None = None,
     ):
         """Index the file, or take a stored index that fits; `check(record, where)` is called for every record that is
-        read for that and may raise DataError.
+        read for that and may raise DataError. With `problems`, damage is put there and what can still be read is kept.
 
         Raises DataError for a missing, empty or damaged file, naming the record and its line.
         """
         self.path = Path(path)
         self._descriptor: int | None = None
+        self._problems = problems
         index = index or Index(self.path, None)
         # The last entry is the byte after the last record.
         self._starts: np.ndarray = index.array("starts", np.int64, lambda: self._index(check))
@@ -58,20 +60,28 @@ class RecordFile:
             for number, (record, start, end) in enumerate(self._scan()):
                 where = self.where(number)
                 if not isinstance(record, dict):
-                    raise DataError(
+                    problem = DataError(
                         f"{where} is {_shown(record)}; expected an object with conversations, such as "
                         '{"id": "1", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": '
                         '"Hello"}]}.'
                     )
+                    self._meet(problem)
+                    continue
                 if check is not None:
                     check(record, where)
                 starts.append(start)
                 advance(end - last)
                 last = end
-        if not starts:
+        if not starts and not self._problems:
             raise DataError(f"{self.path} holds no records; expected a JSON list or JSONL of conversations.")
         starts.append(last)
         return np.frombuffer(starts, dtype=np.int64)
+
+    def _meet(self, problem: DataError) -> None:
+        """Raise a problem, or keep it where problems are collected."""
+        if self._problems is None:
+            raise problem
+        self._problems.append(problem)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -136,15 +146,14 @@ class RecordFile:
         for line in iter(lambda: file.readline(MAX_RECORD_BYTES), b""):
             end = position + len(line)
             if line.strip():
-                yield self._parse(line, number, position), position, end
-                number += 1
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    self._meet(self._damage(number, position, str(error)))
+                else:
+                    yield record, position, end
+                    number += 1
             position = end
-
-    def _parse(self, raw: bytes, number: int, position: int) -> Any:
-        try:
-            return json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise self._damage(number, position, str(error)) from error
 
     def _scan_list(self, file: Any, position: int) -> Iterator[tuple[Any, int, int]]:
         """Elements of a top-level list, block by block; `position` is that of its opening bracket."""
@@ -157,18 +166,21 @@ class RecordFile:
             try:
                 record, start, end = reader.decode(decoder)
             except (ValueError, RecursionError) as error:
-                raise self._damage(number, reader.position, str(error)) from error
+                self._meet(self._damage(number, reader.position, str(error)))
+                return
             yield record, start, end
             number += 1
             mark = reader.skip_space()
             if mark not in (",", "]"):
-                raise self._damage(number, reader.position, f"expected a comma or the list's end, found {mark!r}")
+                reason = f"expected a comma or the list's end, found {mark!r}"
+                self._meet(self._damage(number, reader.position, reason))
+                return
             reader.advance(1)
             if mark == "]":
                 break
         rest = reader.skip_space()
         if rest:
-            raise self._damage(number, reader.position, f"the list has ended, yet {rest!r} follows")
+            self._meet(self._damage(number, reader.position, f"the list has ended, yet {rest!r} follows"))
 
     def _damage(self, number: int, position: int, reason: str) -> DataError:
         with self.path.open("rb") as file:

@@ -188,9 +188,18 @@ def generation_prompt(turns: Sequence[Sequence[str | None]], template: str | Tem
     return "".join(segment.text for segment in segments)
 
 
-def encode_prompt(turns: Sequence[Sequence[str | None]], tokenizer: Tokenizer, template: str | Template) -> list[int]:
-    """Ids of `generation_prompt`, one IMAGE_TOKEN_INDEX (-200) per `<image>`."""
-    return _tokenize(_segments(_open_turns(turns), get_template(template, tokenizer), generation=True), tokenizer)[0]
+def encode_prompt(
+    turns: Sequence[Sequence[str | None]],
+    tokenizer: Tokenizer,
+    template: str | Template,
+    *,
+    system: str | None = None,
+    special_text: SpecialText = "tokens",
+) -> list[int]:
+    """Ids of `generation_prompt`, one IMAGE_TOKEN_INDEX (-200) per `<image>`; `system` replaces the system text."""
+    opened = [Turn("system", system)] if system is not None else []
+    segments = _segments(opened + _open_turns(turns), get_template(template, tokenizer), generation=True)
+    return _tokenize(segments, tokenizer, special_text)[0]
 
 
 def _open_turns(pairs: Sequence[Sequence[str | None]]) -> list[Turn]:

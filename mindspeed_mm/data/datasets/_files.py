@@ -31,6 +31,10 @@ class ReadOptions:
     images_first: bool = True
     """LLaVA's clean-up: an `<image>` moves to the front of its turn. For LLaVA's own format only."""
 
+    problems: list[DataError] | None = None
+    """Check-data: records are not checked when the file is indexed; damage of the file itself is put here, and the
+    records around it are read."""
+
 
 class Parsed(NamedTuple):
     """A record's content, its format understood."""
@@ -60,13 +64,14 @@ class FileRecords:
         key = {"format": parse.__module__, "images_first": options.images_first, "folder": parameters.data_folder}
         self.index = Index(parameters.data_path, options.index_folder, key | {"template": options.template.digest})
         kind = ParquetFile if parameters.data_path.endswith(".parquet") else RecordFile
-        self._records = kind(parameters.data_path, check=self._checked, index=self.index)
+        check = self._checked if options.problems is None else None
+        self.records = kind(parameters.data_path, check=check, index=self.index, problems=options.problems)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def __getitem__(self, number: int) -> Sample:
-        return self._sample(self._records[number], self._records.where(number))
+        return self._sample(self.records[number], self.records.where(number))
 
     def _checked(self, record: dict[str, Any], where: str) -> None:
         """Everything that can be wrong with a record, found once, when the file is indexed."""

@@ -1,0 +1,126 @@
+"""`mindspeed-mm check-data`: looks at every record and image of a data.json before training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.errors import ConfigError, DataError
+
+HELP = "check every record and image of a data.json before training; exit code 1 if something is wrong"
+EXAMPLE = (
+    "mindspeed-mm check-data --mm-data examples/llava1.5/data.json --mm-model examples/llava1.5/model.json "
+    "--html data.html"
+)
+IMAGE_TOKENS = 576
+"""Image tokens of LLaVA-1.5 (CLIP ViT-L/14 at 336 px), where no model config tells."""
+
+SEQUENCE = 2048
+"""--seq-length of LLaVA-1.5, where neither the flag nor a model config tells."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--mm-data", required=True, metavar="JSON", help="the data config to check")
+    parser.add_argument("--mm-model", metavar="JSON", help="tells image tokens, maximum length and the tokenizer")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="maximum length of a sample in tokens")
+    parser.add_argument("--tokens-per-image", type=int, metavar="N", help=f"without --mm-model; default {IMAGE_TOKENS}")
+    parser.add_argument("--tokenizer", metavar="DIR", help="default: as in training")
+    parser.add_argument("--templates", metavar="A,B", help="further templates whose lengths are counted")
+    parser.add_argument("--no-images", action="store_true", help="do not open images")
+    parser.add_argument("--fix-suffix", action="store_true", help="write DATA.fixed.json with the names that fit")
+    parser.add_argument("--html", metavar="FILE", help="write a page with histograms and the worst samples")
+    parser.add_argument("--report", metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
+
+
+def run(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Check. Prints a table on stdout. Raises DataError when there are errors, after everything is written."""
+    from rich.console import Console
+
+    from mindspeed_mm.config.load import read_json
+    from mindspeed_mm.data.config import DataConfig
+    from mindspeed_mm.data.preflight_report import fix_suffixes, print_table, summary, write_page, write_whole
+
+    start = time.monotonic()
+    config = DataConfig.load(namespace.mm_data)
+    model = read_json(namespace.mm_model) if namespace.mm_model else None
+    check = _check(namespace, config, model)
+    parameters = config.dataset_param
+    results, fixed = [], []
+    for basic in [*parameters.basic_parameters, *parameters.validation_parameters]:
+        found = _look(check, config, basic, namespace.workers)
+        results.append((summary(basic.data_path, found), found))
+        if namespace.fix_suffix and found.suffixes:
+            fixed.append(str(fix_suffixes(Path(basic.data_path), basic.data_folder, found.suffixes)))
+    accounts = [account for account, _ in results]
+    print_table(accounts, Console(file=sys.stdout))
+    for path in fixed:
+        sys.stdout.write(f"written: {path}\n")
+    if namespace.html:
+        write_page(Path(namespace.html), results, check.max_length)
+    seconds = round(time.monotonic() - start, 1)
+    total = {name: sum(account[name] for account in accounts) for name in ("records", "images", "errors", "warnings")}
+    result = {"sets": accounts, **total, "fixed": fixed, "seconds": seconds, "max_length": check.max_length}
+    if namespace.report:
+        import json
+
+        write_whole(Path(namespace.report), json.dumps(result, indent=1) + "\n")
+    if total["errors"]:
+        raise DataError(
+            f"{total['errors']} problems in {total['records']} records ({total['warnings']} more are warnings): see "
+            "the table above, and --report for all of them."
+        )
+    return result
+
+
+def _look(check: Any, config: Any, basic: Any, workers: int | None) -> Any:
+    """What is found in one set."""
+    import dataclasses
+
+    from mindspeed_mm import registry
+    from mindspeed_mm.data.build import read_options
+    from mindspeed_mm.data.config import DATASETS
+
+    damage: list[DataError] = []
+    template = next(iter(check.encodings.values())).template
+    options = dataclasses.replace(read_options(config, template), index_folder=None, problems=damage)
+    kind = config.dataset_param.kind_of(basic)
+    source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
+    found = check.set_of(source, basic.data_path, processes=workers)
+    for problem in damage:
+        found.problem("file", str(problem))
+    return found
+
+
+def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | None) -> Any:
+    """Templates, tokenizer and lengths as in training."""
+    from mindspeed_mm.data.expand import Encoding
+    from mindspeed_mm.data.preflight import Check
+    from mindspeed_mm.data.template import check_template, get_template
+    from mindspeed_mm.data.tokenizer import load_tokenizer
+
+    parameters = config.dataset_param
+    tokens_per_image, seq_length, weights = IMAGE_TOKENS, SEQUENCE, None
+    if model is not None:
+        from mindspeed_mm.models.spec import load_model_spec
+
+        spec = load_model_spec(namespace.mm_model)
+        tokens_per_image = spec.vision_encoder.num_image_tokens
+        seq_length, weights = spec.text_decoder.language_max_sequence_length, spec.text_decoder.ckpt_path
+    given = parameters.tokenizer_config.from_pretrained if parameters.tokenizer_config else weights
+    path = namespace.tokenizer or given
+    if path is None:
+        raise ConfigError("no tokenizer: give --tokenizer, --mm-model, or dataset_param.tokenizer_config")
+    tokenizer = load_tokenizer(path)
+    names = [parameters.template_name, *(namespace.templates or "").split(",")]
+    encodings = {}
+    for name in dict.fromkeys(name.strip() for name in names if name.strip()):
+        template = get_template(name, tokenizer)
+        check_template(template, tokenizer)
+        tokens = namespace.tokens_per_image or tokens_per_image
+        encodings[name] = Encoding(tokenizer, template, tokens, parameters.special_text)
+    max_length = config.max_length(namespace.seq_length or seq_length)
+    return Check(encodings, max_length, parameters.overlong, images=not namespace.no_images)

@@ -1,0 +1,240 @@
+"""Check-data: every record and image of a data set looked at before training, by all cores."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mindspeed_mm.constants import IGNORE_INDEX
+from mindspeed_mm.data.expand import Encoding
+from mindspeed_mm.data.image import FORMATS, ImageError, load_image, other_suffix
+from mindspeed_mm.data.parallel import ordered
+from mindspeed_mm.data.progress import progress_bar
+from mindspeed_mm.data.sample import ImageBytes, Sample
+from mindspeed_mm.errors import DataError
+
+SHOWN = 100
+"""Examples kept of each kind of problem."""
+
+WORST = 20
+"""Longest samples and largest images that are listed."""
+
+ERROR, WARNING = "error", "warning"
+
+KINDS = {
+    "file": (ERROR, "the file is damaged"),
+    "record": (ERROR, "a record has the wrong shape"),
+    "template": (ERROR, "a conversation does not fit the template"),
+    "missing image": (ERROR, "an image is missing"),
+    "broken image": (ERROR, "an image cannot be decoded"),
+    "too long": (ERROR, "a sample is longer than the maximum"),
+    "no supervision": (ERROR, "nothing of a sample is supervised"),
+    "empty answer": (ERROR, "an answer is empty"),
+    "suffix": (WARNING, "an image is named with the suffix of another format (it is read by content)"),
+    "orientation": (WARNING, "an image has an EXIF rotation, which training ignores as the original LLaVA does"),
+    "duplicate id": (WARNING, "an id is used more than once"),
+    "duplicate record": (WARNING, "a conversation with its images is there more than once"),
+}
+FORMAT_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm"),
+}
+"""The first one is given to files whose suffix is wrong."""
+
+
+@dataclass
+class Found:
+    """What was found in some records; parts of a set are merged into the whole."""
+
+    records: int = 0
+    images: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    """Expanded length of every sample, by template."""
+    supervised: list[int] = field(default_factory=list)
+    """Supervised tokens of every sample, with the config's template."""
+    turns: Counter[int] = field(default_factory=Counter)
+    images_per_sample: Counter[int] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    """Pixel modes of the images; "P" is a palette, "L" grey."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    longest: list[tuple[int, str]] = field(default_factory=list)
+    largest: list[tuple[int, str]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    contents: list[int] = field(default_factory=list)
+    suffixes: dict[str, str] = field(default_factory=dict)
+    """Name of an image in the records -> suffix it should have."""
+
+    def problem(self, kind: str, message: str) -> None:
+        self.problems[kind] += 1
+        examples = self.examples.setdefault(kind, [])
+        if len(examples) < SHOWN:
+            examples.append(message)
+
+    def merge(self, other: Found) -> None:
+        """Take in what was found in the records that follow."""
+        self.records += other.records
+        self.images += other.images
+        for kind, messages in other.examples.items():
+            mine = self.examples.setdefault(kind, [])
+            mine += messages[: SHOWN - len(mine)]
+        for template, lengths in other.lengths.items():
+            self.lengths.setdefault(template, []).extend(lengths)
+        for name in ("problems", "turns", "images_per_sample", "modes"):
+            getattr(self, name).update(getattr(other, name))
+        for name in ("supervised", "sizes", "ids", "contents"):
+            getattr(self, name).extend(getattr(other, name))
+        for name in ("longest", "largest"):
+            setattr(self, name, sorted(getattr(self, name) + getattr(other, name), reverse=True)[:WORST])
+        self.suffixes.update(other.suffixes)
+
+    @property
+    def errors(self) -> int:
+        return sum(count for kind, count in self.problems.items() if KINDS[kind][0] == ERROR)
+
+    @property
+    def warnings(self) -> int:
+        return sum(self.problems.values()) - self.errors
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is looked at in each record."""
+
+    encodings: dict[str, Encoding]
+    """By template; the first is the config's own."""
+
+    max_length: int
+    overlong: str
+    """The policy of the data config: only "error" makes a long sample an error."""
+
+    images: bool = True
+    """Open and decode them."""
+
+    def set_of(self, source: Any, name: str, *, processes: int | None = None) -> Found:
+        """Look at all records of a source (see datasets/_files.py)."""
+        whole = Found()
+        count = len(source)
+        with (
+            progress_bar(f"checking {Path(name).name}", count) as advance,
+            ordered(lambda numbers: self._part(source, numbers), count, processes=processes, alone_below=256) as parts,
+        ):
+            for part in parts:
+                whole.merge(part)
+                advance(part.records)
+        for kind, hashes in (("duplicate id", whole.ids), ("duplicate record", whole.contents)):
+            self._duplicates(whole, kind, hashes, source)
+        return whole
+
+    def _part(self, source: Any, numbers: range) -> Found:
+        found = Found()
+        for number in numbers:
+            found.records += 1
+            try:
+                sample = source[number]
+            except DataError as error:
+                found.problem("record", str(error))
+                found.ids.append(-number - 1)
+                found.contents.append(-number - 1)
+                continue
+            self._sample(sample, found)
+        return found
+
+    def _sample(self, sample: Sample, found: Found) -> None:
+        found.ids.append(_hash(sample.id))
+        content = [f"{turn.role} {turn.text}" for turn in sample.turns] + [str(image) for image in sample.images]
+        found.contents.append(_hash("\0".join(content)))
+        found.turns[len(sample.turns)] += 1
+        found.images_per_sample[len(sample.images)] += 1
+        for index, turn in enumerate(sample.turns):
+            if turn.role == "gpt" and not turn.text.strip():
+                found.problem("empty answer", f"{sample.where}: turn {index} is empty; write an answer or remove it.")
+        self._tokens(sample, found)
+        for image in sample.images:
+            found.images += 1
+            if self.images:
+                self._image(image, sample.where, found)
+
+    def _tokens(self, sample: Sample, found: Found) -> None:
+        for number, (template, encoding) in enumerate(self.encodings.items()):
+            try:
+                ids, labels = encoding.of(sample)
+            except DataError as error:
+                if number == 0:
+                    found.problem("template", f"{sample.where}: {error}")
+                continue
+            found.lengths.setdefault(template, []).append(len(ids))
+            if number:
+                continue
+            kept = labels[: self.max_length]
+            supervised = sum(label != IGNORE_INDEX for label in kept)
+            found.supervised.append(supervised)
+            found.longest = sorted([*found.longest, (len(ids), sample.where)], reverse=True)[:WORST]
+            if len(ids) > self.max_length and self.overlong == "error":
+                found.problem("too long", f"{sample.where}: {len(ids)} tokens, the maximum is {self.max_length}.")
+            if not supervised:
+                found.problem("no supervision", f"{sample.where}: no token within the maximum length is supervised.")
+
+    def _image(self, image: Path | ImageBytes, where: str, found: Found) -> None:
+        try:
+            picture = load_image(image)
+        except ImageError as error:
+            missing = isinstance(image, Path) and not image.exists()
+            found.problem("missing image" if missing else "broken image", f"{where}: {error}")
+            other = other_suffix(image) if missing else None
+            if other is not None:
+                found.suffixes[str(image)] = other.suffix
+            return
+        found.sizes.append(picture.size)
+        found.largest = sorted([*found.largest, (picture.width * picture.height, f"{where}: {image}")], reverse=True)
+        del found.largest[WORST:]
+        if isinstance(image, Path):
+            self._file(image, where, found)
+
+    def _file(self, path: Path, where: str, found: Found) -> None:
+        """The header once more, for what decoding does not tell."""
+        try:
+            with Image.open(path, formats=FORMATS) as picture:
+                kind, mode = picture.format or "?", picture.mode
+                rotated = picture.getexif().get(0x0112, 1) != 1
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            found.problem("broken image", f"{where}: {path}: {error}")
+            return
+        found.modes[f"{kind} {mode}"] += 1
+        if rotated:
+            found.problem("orientation", f"{where}: {path}")
+        expected = FORMAT_SUFFIXES.get(kind, ())
+        if path.suffix.lower() not in expected:
+            found.problem("suffix", f"{where}: {path} holds {kind}; its suffix should be {expected[0]}.")
+            found.suffixes[str(path)] = expected[0]
+
+    @staticmethod
+    def _duplicates(whole: Found, kind: str, hashes: Sequence[int], source: Any) -> None:
+        values = np.asarray(hashes, dtype=np.int64)
+        _, first, counts = np.unique(values, return_index=True, return_counts=True)
+        extra = int((counts - 1).sum())
+        if not extra:
+            return
+        repeated = np.flatnonzero(counts > 1)
+        for index in repeated[:SHOWN]:
+            where = source[int(first[index])].where
+            whole.problem(kind, f"{where}: {counts[index]} times")
+        whole.problems[kind] = extra
+
+
+def _hash(text: str) -> int:
+    """63 bits, not negative: those stand for records that cannot be compared."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,146 @@
+"""check-data finds everything that is wrong, says so in every form, and fixes wrong suffixes."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from mindspeed_mm.cli.main import main
+from mindspeed_mm.data.preflight import KINDS
+from mindspeed_mm.data.preflight_report import histogram
+
+
+def record(number, image=None, answer="It is it."):
+    text = "What is it?" if image is None else "<image>\nWhat is it?"
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    return {"id": f"r{number}", "conversations": turns} | ({} if image is None else {"image": image})
+
+
+@pytest.fixture
+def check(tmp_path, golden, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("good.jpg", "wrong.gif", "rotated.jpg"):
+        exif = Image.Exif()
+        if name == "rotated.jpg":
+            exif[0x0112] = 6
+        Image.new("RGB", (20, 10), "red").save(folder / name, "JPEG", exif=exif)
+    Image.new("RGB", (9, 9)).save(folder / "renamed.gif", "GIF")
+    (folder / "empty.jpg").write_bytes(b"")
+
+    def run(content, *flags, **dataset_param):
+        path = tmp_path / "records.jsonl"
+        path.write_text(content if isinstance(content, str) else "\n".join(json.dumps(item) for item in content))
+        config = {
+            "dataset_param": {
+                "dataset_type": "multimodal",
+                "basic_parameters": {"data_path": str(path), "data_folder": str(folder)},
+                "preprocess_parameters": {"image_processer_path": str(golden / "models" / "clip_hf")},
+                "tokenizer_config": {"from_pretrained": str(golden / "tokenizer")},
+            }
+            | dataset_param
+        }
+        (tmp_path / "data.json").write_text(json.dumps(config))
+        report = tmp_path / "report.json"
+        line = [
+            "check-data",
+            "--mm-data",
+            str(tmp_path / "data.json"),
+            "--tokens-per-image",
+            "16",
+            "--report",
+            str(report),
+        ]
+        code = main([*line, *flags])
+        output = capsys.readouterr()
+        return code, json.loads(report.read_text()) if report.exists() else None, output
+
+    return run
+
+
+def test_a_clean_set(check, tmp_path):
+    page = tmp_path / "page.html"
+    records = [record(0), record(1, "good.jpg")]
+    code, report, output = check(records, "--templates", "llava_llama_2", "--html", str(page), "--json")
+    assert code == 0 and report["errors"] == 0 and report["records"] == 2 and report["images"] == 1
+    (account,) = report["sets"]
+    assert set(account["lengths"]) == {"v1", "llava_llama_2"} and account["text_only"] == 1
+    assert account["image_width"]["p50"] == 20 and account["image_modes"] == {"JPEG RGB": 1}
+    assert json.loads(output.out.splitlines()[-1])["errors"] == 0
+    assert page.read_text().count("<svg") == 3 and "http" not in page.read_text()
+
+
+def test_everything_that_is_wrong_is_found(check):
+    lines = [json.dumps(item) for item in [
+        record(0, "good.jpg"), record(0, "good.jpg"), record(2, "gone.jpg"), record(3, "empty.jpg"),
+        record(4, answer=""), record(5, answer="word " * 900), {"id": "x"}, record(7, "wrong.gif"), record(8, "rotated.jpg"),
+        record(9, "../x.jpg"), [1],
+    ]]  # fmt: skip
+    lines.insert(3, '{"id": "broken", "conv')
+    code, report, output = check("\n".join(lines), "--seq-length", "512")
+    problems = report["sets"][0]["problems"]
+    assert code == 1 and problems == {
+        "file": 2,
+        "record": 2,
+        "missing image": 1,
+        "broken image": 1,
+        "too long": 1,
+        "no supervision": 1,
+        "empty answer": 1,
+        "suffix": 1,
+        "orientation": 1,
+        "duplicate id": 1,
+        "duplicate record": 1,
+    }
+    assert set(problems) | {"template"} == set(KINDS)
+    assert "problems in 10 records" in output.err and "Traceback" not in output.err
+    assert "(line 4) cannot be parsed" in report["sets"][0]["examples"]["file"][0]
+    assert "error: missing image" in output.out
+
+
+def test_templates_that_do_not_fit(check):
+    code, report, _ = check([record(0)], template_name="plain")
+    assert code == 1 and report["sets"][0]["problems"] == {"template": 1}
+    code, report, _ = check([record(0, answer="word " * 900)], "--seq-length", "200", overlong="truncate")
+    assert code == 0 and report["sets"][0]["lengths"]["v1"]["p100"] > 200
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_number_of_processes_changes_nothing(check, workers):
+    records = [record(i, "good.jpg" if i % 3 else None) for i in range(700)]
+    code, report, _ = check(records, "--workers", workers, "--no-images")
+    assert (code, report["records"], report["images"]) == (0, 700, 466)
+
+
+def test_suffixes_are_fixed(check, tmp_path):
+    records = [record(0, "wrong.gif"), record(1, "renamed.jpg"), record(2, "good.jpg")]
+    code, report, _ = check(records, "--fix-suffix")
+    assert code == 1  # renamed.jpg is missing in the file as it is
+    fixed = tmp_path / "records.fixed.jsonl"
+    assert report["fixed"] == [str(fixed)]
+    names = [json.loads(line)["image"] for line in fixed.read_text().splitlines()]
+    assert names == ["wrong.jpg", "renamed.gif", "good.jpg"]
+    code, report, _ = check(fixed.read_text())
+    assert code == 0 and not report["sets"][0]["problems"]
+    assert (tmp_path / "images" / "wrong.gif").exists()
+
+
+def test_a_list_stays_a_list(check, tmp_path):
+    check(json.dumps([record(0, "wrong.gif"), record(1)]), "--fix-suffix")
+    assert [item["id"] for item in json.loads((tmp_path / "records.fixed.jsonl").read_text())] == ["r0", "r1"]
+
+
+def test_preference_records_are_checked(check):
+    code, report, _ = check([{"prompt": "a", "chosen": "b", "rejected": "c"}], dataset_type="preference")
+    assert code == 0 and report["records"] == 1
+
+
+def test_what_cannot_be_checked(check, tmp_path, golden, capsys):
+    code, _, output = check([record(0)], "--report", str(tmp_path / "no" / "folder.json"))
+    assert code == 1 and "cannot write" in output.err
+    code, _, output = check([record(0)], tokenizer_config=None)
+    assert code == 1 and "no tokenizer: give --tokenizer" in output.err
+
+
+def test_histograms_of_nothing():
+    assert histogram([], 5) == "<p>none</p>"
