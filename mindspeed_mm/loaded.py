@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
-
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.image import ImageProcessor, load_image, preprocess
+from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.generation.decode import Decoder
-from mindspeed_mm.generation.engine import GenerationEngine, GenerationRequest, as_prompts
-from mindspeed_mm.generation.options import GenerationOptions, generation_options
+from mindspeed_mm.generation.engine import GenerationEngine, GenerationRequest
+from mindspeed_mm.generation.ids import continue_ids
+from mindspeed_mm.generation.options import generation_options
+from mindspeed_mm.generation.pictures import PictureFeatures
+from mindspeed_mm.generation.prompts import as_prompts
 from mindspeed_mm.locate import Located
 from mindspeed_mm.models.fusion import image_positions
 from mindspeed_mm.models.masks import complete_mask
@@ -90,10 +91,17 @@ class LoadedVLM:
         """Projected features, [N, P, Hv] -> [N, P, H]."""
         return self.model.image_encoder.projector(features.to(self.device))
 
-    def engine(self, template: str | None = None) -> GenerationEngine:
-        """Engine that answers requests with this model, in `template` (default: the checkpoint's, else v1)."""
+    def engine(self, template: str | None = None, *, batch_size: int = 16) -> GenerationEngine:
+        """Engine that answers requests with this model, in `template` (default: the checkpoint's, else v1), up to
+        `batch_size` sequences at a time."""
         return GenerationEngine(
-            self.model, self.tokenizer, self.image_processor, template or self.template, pad=self.pad
+            self.model,
+            self.tokenizer,
+            self.image_processor,
+            template or self.template,
+            pad=self.pad,
+            batch_size=batch_size,
+            image_token_id=self.image_token_id,
         )
 
     def generate(
@@ -115,7 +123,11 @@ class LoadedVLM:
             options: names of transformers' GenerationConfig; greedy by default.
 
         Returns:
-            One answer text a prompt, or with input_ids the new ids of each row (the stop id included).
+            num_return_sequences answer texts a prompt, or with input_ids the new ids of each row (stop id included).
+
+        Raises:
+            ConfigError: wrong options, prompts that do not fit the model's context.
+            DataError: a picture that cannot be used, another number of pictures than of placeholders.
         """
         chosen = generation_options(options)
         if (prompts is None) == (input_ids is None):
@@ -127,25 +139,27 @@ class LoadedVLM:
         if len(rows) != len(texts):
             raise ConfigError(f"{len(texts)} prompts came with {len(rows)} lists of images: give one list a prompt")
         requests = [
-            GenerationRequest(str(i), turns=((text, None),), images=tuple(_picture(image) for image in row))
+            GenerationRequest(str(i), turns=((text, None),), images=tuple(row))
             for i, (text, row) in enumerate(zip(texts, rows, strict=True))
         ]
-        return [result.text for result in self.engine(template).generate(requests, chosen, len(requests))]
+        results = self.engine(template).generate(requests, chosen, max(1, len(requests)) * chosen.num_return_sequences)
+        return [sequence.text for result in results for sequence in result.sequences]
 
-    def _continue(self, input_ids, images, options: GenerationOptions) -> list[list[int]]:
+    def _continue(self, input_ids, images, options) -> list[list[int]]:
         rows = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
         rows = [rows] if rows and isinstance(rows[0], int) else rows
         rows = [[IMAGE_TOKEN_INDEX if token == self.image_token_id else token for token in row] for row in rows]
-        pixels = [self._pixels(image) for image in (() if images is None else images)]
-        prompts = as_prompts(rows, len(pixels), self.tokens_per_image)
+        pictures = [] if images is None else list(images)
+        prompts = as_prompts(rows, len(pictures), self.tokens_per_image)
         stop_ids = options.eos_token_ids if options.eos_token_id is not None else (self.tokenizer.eos_token_id,)
-        return Decoder(self.model, stop_ids).generate(prompts, torch.stack(pixels) if pixels else None, options)
-
-    def _pixels(self, image: Any) -> torch.Tensor:
-        if isinstance(image, torch.Tensor):
-            return image
-        return preprocess(image, self.image_processor, pad=self.pad)
-
-
-def _picture(image: Any) -> Image.Image:
-    return image if isinstance(image, Image.Image) else load_image(image)
+        decoder = Decoder(self.model)
+        return continue_ids(
+            decoder,
+            prompts,
+            pictures,
+            options,
+            pictures=PictureFeatures(decoder, self._image_processor, pad=self.pad),
+            stop_ids=stop_ids,
+            tokenizer=self._tokenizer,
+            image_token_id=self.image_token_id,
+        )

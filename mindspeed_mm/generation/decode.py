@@ -1,6 +1,8 @@
-"""The decoding loop: fill in the prompts, then one token a step for all rows, through the key/value cache.
+"""The model's passes: prompts into the key/value cache, then one token a row, on any tensor- and pipeline-parallel layout.
 
-Legend: B rows, S prompt length, V vocabulary.
+Every rank runs the same passes in the same order; each returns the same logits on all of them.
+
+Legend: R rows, S prompt length, V vocabulary, N pictures, P tokens a picture, H decoder width.
 """
 
 from __future__ import annotations
@@ -8,131 +10,117 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state
 
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.generation.options import GenerationOptions
+from mindspeed_mm.models.fusion import image_positions, scatter_features
 from mindspeed_mm.models.vlm import VLM
 
 
-def pick_token(logits: torch.Tensor, options: GenerationOptions, generator: torch.Generator) -> int:
-    """Choose the next token of one row.
-
-    Args:
-        logits: [V] float32 on the CPU.
-        options: greedy, or sampling with temperature, then top-k, then top-p (the order of transformers' warpers).
-        generator: CPU generator of this request.
-    """
-    if options.greedy:
-        return int(logits.argmax())
-    if options.temperature is not None:
-        logits = logits / options.temperature
-    if options.top_k:
-        kth = logits.topk(min(options.top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if options.top_p is not None and options.top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        logits = logits.index_fill(0, order[before >= options.top_p], -torch.inf)
-    return int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
-
-
 class Decoder:
-    """Generates for one batch of expanded prompts."""
+    """One model with its cache. Rows 0..R-1 of the cache are in use; the caller keeps the books."""
 
-    def __init__(self, vlm: VLM, stop_ids: Sequence[int]) -> None:
-        if not (vlm.pre_process and vlm.post_process):
-            raise ConfigError("generation needs the whole model on each rank: use --pipeline-model-parallel-size 1")
+    def __init__(self, vlm: VLM) -> None:
+        if vlm.config.context_parallel_size > 1 or vlm.config.sequence_parallel:
+            raise ConfigError(
+                "generation decodes one token at a time, which context and sequence parallelism cannot split: found "
+                f"context-parallel size {vlm.config.context_parallel_size} and sequence_parallel "
+                f"{vlm.config.sequence_parallel}, use 1 and False"
+            )
         self.vlm = vlm
-        self.stop_ids = frozenset(stop_ids)
+        self.cache = vlm.text_decoder.new_cache()
         self.device = next(vlm.parameters()).device
+        self.vocab_size = vlm.text_decoder.vocab_size
+        self.max_length = vlm.spec.text_decoder.max_position_embeddings
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        pixel_values: torch.Tensor | None,
-        options: GenerationOptions,
-    ) -> list[list[int]]:
-        """Continue every prompt.
+    def image_features(self, pixel_values: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Projected features [P, H] of N preprocessed pictures [3, h, w]; None on later pipeline stages."""
+        if self.vlm.image_encoder is None or not pixel_values:
+            return [None] * len(pixel_values)
+        return list(self.vlm.image_encoder(torch.stack(list(pixel_values)).to(self.device)))
+
+    @torch.inference_mode()
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None], first_row: int
+    ) -> torch.Tensor:
+        """Fill prompts into the rows from `first_row` on.
 
         Args:
-            prompts: B id lists of any lengths, IMAGE_TOKEN_INDEX at every image position (already expanded).
-            pixel_values: [N, 3, h, w] of all prompts in reading order, or None.
-            options: how to choose tokens.
+            prompts: id lists of any lengths, IMAGE_TOKEN_INDEX at every image position (expanded).
+            features: what `image_features` gave for their pictures, in reading order.
 
         Returns:
-            B lists of new ids, each ending with its stop id when one was generated.
-
-        Raises:
-            ConfigError: an empty prompt, or one that exceeds the model's context with max_new_tokens.
+            [rows, V] float32, the logits behind each prompt's last token.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self._check_lengths(lengths.tolist(), options.max_new_tokens)
-        cache = self.vlm.text_decoder.new_cache(len(prompts), int(lengths.max()) + options.max_new_tokens)
-        self.vlm.text_decoder.use_cache(cache)
-        try:
-            return self._run(prompts, lengths, pixel_values, options, cache)
-        finally:
-            self.vlm.text_decoder.use_cache(None)
-
-    def _check_lengths(self, lengths: list[int], new_tokens: int) -> None:
-        limit = self.vlm.spec.text_decoder.max_position_embeddings
-        if min(lengths) == 0:
-            raise ConfigError("a prompt has no tokens: give it a text or an image")
-        if max(lengths) + new_tokens > limit:
-            raise ConfigError(
-                f"a prompt of {max(lengths)} tokens and max_new_tokens {new_tokens} exceed the model's context of "
-                f"{limit} tokens: shorten the prompt or lower max_new_tokens"
-            )
-
-    def _run(self, prompts, lengths, pixel_values, options, cache) -> list[list[int]]:
-        generators = [torch.Generator().manual_seed(options.seed) for _ in prompts]
-        rows = list(range(len(prompts)))
-        outputs: list[list[int]] = [[] for _ in prompts]
-        logits = self._prefill(prompts, lengths, pixel_values, cache)
-        for step in range(options.max_new_tokens):
-            tokens = [pick_token(logits[i], options, generators[row]) for i, row in enumerate(rows)]
-            for row, token in zip(rows, tokens, strict=True):
-                outputs[row].append(token)
-            going = [i for i, token in enumerate(tokens) if token not in self.stop_ids]
-            if not going or step + 1 == options.max_new_tokens:
-                break
-            if len(going) < len(rows):
-                kept = torch.tensor(going, device=self.device)
-                cache.keep_rows(kept)
-                lengths = lengths[kept]
-                rows = [rows[i] for i in going]
-                tokens = [tokens[i] for i in going]
-            logits = self._step(tokens, lengths, cache)
-            lengths = lengths + 1
-        return outputs
-
-    def _prefill(self, prompts, lengths, pixel_values, cache) -> torch.Tensor:
-        """Run the right-padded prompts and return the logits after each one's last token, [B, V] float32 on the CPU."""
-        width = int(lengths.max())
-        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        lengths = [len(prompt) for prompt in prompts]
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-        positions = torch.arange(width, device=self.device).expand(len(prompts), -1)
-        if pixel_values is not None:
-            pixel_values = pixel_values.to(self.device)
-        embeddings = self.vlm.embed(ids.to(self.device), pixel_values)
-        cache.begin(positions)
-        hidden = self.vlm.text_decoder(embeddings, positions)
-        hidden = self.vlm.text_decoder.gather_sequence(hidden)
-        return self._logits(hidden[lengths - 1, torch.arange(len(prompts), device=self.device)])
+        ids = ids.to(self.device)
+        positions = torch.arange(max(lengths), device=self.device).unsqueeze(0)
+        self.cache.begin_prefill(first_row, len(prompts))
+        hidden = self._pass(self._embed(ids, features), positions, len(prompts), max(lengths))
+        if hidden is not None:
+            last = torch.tensor(lengths, device=self.device) - 1
+            hidden = hidden[last, torch.arange(len(prompts), device=self.device)].unsqueeze(0)
+        return self._logits(hidden, len(prompts))
 
-    def _step(self, tokens: list[int], lengths: torch.Tensor, cache) -> torch.Tensor:
-        """Run one new token of each row, [B, V] float32 on the CPU."""
+    @torch.inference_mode()
+    def step(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
+        """Append one token to each of the rows 0..R-1, which hold `lengths` [R] tokens: logits [R, V] float32."""
+        positions = torch.tensor(lengths, device=self.device).unsqueeze(1)
+        self.cache.begin_step(lengths)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
-        positions = lengths.unsqueeze(1)
-        cache.begin(positions)
-        hidden = self.vlm.text_decoder(self.vlm.text_decoder.embed(ids), positions)
-        return self._logits(self.vlm.text_decoder.gather_sequence(hidden)[0])
+        return self._logits(self._pass(self._embed(ids, ()), positions, len(tokens), 1), len(tokens))
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        local = self.vlm.text_decoder.logits(hidden.unsqueeze(0))
-        full = tensor_parallel.gather_from_tensor_model_parallel_region(local)
-        return full[0, :, : self.vlm.text_decoder.vocab_size].float().cpu()
+    def _embed(self, ids: torch.Tensor, features: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """[R, S] -> [S, R, H] on the first pipeline stage, else None."""
+        if not self.vlm.pre_process:
+            return None
+        if not features:
+            return self.vlm.text_decoder.embed(ids)
+        places = image_positions(ids)
+        embeddings = self.vlm.text_decoder.embed(ids.masked_fill(places, 0))
+        return scatter_features(embeddings, torch.stack(list(features)), places)
+
+    def _pass(
+        self, hidden: torch.Tensor | None, positions: torch.Tensor, rows: int, length: int
+    ) -> torch.Tensor | None:
+        """Run this stage's layers through the cache: [S, R, H] on the last stage, None on the others."""
+        decoder = self.vlm.text_decoder
+        if not self.vlm.pre_process:
+            config = decoder.config
+            received = torch.empty(length, rows, config.hidden_size, dtype=config.params_dtype, device=self.device)
+            torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
+            decoder.set_input_tensor(received)
+        decoder.use_cache(self.cache)
+        try:
+            hidden = decoder(hidden, positions)
+        finally:
+            decoder.use_cache(None)
+        if self.vlm.post_process:
+            return hidden
+        torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+        return None
+
+    def _logits(self, hidden: torch.Tensor | None, rows: int) -> torch.Tensor:
+        """[1, R, H] of the last stage -> [R, V] float32 on every rank."""
+        if hidden is not None:
+            logits = self.vlm.logits(hidden)[:, 0].contiguous()
+        else:
+            logits = torch.empty(rows, self.vocab_size, dtype=torch.float32, device=self.device)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            torch.distributed.broadcast(logits, last, group=parallel_state.get_pipeline_model_parallel_group())
+        return logits
+
+    def check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Raise ConfigError for a prompt without tokens or one that does not fit into the model's context."""
+        if prompt_tokens == 0:
+            raise ConfigError("a prompt has no tokens: give it a text or an image")
+        if prompt_tokens + new_tokens > self.max_length:
+            raise ConfigError(
+                f"a prompt of {prompt_tokens} tokens and max_new_tokens {new_tokens} exceed the model's context of "
+                f"{self.max_length} tokens: shorten the prompt or lower max_new_tokens"
+            )

@@ -1,136 +1,261 @@
-"""Requests in, texts out: renders prompts, prepares images, batches, decodes. No terminal and no files here."""
+"""Requests in, texts out: submit a request, stream its text, cancel it. No terminal and no files here.
+
+A server drives the engine from one thread by calling `step` while `busy`, and submits from others; everybody else
+just iterates a handle, which drives the engine for all requests in flight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
-from PIL import Image
-
-from mindspeed_mm.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.expand import expand_images as expand_with_labels
-from mindspeed_mm.data.image import ImageProcessor, preprocess
-from mindspeed_mm.data.template import Template, encode_prompt, get_template
+from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
+from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.template import Template, get_template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.generation.beam import BeamJob
 from mindspeed_mm.generation.decode import Decoder
-from mindspeed_mm.generation.options import GenerationOptions
+from mindspeed_mm.generation.jobs import FinishReason, Generated, SampleJob
+from mindspeed_mm.generation.options import GenerationOptions, generation_options
+from mindspeed_mm.generation.pictures import PictureFeatures
+from mindspeed_mm.generation.prompts import GenerationRequest, expand_images, prompt_ids, stop_rules
+from mindspeed_mm.generation.scheduler import Entry, Scheduler
+from mindspeed_mm.generation.text import TextStream
 from mindspeed_mm.models.vlm import VLM
+
+__all__ = ["GenerationEngine", "GenerationHandle", "GenerationRequest", "GenerationResult"]
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
-    """One thing to answer.
+class GeneratedSequence:
+    """One answer: `text` without stop marks, `token_ids` everything that was generated, the stop id included."""
 
-    Give either `turns`, which are rendered with the engine's template, or `prompt`, which is tokenised as it is. Each
-    IMAGE_TOKEN in them stands for one image; images without any placeholder go in front of the first question.
-    """
-
-    id: str
-    turns: tuple[tuple[str, str | None], ...] = ()
-    """(question, answer) pairs, the last answer None."""
-    prompt: str | None = None
-    images: tuple[Image.Image, ...] = field(default=())
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    score: float | None = None
+    """Beam search's score."""
+    logprobs: tuple[float, ...] = ()
+    """Log-probability of each token, where the options ask for it."""
+    top_logprobs: tuple[dict[int, float], ...] = ()
+    """For each position the likeliest tokens' log-probabilities."""
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """`text` is the answer without stop marks, `token_ids` everything that was generated."""
+    """The answer of a request, or why there is none."""
 
     id: str
-    text: str
-    token_ids: tuple[int, ...]
-    prompt_tokens: int
+    sequences: tuple[GeneratedSequence, ...] = ()
+    """num_return_sequences answers, best first where they have scores."""
+    prompt_tokens: int = 0
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of the first answer, "" where there is none."""
+        return self.sequences[0].text if self.sequences else ""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Ids of the first answer."""
+        return self.sequences[0].token_ids if self.sequences else ()
+
+
+class GenerationHandle:
+    """A request in flight. Iterate it for the pieces of its (first) answer's text: whole characters, never a part of a
+    stop string; joined they are the result's text."""
+
+    def __init__(self, engine: GenerationEngine, request_id: str) -> None:
+        self._engine, self.id = engine, request_id
+        self._pieces: deque[str] = deque()
+        self._entry: Entry | None = None
+        self.result: GenerationResult | None = None
+        """Set at the end; `result.error` says why there is no answer."""
+        self.error: ValueError | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Raises the request's error (DataError, ConfigError) when it comes to it."""
+        while True:
+            while self._pieces:
+                yield self._pieces.popleft()
+            if self.result is not None:
+                break
+            self._engine.step()
+        if self.error is not None:
+            raise self.error
+
+    def wait(self) -> GenerationResult:
+        """Run the engine until this request has ended. Raises the request's error."""
+        for _ in self:
+            pass
+        return self.result
+
+    def cancel(self) -> None:
+        """End the request; what was generated so far becomes its result (finish_reason "cancelled")."""
+        if self._entry is not None:
+            self._entry.cancelled = True
 
 
 class GenerationEngine:
-    """Answers requests in batches."""
+    """Answers requests, in a batch that new ones join and finished ones leave."""
 
     def __init__(
-        self, vlm: VLM, tokenizer: Tokenizer, image_processor: ImageProcessor, template: str | Template, *, pad: bool
+        self,
+        vlm: VLM,
+        tokenizer: Tokenizer,
+        image_processor: ImageProcessor,
+        template: str | Template,
+        *,
+        pad: bool,
+        batch_size: int = 16,
+        image_token_id: int | None = None,
     ) -> None:
+        """`batch_size` is the number of sequences that run together; `image_token_id` stands for image positions in
+        the rules that look back at the prompt (None: they are passed over)."""
         self.vlm, self.tokenizer, self.image_processor = vlm, tokenizer, image_processor
         self.template = get_template(template, tokenizer)
         self.pad = pad
         self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
+        self._image_token_id = image_token_id
+        self._decoder = Decoder(vlm)
+        self._scheduler = Scheduler(self._decoder, batch_size)
+        self._template_stops = stop_rules(self.template, tokenizer)
+        self._lock = threading.RLock()
+        self.pictures = PictureFeatures(self._decoder, image_processor, pad=pad)
+
+    @property
+    def busy(self) -> bool:
+        """True while any request waits or runs."""
+        return self._scheduler.busy
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        options: GenerationOptions | Mapping[str, Any] | None = None,
+        *,
+        on_text: Callable[[str, int], None] | None = None,
+        on_end: Callable[[GenerationHandle], None] | None = None,
+    ) -> GenerationHandle:
+        """Queue a request. Whatever is wrong with it or its options ends up in the handle, not here.
+
+        Args:
+            options: a mapping is checked as `generation_options` does; None: greedy.
+            on_text: called from `step` with each piece of text and the number of its sequence.
+            on_end: called once when the request has ended.
+        """
+        handle = GenerationHandle(self, request.id)
+
+        def end(error: ValueError | None) -> None:
+            entry = handle._entry
+            handle.error = error
+            handle.result = self._result(request, entry, error)
+            if on_end is not None:
+                on_end(handle)
+
+        def text(piece: str, index: int) -> None:
+            if index == 0:
+                handle._pieces.append(piece)
+            if on_text is not None:
+                on_text(piece, index)
+
+        try:
+            entry = self._entry(request, options, text, end)
+        except (DataError, ConfigError) as error:
+            end(error)
+            return handle
+        handle._entry = entry
+        with self._lock:
+            self._scheduler.submit(entry)
+        return handle
+
+    def step(self) -> bool:
+        """Generate one token for every running request, after letting waiting ones in. Returns `busy`."""
+        with self._lock:
+            return self._scheduler.step()
 
     def generate(
-        self, requests: Sequence[GenerationRequest], options: GenerationOptions, batch_size: int = 1
+        self,
+        requests: Sequence[GenerationRequest],
+        options: GenerationOptions | Mapping[str, Any] | None = None,
+        batch_size: int = 1,
+        *,
+        on_error: Literal["raise", "return"] = "raise",
+        ordered: bool = True,
     ) -> Iterator[GenerationResult]:
-        """Yield one result for each request, in the order of `requests`."""
-        for start in range(0, len(requests), batch_size):
-            yield from self._batch(requests[start : start + batch_size], options)
+        """Yield one result for each request.
 
-    def prepare(self, request: GenerationRequest) -> tuple[list[int], list[torch.Tensor]]:
-        """Expanded prompt ids and preprocessed images [3, H, W] of a request.
-
-        Raises:
-            DataError: the number of images is not that of the placeholders, or an image cannot be used.
+        Args:
+            batch_size: sequences that run together, for this call.
+            on_error: "raise" the first request's error, or "return" a result with `error` and go on.
+            ordered: in the order of `requests`, or as they end.
         """
-        if request.prompt is not None:
-            ids = self._encode_text(self._with_images(request.prompt, len(request.images)))
+        ended: deque[GenerationHandle] = deque()
+        before, self._scheduler.max_rows = self._scheduler.max_rows, batch_size
+        handles = [self.submit(request, options, on_end=ended.append) for request in requests]
+        ready = deque(handles) if ordered else ended
+        try:
+            for _ in handles:
+                while not ready or ready[0].result is None:
+                    self.step()
+                handle = ready.popleft()
+                if handle.error is not None and on_error == "raise":
+                    raise handle.error
+                yield handle.result
+        finally:
+            for handle in handles:
+                handle.cancel()
+            self._scheduler.max_rows = before
+
+    def prepare(self, request: GenerationRequest) -> list[int]:
+        """Expanded prompt ids of a request. Raises as `prompts.prompt_ids` does."""
+        return expand_images(prompt_ids(request, self.tokenizer, self.template), self.tokens_per_image)
+
+    def _entry(self, request, options, text, end) -> Entry:
+        if not isinstance(options, GenerationOptions):
+            options = generation_options(options or {})
+        prompt = self.prepare(request)
+        self._decoder.check_length(len(prompt), options.max_new_tokens)
+        ids, texts = self._template_stops
+        stop_ids = (*(options.eos_token_ids or (self.tokenizer.eos_token_id,)), *ids)
+        history = [self._image_token_id if i == IMAGE_TOKEN_INDEX else i for i in prompt]
+        history = [i for i in history if i is not None]
+        if options.num_beams > 1:
+            job = BeamJob(history, options, stop_ids)
         else:
-            (question, answer), *rest = request.turns
-            turns = [(self._with_images(question, len(request.images), request.turns), answer), *rest]
-            ids = encode_prompt(turns, self.tokenizer, self.template)
-        found = ids.count(IMAGE_TOKEN_INDEX)
-        if found != len(request.images):
-            raise DataError(
-                f"request {request.id}: found {len(request.images)} images and {found} {IMAGE_TOKEN} placeholders; "
-                "give one image for each placeholder, or no placeholder at all"
-            )
-        images = [preprocess(image, self.image_processor, pad=self.pad) for image in request.images]
-        return expand_images(ids, self.tokens_per_image), images
+            streams = [
+                TextStream(self.tokenizer, (*texts, *options.stops)) for _ in range(options.num_return_sequences)
+            ]
+            job = SampleJob(history, options, stop_ids, streams, text)
+        return Entry(
+            job,
+            prompt,
+            len(prompt) + options.max_new_tokens,
+            features=lambda: self.pictures(request.images),
+            on_end=end,
+        )
 
-    @staticmethod
-    def _with_images(text: str, images: int, turns: Sequence[tuple[str, str | None]] = ()) -> str:
-        placed = text.count(IMAGE_TOKEN) + sum((question or "").count(IMAGE_TOKEN) for question, _ in turns[1:])
-        return f"{IMAGE_TOKEN}\n" * images + text if images and not placed else text
+    def _result(self, request: GenerationRequest, entry: Entry | None, error: ValueError | None) -> GenerationResult:
+        if error is not None or entry is None:
+            return GenerationResult(request.id, error=str(error))
+        return GenerationResult(request.id, tuple(map(self._sequence, entry.job.sequences)), len(entry.prompt))
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for index, piece in enumerate(text.split(IMAGE_TOKEN)):
-            if index:
-                ids.append(IMAGE_TOKEN_INDEX)
-            ids += self.tokenizer.encode(piece, add_bos=index == 0)
-        return ids
-
-    def _batch(self, requests: Sequence[GenerationRequest], options: GenerationOptions) -> Iterator[GenerationResult]:
-        prepared = [self.prepare(request) for request in requests]
-        images = [image for _, row in prepared for image in row]
-        stop_ids = options.eos_token_ids or (self.tokenizer.eos_token_id,)
-        decoder = Decoder(self.vlm, stop_ids)
-        outputs = decoder.generate([ids for ids, _ in prepared], torch.stack(images) if images else None, options)
-        for request, (ids, _), output in zip(requests, prepared, outputs, strict=True):
-            yield GenerationResult(request.id, self.text_of(output, stop_ids), tuple(output), len(ids))
-
-    def text_of(self, token_ids: Sequence[int], stop_ids: Sequence[int]) -> str:
-        """Answer text of generated ids: cut at the stop id or at the template's stop string."""
-        ids = list(token_ids[:-1] if token_ids and token_ids[-1] in stop_ids else token_ids)
-        text = self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size]).strip()
-        for stop in self.template.stop:
-            text = text.split(stop)[0]
-        return text.strip()
-
-
-def expand_images(ids: Sequence[int], tokens_per_image: int) -> list[int]:
-    """Each IMAGE_TOKEN_INDEX becomes `tokens_per_image` of them."""
-    return expand_with_labels(ids, ids, tokens_per_image)[0]
-
-
-def as_prompts(input_ids: Sequence[Sequence[int]], images: int, tokens_per_image: int) -> list[list[int]]:
-    """Prompts given as ids, with one placeholder an image or already expanded, in expanded form.
-
-    Raises:
-        ConfigError: the number of placeholders fits neither form.
-    """
-    found = sum(list(row).count(IMAGE_TOKEN_INDEX) for row in input_ids)
-    if found == images:
-        return [expand_images(row, tokens_per_image) for row in input_ids]
-    if found == images * tokens_per_image:
-        return [list(row) for row in input_ids]
-    raise ConfigError(
-        f"input_ids hold {found} image tokens for {images} images; expected {images} (one an image) or "
-        f"{images * tokens_per_image} (expanded)"
-    )
+    def _sequence(self, found: Generated) -> GeneratedSequence:
+        stream = found.stream
+        if stream is None:  # beam search: the text is there at the end only
+            stream = TextStream(self.tokenizer, self._template_stops[1])
+            for token in found.token_ids:
+                stream.add(token)
+            stream.finish()
+        return GeneratedSequence(
+            stream.text,
+            tuple(found.token_ids),
+            found.finish_reason,
+            found.score,
+            tuple(found.logprobs),
+            tuple(found.top_logprobs),
+        )

@@ -2,70 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from mindspeed_mm.config.load import StrictModel, load_config
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
     "num_beam_groups": (1,),
-    "num_return_sequences": (1,),
-    "repetition_penalty": (1.0,),
     "encoder_repetition_penalty": (1.0,),
     "diversity_penalty": (0.0,),
-    "length_penalty": (1.0,),
-    "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "min_length": (0,),
-    "min_new_tokens": (None, 0),
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
-    "early_stopping": (False,),
-    "bad_words_ids": (None,),
-    "force_words_ids": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "decoder_start_token_id": (None,),
-    "begin_suppress_tokens": (None,),
-    "suppress_tokens": (None,),
-    "forced_decoder_ids": (None,),
-    "constraints": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "sequence_bias": (None,),
-    "guidance_scale": (None,),
-    "low_memory": (None,),
-    "penalty_alpha": (None,),
-    "max_time": (None,),
-    "stop_strings": (None,),
-    "prompt_lookup_num_tokens": (None,),
+    "bad_words_ids": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "decoder_start_token_id": (),
+    "begin_suppress_tokens": (),
+    "suppress_tokens": (),
+    "forced_decoder_ids": (),
+    "constraints": (),
+    "exponential_decay_length_penalty": (),
+    "sequence_bias": (),
+    "guidance_scale": (),
+    "low_memory": (),
+    "penalty_alpha": (),
+    "max_time": (),
+    "prompt_lookup_num_tokens": (),
     "num_assistant_tokens": (5,),
     "num_assistant_tokens_schedule": ("heuristic", "constant"),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
     "output_scores": (False,),
-    "output_logits": (None, False),
+    "output_logits": (False,),
     "return_dict_in_generate": (False,),
     "renormalize_logits": (False,),
     "remove_invalid_values": (False,),
-    "cache_implementation": (None,),
+    "cache_implementation": (),
     "generation_kwargs": ({},),
     "max_length": (20, 2048, 4096),
     "use_cache": (True, False),
-    "_from_model_config": (True, False),
-    "transformers_version": (),
 }
-"""Keys of a full GenerationConfig that the guide's files carry, with the values that ask for nothing. Any value is
-accepted for an empty tuple. `max_length` is always superseded by max_new_tokens, and the cache is always used: it
-changes no token."""
+"""Keys of a full GenerationConfig that the guide's files carry, with the values that ask for nothing (null always does).
+`max_length` is always superseded by max_new_tokens, and the cache is always used: it changes no token."""
+
+NOTES = ("_from_model_config", "transformers_version")
+"""Keys that say where a GenerationConfig comes from; any value."""
 
 
 class GenerationOptions(StrictModel):
     """How to choose tokens. Defaults are greedy decoding."""
 
     max_new_tokens: Annotated[int, pydantic.Field(gt=0)] = 512
+    min_new_tokens: Annotated[int, pydantic.Field(ge=0)] = 0
+    """Stop ids cannot be chosen before so many tokens; stop strings still end a text."""
     do_sample: bool = False
     temperature: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
     """Divides the logits before sampling; 0 asks for greedy decoding, as LLaVA's and the ancestor's tools take it."""
@@ -73,8 +68,25 @@ class GenerationOptions(StrictModel):
     """Sample among the k likeliest tokens; 0 or None: all."""
     top_p: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
     """Sample among the likeliest tokens that together reach this probability; None: all."""
+    min_p: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
+    """Sample among the tokens at least this share as likely as the likeliest; None: all."""
+    repetition_penalty: Annotated[float, pydantic.Field(gt=0)] = 1.0
+    """Divides positive and multiplies negative logits of tokens that stand in the prompt or the answer."""
+    no_repeat_ngram_size: Annotated[int, pydantic.Field(ge=0)] = 0
+    """No run of so many tokens occurs twice in prompt and answer; 0: no such rule."""
+    stop_strings: str | tuple[str, ...] = ()
+    """Texts that end an answer; they are not part of it."""
+    num_return_sequences: Annotated[int, pydantic.Field(gt=0)] = 1
+    num_beams: Annotated[int, pydantic.Field(gt=0, le=64)] = 1
+    length_penalty: float = 1.0
+    """Beam scores are divided by length ** length_penalty."""
+    early_stopping: bool | Literal["never"] = False
+    """When beam search ends: True, at num_beams finished ones; False, when none running is likely to win; "never", when
+    none running can win."""
     seed: int = 0
-    """Seed of the sampling; every request has its own generator, so results do not depend on the batch."""
+    """Seed of the sampling; every sequence has its own generator, so results do not depend on the batch."""
+    logprobs: Annotated[int, pydantic.Field(ge=0, le=100)] | None = None
+    """Return the log-probability (of the model, before any option) of each token and of so many likeliest others."""
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -87,19 +99,52 @@ class GenerationOptions(StrictModel):
             return data
         kept = {}
         for key, value in data.items():
-            if key not in NEUTRAL_VALUES:
+            known = key in cls.model_fields
+            if key in NOTES or (value is None and (known or key in NEUTRAL_VALUES)):
+                continue
+            if known or key not in NEUTRAL_VALUES:
                 kept[key] = value
-            elif NEUTRAL_VALUES[key] and value not in NEUTRAL_VALUES[key]:
-                raise ValueError(
-                    f"{key}: found {value!r}, expected {' or '.join(map(repr, NEUTRAL_VALUES[key]))}: "
-                    "this option is not supported"
-                )
+            elif value not in NEUTRAL_VALUES[key]:
+                expected = " or ".join(map(repr, NEUTRAL_VALUES[key] or (None,)))
+                raise ValueError(f"{key}: found {value!r}, expected {expected}: this option is not supported")
         return kept
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> GenerationOptions:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
+        if not all(self.stops):
+            raise ValueError("stop_strings: found an empty text, which would end every answer at once; remove it")
+        if self.num_beams > 1:
+            for name, wrong in (
+                ("do_sample", self.do_sample),
+                ("logprobs", self.logprobs is not None),
+                ("stop_strings", bool(self.stops)),
+            ):
+                if wrong:
+                    raise ValueError(
+                        f"num_beams {self.num_beams} does not go with {name}: beam search has no such option"
+                    )
+        elif self.greedy and self.num_return_sequences > 1:
+            raise ValueError(
+                f"num_return_sequences {self.num_return_sequences} of greedy decoding would be equal: set do_sample, or "
+                "num_beams to at least as many"
+            )
+        if 1 < self.num_beams < self.num_return_sequences:
+            raise ValueError(
+                f"num_return_sequences {self.num_return_sequences} exceeds num_beams {self.num_beams}: raise num_beams"
+            )
+        return self
 
     @property
     def greedy(self) -> bool:
         """True where the likeliest token is taken."""
         return not self.do_sample or self.temperature == 0
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        return (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -108,6 +153,6 @@ class GenerationOptions(StrictModel):
         return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def generation_options(values: dict[str, Any], *, context: str | None = None) -> GenerationOptions:
+def generation_options(values: Mapping[str, Any], *, context: str | None = None) -> GenerationOptions:
     """Check option names and values; ConfigError lists every problem with the nearest known name."""
-    return load_config(GenerationOptions, values, what="generation options", context=context)
+    return load_config(GenerationOptions, dict(values), what="generation options", context=context)

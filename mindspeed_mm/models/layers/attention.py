@@ -76,7 +76,8 @@ class CoreAttention(MegatronModule):
             key,
             value,
             mask=mask,
-            causal=self.causal and mask is None,
+            # A single new token behind a cache may see all of it.
+            causal=self.causal and mask is None and query.shape[2] == key.shape[2],
             scale=self.scale,
             dropout=self.dropout if self.training else 0.0,
         )

@@ -117,17 +117,15 @@ class LlamaDecoder(LanguageModule):
         """Hidden states from the previous pipeline stage."""
         self.decoder.set_input_tensor(input_tensor)
 
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        """Empty key/value cache for `rows` sequences of up to `length` tokens."""
+    def new_cache(self) -> KVCache:
+        """Key/value cache of this stage's layers, without memory yet."""
         attention = self.decoder.layers[0].self_attention
-        parameter = next(self.parameters())
+        parameter = attention.linear_proj.weight
         return KVCache(
             len(self.decoder.layers),
-            rows,
             attention.num_query_groups_per_partition,
-            length,
             attention.hidden_size_per_attention_head,
-            parameter.dtype,
+            self.config.params_dtype,
             parameter.device,
         )
 

@@ -1,0 +1,109 @@
+"""Requests to expanded prompt ids, with the training template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mindspeed_mm.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from mindspeed_mm.data.expand import expand_images as expand_with_labels
+from mindspeed_mm.data.template import Template, encode_prompt
+from mindspeed_mm.data.tokenizer_base import Tokenizer
+from mindspeed_mm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One thing to answer.
+
+    Give either `turns`, which are rendered with the engine's template, or `prompt`, which is tokenised as it is. Each
+    IMAGE_TOKEN in them stands for one image; images without any placeholder go in front of the first question. The text
+    of special tokens inside `turns` and `system` is plain text.
+    """
+
+    id: str
+    turns: tuple[tuple[str, str | None], ...] = ()
+    """(question, answer) pairs, the last answer None."""
+    prompt: str | None = None
+    images: tuple[Any, ...] = field(default=())
+    """PIL pictures, paths, or encoded bytes (ImageBytes), in reading order."""
+    system: str | None = None
+    """Takes the place of the template's system text."""
+
+
+def prompt_ids(request: GenerationRequest, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Ids with one IMAGE_TOKEN_INDEX an image.
+
+    Raises:
+        DataError: an empty prompt, or another number of images than of placeholders.
+        TemplateError: turns that the template cannot render.
+    """
+    images = len(request.images)
+    if request.prompt is not None:
+        if not request.prompt.strip():
+            raise DataError(f"request {request.id}: the prompt is empty; give it a text")
+        ids = _encode_text(_with_images(request.prompt, images), tokenizer)
+    else:
+        if not request.turns:
+            raise DataError(f"request {request.id}: there are neither turns nor a prompt; give it a question")
+        (question, answer), *rest = request.turns
+        if not any((text or "").strip() for text, _ in request.turns) and not images:
+            raise DataError(f"request {request.id}: the prompt is empty; give it a text or an image")
+        turns = [(_with_images(question, images, request.turns), answer), *rest]
+        ids = encode_prompt(turns, tokenizer, template, system=request.system, special_text="text")
+    found = ids.count(IMAGE_TOKEN_INDEX)
+    if found != images:
+        raise DataError(
+            f"request {request.id}: found {images} images and {found} {IMAGE_TOKEN} placeholders; "
+            "give one image for each placeholder, or no placeholder at all"
+        )
+    return ids
+
+
+def _with_images(text: str, images: int, turns: Sequence[tuple[str, str | None]] = ()) -> str:
+    placed = text.count(IMAGE_TOKEN) + sum((question or "").count(IMAGE_TOKEN) for question, _ in turns[1:])
+    return f"{IMAGE_TOKEN}\n" * images + text if images and not placed else text
+
+
+def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
+    ids: list[int] = []
+    for index, piece in enumerate(text.split(IMAGE_TOKEN)):
+        if index:
+            ids.append(IMAGE_TOKEN_INDEX)
+        ids += tokenizer.encode(piece, add_bos=index == 0)
+    return ids
+
+
+def stop_rules(template: Template, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(stop ids, stop strings) of a template: a stop string that is one special token is never seen as text."""
+    ids, texts = [], []
+    for stop in template.stop:
+        token_id = tokenizer.token_to_id(stop)
+        if token_id is not None and token_id in tokenizer.special_ids:
+            ids.append(token_id)
+        else:
+            texts.append(stop)
+    return tuple(ids), tuple(texts)
+
+
+def expand_images(ids: Sequence[int], tokens_per_image: int) -> list[int]:
+    """Each IMAGE_TOKEN_INDEX becomes `tokens_per_image` of them."""
+    return expand_with_labels(ids, ids, tokens_per_image)[0]
+
+
+def as_prompts(input_ids: Sequence[Sequence[int]], images: int, tokens_per_image: int) -> list[list[int]]:
+    """Prompts given as ids, with one placeholder an image or already expanded, in expanded form.
+
+    Raises:
+        ConfigError: the number of placeholders fits neither form.
+    """
+    found = sum(list(row).count(IMAGE_TOKEN_INDEX) for row in input_ids)
+    if found == images:
+        return [expand_images(row, tokens_per_image) for row in input_ids]
+    if found == images * tokens_per_image:
+        return [list(row) for row in input_ids]
+    raise ConfigError(
+        f"input_ids hold {found} image tokens for {images} images; expected {images} (one an image) or "
+        f"{images * tokens_per_image} (expanded)"
+    )
