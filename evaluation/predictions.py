@@ -1,7 +1,7 @@
 """Read answers from Python objects, JSON, JSON lines, or a spreadsheet, and match them with the rows of a table."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,28 @@ Predictions = str | Path | Mapping[Any, str] | Iterable[Mapping[str, Any]]
 
 MAX_FILE_BYTES = 2**30
 
+INDEX_KEYS = ("index", "question_id", "id")
+ANSWER_KEYS = ("prediction", "text", "answer", "pred")
+"""Names of the two values in a record of answers: ours and VLMEvalKit's, LLaVA's, POPE's and Shikra's."""
+
 
 def match_predictions(
-    predictions: Predictions, table: Table, *, allow_missing: bool = False
+    predictions: Predictions, table: Table, *, allow_missing: bool = False, by_order: bool = False
 ) -> tuple[dict[int | str, str], int]:
     """Answers by index in table order, and the number of rows without one.
 
-    Accepts {index: answer}, a sequence of {"index": ..., "prediction": ...}, or a file of these: .json, .jsonl, or
-    .xlsx with columns index and prediction. Answers to rows that the table dropped (no picture) are left out.
+    Accepts {index: answer}, a sequence of {"index": ..., "prediction": ...} (or LLaVA's question_id and text, POPE's
+    question_id and answer), or a file of these: .json, .jsonl, or .xlsx with columns index and prediction. Answers to
+    rows that the table dropped (no picture) are left out. `by_order`: records without an index (Shikra's pred) belong
+    to the rows in their order.
 
     Raises DataError: unreadable file, record without the two keys, answer that is not a text, repeated index, index
     that the table does not have, and, unless `allow_missing`, rows without an answer.
     """
     source = str(predictions) if isinstance(predictions, str | Path) else "predictions"
     answers: dict[str, str] = {}
-    for index, answer in _pairs(predictions, source):
+    order = [str(row.index) for row in table.rows] if by_order else []
+    for index, answer in _pairs(predictions, source, order):
         if not isinstance(answer, str):
             raise DataError(f"{source}: the answer of index {index} is {answer!r}; expected a text.")
         if index in answers:
@@ -52,18 +59,21 @@ def match_predictions(
     return found, len(missing)
 
 
-def _pairs(predictions: Predictions, source: str) -> list[tuple[str, Any]]:
+def _pairs(predictions: Predictions, source: str, order: Sequence[str]) -> list[tuple[str, Any]]:
     if isinstance(predictions, str | Path):
         predictions = _read(Path(predictions))
     if isinstance(predictions, Mapping):
         return [(str(index), answer) for index, answer in predictions.items()]
     pairs = []
     for number, record in enumerate(predictions):
-        if not isinstance(record, Mapping) or "index" not in record or "prediction" not in record:
+        keys = record if isinstance(record, Mapping) else ()
+        index_key = next((key for key in INDEX_KEYS if key in keys), None)
+        answer_key = next((key for key in ANSWER_KEYS if key in keys), None)
+        if answer_key is None or (index_key is None and number >= len(order)):
             raise DataError(
-                f"{source}, record {number}: found {record!r}; expected an object with index and prediction."
+                f"{source}, record {number}: found {record!r:.200}; expected an object with index and prediction."
             )
-        pairs.append((str(record["index"]), record["prediction"]))
+        pairs.append((str(record[index_key]) if index_key else order[number], record[answer_key]))
     return pairs
 
 

@@ -1,23 +1,28 @@
-"""Scores of one benchmark run: per row, per split and category, with an interval."""
+"""Scores of one benchmark run: per row, per split and category, with a bootstrap interval."""
 
 import csv
 import io
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-Z_95 = 1.959963984540054
-"""97.5 % quantile of the normal distribution."""
+from evaluation.statistics import evaluate, interval
 
 
 class RowScore(NamedTuple):
     """Score of one answer. Fields are also found by name, as in the JSON form: row["hit"]."""
 
     extracted: str | None
-    """What the answer was taken to say; None (or VLMEvalKit's "Z") where nothing could be read."""
-    hit: int
+    """What the answer was taken to say; None (or VLMEvalKit's "Z", "Unknown") where nothing could be read."""
+    hit: float
+    """0 or 1, or a score between them."""
     log: str = ""
+
+    @property
+    def score(self) -> float:
+        """The same as `hit`; VLMEvalKit's word for open answers."""
+        return self.hit
 
     def __getitem__(self, key):
         return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
@@ -35,68 +40,86 @@ class Rows(dict):
 
 @dataclass(frozen=True)
 class Report:
-    """Result of scoring. `table` is {split: {column: accuracy 0..1, nan where a split has no such row}}."""
+    """Result of scoring. `table` is {line: {column: value}} on the scale of the public scorer (0..`scale`); nan where
+    a line has no such row."""
 
     benchmark: str
     mode: str
     table: dict[str, dict[str, float]]
     rows: Rows
-    overall: float
-    """Accuracy over all rows, whatever their split."""
-    interval: tuple[float, float]
-    """95 % Wilson interval of `overall`."""
+    units: dict[str, Sequence[float]]
+    """What is drawn together in a bootstrap, by name: numbers whose sums give the metric (evaluation.statistics)."""
     unparsed: int
-    """Answers from which no option could be read; they count as wrong."""
-    dropped: int
+    """Answers from which nothing could be read; they count as wrong."""
+    metric: str = "accuracy"
+    statistic: str = "mean"
+    scale: float = 1.0
+    dropped: int = 0
     """Rows of the file without a picture, which are not part of the benchmark."""
-    missing: int
+    missing: int = 0
     """Rows without an answer; they are left out of the scores."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """What a reader of the numbers should know, such as how many answers a judge read."""
 
     @property
     def n(self) -> int:
         """Number of scored rows."""
         return len(self.rows)
 
+    @property
+    def overall(self) -> float:
+        """The metric over all rows: 0..1, but for MME, whose points are kept (0..2000)."""
+        return evaluate(list(self.units.values()), self.statistic) if self.units else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of `overall`."""
+        return interval(list(self.units.values()), self.statistic) if self.units else (math.nan, math.nan)
+
     def to_csv(self) -> str:
-        """The table in VLMEvalKit's form: one line per split, comma separated, all cells quoted, fractions 0..1."""
+        """The table: one line per split, comma separated, all cells quoted, rates as fractions 0..1."""
         columns = list(dict.fromkeys(name for row in self.table.values() for name in row))
         text = io.StringIO()
         writer = csv.writer(text, quoting=csv.QUOTE_ALL, lineterminator="\n")
         writer.writerow(["split", *columns])
         for split, row in self.table.items():
-            writer.writerow([split, *("" if math.isnan(row[name]) else repr(row[name]) for name in columns)])
+            writer.writerow([split, *(_csv_cell(row.get(name, math.nan), self.scale) for name in columns)])
         return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form without the rows; a split without rows of a category has null there."""
+        """JSON form; a line without rows of a category has null there. `units` lets two runs be compared."""
         table = {
             split: {name: None if math.isnan(value) else value for name, value in row.items()}
             for split, row in self.table.items()
         }
         return {
             "mode": self.mode,
-            "overall": self.overall,
-            "interval_95": list(self.interval),
-            "interval_method": "Wilson",
+            "metric": self.metric,
+            "overall": None if math.isnan(self.overall) else self.overall,
+            "interval_95": [None if math.isnan(end) else end for end in self.interval],
+            "interval_method": "percentile bootstrap",
             "n": self.n,
             "unparsed": self.unparsed,
             "dropped_without_picture": self.dropped,
             "missing_answers": self.missing,
+            **({"notes": dict(self.notes)} if self.notes else {}),
+            "table_scale": self.scale,
             "table": table,
+            "statistic": self.statistic,
+            "units": {name: list(numbers) for name, numbers in self.units.items()},
         }
 
 
-def mean(values: Iterable[int]) -> float:
+def _csv_cell(value: float, scale: float) -> str:
+    return "" if math.isnan(value) else repr(value if scale == 1 else value / scale)
+
+
+def mean_units(scores: Mapping[Any, float]) -> dict[str, tuple[float, float]]:
+    """Units of the statistic "mean": one per question."""
+    return {str(name): (float(score), 1.0) for name, score in scores.items()}
+
+
+def mean(values: Iterable[float]) -> float:
     """Arithmetic mean, nan of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
-
-
-def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson, JASA 1927); (0, 1) when n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = hits / n, Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)

@@ -10,8 +10,9 @@ from evaluation.benchmarks import MODES, PROMPT_STYLES, Benchmark, Mode, Prompt,
 from evaluation.engine import Communicator, Engine, GenerationRequest, SingleRank
 from evaluation.journal import Journal, fingerprint
 from evaluation.outputs import check_folder, check_output_name, write_outputs
+from evaluation.questions import read_questions
 from evaluation.report import Report
-from evaluation.tsv import Row, Table, read_table
+from evaluation.tsv import Row, Table
 from mindspeed_mm.errors import DataError
 
 
@@ -111,7 +112,7 @@ def check(
         raise DataError(f"found batch size {batch_size}; expected 1 or more.")
     if limit is not None and limit < 1:
         raise DataError(f"found limit {limit}; expected 1 or more, or none to ask every question.")
-    table = read_table(tsv, image_root=image_root)
+    table = read_questions(tsv, image_root=image_root)
     found = find_benchmark(benchmark, table)
     check_folder(Path(out_dir))
     return table, found

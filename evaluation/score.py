@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from evaluation.benchmarks import MODES, Mode, find_benchmark
+from evaluation.judge_protocol import Judge
 from evaluation.predictions import Predictions, match_predictions
+from evaluation.questions import read_questions
 from evaluation.report import Report
-from evaluation.tsv import read_table
 from mindspeed_mm.errors import DataError
 
 
@@ -17,18 +18,22 @@ def score(
     *,
     allow_missing: bool = False,
     image_root: str | Path | None = None,
+    judge: Judge | None = None,
 ) -> Report:
     """Score answers to a benchmark table.
 
-    `benchmark` is a name in any case ("ai2d_test", "AI2D_TEST") or the user's own name of a multiple-choice table;
-    `predictions` {index: answer}, [{"index", "prediction"}], or a .json, .jsonl or .xlsx file of these. `mode` "strict"
-    is the benchmark's definition, "compat" equals VLMEvalKit row by row.
+    `benchmark` is a name in any case ("ai2d_test", "AI2D_TEST") or the user's own name of a table; `predictions`
+    {index: answer}, [{"index", "prediction"}], or a .json, .jsonl or .xlsx file of these; `tsv` the benchmark's file
+    (see evaluation.questions). `mode` "strict" is the benchmark's definition, "compat" equals VLMEvalKit row by row.
+    `judge` reads the answers that the rules cannot; by default they are wrong.
 
-    Raises DataError for an unusable table or answers (see read_table and match_predictions) or an unknown name.
+    Raises DataError for an unusable table or answers (see read_questions and match_predictions) or an unknown name.
     """
     if mode not in MODES:
         raise DataError(f"found mode {mode!r}; expected {' or '.join(MODES)}.")
-    table = read_table(tsv, image_root=image_root)
+    table = read_questions(tsv, image_root=image_root)
     found = find_benchmark(benchmark, table)
-    answers, missing = match_predictions(predictions, table, allow_missing=allow_missing)
-    return found.score(table, answers, mode, missing)
+    answers, missing = match_predictions(
+        predictions, table, allow_missing=allow_missing, by_order=getattr(found, "by_order", False)
+    )
+    return found.score(table, answers, mode, missing, judge)

@@ -11,7 +11,7 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ MAX_REFERENCE_CHARACTERS = 64
 
 MAX_PIXELS = 128 * 2**20
 """Largest picture that is decoded (width x height); above it a small file could exhaust the memory."""
+
+_BLOCK = 2**20
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -57,12 +59,14 @@ class Table:
     dropped: tuple[int | str, ...]
     sha256: str
     image_root: Path
+    is_json_lines: bool = False
+    """Whether the file has the form of a benchmark's own questions instead of VLMEvalKit's table."""
 
     def images(self, row: Row) -> tuple[PIL.Image.Image, ...]:
         """Decode the pictures of `row`, in order and in the mode they were stored in. Raises DataError."""
         where = f"{self.path}, row with index {row.index}"
         if "image" not in self.columns:
-            contents = [path.read_bytes() for path in _image_paths(row.cells["image_path"], self.image_root, where)]
+            contents = [path.read_bytes() for path in find_images(row.cells["image_path"], self.image_root, where)]
         else:
             cells = _read_record(self.path, row.image_source)
             contents = [_decode(text, where) for text in _image_texts(cells[self.columns.index("image")], where)]
@@ -107,7 +111,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Tab
     if not texts:
         raise DataError(f"{path} has a header but no rows; expected at least one question.")
     sources = _image_sources(texts, kinds, path)
-    indices = _typed_indices(texts)
+    indices = typed_indices(texts)
     rows = tuple(
         Row(indices[i], all_cells[i], i, offsets[sources[i]], int(kinds[sources[i]]))
         for i in range(len(texts))
@@ -116,7 +120,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Tab
     if not rows:
         raise DataError(f"{path}: none of the {len(texts)} rows has a picture; fill column {columns[image_column]}.")
     dropped = tuple(index for index, kind in zip(indices, kinds, strict=True) if kind == 0)
-    return Table(path, columns, rows, tuple(all_cells), dropped, _sha256(path), root)
+    return Table(path, columns, rows, tuple(all_cells), dropped, sha256_of_files([path]), root)
 
 
 def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | int:
@@ -124,7 +128,7 @@ def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | i
     if cell in NA_TEXTS:
         return 0
     if column == "image_path":
-        return len(_image_paths(cell, root, where))
+        return len(find_images(cell, root, where))
     if len(cell) <= MAX_REFERENCE_CHARACTERS:
         return cell
     return len([_decode(text, where) for text in _image_texts(cell, where)])
@@ -155,7 +159,7 @@ def _image_sources(texts: list[str], kinds: list[str | int], path: Path) -> list
 _INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
-def _typed_indices(texts: list[str]) -> list[int | str]:
+def typed_indices(texts: Sequence[str]) -> list[int | str]:
     """Integers if every index is written as one ("7", not "007"), else the texts."""
     if all(_INTEGER.fullmatch(text) for text in texts):
         return [int(text) for text in texts]
@@ -198,7 +202,8 @@ def _decode(text: str, where: str) -> bytes:
         ) from error
 
 
-def _image_paths(cell: str, root: Path, where: str) -> list[Path]:
+def find_images(cell: str, root: Path, where: str) -> list[Path]:
+    """Files that an image_path cell names. Raises DataError for one that is missing or outside `root`."""
     paths = []
     for name in _image_texts(cell, where):
         target = (root / name).resolve()
@@ -227,9 +232,14 @@ def _open_image(content: bytes, where: str) -> PIL.Image.Image:
     return image
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of_files(paths: Sequence[Path]) -> str:
+    """SHA-256 of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:

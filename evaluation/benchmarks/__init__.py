@@ -1,6 +1,6 @@
-"""Benchmarks: one module each, found by scanning this folder for modules with a `BENCHMARK`.
+"""Benchmarks: one module each, found by scanning this folder for modules with a `BENCHMARK` (or `BENCHMARKS`).
 
-A multiple-choice file of a user's own needs no module: its columns say what it is.
+A table of a user's own needs no module: its columns say whether it is multiple choice, yes-no or open questions.
 """
 
 import difflib
@@ -8,38 +8,31 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from evaluation.judge_protocol import Judge
+from evaluation.prompts import PROMPT_STYLES, Prompt, PromptStyle
 from evaluation.report import Report
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
 
-PromptStyle = Literal["official", "vlmevalkit"]
-PROMPT_STYLES: tuple[PromptStyle, ...] = ("official", "vlmevalkit")
-"""official: the model's own training template around the benchmark's text; vlmevalkit: that kit's LLaVA prompt."""
+__all__ = ["MODES", "PROMPT_STYLES", "Benchmark", "Mode", "Prompt", "PromptStyle", "find_benchmark", "known_benchmarks"]
 
 Mode = Literal["strict", "compat"]
 MODES: tuple[Mode, ...] = ("strict", "compat")
 """strict: the benchmark's definition on undamaged text; compat: equal to VLMEvalKit row by row."""
 
-
-@dataclass(frozen=True)
-class Prompt:
-    """One of the two is given: pairs (question, open answer None) for a template, or the finished text.
-
-    Both hold one `<image>` per picture.
-    """
-
-    turns: tuple[tuple[str, str | None], ...] | None = None
-    text: str | None = None
+_TYPING_ERROR = 0.85
+"""Names more alike than this (difflib ratio) to a known one, but not equal to it, are taken for typing errors."""
 
 
 class Benchmark(Protocol):
-    """What a benchmark module provides as `BENCHMARK`."""
+    """What a benchmark module provides as `BENCHMARK`, or several of as `BENCHMARKS`."""
 
     name: str
     """VLMEvalKit's spelling; any case is accepted where users name it."""
+    aliases: tuple[str, ...]
+    """Other names of the same benchmark."""
 
     def check(self, table: Table) -> None:
         """Raise DataError when the table lacks a column that the benchmark needs."""
@@ -50,35 +43,55 @@ class Benchmark(Protocol):
     def has_answers(self, table: Table) -> bool:
         """True when the table holds the right answers, so that `score` can be called."""
 
-    def score(self, table: Table, predictions: Mapping[int | str, str], mode: Mode, missing: int = 0) -> Report:
+    def score(
+        self,
+        table: Table,
+        predictions: Mapping[int | str, str],
+        mode: Mode,
+        missing: int = 0,
+        judge: Judge | None = None,
+    ) -> Report:
         """Score answers, given by index in table order."""
 
 
 def known_benchmarks() -> dict[str, Benchmark]:
-    """Every benchmark with a module of its own, by lower-case name."""
+    """Every benchmark with a module of its own, by lower-case name; aliases included."""
     return dict(_scan())
 
 
 def find_benchmark(name: str, table: Table) -> Benchmark:
-    """The benchmark called `name` (any case), or plain multiple choice if the columns of `table` are question, A, B.
+    """The benchmark called `name` (any case), or one for a table of the user's own.
 
-    Raises DataError for an unknown name whose table is not multiple choice, with the nearest names.
+    Raises DataError for an unknown name with the nearest names, when it looks like a typing error or when the table
+    is neither multiple choice (columns question, A, B) nor questions (column question).
     """
-    from evaluation.benchmarks.mcq._choice import MultipleChoice, refuse_special_rules
-
     benchmark = _scan().get(name.lower())
     if benchmark is None:
-        refuse_special_rules(name, table)
-        if not {"question", "A", "B"} <= set(table.columns):
-            close = difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=0.4) or sorted(_scan())
+        likely = difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=_TYPING_ERROR)
+        own = None if likely else _own_benchmark(name, table)
+        if own is None:
+            close = likely or difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=0.4) or sorted(_scan())
             raise DataError(
-                f"no benchmark is called {name} (nearest: {', '.join(close)}), and {table.path} is not plain multiple "
-                f"choice: found columns {', '.join(table.columns)}, expected question, A and B. "
-                "Correct the name or the table."
+                f"no benchmark is called {name} (nearest: {', '.join(close)}). Correct the name; for a table of your "
+                f"own, give a name that is less like these, and columns question, A, B, ... or question and answer; "
+                f"{table.path} has {', '.join(table.columns)}."
             )
-        benchmark = MultipleChoice(name)
+        benchmark = own
     benchmark.check(table)
     return benchmark
+
+
+def _own_benchmark(name: str, table: Table) -> Benchmark | None:
+    from evaluation.benchmarks.mcq._choice import MultipleChoice, refuse_rotations
+    from evaluation.benchmarks.vqa._open import OWN_QUESTIONS
+    from evaluation.benchmarks.yesno._yesno import YesNo, is_yes_no
+
+    if {"question", "A", "B"} <= set(table.columns):
+        refuse_rotations(name, table)
+        return MultipleChoice(name)
+    if "question" not in table.columns:
+        return None
+    return YesNo(name) if is_yes_no(table) else OWN_QUESTIONS(name)
 
 
 @functools.cache
@@ -87,6 +100,8 @@ def _scan() -> dict[str, Benchmark]:
     for module in pkgutil.walk_packages(__path__, f"{__name__}."):
         if module.ispkg or module.name.rsplit(".", 1)[-1].startswith("_"):
             continue
-        benchmark = importlib.import_module(module.name).BENCHMARK
-        found[benchmark.name.lower()] = benchmark
+        loaded = importlib.import_module(module.name)
+        for benchmark in getattr(loaded, "BENCHMARKS", None) or (loaded.BENCHMARK,):
+            for name in (benchmark.name, *benchmark.aliases):
+                found[name.lower()] = benchmark
     return found

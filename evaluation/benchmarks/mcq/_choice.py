@@ -4,58 +4,57 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode, Prompt, PromptStyle
-from evaluation.pandas_rules import Value, read_column, seen, through_spreadsheet
-from evaluation.report import Report, Rows, RowScore, mean, wilson_interval
+from evaluation.benchmarks import Mode
+from evaluation.judge_protocol import Judge
+from evaluation.kit_view import answers_of_kit, views_of_kit
+from evaluation.pandas_rules import seen
+from evaluation.prompts import (
+    DIRECT_INSTRUCTION,
+    DIRECT_INSTRUCTION_CN,
+    LETTER_INSTRUCTION,
+    LETTER_INSTRUCTION_CN,
+    Prompt,
+    PromptStyle,
+    pictures_first,
+)
+from evaluation.report import Report, Rows, RowScore, mean, mean_units
 from evaluation.scorers import choice_compat, choice_strict
+from evaluation.scorers.circular import ABBREVIATIONS, ROTATION_OFFSET, question_of
 from evaluation.scorers.text import is_cjk
 from evaluation.tsv import Row, Table
-from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.errors import DataError
-
-LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
-LETTER_INSTRUCTION_CN = "\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002"
-DIRECT_INSTRUCTION = "Answer the question directly."
-DIRECT_INSTRUCTION_CN = "\u8bf7\u76f4\u63a5\u56de\u7b54\u95ee\u9898\u3002"
-"""Suffixes of LLaVA's and VLMEvalKit's multiple-choice prompts; the Chinese ones where the text has Chinese in it."""
-
-KIT_PROMPT = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions. USER: {images}{text} ASSISTANT: "
-)
-"""VLMEvalKit's LLaVA prompt; it says "human" and ends with a space, unlike LLaVA's own."""
-
-CATEGORY_ABBREVIATIONS = {
-    "coarse_perception": "CP",
-    "finegrained_perception (instance-level)": "FP-S",
-    "finegrained_perception (cross-instance)": "FP-C",
-    "logic_reasoning": "LR",
-    "relation_reasoning": "RR",
-    "attribute_reasoning": "AR",
-}
-"""Column names of VLMEvalKit's tables for MMBench's category names."""
 
 CATEGORY_COLUMNS = ("l2-category", "category")
 NO_SPLIT = "none"
 """Name of the one split of a table without a split column, as VLMEvalKit writes it."""
 
 _LETTERS = frozenset(string.ascii_uppercase)
-ROTATION_OFFSET = 1_000_000
-"""Circular benchmarks number the rotations of question i as i + k * 1,000,000 (MMBench's tables)."""
 
 
-def refuse_special_rules(name: str, table: Table) -> None:
-    """Raise DataError for tables that look like plain multiple choice and are scored by other rules."""
-    if name.lower().startswith("mmmu"):
-        raise DataError(f"{name} has open questions and is no plain multiple choice; it is not supported yet.")
-    rotated = [row.index for row in table.rows if isinstance(row.index, int) and row.index >= ROTATION_OFFSET]
+def refuse_rotations(name: str, table: Table) -> None:
+    """Raise DataError for a table of the user's own that asks questions in rotated forms."""
     bases = {row.index for row in table.rows}
-    rotated = [index for index in rotated if index % ROTATION_OFFSET in bases]
-    if name.lower().startswith("mmbench") or rotated:
+    rotated = [
+        row.index
+        for row in table.rows
+        if isinstance(row.index, int) and row.index >= ROTATION_OFFSET and question_of(row.index) in bases
+    ]
+    if rotated:
         raise DataError(
-            f"{name} asks each question in rotated forms ({len(rotated)} rows), which count only together; this "
-            "circular evaluation is not supported yet, and plain accuracy would be a different number."
+            f"{name} asks each question in rotated forms ({len(rotated)} rows), which count only together, and plain "
+            "accuracy would be a different number. Score it as mmbench_dev_en or another MMBench set."
         )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one answer was taken to say. `view` is the row as the scoring mode sees it; `letter` None: unreadable."""
+
+    row: Row
+    view: Mapping[str, str]
+    letter: str | None
+    hit: int
+    log: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class MultipleChoice:
     """A benchmark (evaluation.benchmarks.Benchmark) whose answers are letters and whose metric is accuracy."""
 
     name: str
+    aliases: tuple[str, ...] = ()
 
     def check(self, table: Table) -> None:
         """Raise DataError when a needed column is missing, or an answer is no letter."""
@@ -72,14 +72,17 @@ class MultipleChoice:
                 f"{table.path} lacks column {', '.join(missing)}, which {self.name} needs; "
                 f"found {', '.join(table.columns)}."
             )
-
         for row in table.rows:
             answer = row.cells.get("answer", "")
-            if answer and answer.strip() not in _LETTERS:
+            if answer and answer.strip() not in _LETTERS and not self.is_open(row.cells):
                 raise DataError(
                     f'{table.path}, row with index {row.index}: the answer is "{answer[:40]}"; expected the letter '
                     "of an option, A to Z. Replace texts in column answer by letters."
                 )
+
+    def is_open(self, cells: Mapping[str, str]) -> bool:
+        """True for a row whose answer is a text, not a letter; plain multiple choice has none."""
+        return False
 
     def has_answers(self, table: Table) -> bool:
         """True when the table has a column answer with a text in every row."""
@@ -88,56 +91,110 @@ class MultipleChoice:
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
         """Prompts by index. Style "official" gives turns for the model's template, "vlmevalkit" the finished text."""
         if style == "official":
-            views = {row.index: dict(row.cells) for row in table.rows}
+            texts = self.official_texts(table)
         else:
-            views = _views_of_kit(table)
-        return {row.index: self._prompt(row, views[row.index], style, table) for row in table.rows}
+            views = views_of_kit(table)
+            texts = {row.index: choice_text(views[row.index]) for row in table.rows}
+        return {row.index: pictures_first(texts[row.index], row, style, table) for row in table.rows}
 
-    def _prompt(self, row: Row, cells: Mapping[str, str], style: PromptStyle, table: Table) -> Prompt:
-        question = cells.get("question", seen(None))
-        if cells.get("hint"):
-            question = f"{cells['hint']}\n{question}"
-        options = _options(cells)
-        lines = [question, *(f"{letter}. {text}" for letter, text in options.items())]
-        chinese = any(map(is_cjk, "\n".join(lines)))
-        if options:
-            lines.append(LETTER_INSTRUCTION_CN if chinese else LETTER_INSTRUCTION)
-        else:
-            lines.append(DIRECT_INSTRUCTION_CN if chinese else DIRECT_INSTRUCTION)
-        text = "\n".join(lines)
-        if IMAGE_TOKEN in text:
-            raise DataError(
-                f"{table.path}, row with index {row.index}: the text holds {IMAGE_TOKEN}, which stands for a picture; "
-                "pictures are placed before the question. Remove it there."
-            )
-        if style == "official":
-            return Prompt(turns=((f"{IMAGE_TOKEN}\n" * row.image_count + text, None),))
-        return Prompt(text=KIT_PROMPT.format(images=f" {IMAGE_TOKEN} " * row.image_count, text=text))
+    def official_texts(self, table: Table) -> dict[int | str, str]:
+        """The text behind the pictures, by index."""
+        return {row.index: choice_text(row.cells) for row in table.rows}
 
-    def score(self, table: Table, predictions: Mapping[int | str, str], mode: Mode, missing: int = 0) -> Report:
-        """Score answers, given by index in table order.
-
-        Raises DataError when the table has no answers.
-        """
+    def score(
+        self,
+        table: Table,
+        predictions: Mapping[int | str, str],
+        mode: Mode,
+        missing: int = 0,
+        judge: Judge | None = None,
+    ) -> Report:
+        """Score answers, given by index in table order. Raises DataError when the table has no answers."""
         if not self.has_answers(table):
             raise DataError(f"{table.path} has no (or empty) answers in column answer; they are needed for scoring.")
         rows = [row for row in table.rows if row.index in predictions]
         answers = [predictions[row.index] for row in rows]
-        score = _score_compat if mode == "compat" else _score_strict
-        views, scores = score(table, rows, answers)
-        by_index = Rows(zip((row.index for row in rows), scores, strict=True))
-        hits = [row_score.hit for row_score in scores]
+        readings = (self.read_compat if mode == "compat" else self.read_strict)(table, rows, answers)
+        if judge is not None:
+            readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
+        views, hits, units = self.combine(readings, mode)
+        unreadable = choice_compat.UNREADABLE if mode == "compat" else None
         return Report(
             benchmark=self.name,
             mode=mode,
             table=accuracy_table(views, hits, table.columns),
-            rows=by_index,
-            overall=mean(hits),
-            interval=wilson_interval(sum(hits), len(hits)),
-            unparsed=sum(row_score.extracted in (None, choice_compat.UNREADABLE) for row_score in scores),
+            rows=Rows((r.row.index, RowScore(r.letter or unreadable, r.hit, r.log)) for r in readings),
+            units=units,
+            unparsed=sum(is_unread(reading) for reading in readings),
             dropped=len(table.dropped),
             missing=missing,
         )
+
+    def combine(
+        self, readings: Sequence[Reading], mode: Mode
+    ) -> tuple[list[Mapping[str, str]], list[int], dict[str, tuple[float, float]]]:
+        """Views and hits of what is counted, and the units of the bootstrap; here every row counts for itself."""
+        hits = [reading.hit for reading in readings]
+        return [reading.view for reading in readings], hits, mean_units({r.row.index: r.hit for r in readings})
+
+    def read_strict(self, table: Table, rows: Sequence[Row], answers: Sequence[str]) -> list[Reading]:
+        """What a careful reader takes from each answer."""
+        readings = []
+        for row, answer in zip(rows, answers, strict=True):
+            letter = choice_strict.read_choice(answer, options_of(row.cells))
+            hit = int(letter is not None and letter == row.cells["answer"].strip())
+            log = f"answer read as {letter}" if letter else "no single option could be read"
+            readings.append(Reading(row, row.cells, letter, hit, log))
+        return readings
+
+    def read_compat(self, table: Table, rows: Sequence[Row], answers: Sequence[str]) -> list[Reading]:
+        """VLMEvalKit's rules on the cells and answers that come back from the spreadsheet it writes."""
+        views, truths = views_of_kit(table, rows), views_of_kit(table)
+        readings = []
+        for row, view, answer in zip(rows, views.values(), answers_of_kit(answers), strict=True):
+            options, truth = self.kit_question(options_of(view), truths[row.index].get("answer"))
+            letter = choice_compat.read_choice(answer, options)
+            hit = int(letter is not None and letter == truth)
+            readings.append(Reading(row, view, letter, hit, f"answer seen as {answer[:200]}"))
+        return readings
+
+    def kit_question(self, options: dict[str, str], truth: str | None) -> tuple[dict[str, str], str | None]:
+        """Options and right letter as VLMEvalKit puts them to its answer rule."""
+        return options, truth
+
+
+def is_unread(reading: Reading) -> bool:
+    """True when no option could be read."""
+    return reading.letter in (None, choice_compat.UNREADABLE)
+
+
+def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:
+    options = options_of(reading.row.cells)
+    if not is_unread(reading) or not options:
+        return reading
+    letter = judge.pick(reading.row.cells.get("question", ""), options, answer)
+    hit = int(letter is not None and letter == reading.row.cells["answer"].strip())
+    return Reading(reading.row, reading.view, letter, hit, f"judge read {letter or 'no option'}")
+
+
+def choice_text(cells: Mapping[str, str]) -> str:
+    """Hint, question, options and instruction, as VLMEvalKit's LLaVA prompt puts them."""
+    question = cells.get("question", seen(None))
+    if cells.get("hint"):
+        question = f"{cells['hint']}\n{question}"
+    options = options_of(cells)
+    lines = [question, *(f"{letter}. {text}" for letter, text in options.items())]
+    chinese = any(map(is_cjk, "\n".join(lines)))
+    if options:
+        lines.append(LETTER_INSTRUCTION_CN if chinese else LETTER_INSTRUCTION)
+    else:
+        lines.append(DIRECT_INSTRUCTION_CN if chinese else DIRECT_INSTRUCTION)
+    return "\n".join(lines)
+
+
+def options_of(cells: Mapping[str, str]) -> dict[str, str]:
+    """Texts of the options that are there, by letter."""
+    return {letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)}
 
 
 def accuracy_table(
@@ -146,7 +203,7 @@ def accuracy_table(
     """{split: {"Overall": .., each l2-category: .., each category: ..}}; empty cells belong to no category."""
     splits = [view.get("split") or NO_SPLIT for view in views] if "split" in columns else [NO_SPLIT] * len(views)
     groups = [
-        (CATEGORY_ABBREVIATIONS.get(value, value), column, value)
+        (ABBREVIATIONS.get(value, value), column, value)
         for column in CATEGORY_COLUMNS
         if column in columns
         for value in sorted({view[column] for view in views if view.get(column)})
@@ -158,48 +215,3 @@ def accuracy_table(
         for name, column, value in groups:
             table[split][name] = mean(hit for view, hit in inside if view.get(column) == value)
     return table
-
-
-def _score_strict(
-    table: Table, rows: Sequence[Row], answers: Sequence[str]
-) -> tuple[list[Mapping[str, str]], list[RowScore]]:
-    scores = []
-    for row, answer in zip(rows, answers, strict=True):
-        letter = choice_strict.read_choice(answer, _options(row.cells))
-        hit = int(letter is not None and letter == row.cells["answer"].strip())
-        scores.append(RowScore(letter, hit, f"answer read as {letter}" if letter else "no single option could be read"))
-    return [row.cells for row in rows], scores
-
-
-def _score_compat(
-    table: Table, rows: Sequence[Row], answers: Sequence[str]
-) -> tuple[list[Mapping[str, str]], list[RowScore]]:
-    """VLMEvalKit's rules on the cells and answers that come back from the spreadsheet it writes."""
-    views = _views_of_kit(table, rows)
-    truths = _views_of_kit(table)
-    scores = []
-    for row, view, value in zip(rows, views.values(), through_spreadsheet(answers), strict=True):
-        letter = choice_compat.read_choice(seen(value), _options(view))
-        hit = int(letter is not None and letter == truths[row.index].get("answer"))
-        log = f"answer seen as {seen(value)[:200]}"
-        scores.append(RowScore(letter or choice_compat.UNREADABLE, hit, log))
-    return list(views.values()), scores
-
-
-def _options(cells: Mapping[str, str]) -> dict[str, str]:
-    return {letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)}
-
-
-def _views_of_kit(table: Table, written: Sequence[Row] | None = None) -> dict[int | str, dict[str, str]]:
-    """Cells by index as VLMEvalKit sees them, missing ones left out; after its spreadsheet for the rows `written`."""
-    rows = table.rows if written is None else written
-    views: dict[int | str, dict[str, str]] = {row.index: {} for row in rows}
-    for column in table.all_cells[0]:
-        values: Sequence[Value] = read_column([cells[column] for cells in table.all_cells])
-        values = [values[row.position] for row in rows]
-        if written is not None:
-            values = through_spreadsheet(values)
-        for row, value in zip(rows, values, strict=True):
-            if value is not None:
-                views[row.index][column] = seen(value)
-    return views

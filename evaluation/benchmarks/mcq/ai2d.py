@@ -2,4 +2,4 @@
 
 from evaluation.benchmarks.mcq._choice import MultipleChoice
 
-BENCHMARK = MultipleChoice("AI2D_TEST")
+BENCHMARK = MultipleChoice("AI2D_TEST", aliases=("AI2D",))

@@ -1,0 +1,1 @@
+"""Benchmarks with open questions; the answer is a short text."""

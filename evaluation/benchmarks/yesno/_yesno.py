@@ -1,0 +1,140 @@
+"""What yes-no benchmarks have in common: columns question and, for scoring, answer (Yes or No)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from evaluation.benchmarks import Mode
+from evaluation.benchmarks.vqa._open import with_short_instruction
+from evaluation.judge_protocol import Judge
+from evaluation.kit_view import answers_of_kit, views_of_kit
+from evaluation.pandas_rules import seen
+from evaluation.prompts import Prompt, PromptStyle, pictures_first
+from evaluation.report import Report, Rows, RowScore, mean, mean_units
+from evaluation.scorers import yesno
+from evaluation.tsv import Row, Table
+from mindspeed_mm.errors import DataError
+
+JUDGE_OPTIONS = {"A": "yes", "B": "no"}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one answer was taken to say ("yes", "no", "unknown", in the spelling of the rule) and the truth."""
+
+    row: Row
+    view: Mapping[str, str]
+    said: str
+    truth: str
+
+    @property
+    def hit(self) -> int:
+        """1 if both are equal."""
+        return int(self.said.lower() == self.truth.lower())
+
+
+def is_yes_no(table: Table) -> bool:
+    """True for a table whose answers are all yes or no."""
+    return "answer" in table.columns and all(row.cells["answer"].strip().lower() in ("yes", "no") for row in table.rows)
+
+
+@dataclass(frozen=True)
+class YesNo:
+    """A benchmark (evaluation.benchmarks.Benchmark) whose answers are yes or no; here with plain accuracy."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+
+    def check(self, table: Table) -> None:
+        """Raise DataError when a column is missing, or an answer is neither yes nor no."""
+        if "question" not in table.columns:
+            raise DataError(
+                f"{table.path} lacks column question, which {self.name} needs; found {', '.join(table.columns)}."
+            )
+        for row in table.rows:
+            if row.cells.get("answer", "").strip().lower() not in ("", "yes", "no"):
+                raise DataError(
+                    f'{table.path}, row with index {row.index}: the answer is "{row.cells["answer"][:40]}"; '
+                    "expected Yes or No."
+                )
+
+    def has_answers(self, table: Table) -> bool:
+        """True when every row has an answer."""
+        return is_yes_no(table)
+
+    def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
+        """Official: question and LLaVA's short-answer instruction; vlmevalkit: the question alone."""
+        if style == "official":
+            texts = {row.index: with_short_instruction(row.cells["question"]) for row in table.rows}
+        else:
+            texts = {index: view.get("question", seen(None)) for index, view in views_of_kit(table).items()}
+        return {row.index: pictures_first(texts[row.index], row, style, table) for row in table.rows}
+
+    def strict_reader(self) -> Callable[[str], str]:
+        """How strict scoring reads an answer."""
+        return yesno.strict_answer
+
+    def compat_reader(self, table: Table) -> Callable[[str], str]:
+        """How the public scorer reads an answer."""
+        return yesno.kit_answer
+
+    def score(
+        self,
+        table: Table,
+        predictions: Mapping[int | str, str],
+        mode: Mode,
+        missing: int = 0,
+        judge: Judge | None = None,
+    ) -> Report:
+        """Score answers, given by index in table order. Raises DataError when the table has no answers."""
+        if not self.has_answers(table):
+            raise DataError(f"{table.path} has no (or empty) answers in column answer; they are needed for scoring.")
+        readings = self._read(table, predictions, mode)
+        if judge is not None:
+            readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
+        table_, units, metric, statistic, scale = self.combine(readings, mode, table)
+        return Report(
+            benchmark=self.name,
+            mode=mode,
+            table=table_,
+            rows=Rows((r.row.index, RowScore(r.said, r.hit, f"answer read as {r.said}")) for r in readings),
+            units=units,
+            unparsed=sum(reading.said.lower() == yesno.UNKNOWN for reading in readings),
+            metric=metric,
+            statistic=statistic,
+            scale=scale,
+            dropped=len(table.dropped),
+            missing=missing,
+        )
+
+    def _read(self, table: Table, predictions: Mapping[int | str, str], mode: Mode) -> list[Reading]:
+        rows = [row for row in table.rows if row.index in predictions]
+        answers = [predictions[row.index] for row in rows]
+        if mode == "compat" and not table.is_json_lines:
+            views: Sequence[Mapping[str, str]] = list(views_of_kit(table, rows).values())
+            answers = answers_of_kit(answers)
+        else:
+            views = [row.cells for row in rows]
+        read = self.compat_reader(table) if mode == "compat" else self.strict_reader()
+        return [
+            Reading(row, view, read(answer), row.cells["answer"].strip().lower())
+            for row, view, answer in zip(rows, views, answers, strict=True)
+        ]
+
+    def combine(
+        self, readings: Sequence[Reading], mode: Mode, table: Table
+    ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
+        """Table, units, metric, statistic and scale; here accuracy over all rows and per category."""
+        names = sorted({reading.view["category"] for reading in readings if reading.view.get("category")})
+        columns = {"Overall": mean(reading.hit for reading in readings)}
+        for name in names:
+            columns[name] = mean(reading.hit for reading in readings if reading.view.get("category") == name)
+        units = mean_units({reading.row.index: reading.hit for reading in readings})
+        return {"all": columns}, units, "accuracy", "mean", 1.0
+
+
+def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:
+    if reading.said.lower() != yesno.UNKNOWN:
+        return reading
+    letter = judge.pick(reading.row.cells["question"], JUDGE_OPTIONS, answer)
+    said = JUDGE_OPTIONS.get(letter, reading.said)
+    return Reading(reading.row, reading.view, said.capitalize() if reading.said[0].isupper() else said, reading.truth)

@@ -1,0 +1,63 @@
+"""MME (Fu et al., 2023): two questions a picture; per category 100 * (accuracy + share of pictures with both right)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evaluation.benchmarks import Mode
+from evaluation.benchmarks.yesno._yesno import Reading, YesNo
+from evaluation.report import mean
+from evaluation.tsv import Table
+from mindspeed_mm.errors import DataError
+
+PERCEPTION = (
+    *("OCR", "artwork", "celebrity", "color", "count"),
+    *("existence", "landmark", "position", "posters", "scene"),
+)
+REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
+"""The categories of MME's paper; 100 + 100 points each."""
+
+
+@dataclass(frozen=True)
+class MME(YesNo):
+    """Yes-no questions whose headline is the points in perception."""
+
+    def check(self, table: Table) -> None:
+        """Raise DataError also without categories, or without a name of the picture that pairs the questions."""
+        super().check(table)
+        missing = [name for name in ("category", "image_path") if name not in table.columns]
+        if missing:
+            raise DataError(
+                f"{table.path} lacks column {', '.join(missing)}, which MME needs: points are given per category, and "
+                f"image_path tells which questions share a picture; found {', '.join(table.columns)}."
+            )
+
+    def combine(
+        self, readings: Sequence[Reading], mode: Mode, table: Table
+    ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
+        """Points per category, and their sums for perception and reasoning. Both modes differ in reading only."""
+        pictures: dict[tuple[str, str], list[int]] = {}
+        for reading in readings:
+            key = (reading.row.cells["category"], reading.row.cells["image_path"])
+            pictures.setdefault(key, []).append(reading.hit)
+        names = sorted({name for name, _ in pictures})
+        points = {name: _points([hits for (own, _), hits in pictures.items() if own == name]) for name in names}
+        line = {
+            "perception": sum(points.get(name, 0.0) for name in PERCEPTION),
+            "reasoning": sum(points.get(name, 0.0) for name in REASONING),
+            **points,
+        }
+        counted = [name for name in names if name in PERCEPTION] or names
+        units = {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in pictures.items()}
+        return {"points": line}, units, "perception points", "MME points", 1.0
+
+
+def _points(pictures: Sequence[Sequence[int]]) -> float:
+    return 100 * (mean(hit for hits in pictures for hit in hits) + mean(int(all(hits)) for hits in pictures))
+
+
+def _unit(name: str, hits: Sequence[int], counted: Sequence[str]) -> list[int]:
+    own = [sum(hits), len(hits), int(all(hits)), 1]
+    return [number for other in counted for number in (own if other == name else [0] * 4)]
+
+
+BENCHMARK = MME("MME")
