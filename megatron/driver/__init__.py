@@ -40,7 +40,7 @@ Functions
     initialize.initialize(args, platform), initialize.shutdown(), initialize.is_rank_0() -> bool
     setup.setup(args, model_provider, platform, hooks=Hooks()) -> TrainState
     loop.train(state, args, forward_step, data_iterator, hooks=Hooks()) -> TrainReport(iteration, loss, checkpoint)
-        stops at --train-iters, --exit-interval or SIGTERM (saved first where --save is given)
+        stops at --train-iters, --exit-interval, SIGTERM or SIGUSR1 (saved first where --save is given)
     checkpointing.save_checkpoint(state, args, hooks) -> Path
     resuming.load_checkpoint(state, args, hooks) -> Path | None      (setup calls it)
     reading.find_checkpoint(folder, step=None) -> Path | None        SAVE (the tracker decides) or an iteration's folder

@@ -101,6 +101,10 @@ class DriverArguments:
     save_interval: int | None = _flag(
         int, None, "checkpoint", "steps between checkpoints; the last step is always saved"
     )
+    save_interval_minutes: float | None = _flag(float, None, "checkpoint", "minutes between checkpoints")
+    keep_last: int | None = _flag(int, None, "checkpoint", "checkpoints that stay; older ones are deleted; default all")
+    keep_every: int | None = _flag(int, None, "checkpoint", "with --keep-last: iterations divisible by this stay too")
+    on_save_error: str = _flag(str, "stop", "checkpoint", "what a full disk does to the run", ("stop", "continue"))
     load: str | None = _flag(str, None, "checkpoint", "folder to resume from; its tracker file names the iteration")
     ckpt_step: int | None = _flag(int, None, "checkpoint", "load this iteration instead of the tracker's")
     pretrained_checkpoint: str | None = _flag(
@@ -121,8 +125,8 @@ class DriverArguments:
     exit_interval: int | None = _flag(int, None, "run", "save and stop at a step divisible by this")
     log_interval: int = _flag(int, 100, "run", "steps between log lines")
     tensorboard_dir: str | None = _flag(str, None, "run", "folder for TensorBoard curves")
-    eval_interval: int | None = _flag(int, None, "kept", "there is no validation set")
-    eval_iters: int | None = _flag(int, None, "kept", "there is no validation set")
+    eval_interval: int | None = _flag(int, None, "run", "steps between losses on the validation set, where there is one")
+    eval_iters: int | None = _flag(int, None, "run", "global batches of a validation; at most, and by default, the set")
 
     log_throughput: bool = _switch("kept", "throughput is always logged")
     use_mcore_models: bool = _switch("kept", "models always are megatron.core's")
@@ -245,13 +249,21 @@ def from_namespace(namespace: argparse.Namespace, world_size: int | None = None)
 _AT_LEAST_ONE = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size"),
     *("global_batch_size", "train_iters", "lr_decay_iters", "save_interval", "exit_interval", "log_interval"),
+    *("keep_last", "keep_every"),
     *("loss_scale_window", "hysteresis", "seq_length"),
 )
 _AT_LEAST_ZERO = (
     *("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers", "seed", "ckpt_step"),
     *("adam_beta1", "adam_beta2"),
 )
-_ABOVE_ZERO = ("adam_eps", "distributed_timeout_minutes", "loss_scale", "initial_loss_scale", "min_loss_scale")
+_ABOVE_ZERO = (
+    "save_interval_minutes",
+    "adam_eps",
+    "distributed_timeout_minutes",
+    "loss_scale",
+    "initial_loss_scale",
+    "min_loss_scale",
+)
 
 
 def _check_ranges(args: DriverArguments) -> list[str]:
@@ -307,8 +319,11 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         problems.append(
             f"--ckpt-format is {args.ckpt_format!r}: only torch_dist is supported, which loads at any parallel layout"
         )
-    if args.save_interval is not None and args.save is None:
-        problems.append("--save-interval is given without --save")
+    if args.save is None:
+        needing = ("save_interval", "save_interval_minutes", "keep_last")
+        problems += [f"{_option(name)} is given without --save" for name in needing if getattr(args, name) is not None]
+    if args.keep_every is not None and args.keep_last is None:
+        problems.append("--keep-every is given without --keep-last: without it everything is kept")
     if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
         problems.append(
             "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"

@@ -10,36 +10,37 @@ from typing import Any
 
 import torch
 from megatron.core import __version__ as megatron_core_version
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from megatron.driver import rng, storage
+from megatron.driver import integrity, locks, rng, storage
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.optimizer_state import step_count
 from megatron.driver.reading import FORMAT
-from megatron.driver.sharding import PlainSave, content_hash, metadata, model_tensors, split_frozen
+from megatron.driver.sharding import content_hash, metadata, model_tensors, split_frozen, write_tensors
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+# What a full disk raises, on the rank where it happens or, through torch and megatron.core, on all of them.
+_SAVING_ERRORS = (OSError, RuntimeError, CheckpointingException, torch.distributed.checkpoint.api.CheckpointException)
 
 
 def prepare_folders(args: DriverArguments) -> None:
     """Tidy up after a killed run and fail at the start, not at the first save. Collective.
 
     Raises:
-        CheckpointError: --save cannot be written to.
+        CheckpointError: --save cannot be written to, or another run writes there.
     """
 
     def prepare() -> None:
-        if args.load is not None:
-            storage.clean(Path(args.load))
         if args.save is None:
             return
         save = Path(args.save)
         storage.probe_writable(save)
+        locks.acquire(save)
         storage.clean(save)
         if (save / storage.TRACKER).exists() and args.load is None:
             logger.warning(
@@ -63,36 +64,35 @@ def save_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
     hooks = hooks or Hooks()
     save = Path(args.save)
     final = storage.iteration_dir(save, state.iteration)
-    agree(lambda: storage.clean(save))
     try:
+        agree(lambda: storage.clean(save))
         frozen = _save_frozen(state, save)
         agree(lambda: storage.begin(final))
-        _write_tensors(_training_tensors(state, args), storage.work_dir(final))
+        work = storage.work_dir(final)
+        write_tensors(_training_tensors(state, args), work)
         if not args.no_save_rng:
-            rng.save(storage.work_dir(final), state.platform)
-
+            rng.save(work, state.platform)
         step = max(gather(step_count(state.optimizer)))
+        checksums = integrity.digests(work)
 
-        def finish() -> None:
-            work = storage.work_dir(final)
+        def finish() -> list[int]:
             run = _describe(state, args, hooks) | {"frozen": frozen, "files": storage.sizes(work)}
             run["optimizer"] = None if args.no_save_optim else optimizer_kind(args) | {"step": step}
             (work / storage.RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
+            integrity.write(work, checksums)
             storage.publish(final)
             storage.write_text(save / storage.TRACKER, str(state.iteration))
+            return storage.prune(save, args.keep_last, args.keep_every)
 
-        agree(finish)
-    except (
-        OSError,
-        RuntimeError,
-        CheckpointingException,
-        torch.distributed.checkpoint.api.CheckpointException,
-    ) as error:
+        deleted = agree(finish)
+    except _SAVING_ERRORS as error:
         raise CheckpointError(
             f"iteration {state.iteration} could not be saved to {save}: {error}. Checkpoints written before are whole"
         ) from error
     if is_rank_0():
         logger.info("saved checkpoint %s", final)
+        if deleted:
+            logger.info("deleted old checkpoints of iterations %s", ", ".join(map(str, deleted)))
     return final
 
 
@@ -105,10 +105,6 @@ def _training_tensors(state: TrainState, args: DriverArguments) -> dict[str, Any
     return content
 
 
-def _write_tensors(content: dict[str, Any], folder: Path) -> None:
-    dist_checkpointing.save(content, str(folder), sharded_strategy=PlainSave())
-
-
 def _save_frozen(state: TrainState, save: Path) -> dict[str, Any] | None:
     """Write the frozen parameters unless SAVE holds them already; what run.json says about them, on rank 0."""
     _, frozen = split_frozen(model_tensors(state.modules))
@@ -119,8 +115,15 @@ def _save_frozen(state: TrainState, save: Path) -> dict[str, Any] | None:
     final = storage.frozen_dir(save, state.frozen_id)
     if not agree(final.is_dir):
         agree(lambda: storage.begin(final))
-        _write_tensors({"model": frozen}, storage.work_dir(final))
-        agree(lambda: storage.publish(final))
+        work = storage.work_dir(final)
+        write_tensors({"model": frozen}, work)
+        checksums = integrity.digests(work)
+
+        def finish() -> None:
+            integrity.write(work, checksums)
+            storage.publish(final)
+
+        agree(finish)
     return agree(lambda: {"id": state.frozen_id, "files": storage.sizes(final)})
 
 

@@ -15,6 +15,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+from megatron.driver import locks
 from megatron.driver.arguments import DriverArguments
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
@@ -88,6 +89,7 @@ def _init_process_group(args: DriverArguments, platform: Platform) -> None:
 
 def shutdown() -> None:
     """Undo `initialize`. Harmless when nothing was initialised."""
+    locks.release_all()
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
     if torch.distributed.is_initialized():

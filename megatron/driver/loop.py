@@ -18,11 +18,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpointing import save_checkpoint
-from megatron.driver.collectives import gather
+from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder, StepMetrics
 from megatron.driver.state import BatchFacts, Hooks, TrainState
-from mindspeed_mm.errors import TrainingError
+from mindspeed_mm.errors import CheckpointError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -70,22 +70,26 @@ class MeteredIterator:
         self.facts, self.seconds = [], 0.0
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Slurm sends SIGTERM at the time limit, and SIGUSR1 before it with `--signal=USR1@seconds`."""
+
+
 class StopRequest:
-    """Context in which SIGTERM is remembered instead of killing the process."""
+    """Context in which STOP_SIGNALS are remembered instead of killing the process."""
 
     def __init__(self) -> None:
         self.received = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._installed = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> StopRequest:
         if self._installed:
-            self._previous = signal.signal(signal.SIGTERM, self._remember)
+            self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_error: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _remember(self, _number: int, _frame: Any) -> None:
         self.received = True
@@ -98,7 +102,7 @@ def train(
     data_iterator: Iterator[Any],
     hooks: Hooks | None = None,
 ) -> TrainReport:
-    """Train until --train-iters, --exit-interval or SIGTERM; saves at --save-interval and at the end. Collective.
+    """Train until --train-iters, --exit-interval or a signal; saves at the intervals and at the end. Collective.
 
     Args:
         forward_step: see the package's docstring.
@@ -107,23 +111,28 @@ def train(
     Raises:
         TrainingError: non-finite loss or gradient, no supervised token in a global batch, a gradient of zero, or
             no data; names the step and its samples. Nothing is saved then.
-        CheckpointError: a save failed.
+        CheckpointError: a save failed, and --on-save-error is stop.
     """
     hooks = hooks or Hooks()
     if state.iteration >= args.train_iters and is_rank_0():
         logger.warning("nothing to do: %d of --train-iters %d steps are done", state.iteration, args.train_iters)
     data = MeteredIterator(data_iterator, hooks.describe)
     step, saved = None, None
+    clock = SaveClock(args)
     with StopRequest() as stop, Recorder(state, args) as recorder:
         while state.iteration < args.train_iters:
             step, stopping = train_step(state, args, forward_step, data, stop)
             recorder.add(step)
-            if _is_save_due(state, args, stopping):
+            hooks.after_step(state)
+            if _is_save_due(state, args, stopping) or clock.is_due():
                 recorder.flush()
-                saved = _save(state, args, hooks)
+                saved = _save(state, args, hooks) or saved
+                clock.restart()
             if stopping or _is_exit_due(state, args):
                 if is_rank_0():
-                    logger.info("stopped at step %d: %s", state.iteration, "SIGTERM" if stopping else "--exit-interval")
+                    logger.info(
+                        "stopped at step %d: %s", state.iteration, "a signal" if stopping else "--exit-interval"
+                    )
                 break
     return TrainReport(state.iteration, None if step is None else step.loss, saved)
 
@@ -139,16 +148,44 @@ def _is_save_due(state: TrainState, args: DriverArguments, stopping: bool) -> bo
     return regular or stopping or state.iteration == args.train_iters or _is_exit_due(state, args)
 
 
-def _save(state: TrainState, args: DriverArguments, hooks: Hooks) -> Path:
-    """Save with all parameters gathered, which --overlap-param-gather otherwise does in the next forward pass."""
+class SaveClock:
+    """Says when --save-interval-minutes are over, by rank 0's clock, one that cannot be set."""
+
+    def __init__(self, args: DriverArguments) -> None:
+        self._minutes = args.save_interval_minutes
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._start = time.monotonic()
+
+    def is_due(self) -> bool:
+        """The same answer on every rank. Collective where the flag is given."""
+        if self._minutes is None:
+            return False
+        return agree(lambda: time.monotonic() - self._start >= 60 * self._minutes)
+
+
+def _save(state: TrainState, args: DriverArguments, hooks: Hooks) -> Path | None:
+    """Save with all parameters gathered, which --overlap-param-gather otherwise does in the next forward pass.
+
+    Returns:
+        The checkpoint, or None where it could not be written and --on-save-error is continue.
+    """
     for chunk in state.model:
         if args.overlap_param_gather:
             chunk.disable_forward_pre_hook()
-    path = save_checkpoint(state, args, hooks)
-    for chunk in state.model:
-        if args.overlap_param_gather:
-            chunk.enable_forward_pre_hook()
-    return path
+    try:
+        return save_checkpoint(state, args, hooks)
+    except CheckpointError as error:
+        if args.on_save_error == "stop":
+            raise
+        logger.error("%s. Training goes on, as --on-save-error says", error)
+        return None
+    finally:
+        for chunk in state.model:
+            if args.overlap_param_gather:
+                chunk.enable_forward_pre_hook()
 
 
 def train_step(

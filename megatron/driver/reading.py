@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron.driver import storage
+from megatron.driver import integrity, storage
 from mindspeed_mm.errors import CheckpointError
 
 FORMAT = 1
@@ -225,6 +225,10 @@ class Checkpoint:
         """Full shape of a tensor, whatever the parallel layout it was written at."""
         return tuple(self._description(name).size)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Type that a tensor was written in."""
+        return self._description(name).properties.dtype
+
     def get(self, name: str) -> torch.Tensor:
         """A full tensor on the CPU, in the type it was written in.
 
@@ -277,10 +281,15 @@ def open_checkpoint(path: Path, run: dict[str, Any]) -> Checkpoint:
 def read_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     """Open a checkpoint for inference or conversion: a save folder (the tracker decides) or one iteration's folder.
 
+    All its files are read once, to compare their checksums.
+
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     path = find_checkpoint(folder, step)
     if path is None:
         raise CheckpointError(f"{folder} holds no checkpoint: {storage.TRACKER} is missing")
-    return open_checkpoint(path, read_run(path))
+    run = read_run(path)
+    checkpoint = open_checkpoint(path, run)
+    integrity.check([place for place in (path, frozen_source(path, run)) if place], together=False)
+    return checkpoint

@@ -12,13 +12,22 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron.driver import rng, storage
+from megatron.driver import integrity, rng, storage
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpointing import layout, optimizer_kind
 from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.optimizer_kinds import ask_other_kind, complete
 from megatron.driver.optimizer_state import provide_step_count, set_step_count
-from megatron.driver.reading import Checkpoint, SafeReader, find_checkpoint, open_checkpoint, read_run, reading_errors
+from megatron.driver.reading import (
+    Checkpoint,
+    SafeReader,
+    find_checkpoint,
+    frozen_source,
+    open_checkpoint,
+    read_run,
+    reading_errors,
+)
 from megatron.driver.sharding import built, content_hash, metadata, model_tensors, split_frozen
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.errors import CheckpointError
@@ -50,6 +59,7 @@ def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
     run = agree(lambda: read_run(path))
     agree(lambda: _refuse_differences(path, hooks.compare(run["extra"])))
     agree(lambda: open_checkpoint(path, run).names)
+    integrity.check([folder for folder in (path, frozen_source(path, run)) if folder], together=True)
     _load_model(state, args, open_checkpoint(path, run))
     if weights_only or args.no_load_optim:
         state.optimizer.reload_model_params()
@@ -168,17 +178,26 @@ def _load_optimizer(state: TrainState, args: DriverArguments, path: Path, run: d
             f"checkpoint {path} holds no optimizer state (it was saved with --no-save-optim): "
             "give --no-load-optim to resume without it, or --finetune to take only the weights"
         )
-    differing = [name for name, value in optimizer_kind(args).items() if run["optimizer"][name] != value]
+    kind, saved_kind = optimizer_kind(args), run["optimizer"]
+    differing = [name for name in ("bf16", "fp16") if saved_kind[name] != kind[name]]
     if differing:
         flags = ", ".join("--" + name.replace("_", "-") for name in differing)
         raise CheckpointError(
             f"the optimizer state of {path} was saved with another setting of {flags}: use the same, or give "
             "--no-load-optim to resume without it"
         )
+    converted = saved_kind["use_distributed_optimizer"] != kind["use_distributed_optimizer"]
     settings = [
         {name: group[name] for name in _GROUP_SETTINGS if name in group} for group in state.optimizer.param_groups
     ]
     sharded = state.optimizer.sharded_state_dict(model_tensors(state.modules), is_loading=True, metadata=metadata())
+    sharding = sharded.get("param_state_sharding_type")
+    if converted:
+        ask_other_kind(
+            sharded,
+            saved_distributed=saved_kind["use_distributed_optimizer"],
+            full_precision=not (args.bf16 or args.fp16),
+        )
     held = SafeReader(path).read_metadata().state_dict_metadata
     _raise_together(
         [f"{item.key} is missing" for item in built({"optimizer": sharded}) if item.key not in held],
@@ -186,9 +205,13 @@ def _load_optimizer(state: TrainState, args: DriverArguments, path: Path, run: d
         "give --no-load-optim to resume without it, or --finetune to take only the weights",
     )
     with reading_errors(path):
-        loaded = dist_checkpointing.load({"optimizer": sharded}, str(path))
-    provide_step_count(loaded["optimizer"], run["optimizer"]["step"])
-    state.optimizer.load_state_dict(loaded["optimizer"])
+        loaded = dist_checkpointing.load({"optimizer": sharded}, str(path))["optimizer"]
+    if converted:
+        loaded = complete(loaded, state.optimizer, saved_kind["step"])
+        if sharding is not None:
+            loaded["param_state_sharding_type"] = sharding
+    provide_step_count(loaded, saved_kind["step"])
+    state.optimizer.load_state_dict(loaded)
     set_step_count(state.optimizer, run["optimizer"]["step"])
     for group, given in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(given)

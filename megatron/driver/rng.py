@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as as_bytes
 
-from megatron.driver.collectives import gather
+from megatron.driver.collectives import agree, gather
 from mindspeed_mm.platform import Platform
 
 RNG_FILE = "rng.safetensors"
@@ -54,11 +55,8 @@ def restore(states: dict[str, torch.Tensor], platform: Platform) -> None:
 def save(folder: Path, platform: Platform) -> None:
     """Write the states of all ranks. Collective: rank 0 writes."""
     ranks = gather(capture(platform))
-    if torch.distributed.get_rank() == 0:
-        save_file(
-            {f"{rank}.{name}": state for rank, states in enumerate(ranks) for name, state in states.items()},
-            folder / RNG_FILE,
-        )
+    tensors = {f"{rank}.{name}": state for rank, states in enumerate(ranks) for name, state in states.items()}
+    agree(lambda: (folder / RNG_FILE).write_bytes(as_bytes(tensors)))
 
 
 def load(folder: Path, platform: Platform) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -15,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     _replace_state_dict_keys_with_sharded_keys,
@@ -23,10 +25,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.transformer.module import MegatronModule
 
-from megatron.driver.collectives import gather
+from megatron.driver.collectives import agree, gather
 from mindspeed_mm.errors import CheckpointError
 
 EXTRA_STATE = "_extra_state"
+COMMON_FILE = "common.pt"
 
 # Layers are numbered in their names (decoder.layers.3.), not stacked: any part can be read by itself.
 METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
@@ -37,28 +40,27 @@ def metadata() -> dict:
     return dict(METADATA)
 
 
-class PlainSave(SaveShardedStrategy):
-    """Writes torch_dist with torch's own synchronous writer: one durable file per rank.
+def write_tensors(content: ShardedStateDict, folder: Path) -> None:
+    """Write sharded tensors as torch_dist and the rest of `content` as common.pt. Collective; fails on all ranks.
 
-    megatron.core's own strategy starts a manager process, which imports the main program again, and forks a writer for
-    every save; for a synchronous save both are only slower.
+    megatron.core's own saving starts a manager process, which imports the main program again, and forks a writer for
+    every save; and what fails on rank 0 alone leaves the other ranks waiting.
     """
+    sharded, common = save_preprocess(content, True)
 
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+    def write_common() -> None:
+        packed = io.BytesIO()
+        torch.save(common, packed)
+        (folder / COMMON_FILE).write_bytes(packed.getvalue())
+        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: str | Path) -> None:
-        """See SaveShardedStrategy."""
-        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        dcp.save(
-            mcore_to_pyt_state_dict(tensors, is_loading=False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
-        )
-
-    def can_handle_sharded_objects(self) -> bool:
-        """There are none: see `model_tensors`."""
-        return True
+    agree(write_common)
+    tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    dcp.save(
+        mcore_to_pyt_state_dict(tensors, is_loading=False),
+        storage_writer=dcp.FileSystemWriter(folder, thread_count=1, sync_files=True),
+        planner=MCoreSavePlanner(flatten_state_dict=False),
+    )
 
 
 def model_tensors(modules: list[MegatronModule]) -> ShardedStateDict:

@@ -3,7 +3,8 @@
 SAVE/latest_checkpointed_iteration.txt   the tracker: an iteration, or `release`
 SAVE/iter_0000010/                       a whole checkpoint
 SAVE/frozen/<id>/                        frozen parameters, shared by checkpoints
-.<name>.saving                           beside its place: a save that is under way or was killed
+SAVE/.lock                               held by the run that writes here, see locks.py
+.<name>.saving                           beside its place: a save that is under way or was killed, or a deletion
 .<name>.replaced                         a checkpoint that the one being put in its place replaces
 """
 
@@ -20,6 +21,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 FROZEN = "frozen"
 RUN_FILE = "run.json"
+CHECKSUMS = "checksums.json"
 SAVING = ".saving"
 REPLACED = ".replaced"
 
@@ -99,10 +101,47 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def files(folder: Path) -> list[str]:
+    """Names of all files in `folder`, sorted, the checksums left out."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(name for path in found if (name := path.relative_to(folder).as_posix()) != CHECKSUMS)
+
+
 def sizes(folder: Path) -> dict[str, int]:
-    """Every file below `folder` with its size in bytes, run.json left out."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != RUN_FILE)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    """Every file of `folder` with its size in bytes, run.json and the checksums left out."""
+    return {name: (folder / name).stat().st_size for name in files(folder) if name != RUN_FILE}
+
+
+def iterations(save: Path) -> list[int]:
+    """Iterations that a save folder holds, in order."""
+    names = (path.name.removeprefix("iter_") for path in save.glob("iter_*") if (path / RUN_FILE).is_file())
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def offer(folder: Path) -> str:
+    """What else could be loaded instead of a damaged checkpoint or frozen folder, for the end of a message."""
+    number = folder.name.removeprefix("iter_")
+    others = [other for other in iterations(folder.parent) if number.isdigit() and other < int(number)]
+    if not others:
+        return ""
+    return f", or load the iteration before it: --ckpt-step {others[-1]}"
+
+
+def prune(save: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
+    """Delete old checkpoints: all but the last `keep_last` and those whose number `keep_every` divides.
+
+    Returns:
+        The iterations that were deleted; none where `keep_last` is None.
+    """
+    if keep_last is None:
+        return []
+    old = iterations(save)[:-keep_last]
+    deleted = [number for number in old if keep_every is None or number % keep_every]
+    for number in deleted:
+        final = iteration_dir(save, number)
+        os.rename(final, _aside(final, SAVING))  # a deletion that is cut short leaves no half checkpoint
+        shutil.rmtree(_aside(final, SAVING))
+    return deleted
 
 
 def check_sizes(folder: Path, recorded: dict[str, int]) -> None:
@@ -120,8 +159,7 @@ def check_sizes(folder: Path, recorded: dict[str, int]) -> None:
     ]
     if problems:
         raise CheckpointError(
-            f"checkpoint {folder} is damaged: {'; '.join(problems)}. Restore the files, or load an earlier "
-            f"iteration: --ckpt-step, or its number in {TRACKER}"
+            f"checkpoint {folder} is damaged: {'; '.join(problems)}. Restore the files{offer(folder)}"
         )
 
 

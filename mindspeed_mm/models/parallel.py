@@ -61,9 +61,7 @@ def _recompute_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
         part = spec.part(kind)
         granularity, method, number = part.recompute_granularity, part.recompute_method, part.recompute_num_layers
         if granularity == "full" and (method is None or number is None):
-            problems.append(
-                f'{kind}.recompute_granularity "full" needs recompute_method (uniform or block) and recompute_num_layers'
-            )
+            problems.append(f'{kind}.recompute_granularity "full" needs recompute_method and recompute_num_layers')
         elif granularity != "full" and (method is not None or number is not None):
             problems.append(
                 f"{kind}.recompute_method and recompute_num_layers belong to recompute_granularity "
@@ -71,7 +69,7 @@ def _recompute_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
             )
         elif method == "uniform" and any(count % number for count in layers):
             problems.append(
-                f"{kind}.recompute_num_layers {number} does not divide the {sorted(layers)} layers of a pipeline stage: "
+                f"{kind}.recompute_num_layers {number} does not divide the {sorted(layers)} layers of a stage: "
                 'use a divisor, or recompute_method "block"'
             )
     return problems

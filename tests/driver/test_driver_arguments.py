@@ -37,7 +37,7 @@ def test_the_ancestors_launcher_flags():
     assert args.decay_steps == 10000
     assert args.model_flags() == {"seq_length": 2048, "vocab_size": 32000}
     notes = "\n".join(args.notes())
-    assert "--eval-iters has no effect: there is no validation set" in notes
+    assert (args.eval_interval, args.eval_iters) == (5000, 5000)
     assert "--use-flash-attn has no effect" in notes
 
 

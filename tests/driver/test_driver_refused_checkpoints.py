@@ -16,7 +16,7 @@ from tests.helpers.tiny_training import whole_run as run
 
 get_platform("cpu")
 
-from megatron.driver import reading, storage  # noqa: E402
+from megatron.driver import integrity, reading, storage  # noqa: E402
 from megatron.driver.reading import read_checkpoint  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
 
@@ -78,8 +78,39 @@ def test_changed_frozen_parameters(copied):
     data = shard.read_bytes()
     place = data.index(values)
     shard.write_bytes(data[: place + 3] + bytes([data[place + 3] ^ 1]) + data[place + 4 :])
+    with pytest.raises(CheckpointError, match=r"checksums do not agree: __0_0.distcp has changed. Restore the files$"):
+        run("--load", copied, frozen=("embedding",))
+    integrity.write(shard.parent, {})  # somebody else's files, whole
     with pytest.raises(CheckpointError, match="the frozen parameters of .* have hash .* are damaged"):
         run("--load", copied, frozen=("embedding",))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt", "rng.safetensors", storage.RUN_FILE])
+def test_one_changed_byte_is_found(copied, name):
+    file = copied / "iter_0000004" / name
+    data = bytearray(file.read_bytes())
+    place = data.index(b"consumed_samples") if name == storage.RUN_FILE else len(data) // 2
+    place += 20 if name == storage.RUN_FILE else 0  # the second digit of 16
+    data[place] ^= 1
+    file.write_bytes(data)
+    message = f"checksums do not agree: {name} has changed.*or load the iteration before it: --ckpt-step 2"
+    message = "metadata is refused|" + message if name == ".metadata" else message
+    for load in (lambda: run("--load", copied, frozen=("embedding",)), lambda: read_checkpoint(copied)):
+        with pytest.raises(CheckpointError, match=message):
+            load()
+    _, _, state = run("--load", copied, "--ckpt-step", "2", train_iters=2, frozen=("embedding",))
+    assert state.iteration == 2
+
+
+def test_checksums_that_cannot_be_read(copied):
+    file = copied / "iter_0000004" / storage.CHECKSUMS
+    for content, message in (("{", "cannot be read"), ("{}", "does not name the files that are there")):
+        file.write_text(content)
+        with pytest.raises(CheckpointError, match=f"checksums.json {message}"):
+            read_checkpoint(copied)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="checksums.json cannot be read: .*No such file"):
+        read_checkpoint(copied)
 
 
 def test_a_run_file_that_is_missing_or_foreign(copied):
@@ -130,6 +161,7 @@ def test_pickles_that_would_run_code_are_refused(copied, monkeypatch, tmp_path):
     good = (folder / "common.pt").read_bytes()
     torch.save(Exploit(), folder / "common.pt")
     record_sizes(folder)
+    integrity.write(folder, {})
     with pytest.raises(CheckpointError, match="cannot be read: UnpicklingError"):
         run("--load", copied, frozen=("embedding",))
     (folder / "common.pt").write_bytes(good)

@@ -16,7 +16,7 @@ from tests.helpers.tiny_training import whole_run as run
 
 get_platform("cpu")
 
-from megatron.driver import checkpointing, storage  # noqa: E402
+from megatron.driver import checkpointing, loop, storage  # noqa: E402
 from megatron.driver.reading import read_checkpoint  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
 
@@ -91,7 +91,7 @@ def test_a_killed_save_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     whole, _, _ = run()
     resumed, _, _ = run("--save", tmp_path, "--load", tmp_path)
     assert_equal(whole, resumed)
-    assert sorted(os.listdir(tmp_path)) == ["iter_0000002", "iter_0000004", storage.TRACKER, "metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "iter_0000002", "iter_0000004", storage.TRACKER, "metrics.jsonl"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
@@ -101,10 +101,85 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpointing.dist_checkpointing, "save", full)
+        patched.setattr(checkpointing, "write_tensors", full)
         with pytest.raises(CheckpointError, match="iteration 4 could not be saved .*No space left.*before are whole"):
             run("--save", tmp_path, "--load", tmp_path)
     assert read_checkpoint(tmp_path).run["iteration"] == 2
+
+
+def test_a_full_disk_need_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    original, calls = checkpointing.write_tensors, []
+
+    def full_once(*args):
+        calls.append(None)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        original(*args)
+
+    monkeypatch.setattr(checkpointing, "write_tensors", full_once)
+    _, report, _ = run("--save", tmp_path, "--save-interval", "2", "--on-save-error", "continue", train_iters=6)
+    assert report.checkpoint.name == "iter_0000006"
+    assert "No space left on device" in caplog.text and "Training goes on" in caplog.text
+    assert storage.iterations(tmp_path) == [2, 6]
+    assert not list(tmp_path.glob(".*.saving"))
+
+
+def test_old_checkpoints_are_deleted(tmp_path):
+    run("--save", tmp_path, "--save-interval", "1", "--keep-last", "2", "--keep-every", "4", train_iters=11)
+    assert storage.iterations(tmp_path) == [4, 8, 10, 11]
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [f"iter_{n:07d}" for n in (4, 8, 10, 11)]
+
+
+def test_a_deletion_that_was_killed_is_finished(tmp_path, monkeypatch):
+    run("--save", tmp_path, "--save-interval", "2")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+
+        def kill(path):
+            raise Killed
+
+        patched.setattr(storage.shutil, "rmtree", kill)
+        storage.prune(tmp_path, 1, None)
+    assert storage.iterations(tmp_path) == [4]
+    run("--save", tmp_path, "--load", tmp_path, train_iters=5)
+    assert not list(tmp_path.glob(".iter*"))
+
+
+def test_saving_by_the_clock(tmp_path, monkeypatch):
+    """The clock cannot be set: a jump of the calendar changes nothing."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+
+    def step(data_iterator, model):
+        now[0] += 30.0  # a minute a step of two micro-batches
+        return tiny.forward_step(data_iterator, model)
+
+    run("--save", tmp_path, "--save-interval-minutes", "3", train_iters=8, step=step)
+    assert storage.iterations(tmp_path) == [3, 6, 8]
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """Another process holds the lock, and loses it with its life."""
+    hold = (
+        "import sys; from pathlib import Path; from megatron.driver import locks; "
+        "locks.acquire(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(
+            CheckpointError, match=f'is in use by another run .*"process": {process.pid}.*stop that run'
+        ):
+            run("--save", tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    _, report, _ = run("--save", tmp_path)
+    assert report.iteration == 4
 
 
 def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
@@ -119,7 +194,7 @@ def test_saving_an_iteration_again_replaces_it(tmp_path):
     first = read_checkpoint(tmp_path).get("output_layer.weight")
     run("--save", tmp_path, "--lr", "0.5")
     assert not torch.equal(first, read_checkpoint(tmp_path).get("output_layer.weight"))
-    assert sorted(os.listdir(tmp_path)) == ["iter_0000004", storage.TRACKER, "metrics.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "iter_0000004", storage.TRACKER, "metrics.jsonl"]
 
 
 def test_the_tracker_picks_the_iteration(tmp_path):

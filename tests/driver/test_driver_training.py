@@ -239,16 +239,17 @@ def test_a_world_of_another_size_is_an_error():
         tiny.run(tiny.arguments(world_size=2))
 
 
-def test_sigterm_saves_and_stops(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(tmp_path, number):
     def terminated(data_iterator, model):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return tiny.forward_step(data_iterator, model)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     _, report = tiny.run(tiny.arguments("--save", str(tmp_path)), step=terminated)
     assert report.iteration == 1
     assert report.checkpoint == tmp_path / "iter_0000001"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_exit_interval_saves_and_stops(tmp_path):

@@ -43,18 +43,30 @@ FULL = {"recompute_granularity": "full"}
     ("given", "message"),
     [
         ({"tp": 8}, "text_decoder.num_attention_heads 12 cannot be split over --tensor-model-parallel-size 8"),
-        ({"tp": 6}, "num_query_groups 4 cannot be split over --tensor-model-parallel-size 6: use a divisor of the query"),
+        (
+            {"tp": 6},
+            "num_query_groups 4 cannot be split over --tensor-model-parallel-size 6: use a divisor of the query",
+        ),
         ({"tp": 6}, "vision_encoder.num_attention_heads 4 cannot be split over --tensor-model-parallel-size 6"),
         ({"tp": 4, "text": {"ffn_hidden_size": 190}}, "text_decoder.ffn_hidden_size 190 cannot be split"),
-        ({"tp": 2, "cp": 4}, "heads 12 cannot be split over --tensor-model-parallel-size 2 x --context-parallel-size 4 = 8"),
+        (
+            {"tp": 2, "cp": 4},
+            "heads 12 cannot be split over --tensor-model-parallel-size 2 x --context-parallel-size 4 = 8",
+        ),
         ({"pp": 4}, r"num_layers 6 cannot be divided by --pipeline-model-parallel-size 4.*\[1, 1, 2, 2\]"),
         ({"pp": 2, "text": {"pipeline_num_layers": [2, 2, 2]}}, r"\[2, 2, 2\] is for 3 stage\(s\)"),
-        ({"pp": 2, "tower": {"pipeline_num_layers": [4, 0, 0]}}, r"vision_encoder.pipeline_num_layers \[4, 0, 0\] is for 3"),
+        (
+            {"pp": 2, "tower": {"pipeline_num_layers": [4, 0, 0]}},
+            r"vision_encoder.pipeline_num_layers \[4, 0, 0\] is for 3",
+        ),
         ({"text": FULL}, 'text_decoder.recompute_granularity "full" needs recompute_method'),
-        ({"tower": {"recompute_num_layers": 1}}, 'vision_encoder.recompute_method .* belong to recompute_granularity "full"'),
+        (
+            {"tower": {"recompute_num_layers": 1}},
+            'vision_encoder.recompute_method .* belong to recompute_granularity "full"',
+        ),
         (
             {"pp": 2, "text": FULL | {"recompute_method": "uniform", "recompute_num_layers": 2}},
-            r"recompute_num_layers 2 does not divide the \[3\] layers of a pipeline stage",
+            r"recompute_num_layers 2 does not divide the \[3\] layers of a stage",
         ),
     ],
 )

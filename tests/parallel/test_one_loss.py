@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.helpers.golden_training import STEPS, Layout, full_tensors, records, train_golden
+from tests.parallel.comparison import compare
 
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 LAYOUTS = {
@@ -36,9 +37,7 @@ GROUPED = {
 EIGHT = {
     "TP2 PP2 CP2 SP": Layout(tensor=2, pipeline=2, context=2, flags="--sequence-parallel", grouped=True),
     "TP2 PP2 DP2 distributed overlap": Layout(tensor=2, pipeline=2, data=2, flags=OVERLAP, grouped=True),
-    "PP2 CP2 DP2 distributed": Layout(
-        pipeline=2, context=2, data=2, flags="--use-distributed-optimizer", grouped=True
-    ),
+    "PP2 CP2 DP2 distributed": Layout(pipeline=2, context=2, data=2, flags="--use-distributed-optimizer", grouped=True),
     "TP2 CP2 DP2 SP": Layout(tensor=2, context=2, data=2, flags="--sequence-parallel", grouped=True),
 }
 
@@ -55,43 +54,6 @@ RECOMPUTED = {
     "block, PP2": Layout(decoder=BLOCK, tower=BLOCK, pipeline=2),
     "selective, CP2": Layout(decoder=SELECTIVE, tower=SELECTIVE, context=2),
 }
-
-
-@pytest.fixture(scope="session")
-def single(ranks, golden, tmp_path_factory):
-    """mode -> (records, tensors) of one process with micro-batches of one row."""
-    known = {}
-
-    def run(mode):
-        if mode not in known:
-            save = tmp_path_factory.mktemp(f"single-{mode}")
-            ranks(1).run(train_golden, golden, Layout(trained=mode), str(save))
-            known[mode] = records(save), full_tensors(save)
-        return known[mode]
-
-    return run
-
-
-def relative(name, found, wanted):
-    """Norm of the difference over the norm. The tower's key biases are left out: softmax does not see them, so their
-    gradient is rounding noise, which Adam scales up to whole steps."""
-    if name.endswith("linear_qkv.bias"):
-        found, wanted = (tensor.view(4, 3, 16)[:, ::2] for tensor in (found, wanted))
-    return (found - wanted).norm().item() / wanted.norm().item()
-
-
-def compare(found, wanted):
-    """Two runs, each (records, tensors)."""
-    assert len(found[0]) == STEPS
-    for ours, theirs in zip(found[0], wanted[0], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-        assert ours["supervised"] == theirs["supervised"]
-        assert ours["samples"] == theirs["samples"]
-    assert found[1].keys() == wanted[1].keys()
-    for name, tensor in wanted[1].items():
-        rows = min(len(tensor), len(found[1][name]))  # the vocabulary is padded for tensor parallelism
-        assert relative(name, found[1][name][:rows], tensor[:rows]) < 1e-4, name
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -1,0 +1,56 @@
+"""One run at a time may write to a save folder.
+
+The lock is the kernel's (flock) on SAVE/.lock: it ends with the process that holds it, however that ends. What the file
+says is for people only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from mindspeed_mm.errors import CheckpointError
+
+LOCK_FILE = ".lock"
+
+_held: dict[str, int] = {}
+
+
+def acquire(save: Path) -> None:
+    """Take the lock of a save folder until `release_all` or the end of the process. Harmless where it is held already.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    key = str(save.resolve())
+    if key in _held:
+        return
+    handle = os.open(save / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(handle, 1000).decode("utf-8", errors="replace").strip()
+        os.close(handle)
+        raise CheckpointError(
+            f"--save {save} is in use by another run ({holder or 'unknown'}): stop that run, or choose another folder"
+        ) from error
+    os.ftruncate(handle, 0)
+    os.write(handle, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
+    _held[key] = handle
+
+
+def release_all() -> None:
+    """Give back the locks of this process."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+def _forget() -> None:
+    """A forked worker must not keep the lock of a parent that dies."""
+    release_all()
+
+
+os.register_at_fork(after_in_child=_forget)
