@@ -14,9 +14,10 @@ from megatron.driver import loop, setup
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
+from mindspeed_mm.cli._validation import Validation, gather_counts
 from mindspeed_mm.cli.train import refuse_tools
 from mindspeed_mm.config.load import read_json
-from mindspeed_mm.data.build import build_dataset, build_loader
+from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.sample import Batch
@@ -64,11 +65,15 @@ class TrainingRun:
             self.spec.vision_encoder.num_image_tokens,
             args.seq_length or self.spec.text_decoder.language_max_sequence_length,
         )
+        self.validation = Validation(self)
+        self.counts, self._saved_counts = DataCounts(), {}
 
     def run(self) -> dict[str, Any]:
         """Train to the end and say where the result is."""
-        hooks = Hooks(describe=self._describe, extra=self._extra, compare=self._compare)
+        hooks = Hooks(self._describe, self._extra, self._compare, self._after_step)
         state = setup.setup(self.args, self._model_provider, self.platform, hooks)
+        if state.iteration:
+            self.counts.go_on(self._saved_counts)
         first = self.dataset[0]
         logger.info(
             "first sample, supervised tokens in [[ ]]:\n%s",
@@ -77,6 +82,11 @@ class TrainingRun:
         report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
         checkpoint = str(report.checkpoint) if report.checkpoint else None
         return {"iteration": report.iteration, "loss": report.loss, "checkpoint": checkpoint}
+
+    def _after_step(self, state: TrainState) -> None:
+        if self.data_config.dataset_param.image_error == "skip":
+            gather_counts(self.counts, state, self.args)
+        self.validation.after_step(state)
 
     def _model_provider(self, pre_process: bool, post_process: bool) -> VLM:
         # --ckpt-step is about --load alone.
@@ -105,14 +115,17 @@ class TrainingRun:
             dp_size=state.data_parallel_size,
             seed=self.args.seed,
             num_workers=self.args.num_workers,
-            pad_token_id=self._pad_token_id(),
+            pad_token_id=self.pad_token_id,
             pad_multiple=self.runtime.sequence_multiple,
             options=self.data_config.dataloader_param,
             weights=self.data_config.dataset_param.weights,
             global_batch_size=self.args.global_batch_size,
+            counts=self.counts,
         )
 
-    def _pad_token_id(self) -> int:
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows behind the last sample; never seen by the loss."""
         given = self.data_config.dataloader_param.collate_param.pad_token_id
         return self.tokenizer.pad_token_id if given is None else given
 
@@ -137,10 +150,12 @@ class TrainingRun:
                 "config": self.data_config.model_dump(mode="json"),
             },
             "samples": len(self.dataset),
+            "data_counts": self.counts.as_saved(dropped=sum(part.dropped for part in self.dataset.sets)),
             "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
         }
 
     def _compare(self, saved: dict[str, Any]) -> list[str]:
+        self._saved_counts = saved.get("data_counts", {})
         return compare_architectures(saved.get("model", {}), self.spec.model_dump(mode="json"))
 
 

@@ -36,6 +36,20 @@ class DataCounts:
 
     samples: int = 0
     skipped: int = 0
+    run_samples: int = 0
+    """Of all ranks and of the whole run, as of the last time that ranks were asked (see cli/_validation.py)."""
+    run_skipped: int = 0
+    before: tuple[int, int] = (0, 0)
+    """Samples and skips of the run before it was resumed."""
+
+    def as_saved(self, dropped: int) -> dict[str, int]:
+        """What a checkpoint says about the data read so far."""
+        return {"samples": self.run_samples, "skipped": self.run_skipped, "dropped_overlong": dropped}
+
+    def go_on(self, saved: dict[str, int]) -> None:
+        """Count on from a checkpoint."""
+        self.before = (saved.get("samples", 0), saved.get("skipped", 0))
+        self.run_samples, self.run_skipped = self.before
 
 
 def build_dataset(

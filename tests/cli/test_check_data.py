@@ -73,7 +73,8 @@ def test_a_clean_set(check, tmp_path):
 def test_everything_that_is_wrong_is_found(check):
     lines = [json.dumps(item) for item in [
         record(0, "good.jpg"), record(0, "good.jpg"), record(2, "gone.jpg"), record(3, "empty.jpg"),
-        record(4, answer=""), record(5, answer="word " * 900), {"id": "x"}, record(7, "wrong.gif"), record(8, "rotated.jpg"),
+        record(4, answer=""), record(5, answer="word " * 900), {"id": "x"}, record(7, "wrong.gif"),
+        record(8, "rotated.jpg"),
         record(9, "../x.jpg"), [1],
     ]]  # fmt: skip
     lines.insert(3, '{"id": "broken", "conv')

@@ -1,0 +1,89 @@
+"""`train` with what the data engine adds: several sets, packing, grouping, bad images, a validation set."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from tests.helpers.golden_model import model_json
+
+FLAGS = "--lr 1e-3 --train-iters 3 --micro-batch-size 1 --global-batch-size 2 --seq-length 256 --log-interval 1"
+COMMON = f"{FLAGS} --num-workers 0 --device cpu --lr-decay-style constant"
+
+
+@pytest.fixture
+def train(tmp_path, golden, single_process):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (60, 60), "red").save(folder / "red.png")
+
+    def records(name, count, image=None):
+        path = tmp_path / name
+        turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho ho."}]
+        with_image = [{"from": "human", "value": "<image>\nHi"}, turns[1]]
+        rows = [{"id": f"{name}{i}", "conversations": with_image if image else turns} for i in range(count)]
+        path.write_text(json.dumps([row | ({"image": image} if image else {}) for row in rows]))
+        return {"data_path": str(path), "data_folder": str(folder)}
+
+    def run(*flags, loader=None, **dataset_param):
+        from mindspeed_mm.cli.main import main
+
+        model, data = tmp_path / "model.json", tmp_path / "data.json"
+        model.write_text(json.dumps(model_json(golden, trained=("text_decoder", "vision_projector"))))
+        config = {
+            "dataset_type": "multimodal",
+            "basic_parameters": [records("text.json", 6), records("red.json", 6, "red.png")],
+            "preprocess_parameters": {"image_processer_path": str(golden / "models" / "clip_hf")},
+            "tokenizer_config": {"from_pretrained": str(golden / "tokenizer")},
+        }
+        data.write_text(json.dumps({"dataset_param": config | dataset_param, "dataloader_param": loader or {}}))
+        save = ["--save", str(tmp_path / "save")]
+        code = main(["train", "--mm-model", str(model), "--mm-data", str(data), *COMMON.split(), *save, *flags])
+        run_json = tmp_path / "save" / "iter_0000003" / "run.json"
+        return code, json.loads(run_json.read_text()) if run_json.exists() else None
+
+    run.records = records
+    return run
+
+
+def test_packing(train):
+    code, run = train(loader={"packing": True, "packing_window": 8})
+    assert code == 0 and run["consumed_samples"] == 6
+
+
+def test_weights_and_bad_images(train):
+    bad = train.records("bad.json", 4, "none.png") | {"weight": 1}
+    good = train.records("good.json", 4) | {"weight": 3}
+    code, run = train(basic_parameters=[good, bad], image_error="skip")
+    counts = run["extra"]["data_counts"]
+    assert code == 0 and counts["samples"] == 6 and counts["dropped_overlong"] == 0
+
+
+def test_validation(train, capsys):
+    held_out = train.records("held_out.json", 4, "red.png")
+    code, _ = train("--eval-interval", "2", validation_parameters=[held_out])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "validation loss at iteration" in line]
+    assert code == 0 and len(lines) == 1 and "iteration 2 | lm loss value: " in lines[0]
+    assert "samples: 4" in lines[0]
+
+
+def test_validation_changes_nothing(train, tmp_path):
+    import shutil
+
+    held_out = train.records("held_out.json", 4, "red.png")
+    losses = []
+    for flags, parameters in ((["--eval-interval", "1"], {"validation_parameters": [held_out]}), ([], {})):
+        code, _ = train(*flags, loader={"group_by_modality_length": True}, **parameters)
+        assert code == 0
+        lines = (tmp_path / "save" / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+        shutil.rmtree(tmp_path / "save")
+        from megatron.driver.initialize import shutdown
+
+        shutdown()
+    assert losses[0] == losses[1]
+
+
+def test_a_validation_set_needs_an_interval(train, capsys):
+    code, _ = train(validation_parameters=[train.records("held_out.json", 4)])
+    assert code == 1 and "when to use them is open: --eval-interval" in capsys.readouterr().err
