@@ -1,4 +1,5 @@
-"""The model's passes: prompts into the key/value cache, then one token a row, on any tensor- and pipeline-parallel layout.
+"""The model's passes: prompts into the key/value cache, then one token a row, on any tensor- and pipeline-parallel
+layout.
 
 Every rank runs the same passes in the same order; each returns the same logits on all of them.
 

@@ -55,7 +55,8 @@ class Job(Protocol):
     """The results, best first."""
 
     def advance(self, logits: torch.Tensor | None, likeliest: Sequence[int]) -> Step:
-        """Take the logits [R, V] float32 on the CPU (None unless needs_logits) and the likeliest tokens [R] of its rows.
+        """Take the logits [R, V] float32 on the CPU (None unless needs_logits) and the likeliest tokens [R] of its
+        rows.
 
         The first call has one row, the prompt's. A step without rows ends the job.
         """

@@ -48,7 +48,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "max_length": (20, 2048, 4096),
     "use_cache": (True, False),
 }
-"""Keys of a full GenerationConfig that the guide's files carry, with the values that ask for nothing (null always does).
+"""Keys of a full GenerationConfig that the guide's files carry, with the values that ask for nothing (null always
+does).
 `max_length` is always superseded by max_new_tokens, and the cache is always used: it changes no token."""
 
 NOTES = ("_from_model_config", "transformers_version")
@@ -127,8 +128,8 @@ class GenerationOptions(StrictModel):
                     )
         elif self.greedy and self.num_return_sequences > 1:
             raise ValueError(
-                f"num_return_sequences {self.num_return_sequences} of greedy decoding would be equal: set do_sample, or "
-                "num_beams to at least as many"
+                f"num_return_sequences {self.num_return_sequences} of greedy decoding would be equal: set do_sample, "
+                "or num_beams to at least as many"
             )
         if 1 < self.num_beams < self.num_return_sequences:
             raise ValueError(

@@ -57,8 +57,8 @@ class PictureFeatures:
         size = self._decoder.vlm.spec.vision_encoder.image_size
         if pixels.shape[1:] != (size, size):
             raise ImageError(
-                f"the image processor gives {pixels.shape[2]} x {pixels.shape[1]} pixels, the tower takes {size} x {size}: "
-                "use the preprocessor_config.json of the tower"
+                f"the image processor gives {pixels.shape[2]} x {pixels.shape[1]} pixels, the tower takes {size} x "
+                f"{size}: use the preprocessor_config.json of the tower"
             )
         return pixels
 
