@@ -5,6 +5,7 @@ files in it, one per rank, with one JSON object a line. Answers of another model
 another fingerprint and so another file: they are never mixed, and nothing has to be deleted by hand.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -63,8 +64,9 @@ class Journal:
     def close(self) -> None:
         """Close the file; a later append opens it again."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # what could not be flushed was reported when it was written
+                file.close()
 
     def _open(self) -> None:
         if self._file is not None:
@@ -77,8 +79,14 @@ class Journal:
             self._write({"facts": self._facts})
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=True).encode("ascii") + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record, ensure_ascii=True).encode("ascii") + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"cannot write {self._path}: {error.strerror}. The answers before are kept: make room and start the "
+                "same command again, it goes on there."
+            ) from error
 
     def _check_facts(self, record: Mapping[str, Any], path: Path) -> None:
         if record.get("facts") != json.loads(json.dumps(self._facts)):

@@ -1,11 +1,13 @@
-"""The files of a finished evaluation: <model>_<set>.xlsx, <model>_<set>_acc.csv, <model>_<set>_report.json."""
+"""The files of a finished evaluation: <model>_<set>.xlsx, _acc.csv, _report.json and _report.html."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluation.page import render_page
 from evaluation.report import Report
 from evaluation.sheet import is_cut, write_sheet
 from evaluation.tsv import Row, Table
@@ -41,7 +43,7 @@ def write_outputs(
     report: Report | None,
     summary: Mapping[str, Any],
 ) -> dict[str, Path]:
-    """Write the sheet, the accuracy table (with a report only) and the JSON report; returns their paths.
+    """Write the sheet, the accuracy table (with a report only), the JSON report and the page; returns their paths.
 
     Files are written beside and renamed, so a reader never sees half of one. Equal results give equal bytes.
     """
@@ -49,19 +51,22 @@ def write_outputs(
     sheet_rows = [_sheet_row(row, table, answers[row.index], report) for row in rows]
     cut = sum(isinstance(cell, str) and is_cut(cell) for row in sheet_rows for cell in row)
     files = {"predictions": folder / f"{stem}.xlsx", "report": folder / f"{stem}_report.json"}
+    files["page"] = folder / f"{stem}_report.html"
     columns = [f"{name} (tsv)" if name in RESULT_COLUMNS else name for name in table.columns if name != "image"]
-    _replace(files["predictions"], lambda path: write_sheet(path, [*columns, *RESULT_COLUMNS], sheet_rows))
+    replace(files["predictions"], lambda path: write_sheet(path, [*columns, *RESULT_COLUMNS], sheet_rows))
     if report is not None:
         files["accuracy"] = folder / f"{stem}_acc.csv"
-        _replace(files["accuracy"], lambda path: path.write_text(report.to_csv(), encoding="utf-8"))
+        replace(files["accuracy"], lambda path: path.write_text(report.to_csv(), encoding="utf-8"))
     summary = {**summary, "cells_cut_in_sheet": cut, "files": {kind: path.name for kind, path in files.items()}}
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(files["report"], lambda path: path.write_text(text, encoding="utf-8"))
+    replace(files["report"], lambda path: path.write_text(text, encoding="utf-8"))
+    page = render_page(table, answers, report, summary)
+    replace(files["page"], lambda path: path.write_text(page, encoding="utf-8"))
     return files
 
 
-def _sheet_row(row: Row, table: Table, answer: str, report: Report | None) -> list[str | int | None]:
-    cells: list[str | int | None] = [
+def _sheet_row(row: Row, table: Table, answer: str, report: Report | None) -> list[str | float | None]:
+    cells: list[str | float | None] = [
         row.index if name == "index" else row.cells[name] for name in table.columns if name != "image"
     ]
     score = report.rows[row.index] if report is not None else None
@@ -71,7 +76,16 @@ def _sheet_row(row: Row, table: Table, answer: str, report: Report | None) -> li
     return [*cells, answer, score.extracted, score.hit, log]
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path` and rename it. Raises DataError, with `path` as before, if it cannot."""
     beside = path.with_name(f".{path.name}.part")
-    write(beside)
-    os.replace(beside, path)
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise DataError(
+            f"cannot write {path}: {error.strerror}. The answers are kept in the journal: make room and start the "
+            "same command again."
+        ) from error

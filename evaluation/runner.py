@@ -1,6 +1,8 @@
 """Ask every question of a benchmark table, keep the answers as they come, score and write the results."""
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +10,17 @@ from typing import Any
 
 from evaluation.benchmarks import MODES, PROMPT_STYLES, Benchmark, Mode, Prompt, PromptStyle, find_benchmark
 from evaluation.engine import Communicator, Engine, GenerationRequest, SingleRank
-from evaluation.journal import Journal, fingerprint
+from evaluation.journal import FINGERPRINT_DIGITS, Journal, fingerprint
+from evaluation.judge_protocol import Judge
 from evaluation.outputs import check_folder, check_output_name, write_outputs
 from evaluation.questions import read_questions
 from evaluation.report import Report
+from evaluation.submissions import write_submission
 from evaluation.tsv import Row, Table
 from mindspeed_mm.errors import DataError
+
+SHOWN = 200
+"""Characters of questions and answers that the report repeats; the sheet and the journal have them whole."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,14 @@ def run(
     communicator: Communicator | None = None,
     image_root: str | Path | None = None,
     progress: bool = True,
+    judge: Judge | None = None,
 ) -> Result:
     """Evaluate `engine` on the table `tsv` as `benchmark` and write <model>_<benchmark>.* into `out_dir`.
 
     The questions that no journal in `out_dir` answers are divided among the ranks of `communicator` (any number; None
     is a single process), and each rank journals every answer at once. Every rank returns the same reports; rank 0
     writes. `scoring` chooses the numbers of the sheet and the accuracy table; the JSON report holds those of every
-    mode. `limit` asks the first rows of the table only.
+    mode. `limit` asks the first rows of the table only. `judge` reads, on rank 0, the answers that the rules cannot.
 
     Raises DataError for an unusable table, name, folder or journal, before the first question is asked.
     """
@@ -67,7 +75,13 @@ def run(
     )
     prompts = found.prompts(table, prompt_style)
     rows = table.rows[:limit]
-    facts = {"benchmark": found.name, "table_sha256": table.sha256, "prompt_style": prompt_style, **engine.describe()}
+    facts = {
+        "benchmark": found.name,
+        "table_sha256": table.sha256,
+        "prompt_style": prompt_style,
+        "prompts": _prompts_digest(prompts),
+        **engine.describe(),
+    }
 
     stem = f"{model}_{benchmark}"
     journal = Journal(folder / f"{stem}.journal", facts, communicator.rank)
@@ -80,13 +94,39 @@ def run(
     collected = {**earlier, **_merge(communicator.all_gather(new))}
     answers = {row.index: collected[row.index] for row in rows}
 
-    reports = {mode: found.score(table, answers, mode) for mode in MODES} if found.has_answers(table) else {}
+    outcome = None
+    if communicator.rank == 0:
+        outcome = _score(found, table, answers, judge)
+    outcome = communicator.all_gather(outcome)[0]
+    if isinstance(outcome, DataError):
+        raise outcome
     files = {}
     if communicator.rank == 0:
-        summary = _summary(model, table, facts, limit, scoring, reports, len(answers))
-        files = write_outputs(folder, stem, table, answers, reports.get(scoring), summary)
+        summary = _summary(model, table, facts, limit, scoring, outcome, answers)
+        files = write_outputs(folder, stem, table, answers, outcome.get(scoring), summary)
+        files |= write_submission(folder, stem, getattr(found, "submission", None), table, answers)
     communicator.all_gather(None)
-    return Result(reports, answers, files, resumed=len(rows) - len(pending))
+    return Result(outcome, answers, files, resumed=len(rows) - len(pending))
+
+
+def _score(
+    benchmark: Benchmark, table: Table, answers: dict[int | str, str], judge: Judge | None
+) -> dict[str, Report] | DataError:
+    """Reports by mode, or what went wrong: the other ranks wait for it."""
+    if not benchmark.has_answers(table):
+        return {}
+    try:
+        return {mode: benchmark.score(table, answers, mode, judge=judge) for mode in MODES}
+    except DataError as error:
+        return error
+
+
+def _prompts_digest(prompts: dict[int | str, Prompt]) -> str:
+    """Name of all prompts: answers to other wordings are never mixed."""
+    digest = hashlib.sha256()
+    for index, prompt in prompts.items():
+        digest.update(json.dumps([index, prompt.turns, prompt.text]).encode("ascii"))
+    return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def check(
@@ -129,11 +169,12 @@ def _answer(
 ) -> dict[int | str, str]:
     """Ask the engine for every row, batch by batch; pictures are decoded when their batch comes."""
     answers: dict[int | str, str] = {}
+    pictures = table.images if getattr(engine, "needs_images", True) else lambda row: ()
     try:
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             requests = [
-                GenerationRequest(row.index, prompts[row.index].turns, prompts[row.index].text, table.images(row))
+                GenerationRequest(row.index, prompts[row.index].turns, prompts[row.index].text, pictures(row))
                 for row in batch
             ]
             expected = {request.id for request in requests}
@@ -167,7 +208,7 @@ def _summary(
     limit: int | None,
     scoring: str,
     reports: dict[str, Report],
-    answered: int,
+    answers: Mapping[int | str, str],
 ) -> dict[str, Any]:
     """The JSON report. It names all that the numbers depend on, and nothing that may differ between equal runs."""
     chosen = reports.get(scoring)
@@ -176,15 +217,23 @@ def _summary(
         "table": table.path.name,
         "rows_in_table": len(table.all_cells),
         "dropped_without_picture": len(table.dropped),
-        "answered": answered,
+        "answered": len(answers),
         "limit": limit,
         **facts,
         "fingerprint": fingerprint(facts),
         "scoring": scoring,
+        "metric": chosen.metric if chosen else None,
         "accuracy": chosen.overall if chosen else None,
         "unparsed": chosen.unparsed if chosen else None,
         "scores": {mode: report.to_json() for mode, report in reports.items()},
+        "rows": [_row_summary(row, answers[row.index], reports) for row in table.rows if row.index in answers],
     }
+
+
+def _row_summary(row: Row, answer: str, reports: dict[str, Report]) -> dict[str, Any]:
+    question = row.cells.get("question", row.cells.get("expression", ""))
+    scores = {mode: list(report.rows[row.index][:2]) for mode, report in reports.items()}
+    return {"index": row.index, "question": question[:SHOWN], "prediction": answer[:SHOWN], **scores}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ bytes. Characters that XML cannot hold are written in the standard's form _xHHHH
 """
 
 import itertools
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -40,8 +41,8 @@ _PARTS = {
 }
 
 
-def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | int | None]]) -> None:
-    """Write one sheet with a header line. Integers become numbers, texts become texts, None an empty cell.
+def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> None:
+    """Write one sheet with a header line. Numbers become numbers, texts become texts, None an empty cell.
 
     A text longer than a cell can hold is cut and says so. Raises ValueError for more rows than a sheet holds.
     """
@@ -62,11 +63,11 @@ def is_cut(text: str) -> bool:
     return _sheet_length(text) > MAX_SHEET_CELL
 
 
-def _cell(value: str | int | None) -> str:
+def _cell(value: str | float | None) -> str:
     if value is None or value == "":
         return "<c/>"
-    if isinstance(value, int):
-        return f"<c><v>{value}</v></c>"
+    if isinstance(value, int | float):
+        return f"<c><v>{value!r}</v></c>" if math.isfinite(value) else "<c/>"
     if is_cut(value):
         note = CUT_NOTE.format(length=len(value), limit=MAX_SHEET_CELL)
         units = value.encode("utf-16-le", "surrogatepass")[: 2 * (MAX_SHEET_CELL - len(note))]

@@ -1,4 +1,4 @@
-"""`mindspeed-mm evaluate`: scores a model on a benchmark TSV, from an evaluate_llava1_5.json or from flags."""
+"""`mindspeed-mm evaluate`: scores a model, or answers that are already there, on a benchmark; compares two reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from mindspeed_mm.errors import ConfigError
 
-HELP = "score a model on a benchmark TSV (VLMEvalKit's form); a killed run goes on where it was"
+HELP = "score a model on a benchmark (VLMEvalKit's TSVs and others); a killed run goes on where it was"
 EXAMPLE = (
     "mindspeed-mm evaluate --model llava-1.5-7b-hf --dataset-path AI2D_TEST.tsv --evaluation-dataset ai2d_test "
     "--result-output-path evaluation_outputs"
@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mm-model", metavar="JSON", help="the guide's evaluate_llava1_5.json; flags win over it")
     parser.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
     parser.add_argument("--load", metavar="DIR", help="training checkpoint to evaluate (as --model)")
-    parser.add_argument("--dataset-path", metavar="TSV", help="the benchmark's table")
-    parser.add_argument("--evaluation-dataset", metavar="NAME", help="benchmark, or your own name of a choice table")
+    parser.add_argument("--dataset-path", metavar="FILE", help="the benchmark's TSV, or JSON lines")
+    parser.add_argument(
+        "--evaluation-dataset", metavar="NAME", help="benchmark, or a name of your own for your own table"
+    )
     parser.add_argument("--evaluation-model", metavar="NAME", help="name of the model in the result files")
     parser.add_argument("--result-output-path", metavar="DIR", help="folder of the results and of the answers so far")
     parser.add_argument("--image-root", metavar="DIR", help="folder of an image_path column (default: the TSV's)")
@@ -33,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scoring", choices=("strict", "compat"), default="strict", help="compat: as VLMEvalKit scores"
     )
+    parser.add_argument("--predictions", metavar="FILE", help="score these answers (.xlsx, .json, .jsonl) and no model")
+    parser.add_argument(
+        "--compare", nargs=2, metavar="JSON", help="compare two *_report.json files and do nothing else"
+    )
+    parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server that reads what no rule can read")
+    parser.add_argument("--judge-model", metavar="NAME", default="judge", help="model that the judge is asked for")
+    parser.add_argument("--judge-key-file", metavar="FILE", help="file with the judge's key")
     parser.add_argument("--template", help="conversation template (default: the checkpoint's, else v1)")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the tokenizer that comes with the weights")
     parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
@@ -45,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
     """Evaluate. The first rank prints the accuracy table on stdout; every rank returns the numbers for --json."""
+    if namespace.compare:
+        return _compare(*namespace.compare, namespace.scoring)
+
     from mindspeed_mm.config.evaluation import EvaluationConfig
     from mindspeed_mm.config.load import load_config, read_json
     from mindspeed_mm.generation.options import generation_options
@@ -59,15 +71,48 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     if namespace.max_new_tokens is not None:
         given["max_new_tokens"] = namespace.max_new_tokens
     options = generation_options(given, context=namespace.mm_model)
-    _check_table(config, namespace)
+    table, benchmark = _check_table(config, namespace)
+    judge = _judge(config, namespace)
+    if namespace.predictions:
+        from evaluation.engine import SingleRank
+        from evaluation.recorded import RecordedAnswers
 
+        communicator = SingleRank()
+        by_order = getattr(benchmark, "by_order", False)
+        engine: Any = RecordedAnswers(namespace.predictions, table, by_order=by_order)
+    else:
+        communicator, engine = _model_engine(config, namespace, options)
+    from evaluation.runner import run as run_evaluation
+
+    start = time.perf_counter()
+    result = run_evaluation(
+        config.evaluation_dataset,
+        config.dataset_path,
+        engine,
+        config.result_output_path,
+        model=config.evaluation_model,
+        prompt_style=namespace.prompt_style,
+        scoring=namespace.scoring,
+        batch_size=namespace.batch_size,
+        limit=namespace.limit,
+        communicator=communicator,
+        image_root=namespace.image_root,
+        judge=judge,
+    )
+    seconds = time.perf_counter() - start
+    if communicator.rank == 0:
+        _print(result, namespace.scoring, seconds)
+    return _summary(result, config, namespace, seconds)
+
+
+def _model_engine(config, namespace: argparse.Namespace, options):
+    """The ranks of this launch and the loaded model."""
     from evaluation.ranks import connect
 
     device = namespace.device or (config.device.split(":")[0] if config.device else None)
     communicator = connect(device)
     # Modules below import megatron.core, which the chosen platform has just prepared.
     from evaluation.model_engine import ModelEngine
-    from evaluation.runner import run as run_evaluation
     from mindspeed_mm import api
 
     vlm = api.load(
@@ -77,24 +122,44 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         tokenizer=namespace.tokenizer or (config.tokenizer.from_pretrained if config.tokenizer else None),
         image_processor=namespace.image_processor or config.image_processer_path,
     )
-    start = time.perf_counter()
-    result = run_evaluation(
-        config.evaluation_dataset,
-        config.dataset_path,
-        ModelEngine(vlm, options, namespace.template),
-        config.result_output_path,
-        model=config.evaluation_model,
-        prompt_style=namespace.prompt_style,
-        scoring=namespace.scoring,
-        batch_size=namespace.batch_size,
-        limit=namespace.limit,
-        communicator=communicator,
-        image_root=namespace.image_root,
+    return communicator, ModelEngine(vlm, options, namespace.template)
+
+
+def _judge(config, namespace: argparse.Namespace):
+    if not namespace.judge:
+        return None
+    from evaluation.judge import HttpJudge
+
+    key = None
+    if namespace.judge_key_file:
+        try:
+            key = Path(namespace.judge_key_file).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read {namespace.judge_key_file}: {error.strerror}; expected a file with the judge's key"
+            ) from error
+    cache = Path(config.result_output_path) / "judge_replies.jsonl"
+    return HttpJudge(namespace.judge, cache, model=namespace.judge_model, key=key)
+
+
+def _compare(first: str, second: str, scoring: str) -> dict[str, Any]:
+    """Print two runs side by side."""
+    import dataclasses
+
+    from evaluation.compare import compare_reports
+
+    found = compare_reports(first, second, scoring)
+    low, high = found.interval
+    mcnemar = "" if found.p_mcnemar is None else f", McNemar p = {found.p_mcnemar:.4g}"
+    sys.stdout.write(
+        f"{found.metric} ({scoring}), {found.units} questions\n  A {first}: {found.first:.4f}\n"
+        f"  B {second}: {found.second:.4f}\n  B - A: {found.difference:+.4f} (95% interval {low:+.4f} to {high:+.4f}), "
+        f"paired bootstrap p = {found.p_bootstrap:.4g}{mcnemar}\n{len(found.flipped)} rows flipped\n"
     )
-    seconds = time.perf_counter() - start
-    if communicator.rank == 0:
-        _print(result, namespace.scoring, seconds)
-    return _summary(result, config, namespace, seconds)
+    for row in found.flipped:
+        (read_a, hit_a), (read_b, hit_b) = row["first"], row["second"]
+        sys.stdout.write(f"  {row['index']}: {read_a} ({hit_a:g}) -> {read_b} ({hit_b:g})  {row['question'][:80]!r}\n")
+    return dataclasses.asdict(found) | {"difference": found.difference}
 
 
 def _flags(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -107,11 +172,11 @@ def _flags(namespace: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _check_table(config, namespace: argparse.Namespace) -> None:
+def _check_table(config, namespace: argparse.Namespace):
     """Find what is wrong with the table or the options before the model is loaded, which may take minutes."""
     from evaluation.runner import check
 
-    check(
+    return check(
         config.evaluation_dataset,
         config.dataset_path,
         config.result_output_path,
@@ -127,7 +192,9 @@ def _check_table(config, namespace: argparse.Namespace) -> None:
 def _model_path(namespace: argparse.Namespace) -> str:
     given = [path for path in (namespace.load, namespace.model, namespace.mm_model) if path]
     if not given:
-        raise ConfigError("nothing to load: give --model PATH, --load CHECKPOINT or --mm-model JSON")
+        raise ConfigError(
+            "nothing to load: give --model PATH, --load CHECKPOINT or --mm-model JSON, or --predictions FILE to score"
+        )
     return given[0]
 
 
@@ -135,7 +202,7 @@ def _print(result, scoring: str, seconds: float) -> None:
     for mode, report in sorted(result.reports.items(), key=lambda item: item[0] != scoring):
         low, high = report.interval
         sys.stdout.write(
-            f"{report.benchmark}, {mode} scoring: accuracy {report.overall:.4f} "
+            f"{report.benchmark}, {mode} scoring: {report.metric} {report.overall:.4f} "
             f"(95% interval {low:.4f} to {high:.4f}), {report.n} questions, {report.unparsed} answers unreadable\n"
         )
     if result.reports:
@@ -159,6 +226,7 @@ def _summary(result, config, namespace: argparse.Namespace, seconds: float) -> d
         "scoring": namespace.scoring,
         "prompt_style": namespace.prompt_style,
         "n": len(result.predictions),
+        "metric": report.metric if report else None,
         "accuracy": report.overall if report else None,
         "interval_95": list(report.interval) if report else None,
         "unparsed": report.unparsed if report else None,

@@ -12,9 +12,9 @@ class EvaluationConfig(StrictModel):
     """Keys beside the model blocks. Only what differs from the defaults must be given."""
 
     dataset_path: str
-    """The benchmark's TSV."""
+    """The benchmark's TSV, or its questions as JSON lines."""
     evaluation_dataset: str
-    """A benchmark's name in any case, or a name of one's own for a multiple-choice TSV."""
+    """A benchmark's name in any case, or a name of one's own for one's own TSV."""
     result_output_path: str
     evaluation_model: str = "llava_v1.5_7b"
     """Name of the model in the result files."""

@@ -40,7 +40,8 @@ def test_scores_are_printed_and_resumed(golden, table_path, tmp_path, capsys):
     result = json.loads(last)
     assert (result["benchmark"], result["model"], result["n"], result["resumed"]) == ("toy", "llava_hf", 6, 0)
     assert text[0].startswith("toy, strict scoring: accuracy ") and text[1].startswith("toy, compat scoring")
-    assert set(files(tmp_path / "out")) == {"llava_hf_toy.xlsx", "llava_hf_toy_acc.csv", "llava_hf_toy_report.json"}
+    names = ("toy.xlsx", "toy_acc.csv", "toy_report.json", "toy_report.html")
+    assert set(files(tmp_path / "out")) == {f"llava_hf_{name}" for name in names}
     before = files(tmp_path / "out")
     assert main(command(golden, table_path, tmp_path / "out", "--json")) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["resumed"] == 6
@@ -102,7 +103,7 @@ def test_what_is_missing_is_told_before_the_model_is_loaded(golden, tmp_path, ca
     assert "cannot read" in capsys.readouterr().err
     table = write_table(tmp_path / "t.tsv", choice_rows(1))
     assert main(["evaluate", *command(golden, table, tmp_path)[3:]]) == 1
-    assert "give --model PATH, --load CHECKPOINT or --mm-model JSON" in capsys.readouterr().err
+    assert "give --model PATH, --load CHECKPOINT or --mm-model JSON, or --predictions" in capsys.readouterr().err
 
 
 def test_example_config():

@@ -51,7 +51,7 @@ def on_ranks(count, function):
 
 def test_files_hold_the_table_the_answers_and_the_scores(table_path, tmp_path):
     result = evaluate(table_path, tmp_path / "out")
-    assert set(outputs(tmp_path / "out")) == {"m_toy.xlsx", "m_toy_acc.csv", "m_toy_report.json"}
+    assert set(outputs(tmp_path / "out")) == {"m_toy.xlsx", "m_toy_acc.csv", "m_toy_report.json", "m_toy_report.html"}
     header, *rows = openpyxl.load_workbook(result.files["predictions"]).active.iter_rows(values_only=True)
     assert header == (
         *("index", "question", "A", "B", "C", "answer", "category"),
@@ -136,7 +136,7 @@ def test_a_limited_run_is_continued_by_the_whole(table_path, tmp_path):
 def test_a_table_without_answers_gives_predictions_only(tmp_path):
     rows = [{name: cell for name, cell in row.items() if name != "answer"} | {"hit": "own"} for row in choice_rows()]
     result = evaluate(write_table(tmp_path / "t.tsv", rows), tmp_path / "out")
-    assert result.reports == {} and set(result.files) == {"predictions", "report"}
+    assert result.reports == {} and set(result.files) == {"predictions", "report", "page"}
     header, first, *_ = openpyxl.load_workbook(result.files["predictions"]).active.iter_rows(values_only=True)
     assert header[-5:] == ("hit (tsv)", "prediction", "extracted", "hit", "log")
     assert first[-5:] == ("own", "A", None, None, "not scored: the table has no answers")
