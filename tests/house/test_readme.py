@@ -9,7 +9,11 @@ from functools import cache
 import pytest
 from house import ROOT
 
-DOCUMENTS = [path for path in ("README.md", "examples/llava1.5/README.md") if (ROOT / path).exists()]
+DOCUMENTS = [
+    path
+    for path in ("README.md", "examples/llava1.5/README.md", "examples/quickstart/README.md")
+    if (ROOT / path).exists()
+]
 BLOCK = re.compile(r"^```(?:bash|sh|shell|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE_PATH = re.compile(
     r"`((?:docs|scripts|examples|tests|mindspeed_mm|megatron|checkpoint_converters|evaluation|\.ci)/[\w./-]+)`"
