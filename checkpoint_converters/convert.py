@@ -1,39 +1,47 @@
 """Convert weights between layouts, as a library; each part goes through our names and back by one rule set."""
 
-import shutil
-from collections.abc import Mapping
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from checkpoint_converters.write import beside, write_json, write_pt, write_safetensors
+from checkpoint_converters.companions import companions_of
+from checkpoint_converters.plan import Wanted, as_dtype, part_jobs, total_bytes
+from checkpoint_converters.progress import bytes_bar
+from checkpoint_converters.targets import FILE_NAMES, TARGETS, Conversion, WeightFiles, own_record, plan_target
+from checkpoint_converters.write import (
+    SHARD_BYTES,
+    Runner,
+    beside,
+    check_space,
+    check_target,
+    new_folder,
+    write_folder,
+    write_safetensors,
+    write_torch,
+)
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.describe import describe_model, describe_part, model_block, part_of_source
-from mindspeed_mm.models.part import DTYPES, PartSpec
-from mindspeed_mm.models.spec import PART_KINDS
+from mindspeed_mm.models.describe import describe_model, describe_part, part_of_source
+from mindspeed_mm.models.part import PartSpec
+from mindspeed_mm.models.spec import PART_KINDS, load_model_spec
 from mindspeed_mm.weights.sources import PartSource, Source, open_source
 
-FILE_NAMES = {
-    "vision_encoder": "converted_clip.pt",
-    "text_decoder": "converted_vicuna.pt",
-    "vision_projector": "mlp.pt",
-}
-"""Files of the layout mindspeed-mm, as the ancestor's guide names them."""
+logger = logging.getLogger(__name__)
 
-COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "preprocessor_config.json",
+FILE_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
+
+RUN_KEYS = (
+    *("freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers"),
 )
-"""Files that a model needs beside its weights."""
+"""Spec keys that say how a run used the part, which is nothing of the weights."""
 
-TARGETS = ("mindspeed-mm", "hf")
+__all__ = ["FILE_NAMES", "TARGETS", "Converted", "convert", "convert_part", "open_parts", "specs_of"]
 
 
 @dataclass(frozen=True)
@@ -48,79 +56,97 @@ class Converted:
 
 
 def convert(
-    source: str | Path | Source,
+    source: str | Path | Source | Mapping[str, str | Path],
     target: str | Path,
     *,
     to: str,
     dtype: str | torch.dtype | None = None,
     num_attention_heads: int | None = None,
+    parts: Sequence[str] | None = None,
+    shard_size: int = SHARD_BYTES,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    tokenizer: str | Path | None = None,
+    image_processor: str | Path | None = None,
 ) -> list[Path]:
-    """Convert every part that a source holds, with its tokenizer and image processor; returns the written files.
+    """Convert the parts that a source holds, with config, tokenizer and image processor; returns the written files.
 
     Args:
-        source: weights in any readable layout.
-        target: folder to write; it is created. Files of layout mindspeed-mm replace those of the same name when they
-            are complete; for "hf" the folder must not exist.
-        to: layout to write; "mindspeed-mm" = converted_clip.pt, converted_vicuna.pt, mlp.pt, and for a whole model the
-            model.json that describes them; "hf" = the text decoder as a Llama folder.
-        dtype: type to store (fp32, fp16, bf16 or torch's); None keeps each tensor's own.
+        source: weights in any readable layout, or {kind of part: path} where they lie apart.
+        target: folder to write; it must not exist or be empty. "projector" also takes the name of one file.
+        to: layout to write: "mindspeed-mm" (converted_clip.pt, converted_vicuna.pt, mlp.pt, and for a whole model
+            model.json; may join other files of a folder), "llava-hf", "llava", "hf" (the decoder), "clip" (the tower),
+            "projector".
+        dtype: type to store (fp32, fp16, bf16 or torch's); None and "keep" keep each tensor's own.
         num_attention_heads: heads of a vision encoder whose source does not say (None: width / 64).
+        parts: kinds to convert, None for all that source and target have.
+        shard_size: largest shard in bytes.
+        overwrite: replace an earlier conversion, when its successor is complete.
+        allow_nonfinite: write weights with NaN or Inf, which are else refused.
+        tokenizer, image_processor: folders whose files are taken instead of the source's.
 
-    Raises WeightError for a source that cannot be read or a target that cannot be written.
+    Raises WeightError for a source that cannot be read or a target that cannot be written; the source is never changed.
     """
     if to not in TARGETS:
         raise WeightError(f"cannot convert to {to!r}; expected {', '.join(TARGETS)}.")
-    opened = source if isinstance(source, Source) else open_source(source)
-    if to == "hf":
-        return _convert_to_hf(opened.part("text_decoder"), Path(target), dtype) + _copy_beside(opened, Path(target))
-    return _convert_to_ours(opened, Path(target), dtype, num_attention_heads) + _copy_beside(opened, Path(target))
+    if shard_size <= 0:
+        raise WeightError(f"found shard size {shard_size}; expected a positive number of bytes.")
+    target = Path(target)
+    opened = open_parts(source)
+    kinds = _chosen(opened, to, parts)
+    _check_apart(opened, target)
+    conversion = Conversion(
+        opened,
+        {kind: opened.part(kind) for kind in kinds},
+        specs_of(opened, kinds, num_attention_heads),
+        companions_of(opened, tokenizer, image_processor),
+        as_dtype(dtype),
+        stated_heads=num_attention_heads is not None,
+    )
+    plan = plan_target(conversion, to)
+    runner = Runner(allow_nonfinite=allow_nonfinite)
+    total = sum(total_bytes(files.jobs) for files in plan.files)
+    joins = to == "mindspeed-mm" and target.is_dir() and not target.is_symlink()
+    if to == "projector" and target.suffix in FILE_SUFFIXES:
+        return _convert_to_file(plan.files[0], target, runner, overwrite=overwrite)
+    if not joins:
+        check_target(target, overwrite=overwrite)
+    check_space(target, total)
+    with contextlib.ExitStack() as stack:
+        advance = stack.enter_context(bytes_bar(f"convert to {to}", total))
+        opening = _joining(target, overwrite=overwrite) if joins else new_folder(target, overwrite=overwrite)
+        folder = stack.enter_context(opening)
+        for files in plan.files:
+            _write(files, folder, runner, shard_size, advance)
+        plan.finish(folder)
+        written = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return [target / name for name in written]
 
 
-def _convert_to_ours(
-    source: Source, folder: Path, dtype: str | torch.dtype | None, num_attention_heads: int | None
-) -> list[Path]:
-    """Layout mindspeed-mm: one file per part, and a model.json where all parts are there."""
-    whole = set(source.parts) == set(PART_KINDS)
-    specs = describe_model(source, num_attention_heads=num_attention_heads).part_specs() if whole else {}
-    written = []
-    for kind in source.parts:
-        heads = num_attention_heads if kind == "vision_encoder" else None
-        path = folder / FILE_NAMES[kind]
-        convert_part(source.part(kind), path, spec=specs.get(kind), dtype=dtype, num_attention_heads=heads)
-        written.append(path)
-    if whole:
-        write_json(folder / "model.json", model_block(specs))
-        written.append(folder / "model.json")
-    return written
+def open_parts(source: str | Path | Source | Mapping[str, str | Path]) -> Source:
+    """Open a source, or one that is put together of several. Raises WeightError."""
+    if isinstance(source, Source):
+        return source
+    if not isinstance(source, Mapping):
+        return open_source(source)
+    unknown = sorted(set(source) - set(PART_KINDS))
+    if unknown or not source:
+        raise WeightError(f"found sources for {unknown or 'nothing'}; expected some of {', '.join(PART_KINDS)}.")
+    parts = {kind: open_source(path).part(kind) for kind, path in source.items()}
+    return Source(next(iter(parts.values())).path, "parts", None, parts)
 
 
-def _convert_to_hf(source: PartSource, folder: Path, dtype: str | torch.dtype | None) -> list[Path]:
-    """Layout hf: config.json and safetensors, whole or not at all."""
-    if folder.exists():
-        raise WeightError(f"{folder} exists; expected a new folder. Remove it or choose another target.")
-    part, spec = part_of_source(source), describe_part(source)
-    state = part.rules["hf"].export(_cast(our_state(source, spec), dtype), spec.geometry)
-    stored = {str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}
-    with beside(folder) as temporary:
-        temporary.mkdir()
-        write_json(temporary / "config.json", part.to_hf(spec, stored.pop() if len(stored) == 1 else "float32"))
-        write_safetensors(temporary, state)
-    return sorted(folder.iterdir())
-
-
-def _copy_beside(source: Source, folder: Path) -> list[Path]:
-    """Copy tokenizer and image processor: of the source's folder, else of its tower's."""
-    origins = [source.path, *(part.path for part in source.part_sources.values())]
-    if source.layout == "llava" and source.config and source.config.get("mm_vision_tower"):
-        origins.append(source.path / source.config["mm_vision_tower"])
-    copied = []
-    for name in COMPANIONS:
-        found = next((origin / name for origin in origins if (origin / name).is_file()), None)
-        if found is not None and found.resolve() != (folder / name).resolve():
-            with beside(folder / name) as temporary:
-                shutil.copyfile(found, temporary)
-            copied.append(folder / name)
-    return copied
+def specs_of(source: Source, kinds: Sequence[str], num_attention_heads: int | None = None) -> dict[str, PartSpec]:
+    """Specs of the named parts of a source, without what a run had set. A whole model is checked as one."""
+    if source.layout in ("mindspeed-mm", "checkpoint") and source.config and set(kinds) == set(PART_KINDS):
+        model = source.config["model"] if source.layout == "checkpoint" else source.config
+        specs = load_model_spec(model, context=f"{source.path}: its model config").part_specs()
+    elif set(kinds) == set(PART_KINDS):
+        specs = describe_model(source, num_attention_heads=num_attention_heads).part_specs()
+    else:
+        heads = {"vision_encoder": num_attention_heads}
+        specs = {kind: describe_part(source.part(kind), num_attention_heads=heads.get(kind)) for kind in kinds}
+    return {kind: _as_weights(source.part(kind), spec) for kind, spec in specs.items()}
 
 
 def convert_part(
@@ -135,36 +161,83 @@ def convert_part(
 
     All layers of the source are kept, also those that a model with a feature before the last layer never builds. The
     file says inside what it holds (see weights/files.py), so that it loads without a further config. `spec` is what
-    the source is, None to take it from the source; see `convert` for the others.
+    the source is, None to take it from the source; see `convert` for the others. A file of that name is replaced when
+    the new one is complete.
     """
-    spec = spec or describe_part(source, num_attention_heads=num_attention_heads)
-    known = source.config is not None or num_attention_heads is not None or source.part != "vision_encoder"
-    assumed = source.assumed if known else ("num_attention_heads",)
-    state = _cast(our_state(source, spec), dtype)
-    block = {**spec.model_dump(mode="json", exclude_defaults=True), "params_dtype": None}
-    write_pt(path, state, {"config": {source.part: block}, "assumed": list(assumed)})
-    return Converted(source.part, path, len(state), sum(tensor.nbytes for tensor in state.values()), assumed)
+    spec = _as_weights(source, spec or describe_part(source, num_attention_heads=num_attention_heads))
+    jobs, _ = part_jobs(source, spec, Wanted("ours", dtype=as_dtype(dtype)))
+    record, assumed = own_record(source, spec, stated_heads=num_attention_heads is not None)
+    check_space(path.parent, total_bytes(jobs))
+    with bytes_bar(path.name, total_bytes(jobs)) as advance, beside(path) as temporary:
+        write_torch(temporary, jobs, Runner(), record=record, advance=advance)
+    return Converted(source.part, path, sum(len(job.outputs) for job in jobs), total_bytes(jobs), assumed)
 
 
-def our_state(source: PartSource, spec: PartSpec) -> dict[str, Tensor]:
-    """All tensors of a part under our names, with every layer of the source, in their stored type.
+def _as_weights(source: PartSource, spec: PartSpec) -> PartSpec:
+    block = {k: v for k, v in spec.model_dump(mode="json", exclude_defaults=True).items() if k not in RUN_KEYS}
+    return part_of_source(source).read_config(block, "ours")
 
-    Raises WeightError when the source is not the model that `spec` describes.
+
+def _chosen(source: Source, to: str, parts: Sequence[str] | None) -> list[str]:
+    """The kinds to convert. Raises WeightError for those that the source or the target lacks."""
+    offered = TARGETS[to]
+    unknown = sorted(set(parts or ()) - set(offered))
+    if unknown:
+        raise WeightError(f"layout {to} has no {', '.join(unknown)}; expected {', '.join(offered)}.")
+    if to in ("llava", "llava-hf") and parts and set(parts) != set(offered):
+        raise WeightError(f"layout {to} holds a whole model; expected no choice of parts. Choose another layout.")
+    needed = parts or (offered if to != "mindspeed-mm" else source.parts)
+    for kind in needed:
+        source.part(kind)  # raises, with the reason that fits the layout
+    return [kind for kind in PART_KINDS if kind in needed]
+
+
+def _check_apart(source: Source, target: Path) -> None:
+    """A target is neither the source nor around it: the source is never changed."""
+    goal = target.resolve()
+    for path in {source.path, *(part.path for part in source.part_sources.values())}:
+        origin = path.resolve()
+        if goal == origin or goal in origin.parents and target.exists():
+            raise WeightError(f"{target} holds the source {path}; expected another folder. Choose a new target.")
+
+
+def _convert_to_file(files: WeightFiles, target: Path, runner: Runner, *, overwrite: bool) -> list[Path]:
+    check_target(target, overwrite=overwrite)
+    write = write_safetensors if target.suffix == ".safetensors" else write_torch
+    with beside(target) as temporary:
+        write(temporary, files.jobs, runner)
+    return [target]
+
+
+def _write(files: WeightFiles, folder: Path, runner: Runner, shard_size: int, advance) -> None:
+    where = folder / files.where
+    if files.kind == "torch":
+        write_torch(where, files.jobs, runner, record=files.record, advance=advance)
+        return
+    where.mkdir(exist_ok=True)
+    write_folder(where, files.jobs, runner, kind=files.kind, shard_bytes=shard_size, advance=advance)
+
+
+@contextlib.contextmanager
+def _joining(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder inside `target` whose files are moved into it when the block ends well.
+
+    Raises WeightError where weights of the same name are there, unless `overwrite`.
     """
-    rules = part_of_source(source).rules[source.dialect]
-    geometry = spec.geometry  # steps of layers behind the feature are marked unused, their rules are not
-    steps = rules.match(source.names, geometry, where=f"{source.path} ({source.part})").steps
-    return {
-        step.target: step.rule.to_ours([source.get(name) for name in step.sources], geometry)
-        for step in steps
-        if not step.rule.unused
-    }
-
-
-def _cast(state: Mapping[str, Tensor], dtype: str | torch.dtype | None) -> dict[str, Tensor]:
-    if dtype is None:
-        return dict(state)
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise WeightError(f"found dtype {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    wanted: Any = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    return {name: tensor.to(wanted) for name, tensor in state.items()}
+    try:
+        with tempfile.TemporaryDirectory(prefix=".convert.", suffix=".part", dir=target) as name:
+            yield Path(name)
+            paths = sorted(Path(name).iterdir(), key=lambda path: path.name == "model.json")
+            taken = [path.name for path in paths if (target / path.name).exists()]
+            if taken and not overwrite:
+                raise WeightError(
+                    f"{target} holds {', '.join(taken)} already; expected none of them. Give --overwrite "
+                    "(overwrite=True), or another target."
+                )
+            for path in paths:
+                os.replace(path, target / path.name)
+    except OSError as error:
+        raise WeightError(
+            f"cannot write {target}: {error.strerror or error}; expected a writable folder with enough space. "
+            "Choose another target."
+        ) from error

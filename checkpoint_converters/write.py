@@ -2,22 +2,34 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
-import zipfile
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint_converters.plan import Job, Output, total_bytes
+from checkpoint_converters.torch_zip import write_torch_zip
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.files import RECORD_NAME
+from mindspeed_mm.weights.files import SAFETENSORS_DTYPES
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
 """Largest shard of an export, as Hugging Face writes them."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+OWN_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja")
+TOWER_FOLDER = "vision_tower"
+"""What a converted folder holds: --overwrite removes nothing else."""
+
+Advance = Callable[[int], None]
 
 
 @contextlib.contextmanager
@@ -44,43 +56,171 @@ def beside(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def write_pt(path: Path, tensors: Mapping[str, Tensor], record: dict[str, Any] | None = None) -> None:
-    """Write a flat dict of tensors with torch.save.
+@contextlib.contextmanager
+def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new folder that becomes `target` when the block ends well: whole or not at all.
 
-    `record` (what the tensors are: a block of a model.json) goes along as a member of the zip file that torch.load does
-    not look at, so the file stays readable wherever such files are read.
+    With `overwrite` an earlier conversion there is removed after its successor is complete.
+    Raises WeightError when the target is a symbolic link, exists, or holds what no conversion writes.
     """
-    with beside(path) as temporary:
-        try:
-            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        except RuntimeError as error:  # what torch's zip writer raises where the disk is full or not writable
-            raise OSError(str(error).splitlines()[0]) from error
-        if record is not None:
-            with zipfile.ZipFile(temporary, "a", zipfile.ZIP_STORED) as archive:
-                root = archive.namelist()[0].split("/", 1)[0]
-                archive.writestr(f"{root}/{RECORD_NAME}", json.dumps(record))
+    check_target(target, overwrite=overwrite)
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    with beside(target) as temporary:
+        temporary.mkdir()
+        yield temporary
+        if target.is_dir() and any(target.iterdir()):
+            os.rename(target, old)
+    if old.is_dir():
+        shutil.rmtree(old)
 
 
-def write_safetensors(folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write model.safetensors, or shards of at most `shard_bytes` with an index, into an existing folder."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.contiguous()
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise WeightError unless `target` may be written; call it before long work."""
+    if target.is_symlink():
+        raise WeightError(
+            f"{target} is a symbolic link; expected a new path. Remove the link or choose another target."
+        )
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
-    weight_map = {}
+    if not overwrite:
+        raise WeightError(
+            f"{target} exists; expected a new folder or file. Give --overwrite (overwrite=True), or another target."
+        )
+    entries = [target] if target.is_file() else list(target.iterdir())
+    foreign = [entry.name for entry in entries if entry.name != TOWER_FOLDER and entry.suffix not in OWN_SUFFIXES]
+    if foreign:
+        raise WeightError(
+            f"{target} holds {', '.join(sorted(foreign)[:4])}, which no conversion writes; it is not removed. "
+            "Choose another target."
+        )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise WeightError where the disk of `folder`, which need not exist yet, has less than `needed` bytes."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise WeightError(
+            f"{folder}: the disk has {free / 1e9:.2f} GB left; expected {needed / 1e9:.2f} GB. "
+            "Free some space or choose another target."
+        )
+
+
+class Runner:
+    """Makes the tensors of jobs and looks for NaN and Inf.
+
+    Raises WeightError for the first such tensor, or with `allow_nonfinite` lists them in `nonfinite` and the log.
+    """
+
+    def __init__(self, *, allow_nonfinite: bool = False) -> None:
+        self.allow_nonfinite = allow_nonfinite
+        self.nonfinite: list[str] = []
+
+    def tensors(self, jobs: Sequence[Job]) -> Iterator[Tensor]:
+        """The tensors of all jobs in order."""
+        for job in jobs:
+            made = job.make()
+            for output, tensor in zip(job.outputs, made, strict=True):
+                if tensor.shape != output.shape or tensor.dtype != output.dtype:
+                    raise WeightError(
+                        f"{output.name} became {list(tensor.shape)} {tensor.dtype}; planned {list(output.shape)} "
+                        f"{output.dtype}. The source changed while it was read; convert again."
+                    )
+                self._check(output, tensor)
+            yield from made
+
+    def _check(self, output: Output, tensor: Tensor) -> None:
+        if not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            return
+        count = int((~tensor.isfinite()).sum())
+        text = f"{output.name} has {count} NaN or Inf of {tensor.numel()} values, as {output.dtype}"
+        if not self.allow_nonfinite:
+            raise WeightError(
+                f"{text}; expected finite weights. Give --allow-nonfinite (allow_nonfinite=True) to write them all the "
+                "same, or a wider --dtype where a narrow one made them."
+            )
+        self.nonfinite.append(output.name)
+        logger.warning("%s", text)
+
+
+def write_folder(
+    folder: Path,
+    jobs: Sequence[Job],
+    runner: Runner,
+    *,
+    kind: str = "safetensors",
+    shard_bytes: int = SHARD_BYTES,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Write jobs as one file or as shards of at most `shard_bytes` with an index, named as Hugging Face does.
+
+    kind: "safetensors" (model*.safetensors) or "bin" (pytorch_model*.bin, with an index also where there is one shard,
+    as the liuhaotian folders have it). A job is never spread over two shards.
+    """
+    stem, suffix, write = {
+        "safetensors": ("model", ".safetensors", write_safetensors),
+        "bin": ("pytorch_model", ".bin", write_torch),
+    }[kind]
+    shards = cut(jobs, shard_bytes)
+    indexed = len(shards) > 1 or kind == "bin"
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file_name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file_name))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}" if indexed else f"{stem}{suffix}"
+        write(folder / name, shard, runner, advance=advance)
+        weight_map |= {output.name: name for job in shard for output in job.outputs}
+    if indexed:
+        index = {"metadata": {"total_size": total_bytes(jobs)}, "weight_map": weight_map}
+        write_json(folder / f"{stem}{suffix}.index.json", index)
+
+
+def cut(jobs: Sequence[Job], shard_bytes: int) -> list[list[Job]]:
+    """Jobs in order, cut into shards of at most `shard_bytes` (more where one job is larger)."""
+    shards: list[list[Job]] = [[]]
+    size = 0
+    for job in jobs:
+        if shards[-1] and size + job.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(job)
+        size += job.nbytes
+    return shards
+
+
+def write_safetensors(path: Path, jobs: Sequence[Job], runner: Runner, *, advance: Advance = lambda _: None) -> None:
+    """Write one safetensors file, tensor by tensor (format: README of the safetensors library)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for output in (output for job in jobs for output in job.outputs):
+        offsets = [offset, offset + output.nbytes]
+        header[output.name] = {
+            "dtype": DTYPE_NAMES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": offsets,
+        }
+        offset = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb", buffering=0) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in runner.tensors(jobs):
+            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            done = 0
+            while done < len(data):
+                done += file.write(data[done:])
+            advance(len(data))
+
+
+def write_torch(
+    path: Path,
+    jobs: Sequence[Job],
+    runner: Runner,
+    *,
+    record: dict[str, Any] | None = None,
+    advance: Advance = lambda _: None,
+) -> None:
+    """Write one torch file, tensor by tensor. `record` says what the tensors are (see weights/files.py)."""
+    outputs = [(output.name, output.shape, output.dtype) for job in jobs for output in job.outputs]
+    write_torch_zip(path, outputs, runner.tensors(jobs), record=record, advance=advance)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

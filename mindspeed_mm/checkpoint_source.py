@@ -31,6 +31,14 @@ class CheckpointFile:
         shape = self._checkpoint.shape(name)
         return (self._vocab_size, *shape[1:]) if name in VOCABULARY_TENSORS else shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a tensor, without reading it."""
+        return self._checkpoint.dtype(name)
+
+    def get_slice(self, name: str, axis: int, start: int, stop: int) -> torch.Tensor:
+        """The indices start..stop-1 of one axis. (Training itself reads slices through dist_checkpointing.)"""
+        return self.get(name).narrow(axis, start, stop - start)
+
     def get(self, name: str) -> torch.Tensor:
         """Read one full tensor onto the CPU."""
         tensor = self._checkpoint.get(name)

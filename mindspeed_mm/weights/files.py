@@ -1,6 +1,8 @@
 """Files that hold named tensors: safetensors and torch's pickles. Read lazily, never executing anything.
 
-Every file class has `path`, `names`, `shape(name)` and `get(name)`.
+Every file class has `path`, `names`, `shape(name)`,
+`dtype(name)`, `get(name)` and `get_slice(name, axis, start, stop)`.
+Tensors are copies and no view keeps a file mapped, so that a pass over a large file needs the memory of one tensor.
 """
 
 import json
@@ -30,6 +32,25 @@ RECORD_NAME = "mindspeed_mm.json"
 ZIP_MAGIC = b"PK\x03\x04"
 GIT_LFS_MAGIC = b"version https://git-lfs"
 
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Type names of safetensors headers (its README), the only ones that are read and written."""
+
+REMAP_BYTES = 256 * 2**20
+"""Pages of a mapped file count as resident memory until it is unmapped; a pickle is mapped anew after so many bytes."""
+
 PARSER_ERRORS = (
     RuntimeError,
     EOFError,
@@ -58,29 +79,86 @@ class TensorFile(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a tensor, without reading it."""
+
     def get(self, name: str) -> Tensor:
         """Read one tensor onto the CPU."""
 
+    def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Read the indices start..stop-1 of one axis, and from files that allow it no other bytes."""
+
 
 class SafetensorsFile:
-    """A .safetensors file. Raises WeightError that names the file when it is cut off or damaged."""
+    """A .safetensors file. Raises WeightError that names the file when it is cut off or damaged.
+
+    `bytes_read` counts what was read of the tensors.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._header = _read_header(path)
+        self._header, self._start = _read_header(path)
         self.names = tuple(self._header)
+        self.bytes_read = 0
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
+            with safe_open(path, framework="pt", device="cpu"):  # the library's own checks of the header
+                pass
         except SafetensorError as error:
             raise damaged(path, str(error)) from error
+        self._file = path.open("rb", buffering=0)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return tuple(self._header[name]["shape"])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a tensor. Raises WeightError for one that torch has not."""
+        stored = self._header[name]["dtype"]
+        if stored not in SAFETENSORS_DTYPES:
+            raise WeightError(
+                f"{self.path}: tensor {name} has type {stored}; expected one of {', '.join(SAFETENSORS_DTYPES)}. "
+                "Give weights in one of these."
+            )
+        return SAFETENSORS_DTYPES[stored]
+
     def get(self, name: str) -> Tensor:
         """Read one tensor onto the CPU."""
-        return self._file.get_tensor(name)
+        shape = self.shape(name)
+        return self._read(name, [(0, math.prod(shape))], shape)
+
+    def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Read the indices start..stop-1 of one axis and no other bytes."""
+        shape = list(self.shape(name))
+        inner = math.prod(shape[axis + 1 :])
+        stride = shape[axis] * inner
+        runs = [(row * stride + start * inner, (stop - start) * inner) for row in range(math.prod(shape[:axis]))]
+        shape[axis] = stop - start
+        return self._read(name, runs, tuple(shape))
+
+    def _read(self, name: str, runs: list[tuple[int, int]], shape: tuple[int, ...]) -> Tensor:
+        """The tensor of runs of (first element, elements), in order."""
+        dtype = self.dtype(name)
+        result = torch.empty(shape, dtype=dtype)
+        size = dtype.itemsize
+        if not result.numel():
+            return result
+        buffer = memoryview(result.view(-1).view(torch.uint8).numpy())
+        begin, filled = self._start + self._header[name]["data_offsets"][0], 0
+        for first, count in runs:
+            self._fill(buffer[filled : filled + count * size], begin + first * size)
+            filled += count * size
+        self.bytes_read += filled
+        return result
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        """Read from an offset until the buffer is full; one call may return less (2 GiB at most on Linux)."""
+        self._file.seek(offset)
+        done = 0
+        while done < len(buffer):
+            count = self._file.readinto(buffer[done:])
+            if not count:
+                raise damaged(self.path, "it became shorter while it was read")
+            done += count
 
 
 class PickleFile:
@@ -94,26 +172,45 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            mapped = file.read(4) == ZIP_MAGIC
-        self.record = _read_record(path) if mapped else None
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:
-            raise _unpicklable(path, error) from error
-        except PARSER_ERRORS as error:
-            raise damaged(
-                path, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
-        self._tensors = _flat_tensors(path, content)
+            self._mapped = file.read(4) == ZIP_MAGIC
+        self.record = _read_record(path) if self._mapped else None
+        self._tensors = self._load()
+        self._touched = 0
         self.names = tuple(self._tensors)
+
+    def _load(self) -> dict[str, Tensor]:
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+        except pickle.UnpicklingError as error:
+            raise _unpicklable(self.path, error) from error
+        except PARSER_ERRORS as error:
+            raise damaged(self.path, describe(error)) from error
+        return _flat_tensors(self.path, content)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return tuple(self._tensors[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a tensor, without reading it."""
+        return self._tensors[name].dtype
+
     def get(self, name: str) -> Tensor:
         """Read one tensor onto the CPU."""
-        return self._tensors[name].detach()
+        return self._copy(name, self._tensors[name])
+
+    def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Read the indices start..stop-1 of one axis; of a mapped file, no other pages."""
+        return self._copy(name, self._tensors[name].narrow(axis, start, stop - start))
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._touched += tensor.nbytes
+        if self._mapped and self._touched > REMAP_BYTES:
+            del tensor
+            self._tensors, self._touched = {}, 0
+            self._tensors = self._load()
+        return copied
 
 
 def damaged(path: Path, detail: str) -> WeightError:
@@ -155,8 +252,8 @@ def contained(folder: Path, name: str, *, told_by: Path) -> Path:
     return folder / relative
 
 
-def _read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file, with its bounds checked."""
+def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """(name -> {dtype, shape, data_offsets}, where the tensors begin) of a safetensors file, its bounds checked."""
     size = path.stat().st_size
     with path.open("rb") as file:
         raw = file.read(8)
@@ -176,7 +273,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
         raise damaged(path, "its header is not that of a safetensors file") from error
     if end != size - 8 - length:
         raise damaged(path, f"its header promises {end} bytes of tensors, {size - 8 - length} are there")
-    return header
+    return header, 8 + length
 
 
 def _is_shape(shape: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
@@ -54,9 +55,17 @@ class TensorFiles:
         """Shape of a tensor, without reading it."""
         return self._holder[name].shape(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a tensor, without reading it."""
+        return self._holder[name].dtype(name)
+
     def get(self, name: str) -> Tensor:
         """Read one tensor onto the CPU."""
         return self._holder[name].get(name)
+
+    def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Read the indices start..stop-1 of one axis."""
+        return self._holder[name].get_slice(name, axis, start, stop)
 
     def file_of(self, name: str) -> Path | None:
         """The file that holds a tensor, None where no file does."""

@@ -160,6 +160,25 @@ HF = Layout(
 
 LAYOUTS = (LLAVA_HF, OPENAI_CLIP, CLIP, OUR_MODEL, OUR_VISION, OUR_TEXT, OUR_PROJECTOR)
 
+WRITTEN = {
+    "llava-hf": {
+        TEXT: ("hf", "language_model."),
+        VISION: ("hf", "vision_tower.vision_model."),
+        PROJECTOR: ("hf", "multi_modal_projector."),
+    },
+    "llava": {
+        TEXT: ("hf", ""),
+        VISION: ("hf", "model.vision_tower.vision_tower.vision_model."),
+        PROJECTOR: ("llava", "model.mm_projector."),
+    },
+    "hf": {TEXT: ("hf", "")},
+    "clip": {VISION: ("hf", "vision_model.")},
+    "projector": {PROJECTOR: ("llava", "model.mm_projector.")},
+    "mindspeed-mm": {TEXT: ("ours", ""), VISION: ("ours", ""), PROJECTOR: ("ours", "")},
+}
+"""Layouts that are written: the dialect of each part and the prefix of its names. Those of llava-hf are the hub's,
+which transformers of every version reads."""
+
 
 def recognise(names: Iterable[str]) -> Layout | None:
     """The layout that the names belong to, or None."""

@@ -69,7 +69,7 @@ def load_part(
     rules, geometry = _rules_of(part, part_source), spec.geometry
     match = rules.match(part_source.names, geometry, where=f"{part_source.path} ({part.kind})")
     steps = {step.target: step for step in match.steps if not step.unused}
-    _check_tied_copy(rules, geometry, part_source)
+    check_tied_copy(rules, geometry, part_source)
     local = {_global_name(name, layer_offset): tensor for name, tensor in state.items()}
     whole = num_local_layers is None
     _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
@@ -77,6 +77,7 @@ def load_part(
     with torch.no_grad():
         for name, parameter in local.items():
             step = steps[name] if name in steps else steps[rules.tied[1]]
+            check_step(step, part_source, geometry)
             full = _full_tensor(step, part_source, geometry, stored)
             _copy(parameter, name, shard(full, step.rule, tp_rank, tp_size, geometry), step, part_source)
     dropped = len(part_source.names) - sum(len(step.sources) for step in steps.values())
@@ -132,7 +133,7 @@ def _check_config(part: Any, spec: Any, source: PartSource, found: Any) -> str:
     return "equal"
 
 
-def _check_tied_copy(rules: RuleSet, geometry: Geometry, source: PartSource) -> None:
+def check_tied_copy(rules: RuleSet, geometry: Geometry, source: PartSource) -> None:
     """A tied head that is stored all the same must equal the embedding."""
     names = rules.tied_sources()
     if not geometry.tied or names is None or names[0][0] not in source.names:
@@ -170,15 +171,24 @@ def _check_targets(
 def _full_tensor(step: Step, source: PartSource, geometry: Geometry, stored: Geometry) -> Tensor:
     """Our full tensor of one step. `stored` is the geometry that the source's own grouping of heads was made with."""
     tensors = [source.get(name) for name in step.sources]
-    for name, tensor in zip(step.sources, tensors, strict=True):
-        if not tensor.is_floating_point():
-            raise WeightError(
-                f"{source.path}: tensor {name} has type {tensor.dtype}; expected floating point. "
-                "Quantised weights cannot be read; give the original ones."
-            )
     full = step.rule.to_ours(tensors, geometry)
     if stored != geometry:
         full = step.rule.regroup(full, stored, geometry)
+    return full
+
+
+def check_step(step: Step, source: PartSource, geometry: Geometry) -> Tensor:
+    """Our full tensor of one step without values, from the shapes and types of its sources alone.
+
+    Raises WeightError for a type that is not floating point, shapes that do not fit together, and another vocabulary.
+    """
+    for name in step.sources:
+        if not source.dtype(name).is_floating_point:
+            raise WeightError(
+                f"{source.path}: tensor {name} has type {source.dtype(name)}; expected floating point. "
+                "Quantised weights cannot be read; give the original ones."
+            )
+    full = step.rule.to_ours([source.meta(name) for name in step.sources], geometry)
     if step.rule.padded and geometry.vocab_size and full.shape[0] != geometry.vocab_size:
         raise WeightError(
             f"{source.path}: {', '.join(step.sources)} has {full.shape[0]} rows; expected language_vocab_size "

@@ -49,7 +49,8 @@ class Rule:
     """Our tensor is the one source tensor, unchanged.
 
     `needs` names a boolean of Geometry without which neither side has the tensor. `unused` marks a tensor that public
-    layouts hold and our module never builds: loading drops it, conversions carry it.
+    layouts hold and our module never builds: loading drops it, conversions carry it; `shape_like` names a tensor of
+    ours with its shape, for an export of a source that has none.
     """
 
     target: str
@@ -57,6 +58,7 @@ class Rule:
     axis: int | None = None
     needs: str | None = None
     unused: bool = False
+    shape_like: str | None = None
 
     def to_ours(self, tensors: list[Tensor], geometry: Geometry) -> Tensor:
         """Merge the source tensors (in the order of `sources`) into ours."""

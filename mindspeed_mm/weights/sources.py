@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
@@ -54,9 +55,25 @@ class PartSource:
         """Read one tensor onto the CPU, in its stored type."""
         return self._files.get(self._stored[name])
 
+    def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Read the indices start..stop-1 of one axis of a tensor onto the CPU."""
+        return self._files.get_slice(self._stored[name], axis, start, stop)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return self._files.shape(self._stored[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a tensor, without reading it."""
+        return self._files.dtype(self._stored[name])
+
+    def stored_name(self, name: str) -> str:
+        """The name that a tensor has in its file."""
+        return self._stored[name]
+
+    def meta(self, name: str) -> Tensor:
+        """A tensor without values: its shape and type alone."""
+        return torch.empty(self.shape(name), dtype=self.dtype(name), device="meta")
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,14 @@ class TorchScriptFile:
         """Shape of a tensor, without reading it."""
         return self._tensors[name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored type of a tensor, without reading it."""
+        return self._tensors[name].dtype
+
+    def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """The indices start..stop-1 of one axis. (An archive's tensors are read whole.)"""
+        return self.get(name).narrow(axis, start, stop - start)
+
     def get(self, name: str) -> Tensor:
         """Read one tensor onto the CPU."""
         record = self._tensors[name]

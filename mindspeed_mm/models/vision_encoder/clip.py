@@ -191,6 +191,26 @@ def from_hf(config: dict[str, Any]) -> ClipSpec:
     )
 
 
+def to_hf(spec: ClipSpec, dtype: str) -> dict[str, Any]:
+    """config.json of an HF CLIPVisionModel; `dtype` as HF names it."""
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.ffn_hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_channels": spec.num_channels,
+        "image_size": spec.image_size,
+        "patch_size": spec.patch_size,
+        "hidden_act": spec.activation_func,
+        "layer_norm_eps": spec.layernorm_epsilon,
+        "initializer_range": spec.init_method_std,
+        "attention_dropout": 0.0,
+        "torch_dtype": dtype,
+    }
+
+
 def from_shapes(shape: Callable[[str], tuple[int, ...]], num_layers: int, **given: Any) -> ClipSpec:
     """ClipSpec of weights without a config. Heads are width / 64 unless `given`, which no shape shows."""
     width, _, _, patch = shape("conv1.weight")
@@ -212,12 +232,20 @@ def from_shapes(shape: Callable[[str], tuple[int, ...]], num_layers: int, **give
 _LAYER = "decoder.layers.{}."
 
 
-def _pair(ours: str, theirs: str, axis: int | None = None, *, unused: bool = False) -> tuple[Rule, Rule]:
+def _pair(ours: str, theirs: str, axis: int | None = None) -> tuple[Rule, Rule]:
     """Weight and bias of one linear or norm; a row-parallel linear (axis 1) has a replicated bias."""
     bias_axis = 0 if axis == 0 else None
     return (
-        Rule(f"{ours}.weight", (f"{theirs}.weight",), axis, unused=unused),
-        Rule(f"{ours}.bias", (f"{theirs}.bias",), bias_axis, unused=unused),
+        Rule(f"{ours}.weight", (f"{theirs}.weight",), axis),
+        Rule(f"{ours}.bias", (f"{theirs}.bias",), bias_axis),
+    )
+
+
+def _post_layernorm(theirs: str) -> tuple[Rule, ...]:
+    """The final norm, which the feature does not pass and our tower does not build."""
+    return tuple(
+        Rule(f"post_layernorm.{kind}", (f"{theirs}.{kind}",), unused=True, shape_like=f"ln_pre.{kind}")
+        for kind in ("weight", "bias")
     )
 
 
@@ -239,7 +267,7 @@ HF_RULES = RuleSet(
         *_pair(_LAYER + "pre_mlp_layernorm", "encoder.layers.{}.layer_norm2"),
         *_pair(_LAYER + "mlp.linear_fc1", "encoder.layers.{}.mlp.fc1", 0),
         *_pair(_LAYER + "mlp.linear_fc2", "encoder.layers.{}.mlp.fc2", 1),
-        *_pair("post_layernorm", "post_layernorm", unused=True),
+        *_post_layernorm("post_layernorm"),
         Drop("embeddings.position_ids"),
     )
 )
@@ -259,7 +287,7 @@ OPENAI_RULES = RuleSet(
         *_pair(_LAYER + "pre_mlp_layernorm", _OPENAI_LAYER + "ln_2"),
         *_pair(_LAYER + "mlp.linear_fc1", _OPENAI_LAYER + "mlp.c_fc", 0),
         *_pair(_LAYER + "mlp.linear_fc2", _OPENAI_LAYER + "mlp.c_proj", 1),
-        *_pair("post_layernorm", "visual.ln_post", unused=True),
+        *_post_layernorm("visual.ln_post"),
         Drop("visual.proj"),
     )
 )
@@ -277,6 +305,7 @@ PART = Part(
     kind="vision_encoder",
     Spec=ClipSpec,
     from_hf=from_hf,
+    to_hf=to_hf,
     from_shapes=from_shapes,
     rules={"hf": HF_RULES, "openai": OPENAI_RULES, "ours": HF_RULES.own()},
     build=build,

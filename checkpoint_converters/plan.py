@@ -1,0 +1,158 @@
+"""What a conversion writes, tensor by tensor, before anything is read: names, shapes, types, and how to make each.
+
+A job makes the tensors that belong together (the three of a merged QKV); it runs when its turn to be written comes, so
+that a conversion holds one job's tensors at a time.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.describe import describe_part, part_of_source
+from mindspeed_mm.models.part import DTYPES, PartSpec
+from mindspeed_mm.weights.loading import check_step, check_tied_copy
+from mindspeed_mm.weights.rules import Geometry, Step
+from mindspeed_mm.weights.sources import PartSource
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tensors that are made and written together; `make` gives them in the order of `outputs`."""
+
+    outputs: tuple[Output, ...]
+    make: Callable[[], list[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(output.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How one part is written.
+
+    dialect, prefix: names; dtype: None keeps each tensor's own; rows: of the two vocabulary matrices, None keeps them
+    (further rows are the mean row: the score of such a token is the mean of all scores and never the highest).
+    """
+
+    dialect: str
+    prefix: str = ""
+    dtype: torch.dtype | None = None
+    rows: int | None = None
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A type by its name; None and "keep" mean each tensor's own. Raises WeightError for an unknown name."""
+    if dtype is None or dtype == "keep" or isinstance(dtype, torch.dtype):
+        return None if dtype == "keep" else dtype
+    if dtype not in DTYPES:
+        raise WeightError(f"found dtype {dtype!r}; expected one of {', '.join(DTYPES)}, keep.")
+    return DTYPES[dtype]
+
+
+def part_jobs(source: PartSource, spec: PartSpec, wanted: Wanted) -> tuple[list[Job], list[str]]:
+    """(jobs of one part, our names of unused tensors that the source lacks and that are filled).
+
+    Each source tensor is used exactly once or known to be dropped, each target tensor is made exactly once. For other
+    layouts than ours, layers behind the feature and a final norm that the source lacks are filled so that they change
+    nothing (zeros, norms of ones). Raises WeightError when the source is not what `spec` describes.
+    """
+    part, geometry = part_of_source(source), spec.geometry
+    reading, writing = part.rules[source.dialect], part.rules[wanted.dialect]
+    match = reading.match(source.names, geometry, where=f"{source.path} ({source.part})")
+    check_tied_copy(reading, geometry, source)
+    stored = describe_part(source).geometry if source.assumed else geometry
+    targets = {step.target: step for step in writing.steps(geometry)}
+    jobs, made = [], set()
+    for step in match.steps:
+        if step.target in targets:
+            jobs.append(_job(source, step, targets[step.target], geometry, stored, wanted))
+            made.add(step.target)
+    filled = [target for target in targets if target not in made and wanted.dialect != "ours"]
+    meta = {step.target: step for step in match.steps}
+    jobs += [_filling(source, targets[name], meta, geometry, wanted) for name in filled]
+    return jobs, filled
+
+
+def our_tensor(step: Step, source: PartSource, geometry: Geometry, stored: Geometry) -> Tensor:
+    """Our full tensor of one step, its heads grouped as `geometry` says."""
+    full = step.rule.to_ours([source.get(name) for name in step.sources], geometry)
+    return full if stored == geometry else step.rule.regroup(full, stored, geometry)
+
+
+def total_bytes(jobs: Iterable[Job]) -> int:
+    """Bytes of the tensors of all jobs."""
+    return sum(job.nbytes for job in jobs)
+
+
+def stored_dtype(jobs: Iterable[Job]) -> str:
+    """The one type of all tensors as HF names it; float32 where they differ."""
+    names = {str(output.dtype).removeprefix("torch.") for job in jobs for output in job.outputs}
+    return names.pop() if len(names) == 1 else "float32"
+
+
+def _job(source: PartSource, step: Step, target: Step, geometry: Geometry, stored: Geometry, wanted: Wanted) -> Job:
+    full = check_step(step, source, geometry)
+    same = step.sources == target.sources and type(step.rule) is type(target.rule) and stored == geometry
+
+    def finish(tensors: list[Tensor]) -> list[Tensor]:
+        if target.rule.padded and wanted.rows is not None:
+            tensors = [_resize(tensor, wanted.rows) for tensor in tensors]
+        return [tensor.to(wanted.dtype) if wanted.dtype else tensor for tensor in tensors]
+
+    def make() -> list[Tensor]:
+        if same:  # the same names on both sides: nothing to merge and split
+            return finish([source.get(name) for name in step.sources])
+        return finish(target.rule.to_theirs(our_tensor(step, source, geometry, stored), geometry))
+
+    shapes = [source.meta(name) for name in step.sources] if same else target.rule.to_theirs(full, geometry)
+    return Job(_outputs(target, finish(shapes), wanted), make)
+
+
+def _filling(source: PartSource, target: Step, steps: dict[str, Step], geometry: Geometry, wanted: Wanted) -> Job:
+    """A job for an unused tensor that the source lacks."""
+    rule = target.rule
+    example = rule.shape_like or rule.target.replace("{}", "0")
+    if not target.unused or example not in steps:
+        raise WeightError(
+            f"{source.path}: nothing gives {target.target}; expected it in the {source.part}. Give complete weights."
+        )
+    like = check_step(steps[example], source, geometry)
+    value = 1.0 if target.target.endswith("layernorm.weight") else 0.0
+
+    def make(device: str = "cpu") -> list[Tensor]:
+        full = torch.full(like.shape, value, dtype=wanted.dtype or like.dtype, device=device)
+        return rule.to_theirs(full, geometry)
+
+    return Job(_outputs(target, make("meta"), wanted), make)
+
+
+def _outputs(target: Step, tensors: list[Tensor], wanted: Wanted) -> tuple[Output, ...]:
+    names = [wanted.prefix + name for name in target.sources]
+    return tuple(Output(name, tuple(t.shape), t.dtype) for name, t in zip(names, tensors, strict=True))
+
+
+def _resize(tensor: Tensor, rows: int) -> Tensor:
+    """The first `rows` rows, or all of them and mean rows behind."""
+    if rows <= tensor.shape[0]:
+        return tensor[:rows]
+    mean = tensor.mean(dim=0, dtype=torch.float32).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows - tensor.shape[0], *tensor.shape[1:])])
