@@ -50,6 +50,7 @@ def run(
     image_root: str | Path | None = None,
     progress: bool = True,
     judge: Judge | None = None,
+    checked: tuple[Table, Benchmark] | None = None,
 ) -> Result:
     """Evaluate `engine` on the table `tsv` as `benchmark` and write <model>_<benchmark>.* into `out_dir`.
 
@@ -57,12 +58,13 @@ def run(
     is a single process), and each rank journals every answer at once. Every rank returns the same reports; rank 0
     writes. `scoring` chooses the numbers of the sheet and the accuracy table; the JSON report holds those of every
     mode. `limit` asks the first rows of the table only. `judge` reads, on rank 0, the answers that the rules cannot.
+    `checked` is what `check` returned for the same arguments, to read a large table once.
 
     Raises DataError for an unusable table, name, folder or journal, before the first question is asked.
     """
     communicator = communicator or SingleRank()
     folder = Path(out_dir)
-    table, found = check(
+    table, found = checked or check(
         benchmark,
         tsv,
         folder,

@@ -9,18 +9,22 @@ def kit_matches(answer: str, prediction: str) -> list[float]:
 
     Raises AttributeError for an answer that is no text, as VLMEvalKit does.
     """
-    return [float(gold.strip().lower() == prediction.strip().lower()) for gold in kit_answers(answer)]
+    return [_equal(gold, prediction) for gold in kit_answers(answer)]
 
 
 def kit_best(answer: str, prediction: str) -> float:
-    """VLMEvalKit's OCR-VQA score."""
-    return max(kit_matches(answer, prediction))
+    """VLMEvalKit's OCR-VQA score; a number in a list, which stops VLMEvalKit, is compared as text."""
+    return max(_equal(str(gold), prediction) for gold in kit_answers(answer))
 
 
 def kit_mean(answer: str, prediction: str) -> float:
-    """VLMEvalKit's GQA score; several accepted answers are averaged."""
-    matches = kit_matches(answer, prediction)
+    """VLMEvalKit's GQA score: several accepted answers are averaged; numbers as in kit_best."""
+    matches = [_equal(str(gold), prediction) for gold in kit_answers(answer)]
     return sum(matches) / len(matches)
+
+
+def _equal(gold: str, prediction: str) -> float:
+    return float(gold.strip().lower() == prediction.strip().lower())
 
 
 def strict_score(answer: str, prediction: str) -> float:

@@ -98,6 +98,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         communicator=communicator,
         image_root=namespace.image_root,
         judge=judge,
+        checked=(table, benchmark),
     )
     seconds = time.perf_counter() - start
     if communicator.rank == 0:
