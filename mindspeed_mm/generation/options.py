@@ -47,6 +47,25 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "generation_kwargs": ({},),
     "max_length": (20, 2048, 4096),
     "use_cache": (True, False),
+    "use_mtp": (False,),
+    "cache_config": (False,),
+    "max_cache_len": (False,),
+    "top_h": (False,),
+    "token_healing": (False,),
+    "watermarking_config": (False,),
+    "is_assistant": (False,),
+    "assistant_confidence_threshold": (False,),
+    "max_matching_ngram_size": (False,),
+    "assistant_early_exit": (False,),
+    "assistant_lookbehind": (False,),
+    "target_lookbehind": (False,),
+    "assistant_ensemble_weight": (False,),
+    "speculation_type": (False,),
+    "compile_config": (False,),
+    "disable_compile": (False,),
+    "continuous_batching_config": (False,),
+    "dola_layers": (False,),
+    "prefill_chunk_size": (False,),
 }
 """Keys of a full GenerationConfig that the guide's files carry, with the values that ask for nothing (null always
 does).
@@ -75,7 +94,7 @@ class GenerationOptions(StrictModel):
     """Divides positive and multiplies negative logits of tokens that stand in the prompt or the answer."""
     no_repeat_ngram_size: Annotated[int, pydantic.Field(ge=0)] = 0
     """No run of so many tokens occurs twice in prompt and answer; 0: no such rule."""
-    stop_strings: str | tuple[str, ...] = ()
+    stop_strings: str | list[str] = []
     """Texts that end an answer; they are not part of it."""
     num_return_sequences: Annotated[int, pydantic.Field(gt=0)] = 1
     num_beams: Annotated[int, pydantic.Field(gt=0, le=64)] = 1
@@ -145,7 +164,7 @@ class GenerationOptions(StrictModel):
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings as a tuple."""
-        return (self.stop_strings,) if isinstance(self.stop_strings, str) else self.stop_strings
+        return (self.stop_strings,) if isinstance(self.stop_strings, str) else tuple(self.stop_strings)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -30,6 +30,11 @@ def test_unknown_dtype(golden):
         mm.load(golden / "models" / "llava_hf", device="cpu", dtype="fp8")
 
 
+def test_parallel_sizes_need_as_many_processes(golden):
+    with pytest.raises(ConfigError, match="tensor-parallel size 2 and pipeline-parallel size 1 need 2 processes, found 1"):
+        mm.load(golden / "models" / "llava_hf", device="cpu", tensor_model_parallel_size=2)
+
+
 def test_half_a_model_is_refused(golden):
     with pytest.raises(WeightError, match="expected a vision_encoder"):
         locate(golden / "models" / "vicuna")

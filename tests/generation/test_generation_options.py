@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,28 @@ def test_guide_file_is_accepted():
 def test_unsupported_value_says_what_is_possible():
     with pytest.raises(ConfigError, match=r"typical_p: found 0.4, expected 1.0: this option is not supported"):
         generation_options({"typical_p": 0.4})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_beams": 2, "do_sample": True}, "num_beams 2 does not go with do_sample"),
+        ({"num_beams": 2, "logprobs": 1}, "num_beams 2 does not go with logprobs"),
+        ({"num_beams": 2, "stop_strings": "x"}, "num_beams 2 does not go with stop_strings"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences 3 exceeds num_beams 2"),
+        ({"num_return_sequences": 2}, "num_return_sequences 2 of greedy decoding would be equal"),
+        ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens 5 exceeds max_new_tokens 4"),
+        ({"stop_strings": ["a", ""]}, "stop_strings: found an empty text"),
+    ],
+)
+def test_options_that_contradict_each_other(values, message):
+    with pytest.raises(ConfigError, match=message):
+        generation_options(values)
+
+
+def test_full_configuration_of_transformers_is_accepted():
+    values = transformers.GenerationConfig(max_new_tokens=7, top_k=5, do_sample=True).to_dict()
+    assert generation_options(values).top_k == 5
 
 
 def test_unknown_name_gets_the_nearest():

@@ -1,0 +1,35 @@
+"""The same tokens on two tensor-parallel ranks, two pipeline stages, and one process."""
+
+import pytest
+
+LAYOUTS = {"TP2": (2, 1), "PP2": (1, 2)}
+REQUESTS = [
+    {"input_ids": [[1, *range(300, 330)], [1, *[-200] * 16, 400, 401, 402]], "max_new_tokens": 10},
+    {"input_ids": [[1, *range(300, 330)]], "max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2},
+    {"input_ids": [[1, 5, 9]], "max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "num_return_sequences": 2},
+]
+
+
+def tokens(golden, tensor: int, pipeline: int):
+    """What this rank generates for each request."""
+    import torch
+
+    import mindspeed_mm as mm
+
+    vlm = mm.load(
+        golden / "models" / "llava_hf",
+        device="cpu",
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+    )
+    torch.manual_seed(0)
+    picture = torch.randn(1, 3, 56, 56)
+    found = [vlm.generate(images=picture if index == 0 else None, **request) for index, request in enumerate(REQUESTS)]
+    return [*found, vlm.generate("What is it?", max_new_tokens=6)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_generate_what_one_process_does(ranks, golden, layout):
+    tensor, pipeline = LAYOUTS[layout]
+    single = ranks(1).run(tokens, golden, 1, 1)[0]
+    assert ranks(2).run(tokens, golden, tensor, pipeline) == [single, single]
