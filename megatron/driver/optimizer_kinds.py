@@ -35,7 +35,10 @@ def ask_other_kind(sharded: dict[str, Any], *, saved_distributed: bool, full_pre
 
 
 def complete(loaded: dict[str, Any], optimizer: MegatronOptimizer, step: int) -> dict[str, Any]:
-    """What `optimizer.load_state_dict` expects, from the other kind's tensors and this optimizer's own settings."""
+    """What `optimizer.load_state_dict` expects: loaded tensors of either kind, and this optimizer's own settings.
+
+    Rank 0 alone saves settings, of whatever it trains; all of them follow from the flags and the schedule.
+    """
     own = optimizer.state_dict()
     state = dict(loaded)
     if "param_groups" in own:  # plain float32: no level of its own for the inner optimizer

@@ -36,6 +36,8 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             part._set_main_param_and_optimizer_states = functools.partial(_set_states, part)
+            if not part.optimizer.state:
+                part.state_dict = functools.partial(_state_of_nothing, part)
 
 
 def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
@@ -44,6 +46,17 @@ def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tenso
     shard = part.optimizer.param_groups[group]["params"][order]
     own = {"step": part.optimizer.state[shard]["step"]}
     DistributedOptimizer._set_main_param_and_optimizer_states(part, parameter, {**tensors, **own})
+
+
+def _state_of_nothing(part: DistributedOptimizer) -> dict[str, Any]:
+    """state_dict of a rank that trains nothing, or has no share of it, where megatron.core looks for one step count."""
+    groups = [{**group, "step": 0.0} for group in part.optimizer.state_dict()["param_groups"]]
+    state: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+    for group in groups:
+        del group["params"]
+    if part.grad_scaler:
+        state["grad_scaler"] = part.grad_scaler.state_dict()
+    return state
 
 
 def step_count(optimizer: MegatronOptimizer) -> int:

@@ -186,13 +186,12 @@ def _load_optimizer(state: TrainState, args: DriverArguments, path: Path, run: d
             f"the optimizer state of {path} was saved with another setting of {flags}: use the same, or give "
             "--no-load-optim to resume without it"
         )
-    converted = saved_kind["use_distributed_optimizer"] != kind["use_distributed_optimizer"]
     settings = [
         {name: group[name] for name in _GROUP_SETTINGS if name in group} for group in state.optimizer.param_groups
     ]
     sharded = state.optimizer.sharded_state_dict(model_tensors(state.modules), is_loading=True, metadata=metadata())
     sharding = sharded.get("param_state_sharding_type")
-    if converted:
+    if saved_kind["use_distributed_optimizer"] != kind["use_distributed_optimizer"]:
         ask_other_kind(
             sharded,
             saved_distributed=saved_kind["use_distributed_optimizer"],
@@ -206,10 +205,9 @@ def _load_optimizer(state: TrainState, args: DriverArguments, path: Path, run: d
     )
     with reading_errors(path):
         loaded = dist_checkpointing.load({"optimizer": sharded}, str(path))["optimizer"]
-    if converted:
-        loaded = complete(loaded, state.optimizer, saved_kind["step"])
-        if sharding is not None:
-            loaded["param_state_sharding_type"] = sharding
+    loaded = complete(loaded, state.optimizer, saved_kind["step"])
+    if sharding is not None:
+        loaded["param_state_sharding_type"] = sharding
     provide_step_count(loaded, saved_kind["step"])
     state.optimizer.load_state_dict(loaded)
     set_step_count(state.optimizer, run["optimizer"]["step"])
