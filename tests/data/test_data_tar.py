@@ -1,0 +1,92 @@
+"""Tar shards are read at random, by content, and damage is named."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from mindspeed_mm.data.build import build_dataset
+from mindspeed_mm.errors import DataError
+
+
+def picture(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def pair(name, text="A caption."):
+    return [(f"{name}.jpg", picture("red")), (f"{name}.txt", text.encode())]
+
+
+@pytest.fixture
+def build(make_config, tokenizer, tmp_path):
+    def make(path=tmp_path / "shards", **dataset_param):
+        config = make_config(
+            [],
+            basic_parameters={"data_path": str(path)},
+            dataset_type="tar",
+            **({"template_name": "plain"} | dataset_param),
+        )
+        return build_dataset(config, tokenizer, None, 4, 100)
+
+    (tmp_path / "shards").mkdir()
+    return make
+
+
+def test_shards(build, tmp_path, tokenizer):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    record = json.dumps({"id": "own", "conversations": turns}).encode()
+    write(tmp_path / "shards" / "b.tar", [*pair("x/000"), ("x/001.png", picture("blue")), ("x/001.json", record)])
+    write(tmp_path / "shards" / "a.tar", pair("007", "First."))
+    dataset = build()
+    assert len(dataset) == 3
+    samples = [dataset[number] for number in (2, 0, 1)]
+    assert samples[0].sample_id == "own" and samples[1].sample_id.endswith("a.tar: record 0")
+    text = tokenizer.decode([label for label in samples[1].labels if label != -100])
+    assert text.strip() == "First."
+    assert all(sample.images[0].shape == (3, 28, 28) for sample in samples)
+    assert len(build(tmp_path / "shards" / "[b-z].tar")) == 2
+    assert len(build(overlong="drop").lengths) == 3
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (pair("a")[:1], r"record 0 \(a\) has 1 images and 0 texts"),
+        ([*pair("a"), ("a.json", b"{}")], "has 1 images and 2 texts"),
+        ([pair("a")[0], ("a.json", b"{")], "the text cannot be read"),
+        ([pair("a")[0], ("a.json", b"[]")], r"the .json is '\[\]'; expected an object"),
+        ([pair("a")[0], ("a.json", b"{}")], "caption is None; expected a string"),
+        ([pair("a")[0], ("a.txt", b"\xff")], "the text cannot be read"),
+        ([], "holds no samples"),
+    ],
+)
+def test_damage(build, tmp_path, members, message):
+    write(tmp_path / "shards" / "a.tar", members)
+    with pytest.raises(DataError, match=message):
+        build()
+
+
+def test_no_tar(build, tmp_path):
+    with pytest.raises(DataError, match="no tar files at"):
+        build()
+    (tmp_path / "shards" / "a.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(DataError, match="expected an uncompressed tar file"):
+        build()
+
+
+def test_a_bad_picture_in_a_shard(build, tmp_path):
+    write(tmp_path / "shards" / "a.tar", [("a.jpg", b"no picture"), ("a.txt", b"x")])
+    with pytest.raises(DataError, match="a.tar: record 0: image .*a.tar: record 0: image cannot be decoded"):
+        build()[0]
