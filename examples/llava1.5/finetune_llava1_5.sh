@@ -23,6 +23,7 @@ TP="${TP:-1}"
 PP="${PP:-1}"
 CP="${CP:-1}"
 MBS="${MBS:-4}"
+PRECISION="${PRECISION:-bf16}" # bf16, fp16 or fp32
 GBS="${GBS:-128}"
 
 MM_DATA="${MM_DATA:-examples/llava1.5/data_finetune.json}"
@@ -38,6 +39,9 @@ TRAIN_ITERS="${TRAIN_ITERS:-5197}"
 PRETRAINED_ARGS=()
 if [[ -n "$PRETRAINED_PATH" ]]; then PRETRAINED_ARGS=(--pretrained-checkpoint "$PRETRAINED_PATH"); fi
 
+PRECISION_ARGS=()
+if [[ "$PRECISION" != fp32 ]]; then PRECISION_ARGS=("--$PRECISION"); fi
+
 torchrun \
     --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
@@ -46,7 +50,8 @@ torchrun \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
     --micro-batch-size "$MBS" --global-batch-size "$GBS" \
     --seq-length 2048 --tokenizer-type NullTokenizer --vocab-size 32000 --position-embedding-type rope \
-    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --use-flash-attn --use-fused-rotary-pos-emb --bf16 \
+    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --use-flash-attn --use-fused-rotary-pos-emb \
+    ${PRECISION_ARGS[@]+"${PRECISION_ARGS[@]}"} \
     --lr 2.0e-5 --train-iters "$TRAIN_ITERS" --lr-decay-style cosine --lr-warmup-fraction 0.03 \
     --weight-decay 0.0 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.999 \
     --num-workers 8 --distributed-backend nccl \

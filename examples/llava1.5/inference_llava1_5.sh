@@ -1,7 +1,9 @@
 #!/bin/bash
 # Answer the prompts of inference_llava.json. Every variable can be set from the environment; further flags win:
 #   bash examples/llava1.5/inference_llava1_5.sh --image view.jpg --prompt "What is this?"
+# Relative paths are taken from the root of the repository, whatever folder the script is started from.
 set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 MM_MODEL=${MM_MODEL:-examples/llava1.5/inference_llava.json}
 LOAD_PATH=${LOAD_PATH:-}   # a training checkpoint to answer with, instead of the ckpt_path entries of MM_MODEL

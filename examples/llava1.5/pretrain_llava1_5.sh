@@ -24,6 +24,7 @@ TP="${TP:-1}"
 PP="${PP:-1}"
 CP="${CP:-1}"
 MBS="${MBS:-8}"
+PRECISION="${PRECISION:-bf16}" # bf16, fp16 or fp32
 GBS="${GBS:-$((WORLD_SIZE * MBS / (TP * PP * CP)))}"
 
 MM_DATA="${MM_DATA:-examples/llava1.5/data.json}"
@@ -35,6 +36,9 @@ LOAD_PATH="${LOAD_PATH:-$SAVE_PATH}" # where there is no checkpoint yet, trainin
 # 558,128 captions (LLaVA-Pretrain) / GBS 64 = 8,720 steps for one epoch.
 TRAIN_ITERS="${TRAIN_ITERS:-8720}"
 
+PRECISION_ARGS=()
+if [[ "$PRECISION" != fp32 ]]; then PRECISION_ARGS=("--$PRECISION"); fi
+
 torchrun \
     --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
@@ -43,7 +47,8 @@ torchrun \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
     --micro-batch-size "$MBS" --global-batch-size "$GBS" \
     --seq-length 2048 --tokenizer-type NullTokenizer --vocab-size 32000 --position-embedding-type rope \
-    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --use-flash-attn --use-fused-rotary-pos-emb --bf16 \
+    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --use-flash-attn --use-fused-rotary-pos-emb \
+    ${PRECISION_ARGS[@]+"${PRECISION_ARGS[@]}"} \
     --lr 1.0e-3 --train-iters "$TRAIN_ITERS" --lr-decay-style cosine --lr-warmup-fraction 0.03 \
     --weight-decay 0.0 --clip-grad 0.0 --adam-beta1 0.9 --adam-beta2 0.999 \
     --num-workers 8 --distributed-backend nccl \

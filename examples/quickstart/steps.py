@@ -116,6 +116,7 @@ def training_variables(run: Run, stage: str, data_config: str) -> dict[str, str 
         "MM_MODEL": run.out / "configs" / "model.json",
         "MM_DATA": run.out / "configs" / data_config,
         "SAVE_PATH": run.out / stage,
+        "PRECISION": "fp32",  # a CPU without bfloat16 instructions would crawl, and the toy gains nothing from it
         "OMP_NUM_THREADS": 1,
     }
 
