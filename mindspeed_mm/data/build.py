@@ -94,6 +94,7 @@ def build_dataset(
         encoding=Encoding(tokenizer, template, tokens_per_image, parameters.special_text),
         image_processor=image_processor,
         pad=parameters.preprocess_parameters.pad,
+        fast_resize=parameters.preprocess_parameters.fast_resize,
         max_length=config.max_length(max_length),
         policies=Policies(parameters.image_error, parameters.overlong, parameters.max_skip_percent),
         measured=(loading.packing or loading.group_by_modality_length) and not validation,

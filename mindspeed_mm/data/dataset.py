@@ -121,6 +121,7 @@ class MultimodalDataset(Dataset[Encoded]):
         image_processor: ImageProcessor,
         pad: bool,
         max_length: int,
+        fast_resize: bool = False,
         policies: Policies = Policies(),
         measured: bool = False,
     ):
@@ -130,7 +131,7 @@ class MultimodalDataset(Dataset[Encoded]):
         self.image_processor = image_processor
         self.policies = policies
         self.max_length = max_length
-        self._pad = pad
+        self._pad, self._fast_resize = pad, fast_resize
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
             if measured or policies.overlong != "error":
@@ -201,5 +202,7 @@ class MultimodalDataset(Dataset[Encoded]):
             ids, labels = fit_length(ids, labels, self.max_length, self.policies.overlong)
         except DataError as error:
             raise type(error)(f"{sample.where}: {error}") from error
-        images = tuple(preprocess(image, self.image_processor, self._pad) for image in sample.images)
+        images = tuple(
+            preprocess(image, self.image_processor, self._pad, fast=self._fast_resize) for image in sample.images
+        )
         return Encoded(sample.id, ids, labels, images, skipped)

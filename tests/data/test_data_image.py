@@ -145,3 +145,14 @@ def test_transparency_is_dropped():
     picture = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
     pixels = preprocess(picture, clip(4, do_rescale=False, do_normalize=False))
     assert pixels[:, 0, 0].tolist() == [200, 100, 50]
+
+
+def test_fast_resizing_differs_by_one_level_at_most(golden):
+    processor = ImageProcessor.from_config(golden / "models" / "clip_hf")
+    for path in sorted((golden / "images" / "src").iterdir()):
+        for pad in (True, False):
+            faithful = preprocess(path, processor, pad)
+            fast = preprocess(path, processor, pad, fast=True)
+            level = torch.tensor([1 / 255 / std for std in processor.image_std])[:, None, None]
+            levels = ((fast - faithful) / level).abs()
+            assert levels.max() < 1.01 and (levels > 0.5).float().mean() < 0.05
