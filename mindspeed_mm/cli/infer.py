@@ -1,110 +1,195 @@
-"""`mindspeed-mm infer`: answers prompts about pictures, from an inference_llava.json or from flags."""
+"""`mindspeed-mm infer`: answers prompts about pictures, from flags, an inference_llava.json or a file of requests."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.cli._loading import (
+    add_model_arguments,
+    add_option_arguments,
+    add_parallel_arguments,
+    given_options,
+    load_model,
+    model_path,
+)
+from mindspeed_mm.errors import ConfigError, DataError
 
-HELP = "answer prompts about pictures, from an inference_llava.json or from flags alone"
+HELP = "answer prompts about pictures, from flags alone, an inference_llava.json or a JSONL file"
 EXAMPLE = 'mindspeed-mm infer --model llava-1.5-7b-hf --image view.jpg --prompt "What is in the picture?"'
+
+BATCH_SIZE = 8
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mm-model", metavar="JSON", help="the guide's inference_llava.json; flags win over it")
-    parser.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
-    parser.add_argument("--load", metavar="DIR", help="training checkpoint to answer with (as --model)")
+    add_model_arguments(parser)
     parser.add_argument("--image", metavar="FILE", action="append", help="picture; give several for several prompts")
     parser.add_argument("--prompt", metavar="TEXT", action="append", help="question; may be given several times")
-    parser.add_argument("--template", help="conversation template (default: the checkpoint's, else v1)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="default: the tokenizer that comes with the weights")
-    parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
-    parser.add_argument("--max-new-tokens", type=int, help="at most so many tokens an answer")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token, above 0 samples")
-    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens of this total probability")
-    parser.add_argument("--top-k", type=int, help="sample among so many likeliest tokens")
-    parser.add_argument("--seed", type=int, help="seed of the sampling (default 0)")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16")
-    parser.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
+    parser.add_argument(
+        "--input", metavar="JSONL", help='many requests, a line each: {"image": "view.jpg", "prompt": "What is it?"}'
+    )
+    parser.add_argument("--output", metavar="JSONL", help="where their answers go; an interrupted run is continued")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="answers that are generated together")
+    add_option_arguments(parser)
+    add_parallel_arguments(parser)
 
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Answer. Prints each answer on stdout; returns them for --json."""
-    from mindspeed_mm import api
-    from mindspeed_mm.config.inference import InferenceConfig
+    """Answer. Prints each answer on stdout, or writes them to --output; returns them for --json."""
+    from mindspeed_mm.config.inference import InferenceConfig, InferenceFile
     from mindspeed_mm.config.load import load_config, read_json
     from mindspeed_mm.generation.options import generation_options
     from mindspeed_mm.models.spec import MODEL_KEYS
 
+    if namespace.batch_size < 1:
+        raise ConfigError(f"--batch-size is {namespace.batch_size}; expected at least 1")
+    if (namespace.input is None) != (namespace.output is None):
+        raise ConfigError("--input and --output go together: the requests' file and the answers' file")
     values = read_json(namespace.mm_model) if namespace.mm_model else {}
     own = {key: value for key, value in values.items() if key not in MODEL_KEYS}
     if namespace.prompt:
         own["prompts"] = namespace.prompt
     if namespace.image:
         own["image_path"] = namespace.image[0] if len(namespace.image) == 1 else namespace.image
-    config = load_config(InferenceConfig, own, what="inference config", context=namespace.mm_model)
-    options = generation_options(_options(namespace, config.generation_config), context=namespace.mm_model)
-    pairs = [(prompt, () if picture is None else (_load(picture),)) for prompt, picture in _pairs(config)]
-    vlm = api.load(
-        _model_path(namespace),
-        device=namespace.device or _device(config.device),
-        dtype=namespace.dtype or config.dtype,
-        tokenizer=namespace.tokenizer or (config.tokenizer.from_pretrained if config.tokenizer else None),
-        image_processor=namespace.image_processor or config.image_processer_path,
+    form = InferenceConfig if namespace.input is None else InferenceFile
+    config = load_config(form, own, what="inference config", context=namespace.mm_model)
+    options = given_options(namespace, config.generation_config)
+    generation_options(options, context=namespace.mm_model)
+    path = model_path(namespace, namespace.mm_model)
+    if namespace.input is not None:
+        return _answer_file(namespace, config, path, options)
+    try:
+        questions = config.questions
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return _answer(_engine(namespace, config, path), questions, options, namespace.batch_size)
+
+
+def _engine(namespace: argparse.Namespace, config, path: str):
+    vlm = load_model(
+        namespace,
+        path,
+        device=_device(config.device),
+        dtype=config.dtype,
+        tokenizer=config.tokenizer.from_pretrained if config.tokenizer else None,
+        image_processor=config.image_processer_path,
     )
+    return vlm.engine(namespace.template, batch_size=namespace.batch_size)
+
+
+def _answer(engine, questions, options: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Answers on stdout, as they are asked. A question that fails is told; the others go on."""
+    from mindspeed_mm.cli.main import is_first_rank
     from mindspeed_mm.generation.engine import GenerationRequest
 
     requests = [
         GenerationRequest(str(index), turns=((prompt, None),), images=images)
-        for index, (prompt, images) in enumerate(pairs)
+        for index, (prompt, images) in enumerate(questions, start=1)
     ]
-    return _answer(vlm.engine(namespace.template), requests, options)
-
-
-def _answer(engine, requests, options) -> dict[str, Any]:
-    answers, tokens, start = [], 0, time.perf_counter()
-    for result in engine.generate(requests, options):
-        tokens += len(result.token_ids)
-        question = requests[len(answers)].turns[0][0]
-        answers.append({"prompt": question, "answer": result.text})
-        sys.stdout.write(f"USER: {question}\nASSISTANT: {result.text}\n")
+    answers, tokens, start, errors = [], 0, time.perf_counter(), []
+    for (prompt, _), result in zip(
+        questions, engine.generate(requests, options, batch_size, on_error="return"), strict=True
+    ):
+        if result.error is not None:
+            errors.append(result.error)
+            continue
+        for sequence in result.sequences:
+            tokens += len(sequence.token_ids)
+            answers.append({"prompt": prompt, "answer": sequence.text})
+            if is_first_rank():
+                sys.stdout.write(f"USER: {prompt}\nASSISTANT: {sequence.text}\n")
     seconds = time.perf_counter() - start
-    sys.stderr.write(f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)\n")
+    logger.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)
+    if errors:
+        raise DataError("\n  ".join([f"{len(errors)} of {len(requests)} prompts could not be answered:", *errors]))
     return {"answers": answers, "tokens": tokens, "seconds": round(seconds, 3)}
 
 
-def _options(namespace: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
-    """Options of the JSON with the flags on top; a temperature alone says whether to sample."""
-    values = dict(values)
-    for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed"):
-        if getattr(namespace, name) is not None:
-            values[name] = getattr(namespace, name)
-    if namespace.temperature is not None:
-        values["do_sample"] = namespace.temperature > 0
-    return values
+def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Answers of the file --input into the file --output."""
+    from mindspeed_mm.cli._jsonl import Answers, read_requests
+    from mindspeed_mm.cli.main import is_first_rank
+    from mindspeed_mm.data.progress import progress_bar
+
+    requests = read_requests(Path(namespace.input))
+    facts = {
+        "model": str(Path(path).resolve()),
+        "template": namespace.template,
+        "options": options,
+        "dtype": namespace.dtype or config.dtype,
+        "tokenizer": namespace.tokenizer,
+        "image_processor": namespace.image_processor,
+    }
+    answers = Answers(Path(namespace.output), facts, writes=is_first_rank())
+    waiting = {
+        name: line
+        for name, line in requests.items()
+        if isinstance(line, DataError) or answers.done.get(name, {}).get("prompt") != line.prompt
+    }
+    if len(waiting) < len(requests):
+        logger.info("%d of %d requests are answered already", len(requests) - len(waiting), len(requests))
+    resumed = len(requests) - len(waiting)
+    with answers.open(list(requests)), progress_bar("answers", len(waiting)) as advance:
+        if waiting:
+            engine = _engine(namespace, config, path)
+            for record in _records(engine, waiting, options, Path(namespace.input).parent):
+                answers.append(record)
+                advance(1)
+    failed = [name for name in waiting if "error" in answers.done[name]]
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(requests)} requests failed; their lines in {namespace.output} say why "
+            f"(first: {answers.done[failed[0]]['error']}). Correct them and run the same command again"
+        )
+    return {"output": namespace.output, "requests": len(requests), "resumed": resumed}
 
 
-def _model_path(namespace: argparse.Namespace) -> str:
-    given = [path for path in (namespace.load, namespace.model, namespace.mm_model) if path]
-    if not given:
-        raise ConfigError("nothing to load: give --model PATH, --load CHECKPOINT or --mm-model JSON")
-    return given[0]
+def _records(engine, waiting: dict[str, Any], options: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+    """One record a request, as they end."""
+    from mindspeed_mm.generation.engine import GenerationRequest
+    from mindspeed_mm.generation.pictures import refuse_url
 
+    ended: list[dict[str, Any]] = []
 
-def _pairs(config) -> list[tuple[str, str | None]]:
-    try:
-        return config.pairs
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    def note(handle) -> None:
+        result = handle.result
+        if result.error is not None:
+            ended.append({"id": handle.id, "error": result.error})
+            return
+        record = {"id": handle.id, "prompt": waiting[handle.id].prompt, "answer": result.text}
+        if len(result.sequences) > 1:
+            record["answers"] = [sequence.text for sequence in result.sequences]
+        first = result.sequences[0]
+        record |= {"finish_reason": first.finish_reason, "tokens": len(first.token_ids)}
+        if first.logprobs:
+            record["logprobs"] = [round(value, 6) for value in first.logprobs]
+        ended.append(record)
 
-
-def _load(path: str):
-    from mindspeed_mm.data.image import load_image
-
-    return load_image(path)
+    for name, line in waiting.items():
+        if isinstance(line, DataError):
+            ended.append({"id": name, "error": str(line)})
+            continue
+        try:
+            for image in line.image:
+                refuse_url(image)
+        except DataError as error:
+            ended.append({"id": name, "error": str(error)})
+            continue
+        images = tuple(str(folder / image) for image in line.image)
+        request = GenerationRequest(name, turns=((line.prompt, None),), images=images, system=line.system)
+        engine.submit(request, options | line.options, on_end=note)
+    while engine.busy or ended:
+        yield from ended
+        ended.clear()
+        engine.step()
 
 
 def _device(name: str | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pydantic
 
 from mindspeed_mm.config.load import StrictModel
+from mindspeed_mm.constants import IMAGE_TOKEN
 
 
 class TokenizerBlock(StrictModel):
@@ -19,8 +20,9 @@ class TokenizerBlock(StrictModel):
     trust_remote_code: Literal[False] = False
 
 
-class InferenceConfig(StrictModel):
-    """Keys beside the model blocks. Only what differs from the defaults must be given."""
+class InferenceFile(StrictModel):
+    """Keys beside the model blocks. Only what differs from the defaults must be given. The requests come from a file of
+    their own; prompts and pictures given here are not asked."""
 
     pipeline_class: Literal["LlavaPipeline"] = "LlavaPipeline"
     tokenizer: TokenizerBlock | None = None
@@ -28,12 +30,19 @@ class InferenceConfig(StrictModel):
     image_processer_path: str | None = None
     """Default: the preprocessor_config.json that comes with the weights."""
     image_path: str | list[str] | None = None
-    """One picture, or one a prompt; a single picture with several prompts is asked about by each."""
-    prompts: str | list[str]
+    """One picture, or one a prompt; a single picture with several prompts is asked about by each, a single prompt with
+    several `<image>` may take several pictures."""
+    prompts: str | list[str] | None = None
     generation_config: dict[str, Any] = {}
     dtype: Literal["fp32", "float32", "fp16", "float16", "half", "bf16", "bfloat16"] | None = None
     device: str | None = None
     """"npu", "cuda" or "cpu", an index behind a colon is left to the launcher; --device wins."""
+
+
+class InferenceConfig(InferenceFile):
+    """The same with the prompts to answer."""
+
+    prompts: str | list[str]
 
     @pydantic.field_validator("prompts")
     @classmethod
@@ -43,11 +52,19 @@ class InferenceConfig(StrictModel):
         return value
 
     @property
-    def pairs(self) -> list[tuple[str, str | None]]:
-        """(prompt, picture or None). Raises ValueError when the two lists do not fit."""
+    def questions(self) -> list[tuple[str, tuple[str, ...]]]:
+        """(prompt, its pictures). One prompt with as many `<image>` as there are pictures takes them all; else pictures
+        and prompts go together one by one, or one of either with all of the other.
+
+        Raises:
+            ValueError: the two lists do not fit.
+        """
         prompts = [self.prompts] if isinstance(self.prompts, str) else self.prompts
         if self.image_path is None or isinstance(self.image_path, str):
-            return [(prompt, self.image_path) for prompt in prompts]
+            pictures = () if self.image_path is None else (self.image_path,)
+            return [(prompt, pictures) for prompt in prompts]
+        if len(prompts) == 1 and len(self.image_path) > 1 and prompts[0].count(IMAGE_TOKEN) == len(self.image_path):
+            return [(prompts[0], tuple(self.image_path))]
         if len(prompts) == 1:
             prompts = prompts * len(self.image_path)
         if len(prompts) != len(self.image_path):
@@ -55,4 +72,4 @@ class InferenceConfig(StrictModel):
                 f"image_path has {len(self.image_path)} pictures for {len(prompts)} prompts: "
                 "give one each, or one for all"
             )
-        return list(zip(prompts, self.image_path, strict=True))
+        return [(prompt, (path,)) for prompt, path in zip(prompts, self.image_path, strict=True)]

@@ -31,7 +31,7 @@ def test_unknown_dtype(golden):
 
 
 def test_parallel_sizes_need_as_many_processes(golden):
-    with pytest.raises(ConfigError, match="tensor-parallel size 2 and pipeline-parallel size 1 need 2 processes, found 1"):
+    with pytest.raises(ConfigError, match="size 2 and pipeline-parallel size 1 need 2 processes, found 1"):
         mm.load(golden / "models" / "llava_hf", device="cpu", tensor_model_parallel_size=2)
 
 

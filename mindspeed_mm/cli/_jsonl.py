@@ -1,0 +1,137 @@
+"""Requests from a JSONL file, answers into another one, line by line, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import pydantic
+
+from mindspeed_mm.config.load import StrictModel, load_config, read_json
+from mindspeed_mm.errors import ConfigError, DataError
+
+MAX_BYTES = 2**30
+"""A larger file of requests is refused: all of it is held in memory."""
+
+
+class Line(StrictModel):
+    """One request. `image` is a path (relative ones start at the file's folder) or several."""
+
+    id: str | int | None = None
+    """Default: the number of the line, from 1."""
+    prompt: str
+    image: str | list[str] = []
+    system: str | None = None
+    options: dict[str, Any] = {}
+    """Generation options of this request, on top of the command's."""
+
+    @pydantic.field_validator("image")
+    @classmethod
+    def _as_list(cls, value: str | list[str]) -> list[str]:
+        return [value] if isinstance(value, str) else value
+
+
+def read_requests(path: Path) -> dict[str, Line | DataError]:
+    """The requests of a file by id, in order; a line that is none stands as its error, under the line's number.
+
+    Raises:
+        DataError: the file cannot be read, is too large, is not UTF-8, has no line, or has an id twice.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise DataError(f"{path} is larger than {MAX_BYTES} bytes: split it")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; expected a JSONL file there") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    requests: dict[str, Line | DataError] = {}
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        line = _line(text, f"{path}, line {number}")
+        name = str(number if isinstance(line, DataError) or line.id is None else line.id)
+        if name in requests:
+            raise DataError(f"{path}, line {number}: the id {name} is there twice; give every request its own")
+        requests[name] = line
+    if not requests:
+        raise DataError(f'{path} holds no request; expected lines such as {{"image": "view.jpg", "prompt": "What?"}}')
+    return requests
+
+
+def _line(text: str, where: str) -> Line | DataError:
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return DataError(f"{where} is not JSON ({error}); correct it")
+    if not isinstance(data, dict):
+        return DataError(f'{where} is no JSON object; expected {{"prompt": ..., "image": ...}}')
+    try:
+        return load_config(Line, data, what="request", context=where)
+    except ConfigError as error:
+        return DataError(str(error))
+
+
+class Answers:
+    """The file of answers. Beside it, <name>.run.json says what they depend on: answers of another model, template or
+    other options are never mixed in."""
+
+    def __init__(self, path: Path, facts: Mapping[str, Any], *, writes: bool) -> None:
+        self._path, self._writes = path, writes
+        self._facts_path = path.with_name(path.name + ".run.json")
+        self._facts = json.loads(json.dumps(facts))
+        self.done = self._read()
+        self._file: TextIO | None = None
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """Answers of earlier runs by id, failed ones left out (they are tried again)."""
+        if not self._path.exists():
+            return {}
+        found = read_json(self._facts_path) if self._facts_path.exists() else None
+        if found != self._facts:
+            raise ConfigError(
+                f"{self._path} holds answers of another model, template or other options: choose another --output, or "
+                "delete it"
+            )
+        done = {}
+        for number, line in enumerate(self._path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                record = json.loads(line)
+                if "error" not in record:
+                    done[record["id"]] = record
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{self._path}, line {number} is no answer ({error}); delete that line") from error
+        return done
+
+    @contextmanager
+    def open(self, order: list[str]) -> Iterator[None]:
+        """Append answers inside; at the end they stand in the order of the ids `order`."""
+        if not self._writes:
+            yield
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._replace(self._facts_path, json.dumps(self._facts, indent=2) + "\n")
+        self._rewrite(list(self.done.values()))
+        with self._path.open("a", encoding="utf-8") as self._file:
+            yield
+        self._rewrite([self.done[name] for name in order if name in self.done])
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one answer and hand it to the operating system at once."""
+        self.done[record["id"]] = record
+        if self._file is not None:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()
+
+    def _rewrite(self, records: list[dict[str, Any]]) -> None:
+        self._replace(self._path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        beside = path.with_name(path.name + ".tmp")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)

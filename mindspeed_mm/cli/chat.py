@@ -1,0 +1,216 @@
+"""`mindspeed-mm chat`: a conversation about pictures in the terminal, or over a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from mindspeed_mm.cli._loading import add_model_arguments, add_option_arguments, given_options, load_model, model_path
+from mindspeed_mm.errors import ConfigError, DataError
+
+HELP = "talk about pictures in the terminal; reads questions from a pipe as well"
+EXAMPLE = "mindspeed-mm chat --model llava-1.5-7b-hf --image view.jpg"
+
+COMMANDS = """/image FILE ...   show pictures with the next question (or drop files into the terminal)
+/system TEXT      start anew with this system text; without a text: the template's own
+/reset            forget the conversation and its pictures
+/save FILE        write the conversation as a LLaVA record
+/help             this list
+/exit             leave (as Ctrl-D does); Ctrl-C ends an answer"""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+WORD = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|((?:\\.|[^\s'"\\])+))(?=\s|$)""")
+"""A word as a terminal pastes a dropped file: in quotes, or with backslashes before spaces."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="picture to begin with; repeatable"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system text in place of the template's")
+    add_option_arguments(parser)
+
+
+def run(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Talk until the input ends. Answers go to stdout, everything else to stderr."""
+    from mindspeed_mm.generation.options import generation_options
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("chat runs in one process: start it without torchrun, or use infer for several")
+    options = generation_options(given_options(namespace, {}))
+    if options.num_beams > 1 or options.num_return_sequences > 1:
+        raise ConfigError("chat gives one answer as it is written: leave num_beams and num_return_sequences at 1")
+    path = model_path(namespace)
+    vlm = load_model(namespace, path, device=None, dtype=None, tokenizer=None, image_processor=None)
+    from mindspeed_mm.generation.chat import ChatSession
+
+    session = ChatSession(vlm.engine(namespace.template, batch_size=1), options)
+    if namespace.system is not None:
+        session.set_system(namespace.system)
+    terminal = Terminal(session)
+    for image in namespace.image:
+        terminal.show(image)
+    return terminal.run()
+
+
+class Terminal:
+    """Lines in, answers out, around a ChatSession."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._interactive = sys.stdin.isatty()
+        self._failed: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """Read lines until the end. Over a pipe, raises DataError at the end where a line has failed."""
+        if self._interactive:
+            self._tell("Ask about your pictures; /help lists the commands.")
+        for line in self._lines():
+            if line in ("/exit", "/quit"):
+                break
+            try:
+                self._take(line)
+            except (DataError, ConfigError, OSError) as error:
+                self._tell(f"error: {error}")
+                self._failed.append(str(error))
+        if self._failed and not self._interactive:
+            raise DataError(f"{len(self._failed)} of the lines failed; the first: {self._failed[0]}")
+        return {"turns": len(self._session.turns), "conversation": self._session.as_record()}
+
+    def _lines(self) -> Iterator[str]:
+        if not self._interactive:
+            yield from (line.strip() for line in sys.stdin if line.strip())
+            return
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  gives input() its history and arrow keys, where the system has it
+        while True:
+            try:
+                line = input("USER: ").strip()
+            except EOFError:
+                self._tell("")
+                return
+            if line:
+                yield line
+
+    def _take(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        command: Callable[[str], None] | None = self._commands().get(name)
+        if command is not None:
+            command(rest.strip())
+            return
+        files, question = dropped_files(line)
+        for file in files:
+            self.show(file)
+        if not files and re.fullmatch(r"/[a-z]+", name):
+            raise ConfigError(f"{name} is no command; /help lists them")
+        if question:
+            self._answer(question)
+
+    def _commands(self) -> dict[str, Callable[[str], None]]:
+        return {
+            "/help": lambda rest: self._tell(COMMANDS),
+            "/image": self._images,
+            "/reset": lambda rest: self._session.reset(),
+            "/system": lambda rest: self._session.set_system(rest or None),
+            "/save": self._save,
+        }
+
+    def _images(self, rest: str) -> None:
+        files = words(rest) or []
+        if not files:
+            raise ConfigError("/image needs a file: /image view.jpg")
+        # A path with spaces that nobody quoted
+        for file in [rest] if Path(rest).is_file() else files:
+            self.show(file)
+
+    def show(self, path: str) -> None:
+        """Load a picture and show it with the next question. Raises ImageError for one that cannot be used."""
+        from mindspeed_mm.data.image import load_image
+        from mindspeed_mm.generation.pictures import refuse_url
+
+        refuse_url(path)
+        path = local_path(path)
+        self._session.add_image(path, load_image(path))
+        self._tell(f"[picture {len(self._session.images)}: {path}]")
+
+    def _answer(self, question: str) -> None:
+        pieces = self._session.ask(question)
+        if self._interactive:
+            sys.stdout.write("ASSISTANT: ")
+        try:
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            sys.stdout.write(" [ended]\n")
+        finally:
+            pieces.close()
+            sys.stdout.flush()
+
+    def _save(self, rest: str) -> None:
+        files = words(rest) or []
+        if len(files) != 1:
+            raise ConfigError("/save needs one file: /save chat.json")
+        with open(local_path(files[0]), "x", encoding="utf-8") as file:
+            json.dump([self._session.as_record()], file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        self._tell(f"[saved {files[0]}]")
+
+    @staticmethod
+    def _tell(text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def words(text: str) -> list[str] | None:
+    """The words of a line, quotes and backslashes taken off; None where a quote stays open."""
+    found, position = [], 0
+    text = text.strip()
+    while position < len(text):
+        match = WORD.match(text, position)
+        if match is None:
+            return None
+        found.append(_unquoted(match))
+        position = match.end()
+    return found
+
+
+def dropped_files(line: str) -> tuple[list[str], str]:
+    """(picture files at the start of a line, the rest of it). A word is a picture file by its suffix and its form: it
+    is quoted, a file:// address, has a folder in it, or is there."""
+    files, position = [], 0
+    while match := WORD.match(line, position):
+        word = _unquoted(match)
+        quoted = match.group(3) is None
+        if not word.lower().endswith(SUFFIXES):
+            break
+        if not (quoted or "/" in word or os.path.isfile(word)):
+            break
+        files.append(word)
+        position = match.end()
+    return files, line[position:].strip()
+
+
+def _unquoted(match: re.Match[str]) -> str:
+    single, double, bare = match.groups()
+    return re.sub(r"\\(.)", r"\1", bare) if bare is not None else single if single is not None else double
+
+
+def local_path(path: str) -> str:
+    """A path as the system takes it: file:// addresses and ~ resolved."""
+    if path.startswith("file://"):
+        path = unquote(urlsplit(path).path)
+    return os.path.expanduser(path)

@@ -1,0 +1,74 @@
+"""A conversation about pictures, turn by turn. No terminal and no files here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from PIL import Image
+
+from mindspeed_mm.constants import IMAGE_TOKEN
+from mindspeed_mm.errors import TemplateError
+from mindspeed_mm.generation.engine import GenerationEngine, GenerationRequest, GenerationResult
+from mindspeed_mm.generation.options import GenerationOptions
+
+
+class ChatSession:
+    """Keeps the turns. Each question is asked with the whole conversation before it, in the training template."""
+
+    def __init__(self, engine: GenerationEngine, options: GenerationOptions | Mapping[str, Any]) -> None:
+        self._engine, self._options = engine, options
+        self.system: str | None = None
+        self.turns: list[tuple[str, str]] = []
+        """(question, answer) pairs; a picture stands as IMAGE_TOKEN in front of the question it came with."""
+        self.images: list[tuple[str, Image.Image]] = []
+        """(name, picture) of the whole conversation in reading order."""
+        self.result: GenerationResult | None = None
+        self._pending = 0
+
+    def add_image(self, name: str, image: Image.Image) -> None:
+        """Show a picture with the next question."""
+        self.images.append((name, image))
+        self._pending += 1
+
+    def reset(self) -> None:
+        """Forget turns and pictures; the system text stays."""
+        self.turns, self.images, self._pending = [], [], 0
+
+    def set_system(self, text: str | None) -> None:
+        """Start anew with a system text (None: the template's). Raises TemplateError where there is no place for it."""
+        if text is not None and self._engine.template.with_system is None:
+            raise TemplateError("this template has no place for a system text; choose another one with --template")
+        self.system = text
+        self.reset()
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Pieces of the answer. The turn is kept once the answer is complete, or as far as it came when the iterator is
+        closed early; a question that fails (DataError, ConfigError) leaves the conversation as it was."""
+        asked = f"{IMAGE_TOKEN}\n" * self._pending + question
+        request = GenerationRequest(
+            "chat",
+            turns=(*self.turns, (asked, None)),
+            images=tuple(image for _, image in self.images),
+            system=self.system,
+        )
+        handle = self._engine.submit(request, self._options)
+        try:
+            yield from handle
+        finally:
+            handle.cancel()
+            while handle.result is None:
+                self._engine.step()
+            self.result = handle.result
+            if handle.error is None:
+                self.turns.append((asked, handle.result.text))
+                self._pending = 0
+
+    def as_record(self) -> dict[str, Any]:
+        """The conversation as a LLaVA record."""
+        conversations = [{"from": "system", "value": self.system}] if self.system is not None else []
+        for question, answer in self.turns:
+            conversations += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        images = [name for name, _ in self.images[: len(self.images) - self._pending]]
+        record: dict[str, Any] = {"id": "chat", "conversations": conversations}
+        return record | ({"image": images[0] if len(images) == 1 else images} if images else {})

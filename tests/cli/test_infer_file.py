@@ -1,0 +1,120 @@
+"""`mindspeed-mm infer` with a file of requests: answers, errors of single lines, resuming."""
+
+import json
+
+import pytest
+
+from mindspeed_mm.cli.main import main
+
+
+@pytest.fixture
+def command(golden, tmp_path):
+    def run(*flags, lines=None, output="answers.jsonl"):
+        source = tmp_path / "requests.jsonl"
+        if lines is not None:
+            source.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+        model = ["--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--max-new-tokens", "3"]
+        return main(["infer", *model, "--input", str(source), "--output", str(tmp_path / output), *flags])
+
+    return run
+
+
+def answers(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+
+
+def test_answers_stand_in_order_and_bad_lines_fail_alone(golden, command, tmp_path, capsys):
+    picture = str(golden / "images" / "src" / "gray.png")
+    (tmp_path / "bad.png").write_text("x")
+    lines = [
+        {"id": "long", "prompt": "word " * 30, "image": picture},
+        {"prompt": "Hi", "image": "bad.png"},
+        "{not json}\n",
+        {"prompt": "Hi", "image": "https://example.org/a.png"},
+        {"prompt": "Hi", "options": {"temperature": -1}},
+        {"prompt": ""},
+        {"prompt": "<image> and <image>", "image": picture},
+        {"prompt": "Hi", "extra": 1},
+        {"id": 9, "prompt": "Hi", "system": "Be brief.", "options": {"max_new_tokens": 2, "num_beams": 2}},
+    ]
+    assert command(lines=lines) == 1
+    assert "7 of 9 requests failed" in capsys.readouterr().err
+    found = answers(tmp_path)
+    assert [record["id"] for record in found] == ["long", *map(str, range(2, 10))]
+    errors = [record.get("error") for record in found]
+    assert errors[0] is errors[8] is None and found[8]["tokens"] == 2 and found[0]["finish_reason"] == "length"
+    for error, part in zip(
+        errors[1:8],
+        (
+            "cannot be decoded",
+            "line 3 is not JSON",
+            "is an address",
+            "temperature",
+            "is empty",
+            "found 1 images and 2",
+            "extra",
+        ),
+        strict=True,
+    ):
+        assert part in error
+
+
+def test_interrupted_run_goes_on(command, tmp_path, capsys):
+    lines = [{"prompt": "Hi"}, {"prompt": "word"}, {"prompt": "What?"}]
+    assert command("--json", lines=lines) == 0
+    first = answers(tmp_path)
+    file = tmp_path / "answers.jsonl"
+    kept = file.read_text().splitlines()[0] + "\n" + '{"id": "2", "prom'  # killed while it wrote
+    file.write_text(kept)
+    assert command("--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["resumed"] == 1
+    assert answers(tmp_path) == first
+    assert command("--temperature", "1") == 1
+    assert "holds answers of another model, template or other options" in capsys.readouterr().err
+    file.write_text("[]\n")
+    assert command() == 1
+    assert "line 1 is no answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "holds no request"),
+        ([{"id": 1, "prompt": "a"}, {"prompt": "b", "id": "1"}], "line 2: the id 1 is there twice"),
+    ],
+)
+def test_unusable_files(command, lines, message, capsys):
+    assert command(lines=lines) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_unreadable_files(command, tmp_path, capsys):
+    assert command() == 1
+    assert "cannot read" in capsys.readouterr().err
+    (tmp_path / "requests.jsonl").write_bytes(b"\xff\xfe")
+    assert command() == 1
+    assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_flags_that_do_not_fit(command, golden, capsys):
+    assert main(["infer", "--model", "x", "--input", "a"]) == 1
+    assert "--input and --output go together" in capsys.readouterr().err
+    assert command("--batch-size", "0", lines=[{"prompt": "a"}]) == 1
+    assert "--batch-size is 0; expected at least 1" in capsys.readouterr().err
+    assert command("--option", "num_beams", lines=[{"prompt": "a"}]) == 1
+    assert "expected NAME=VALUE" in capsys.readouterr().err
+
+
+def test_one_bad_prompt_among_several(golden, capsys, tmp_path):
+    line = ["infer", "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--max-new-tokens", "2"]
+    line += ["--image", str(golden / "images" / "src" / "gray.png"), "--image", str(tmp_path / "no.png")]
+    assert main([*line, "--prompt", "What?", "--option", "num_return_sequences=2", "--temperature", "1"]) == 1
+    found = capsys.readouterr()
+    assert found.out.count("ASSISTANT:") == 2 and "1 of 2 prompts could not be answered" in found.err
+
+
+def test_several_pictures_for_one_prompt():
+    from mindspeed_mm.config.inference import InferenceConfig
+
+    config = InferenceConfig(prompts="<image> or <image>?", image_path=["a.png", "b.png"])
+    assert config.questions == [("<image> or <image>?", ("a.png", "b.png"))]
