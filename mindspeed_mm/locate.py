@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
+from checkpoint_converters.configs import image_processor_config
 from mindspeed_mm.config.load import read_json
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.models.spec import MODEL_KEYS, ModelSpec, load_model_spec
 from mindspeed_mm.weights.sources import Source, open_source
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -102,19 +106,24 @@ def _llava_hf(path: Path, source: Source, sources: dict[str, Source]) -> Located
 
 def _llava(path: Path, source: Source, sources: dict[str, Source]) -> Located:
     config = _config(path, source)
-    tower = source.part("vision_encoder")
-    if tower.config is None:
-        raise WeightError(
-            f"{path}: the config of the vision tower {config.get('mm_vision_tower')!r} is not there; put the tower's "
-            "folder at that path (relative to this folder)"
-        )
+    tower = config.get("mm_vision_tower")
+    if source.part("vision_encoder").config is None:
+        if str(tower).startswith((".", "/")):
+            raise WeightError(
+                f"{path}: the config of the vision tower {tower!r} is not there; put the tower's folder at that path "
+                "(relative to this folder)"
+            )
+        # A name of the hub, whose towers are CLIP releases: shapes show all but the heads.
+        logger.info("%s: no config of the tower %r is here; its heads are taken as its width / 64", path, tower)
+    spec = describe_model(source)
     folder = path / str(config.get("mm_vision_tower"))
+    processor = _holding(folder, PROCESSOR_FILES) or _holding(path, PROCESSOR_FILES)
     return Located(
         path,
-        describe_model(source),
+        spec,
         sources,
         tokenizer=_holding(path, TOKENIZER_FILES),
-        image_processor=_holding(folder, PROCESSOR_FILES) or _holding(path, PROCESSOR_FILES),
+        image_processor=processor or image_processor_config(spec.vision_encoder),
         pad=config.get("image_aspect_ratio", "square") == "pad",
     )
 

@@ -47,6 +47,11 @@ class PartSource:
     assumed: tuple[str, ...] = ()
 
     @property
+    def files(self) -> TensorFile:
+        """The file or files that hold the tensors, which may hold other parts too."""
+        return self._files
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All names, also of tensors that are not used."""
         return tuple(self._stored)
