@@ -4,6 +4,8 @@ import json
 import os
 import stat
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,7 +129,7 @@ def test_launcher(tmp_path):
     assert told.endswith(expected)
 
 
-def evaluate_on_this_rank(model, table, out):
+def evaluate_on_this_rank(model, table, out, batch_size):
     """Runs on every rank of a pool."""
     from evaluation.model_engine import ModelEngine
     from evaluation.ranks import connect
@@ -137,17 +139,50 @@ def evaluate_on_this_rank(model, table, out):
         patch.setenv("WORLD_SIZE", str(torch.distributed.get_world_size()))  # as torchrun does
         communicator = connect("cpu")
     engine = ModelEngine(mm.load(model, device="cpu"), GenerationOptions(max_new_tokens=3))
-    result = run("toy", table, engine, out, model="m", batch_size=2, communicator=communicator, progress=False)
+    result = run("toy", table, engine, out, model="m", batch_size=batch_size, communicator=communicator, progress=False)
     return result.predictions
 
 
-def test_ranks_of_torch_distributed(golden, table_path, tmp_path, ranks):
+def test_files_are_equal_at_any_number_of_ranks_and_batch_size(golden, tmp_path, ranks):
+    table = write_table(tmp_path / "t.tsv", choice_rows(11))
     model = golden / "models" / "llava_hf"
-    answers = ranks(2).run(evaluate_on_this_rank, model, table_path, tmp_path / "two")
-    assert answers[0] == answers[1] and len(answers[0]) == 6
-    assert len(list((tmp_path / "two" / "m_toy.journal").iterdir())) == 2
-    assert main(command(golden, table_path, tmp_path / "one", "--evaluation-model", "m")) == 0
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    flags = ("--evaluation-model", "m", "--batch-size")
+    assert main(command(golden, table, tmp_path / "1-1", *flags, "1")) == 0
+    assert main(command(golden, table, tmp_path / "1-16", *flags, "16")) == 0
+    expected = files(tmp_path / "1-1")
+    assert len(expected) == 4 and files(tmp_path / "1-16") == expected
+    for count, batch_size in ((2, 1), (2, 16), (3, 1), (3, 16)):
+        out = tmp_path / f"{count}-{batch_size}"
+        answers = ranks(count).run(evaluate_on_this_rank, model, table, out, batch_size)
+        assert all(own == answers[0] for own in answers) and len(answers[0]) == 11
+        assert len(list((out / "m_toy.journal").iterdir())) == count
+        assert files(out) == expected
+
+
+def kill_when_answered(line, journal, lines):
+    """Start the command and kill it (SIGKILL) when its journal holds `lines` answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mindspeed_mm", *line], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        written = sum(path.read_bytes().count(b"\n") - 1 for path in journal.glob("*.jsonl"))
+        if written >= lines:
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+
+
+def test_a_run_killed_twice_gives_the_same_files(golden, tmp_path, capsys):
+    table = write_table(tmp_path / "t.tsv", choice_rows(60))
+    line = command(golden, table, tmp_path / "killed", "--json")
+    for lines in (5, 25):
+        kill_when_answered(line, tmp_path / "killed" / "llava_hf_toy.journal", lines)
+    assert main(line) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["resumed"] >= 25
+    assert main(command(golden, table, tmp_path / "whole", "--batch-size", "16")) == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
 def test_digest_tells_weights_apart_and_not_their_layout(golden):
