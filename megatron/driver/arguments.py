@@ -55,6 +55,7 @@ class DriverArguments:
         str, "nccl", "parallel", "nccl stands for the device's own", ("nccl", "hccl", "gloo")
     )
     distributed_timeout_minutes: float = _flag(float, 10.0, "parallel", "a silent rank is given up after this")
+    preflight_timeout_seconds: float = _flag(float, 60.0, "parallel", "how long ranks wait for each other at the start")
 
     seq_length: int | None = _flag(int, None, "model", "tokens per sample after image expansion; longer ones are cut")
     num_layers: int | None = _flag(int, None, "model", "layers of the text decoder")
@@ -125,7 +126,9 @@ class DriverArguments:
     exit_interval: int | None = _flag(int, None, "run", "save and stop at a step divisible by this")
     log_interval: int = _flag(int, 100, "run", "steps between log lines")
     tensorboard_dir: str | None = _flag(str, None, "run", "folder for TensorBoard curves")
-    eval_interval: int | None = _flag(int, None, "run", "steps between losses on the validation set, where there is one")
+    eval_interval: int | None = _flag(
+        int, None, "run", "steps between losses on the validation set, where there is one"
+    )
     eval_iters: int | None = _flag(int, None, "run", "global batches of a validation; at most, and by default, the set")
 
     log_throughput: bool = _switch("kept", "throughput is always logged")
@@ -258,6 +261,7 @@ _AT_LEAST_ZERO = (
 )
 _ABOVE_ZERO = (
     "save_interval_minutes",
+    "preflight_timeout_seconds",
     "adam_eps",
     "distributed_timeout_minutes",
     "loss_scale",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-import socket
 
 import torch
 from megatron.core import parallel_state
@@ -15,7 +14,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron.driver import locks
+from megatron.driver import locks, preflight, watch
 from megatron.driver.arguments import DriverArguments
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
@@ -29,11 +28,12 @@ STAGE_SEED_STEP = 100
 def initialize(args: DriverArguments, platform: Platform) -> None:
     """Bring up everything that is global to a process. Call `shutdown` at the end.
 
-    Under torchrun its environment is used; without torchrun a process group of one is made on a free port.
-    A process group that exists already (tests) is kept.
+    Under torchrun its environment is used, and ranks that get lost are noticed; without torchrun a process group of
+    one is made. A process group that exists already (tests) is kept.
 
     Raises:
         ConfigError: --distributed-backend is not the platform's, or the world size is not the one that `args` holds.
+        TrainingError: the preflight failed: names the ranks that did not come, or what stands between those that did.
     """
     if args.distributed_backend not in ("nccl", platform.backend):
         raise ConfigError(
@@ -63,6 +63,8 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
     platform.seed(seed)
     model_parallel_cuda_manual_seed(seed)
     _configure_log()
+    with watch.naming_lost_ranks():
+        preflight.try_collective(args, platform)
     for note in args.notes() if is_rank_0() else ():
         logger.info(note)
 
@@ -76,19 +78,23 @@ def _configure_log() -> None:
 
 
 def _init_process_group(args: DriverArguments, platform: Platform) -> None:
-    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend=platform.backend, timeout=timeout)
+    """Make the process group, and begin to watch the other ranks, if there are any."""
+    options = {"backend": platform.backend, "timeout": datetime.timedelta(minutes=args.distributed_timeout_minutes)}
+    if "RANK" not in os.environ:
+        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **options)
         return
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    store = torch.distributed.TCPStore("localhost", port, world_size=1, is_master=True)
-    torch.distributed.init_process_group(backend=platform.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    store = preflight.open_store(args)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    preflight.sign_in(store, rank, ranks, args.preflight_timeout_seconds)
+    if ranks > 1:
+        watch.start(preflight.open_store(args), rank, ranks, args.distributed_timeout_minutes)
+    with watch.naming_lost_ranks():
+        torch.distributed.init_process_group(store=store, rank=rank, world_size=ranks, **options)
 
 
 def shutdown() -> None:
     """Undo `initialize`. Harmless when nothing was initialised."""
+    watch.stop()
     locks.release_all()
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()

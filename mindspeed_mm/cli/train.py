@@ -34,14 +34,15 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.platform import get_platform
 
     platform = get_platform(namespace.device)
-    from megatron.driver import arguments, initialize
+    from megatron.driver import arguments, initialize, watch
     from mindspeed_mm.cli._training import TrainingRun
 
     args = arguments.from_namespace(namespace)
     training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data, namespace.mm_tool)
-    initialize.initialize(args, platform)
     try:
-        return training.run()
+        initialize.initialize(args, platform)
+        with watch.naming_lost_ranks():
+            return training.run()
     finally:
         initialize.shutdown()
 

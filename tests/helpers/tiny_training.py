@@ -194,8 +194,15 @@ def main() -> None:
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
+    from megatron.driver.initialize import shutdown
+    from megatron.driver.watch import naming_lost_ranks
+
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    run(arguments(*flags, train_iters=int(steps), world_size=world_size), step=slow_step)
+    try:
+        with naming_lost_ranks():
+            run(arguments(*flags, train_iters=int(steps), world_size=world_size), step=slow_step)
+    finally:
+        shutdown()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,172 @@
+"""Notices ranks that are lost, and says which.
+
+Every rank counts up a number of its own in torch's key-value store. Rank 0 watches all numbers and writes down whose
+stands still; the others watch rank 0's number and that note. Only differences of a clock that cannot be set are used. A
+rank that learns of a loss while it waits in a collective ends its process: nothing else gets it out of there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+from torch.distributed import Store
+
+from mindspeed_mm.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 30.0
+"""Seconds without a sign of life after which a rank is lost (or the collective timeout, where that is shorter)."""
+
+BEATS = 6
+"""Signs of life in that time."""
+
+EXIT_CODE = 70
+"""EX_SOFTWARE of sysexits.h."""
+
+_watch: Watch | None = None
+
+
+class Watch(threading.Thread):
+    """Beats and watches until `finish`."""
+
+    def __init__(self, store: Store, rank: int, ranks: int, patience: float) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._store, self.rank, self._ranks, self._patience = store, rank, ranks, patience
+        self._done = threading.Event()
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._leaving = False
+        self.lost: str | None = None
+        """What has happened to other ranks, once it is known."""
+
+    def run(self) -> None:
+        """See Thread."""
+        number, noticed = 0, None
+        while not self._done.wait(self._patience / BEATS):
+            number += 1
+            try:
+                self._store.set(f"alive/{self.rank}", str(number))
+                self.lost = self.lost or (self._watch_all() if self.rank == 0 else self._watch_first())
+            except RuntimeError as error:  # the store has gone, and with it whoever kept it
+                self.lost = self.lost or f"rank 0 or its host is lost: {str(error).splitlines()[0][:200]}"
+            if self.lost and noticed is None:
+                noticed = time.monotonic()
+            # An orderly end of the main thread comes first, where a collective lets it.
+            if noticed is not None and time.monotonic() - noticed > self._patience and not self._leaving:
+                logger.error("%s. This rank stops; start again to resume from the last checkpoint", self.lost)
+                os._exit(EXIT_CODE)
+
+    def _stands_still(self, rank: int) -> bool:
+        """Whether a rank's number has not changed for as long as patience lasts."""
+        key = f"alive/{rank}"
+        value = self._store.get(key) if self._store.check([key]) else b""
+        now = time.monotonic()
+        before, since = self._seen.get(rank, (None, now))
+        if value != before:
+            since = now
+        self._seen[rank] = value, since
+        return value != b"done" and now - since > self._patience
+
+    def _watch_all(self) -> str | None:
+        still = [rank for rank in range(1, self._ranks) if self._stands_still(rank)]
+        failed = [rank for rank in range(1, self._ranks) if self._store.check([f"failed/{rank}"])]
+        notes = [f"rank {rank} on {self._host(rank)} stopped: {self._read(f'failed/{rank}')}" for rank in failed]
+        notes += [
+            f"rank {rank} on {self._host(rank)} is lost, it gave no sign of life for {self._patience:g} s"
+            for rank in still
+            if rank not in failed
+        ]
+        if not notes:
+            return None
+        self._store.set("lost", "; ".join(notes[:8]))
+        return "; ".join(notes[:8])
+
+    def _watch_first(self) -> str | None:
+        if self._store.check(["lost"]):
+            return self._read("lost")
+        if self._store.check(["failed/0"]):
+            return f"rank 0 on {self._host(0)} stopped: {self._read('failed/0')}"
+        if self._stands_still(0):
+            return f"rank 0 on {self._host(0)} is lost, it gave no sign of life for {self._patience:g} s"
+        return None
+
+    def _host(self, rank: int) -> str:
+        return self._read(f"here/{rank}")
+
+    def _read(self, key: str) -> str:
+        return self._store.get(key).decode("utf-8", errors="replace") if self._store.check([key]) else "?"
+
+    def wait_for_news(self) -> str | None:
+        """After a failed collective: what the watch finds out within its patience."""
+        self._leaving = True
+        end = time.monotonic() + 1.5 * self._patience
+        while self.lost is None and time.monotonic() < end:
+            time.sleep(0.02)
+        return self.lost
+
+    def finish(self, error: BaseException | None) -> None:
+        """Stop beating, and tell the others that this rank has not been lost."""
+        self._done.set()
+        self.join()
+        with contextlib.suppress(RuntimeError):  # the store may have ended with the rank that kept it
+            if error is not None and self.lost is None:
+                text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self._store.set(f"failed/{self.rank}", text)
+            self._store.set(f"alive/{self.rank}", "done")
+
+
+def start(store: Store, rank: int, ranks: int, timeout_minutes: float) -> None:
+    """Watch the other ranks of this run until `stop`."""
+    global _watch
+    _watch = Watch(store, rank, ranks, min(PATIENCE, 60 * timeout_minutes))
+    _watch.start()
+
+
+def stop() -> None:
+    """End the watch; the exception that is on its way, if any, is told to the other ranks."""
+    global _watch
+    if _watch is not None:
+        _watch.finish(sys.exc_info()[1])
+        _watch = None
+
+
+@contextlib.contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Turn the error that a collective raises when a peer has gone into one that names the peer.
+
+    Raises:
+        TrainingError: names the ranks that were lost or have stopped.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _watch is None or not _is_from_a_collective(error):
+            raise
+        news = _watch.wait_for_news()
+        if news is None:
+            raise
+        raise TrainingError(
+            f"{news}. Rank {_watch.rank} on {socket.gethostname()} stops; start again to resume from the last "
+            "checkpoint"
+        ) from error
+
+
+def _is_from_a_collective(error: BaseException | None) -> bool:
+    """Gloo raises plain RuntimeErrors; a failed save wraps them."""
+    while error is not None:
+        words = str(error).lower()
+        signs = ("gloo", "nccl", "hccl", "connection", "timed out")
+        if isinstance(error, torch.distributed.DistError):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in words for sign in signs):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

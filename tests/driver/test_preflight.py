@@ -1,0 +1,172 @@
+"""The start of a run: who did not come, what the world looks like; and ranks that end with an error of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mindspeed_mm.errors import ConfigError, TrainingError
+from mindspeed_mm.platform import get_platform
+from tests.helpers import tiny_training as tiny
+from tests.helpers.killed_runs import _port as free_port
+
+get_platform("cpu")
+
+from megatron.driver import preflight, watch  # noqa: E402
+from megatron.driver.initialize import initialize, shutdown  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("single_process")
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """The environment of rank 0 of two, the other one never comes."""
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(0))}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    return place
+
+
+def test_a_rank_that_does_not_come_is_named(world):
+    args = tiny.arguments("--preflight-timeout-seconds", "0.3", world_size=2)
+    with pytest.raises(TrainingError, match=r"rank\(s\) 1 of 2 did not start within 0.3 s; hosts that did: "):
+        initialize(args, get_platform("cpu"))
+
+
+def test_nobody_at_the_master_address(world, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    args = tiny.arguments("--preflight-timeout-seconds", "0.5", world_size=2)
+    with pytest.raises(TrainingError, match="rank 1 on .* cannot reach rank 0 at 127.0.0.1:.* Check MASTER_ADDR"):
+        initialize(args, get_platform("cpu"))
+
+
+def test_half_an_environment(world, monkeypatch):
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(ConfigError, match="RANK is set, but MASTER_PORT is not"):
+        initialize(tiny.arguments(world_size=2), get_platform("cpu"))
+
+
+def test_the_store_goes_away():
+    class Gone:
+        def set(self, *_):
+            raise RuntimeError("connection reset")
+
+    with pytest.raises(TrainingError, match="rank 0, which keeps the list of ranks, was lost while rank 3"):
+        preflight.sign_in(Gone(), 3, 4, 1.0)
+
+
+def grid():
+    from megatron.driver import preflight
+    from mindspeed_mm.platform import get_platform
+
+    args = tiny.arguments("--tensor-model-parallel-size", "2", world_size=2, batch=(4, 4))
+    from megatron.driver.initialize import initialize
+
+    initialize(args, get_platform("cpu"))
+    lines = []
+    preflight.try_collective(args, get_platform("cpu"), lines.append)
+    return lines
+
+
+def test_rank_0_shows_the_world(ranks):
+    first, second = ranks(2).run(grid)
+    assert second == []
+    assert first[0].startswith("2 ranks on 1 host(s), backend gloo on cpu: tensor 2 x pipeline 1 x context 1 x data 1;")
+    assert first[0].endswith("GB/s")
+    assert first[2].startswith("  rank    1: tensor 1, pipeline 0, context 0, data 0 on ")
+
+
+class Store(dict):
+    """A store in memory."""
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key]
+
+    def set(self, key, value):
+        self[key] = value.encode()
+
+
+def test_a_rank_that_stands_still_is_found(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    store = Store()
+    first, last = watch.Watch(store, 0, 3, 10.0), watch.Watch(store, 2, 3, 10.0)
+    for rank in range(3):
+        store.set(f"here/{rank}", f"host-{rank}")
+    for step in range(6):
+        store.set("alive/0", str(step))
+        store.set("alive/1", str(step))
+        store.set("alive/2", str(min(step, 2)))
+        assert first._watch_all() is None or step == 5
+        assert last._watch_first() is None or step == 5
+        now[0] += 4.0
+    assert first._watch_all() == "rank 2 on host-2 is lost, it gave no sign of life for 10 s"
+    assert last._watch_first() == first._watch_all()  # rank 0 has told
+    store.pop("lost")
+    now[0] += 4.0
+    store.set("alive/2", "done")
+    store.set("failed/1", "DataError: no picture")
+    assert first._watch_all() == "rank 1 on host-1 stopped: DataError: no picture"
+    store.pop("lost")
+    assert last._watch_first() is None
+    now[0] += 20.0
+    assert last._watch_first() == "rank 0 on host-0 is lost, it gave no sign of life for 10 s"
+    store.set("failed/0", "Interrupt")
+    assert last._watch_first() == "rank 0 on host-0 stopped: Interrupt"
+
+
+def test_errors_that_are_no_losses_stay_as_they_are():
+    with pytest.raises(RuntimeError, match="^a shape$"), watch.naming_lost_ranks():
+        raise RuntimeError("a shape")
+
+
+FAILING = """
+import sys
+from tests.helpers import tiny_training as tiny
+from mindspeed_mm.platform import get_platform
+get_platform("cpu")
+from megatron.driver.initialize import shutdown
+from megatron.driver.watch import naming_lost_ranks
+import os
+
+def step(iterator, model):
+    if os.environ["RANK"] == "1":
+        raise ValueError("the sample is bad")
+    return tiny.forward_step(iterator, model)
+
+try:
+    with naming_lost_ranks():
+        tiny.run(tiny.arguments("--distributed-timeout-minutes", "0.05", world_size=2), step=step)
+finally:
+    shutdown()
+"""
+
+
+def test_the_error_of_one_rank_is_told_by_the_other():
+    port = str(free_port(0))
+    processes = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", FAILING],
+                cwd=Path(__file__).parents[2],
+                env=os.environ | place,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=90)[1] for process in processes]
+    assert "ValueError: the sample is bad" in said[1]
+    assert "stopped: ValueError: the sample is bad. Rank 0 on" in said[0], said[0][-1500:]
+
+
+@pytest.fixture(autouse=True)
+def down():
+    yield
+    shutdown()
