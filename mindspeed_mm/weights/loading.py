@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.layout import shard
+from mindspeed_mm.weights.layout import check_divisible, padded_vocab_size, shard
 from mindspeed_mm.weights.rules import Geometry, RuleSet, Step
 from mindspeed_mm.weights.sources import PartSource, Source, open_source
 
@@ -77,9 +77,8 @@ def load_part(
     with torch.no_grad():
         for name, parameter in local.items():
             step = steps[name] if name in steps else steps[rules.tied[1]]
-            check_step(step, part_source, geometry)
-            full = _full_tensor(step, part_source, geometry, stored)
-            _copy(parameter, name, shard(full, step.rule, tp_rank, tp_size, geometry), step, part_source)
+            value = local_tensor(step, part_source, geometry, tp_rank, tp_size, stored=stored)
+            _copy(parameter, name, value, step, part_source)
     dropped = len(part_source.names) - sum(len(step.sources) for step in steps.values())
     return LoadReport(part.kind, source.layout, str(part_source.path), len(local), len(local), 0, dropped, confirmed)
 
@@ -168,13 +167,41 @@ def _check_targets(
         )
 
 
-def _full_tensor(step: Step, source: PartSource, geometry: Geometry, stored: Geometry) -> Tensor:
-    """Our full tensor of one step. `stored` is the geometry that the source's own grouping of heads was made with."""
-    tensors = [source.get(name) for name in step.sources]
-    full = step.rule.to_ours(tensors, geometry)
-    if stored != geometry:
-        full = step.rule.regroup(full, stored, geometry)
-    return full
+def local_tensor(
+    step: Step,
+    source: PartSource,
+    geometry: Geometry,
+    tp_rank: int,
+    tp_size: int,
+    *,
+    stored: Geometry | None = None,
+) -> Tensor:
+    """The slice of our tensor of one step that a tensor-parallel rank holds, read without the bytes of other ranks.
+
+    `stored` is the geometry that the source's own grouping of heads was made with, if it is another: then the tensor is
+    read whole. Raises WeightError for sources that do not fit together or do not divide over the ranks.
+    """
+    full, rule = check_step(step, source, geometry), step.rule
+    if tp_size == 1 or rule.axis is None or stored not in (None, geometry):
+        tensor = rule.to_ours([source.get(name) for name in step.sources], geometry)
+        tensor = tensor if stored in (None, geometry) else rule.regroup(tensor, stored, geometry)
+        return shard(tensor, rule, tp_rank, tp_size, geometry)
+    check_divisible(full.shape[rule.axis], rule, tp_size, geometry)
+    if rule.padded:
+        rows = padded_vocab_size(full.shape[0], tp_size) // tp_size
+        start, stop = (min(place * rows, full.shape[0]) for place in (tp_rank, tp_rank + 1))
+        real = source.get_slice(step.sources[0], 0, start, stop)
+        return torch.cat([real, real.new_zeros(rows - real.shape[0], *real.shape[1:])])
+    shares = []
+    for name in step.sources:
+        blocks, start, pieces = rule.source_blocks(source.shape(name)[rule.axis], geometry), 0, []
+        for block in blocks:
+            share = block // tp_size
+            begin = start + tp_rank * share
+            pieces.append(source.get_slice(name, rule.axis, begin, begin + share))
+            start += block
+        shares.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=rule.axis))
+    return rule.to_ours(shares, geometry.local(tp_size) if rule.units(geometry) else geometry)
 
 
 def check_step(step: Step, source: PartSource, geometry: Geometry) -> Tensor:

@@ -10,7 +10,7 @@ Letters in shapes: G query groups, R = heads / G query heads per group, D channe
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class Geometry:
     def heads_per_group(self) -> int:
         """Query heads that share one key and value head."""
         return self.num_attention_heads // self.num_query_groups
+
+    def local(self, tp_size: int) -> "Geometry":
+        """The heads and groups that one of `tp_size` tensor-parallel ranks holds (they divide)."""
+        heads, groups = self.num_attention_heads // tp_size, self.num_query_groups // tp_size
+        return replace(self, num_attention_heads=heads, num_query_groups=groups)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,13 @@ class Rule:
         """Number of indivisible units along `axis`, or None where every row is one."""
         return None
 
+    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
+        """Sizes of the blocks along `axis` of a source tensor of `size` that are each split over the ranks.
+
+        What `to_ours` makes of a rank's shares, with the geometry local to a rank, is the rank's slice of our tensor.
+        """
+        return [size]
+
     @property
     def padded(self) -> bool:
         """Whether rows of zeros may follow the real ones, so that the ranks get equal shares."""
@@ -102,6 +114,10 @@ class Own(Rule):
 
     def units(self, geometry: Geometry) -> int | None:
         return self.like.units(geometry)
+
+    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
+        count = self.blocks(geometry)
+        return [size // count] * count
 
     @property
     def padded(self) -> bool:
@@ -158,6 +174,9 @@ class PackedQKV(QKV):
 
     def to_theirs(self, tensor: Tensor, geometry: Geometry) -> list[Tensor]:
         return [torch.cat(super().to_theirs(tensor, geometry))]
+
+    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
+        return [geometry.num_query_groups * count for count in self._rows(geometry)]
 
 
 @dataclass(frozen=True)
