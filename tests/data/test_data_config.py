@@ -117,7 +117,11 @@ def test_the_smallest_maximum_length_counts():
         ("dataset_param.preprocess_parameters.image_processer_type", "x", "no other processing exists"),
         ("dataset_param.preprocess_parameters.train_pipeline", "-", "give exactly one of"),
         ("dataset_param.preprocess_parameters.image_processer_path", "clip", "give exactly one of"),
-        ("dataset_param.preprocess_parameters", {"fast_resize": True, "train_pipeline": {"resample": 1}}, "fast_resize knows"),
+        (
+            "dataset_param.preprocess_parameters",
+            {"fast_resize": True, "train_pipeline": {"resample": 1}},
+            "fast_resize knows bicubic",
+        ),
         ("dataset_param.preprocess_parameters.train_pipeline.crop", 3, 'crop: unknown key; did you mean "crop_size"'),
         ("dataset_param.preprocess_parameters.train_pipeline.pad2square", 1, "pad2square is 1; expected true or false"),
         ("dataset_param.preprocess_parameters.pad2square", True, "pad2square is given twice"),

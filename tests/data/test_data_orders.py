@@ -113,6 +113,12 @@ def test_what_is_too_long(make_config, tokenizer, long_records, caplog):
     assert np.abs(cut.lengths).tolist() == [len(sample.input_ids) for sample in samples]
 
 
+def test_an_answer_of_200_000_characters(make_config, tokenizer):
+    records = [make_record(0), make_record(1, text="word " * 40_000)]
+    with pytest.raises(DataError, match=r"records.json: record 1 \(id r1\): has \d{5,} tokens"):
+        build_dataset(make_config(records), tokenizer, None, 4, 2048)
+
+
 def test_nothing_is_left(make_config, tokenizer, long_records):
     with pytest.raises(DataError, match="of 0 records is none"):
         build_dataset(make_config(long_records[1:], overlong="drop"), tokenizer, None, 4, 180)

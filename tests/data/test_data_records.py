@@ -70,6 +70,7 @@ def test_check_sees_every_record(tmp_path):
         (b'[{"a": 1}] x', "the list has ended, yet 'x' follows"),
         (b'[{"a": "\xff"}]', "is not UTF-8 text"),
         (b'{"a": 1}\n{"a": \n', r"record 1 \(line 2\) cannot be parsed"),
+        (b'{"a": 1}\n{"a": "\0"}\n', r"record 1 \(line 2\) cannot be parsed: Invalid control character"),
         (b'{"a": 1}\n[2]\n', r"record 1 is \[2\]; expected an object"),
         (b'{\n"a": 1}\n', r"record 0 \(line 1\) cannot be parsed.*one record per line"),
     ],
@@ -79,6 +80,36 @@ def test_damage(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         RecordFile(path)
+
+
+def test_mixed_line_ends(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"a": 1}\r\n  {"a": 2}\n\r\n{"a": 3}')
+    file = RecordFile(path)
+    assert [file[number]["a"] for number in range(len(file))] == [1, 2, 3]
+
+
+def test_problems_can_be_collected(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"a": 1}\n{"a"\n[1]\n{"a": 4}\n')
+    problems = []
+    file = RecordFile(path, problems=problems)
+    assert [file[number]["a"] for number in range(len(file))] == [1, 4] and len(problems) == 2
+    path.write_text('[{"a": 1}, {"a": 2} {"a": 3}]')
+    file = RecordFile(path, problems=problems)
+    assert len(file) == 2 and "expected a comma" in str(problems[-1])
+
+
+def test_a_bar_shows_what_takes_long(tmp_path, monkeypatch, capsys):
+    from mindspeed_mm.data import progress
+
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"a": 1}\n' * 50)
+    RecordFile(path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", -1.0)
+    RecordFile(path)
+    assert "indexing data.jsonl" in capsys.readouterr().err
 
 
 def test_unclosed_record_in_a_large_file(tmp_path, monkeypatch):
