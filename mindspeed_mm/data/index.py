@@ -65,7 +65,7 @@ class Index:
                     values = build()
                     _write(target, header, values)
                     found = _map(target, header)
-        except PermissionError as error:
+        except OSError as error:  # no rights, no space, a read-only disk
             logger.warning("the index of %s is not stored (%s): set index_folder in data.json", self.path, error)
             return build()
         assert found is not None
