@@ -159,11 +159,11 @@ def snapshot(state) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def whole_run(*flags, train_iters: int = 4, hooks=None, step=forward_step, **model):
+def whole_run(*flags, train_iters: int = 4, hooks=None, step=forward_step, batch=(2, 4), **model):
     """A run from process group to shut-down in this process: (snapshot, report, state). `model` goes to tiny_model."""
     from megatron.driver.initialize import shutdown
 
-    args = arguments(*map(str, flags), train_iters=train_iters)
+    args = arguments(*map(str, flags), train_iters=train_iters, batch=batch)
     try:
         state, report = run(args, tiny_model(**model), hooks, step)
         return snapshot(state), report, state
@@ -185,6 +185,7 @@ def main() -> None:
     import time
 
     pause, steps, *flags = sys.argv[1:]
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
 
     def slow_step(data_iterator, model):
         time.sleep(float(pause))
@@ -197,10 +198,10 @@ def main() -> None:
     from megatron.driver.initialize import shutdown
     from megatron.driver.watch import naming_lost_ranks
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = (2, max(4, 2 * world_size))
     try:
         with naming_lost_ranks():
-            run(arguments(*flags, train_iters=int(steps), world_size=world_size), step=slow_step)
+            run(arguments(*flags, train_iters=int(steps), world_size=world_size, batch=batch), step=slow_step)
     finally:
         shutdown()
 
