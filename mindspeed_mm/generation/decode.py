@@ -8,13 +8,15 @@ Legend: R rows, S prompt length, V vocabulary, N pictures, P tokens a picture, H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core import parallel_state
 
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.generation.lean import LeanStep
 from mindspeed_mm.models.fusion import image_positions, scatter_features
+from mindspeed_mm.models.layers.kv_cache import KVCache
 from mindspeed_mm.models.vlm import VLM
 
 
@@ -30,6 +32,7 @@ class Decoder:
             )
         self.vlm = vlm
         self.cache = vlm.text_decoder.new_cache()
+        self._lean = LeanStep(vlm.text_decoder) if LeanStep.fits(vlm.text_decoder) else None
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
         self.max_length = vlm.spec.text_decoder.max_position_embeddings
@@ -61,7 +64,7 @@ class Decoder:
         ids = ids.to(self.device)
         positions = torch.arange(max(lengths), device=self.device).unsqueeze(0)
         self.cache.begin_prefill(first_row, len(prompts))
-        hidden = self._pass(self._embed(ids, features), positions, len(prompts), max(lengths))
+        hidden = self._pass(self._embed(ids, features), positions, len(prompts), max(lengths), self._modules)
         if hidden is not None:
             last = torch.tensor(lengths, device=self.device) - 1
             hidden = hidden[last, torch.arange(len(prompts), device=self.device)].unsqueeze(0)
@@ -73,7 +76,8 @@ class Decoder:
         positions = torch.tensor(lengths, device=self.device).unsqueeze(1)
         self.cache.begin_step(lengths)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
-        return self._logits(self._pass(self._embed(ids, ()), positions, len(tokens), 1), len(tokens))
+        hidden = self._pass(self._embed(ids, ()), positions, len(tokens), 1, self._lean or self._modules)
+        return self._logits(hidden, len(tokens))
 
     def _embed(self, ids: torch.Tensor, features: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
         """[R, S] -> [S, R, H] on the first pipeline stage, else None."""
@@ -86,24 +90,29 @@ class Decoder:
         return scatter_features(embeddings, torch.stack(list(features)), places)
 
     def _pass(
-        self, hidden: torch.Tensor | None, positions: torch.Tensor, rows: int, length: int
+        self, hidden: torch.Tensor | None, positions: torch.Tensor, rows: int, length: int, layers: Callable
     ) -> torch.Tensor | None:
         """Run this stage's layers through the cache: [S, R, H] on the last stage, None on the others."""
-        decoder = self.vlm.text_decoder
-        if not self.vlm.pre_process:
-            config = decoder.config
-            received = torch.empty(length, rows, config.hidden_size, dtype=config.params_dtype, device=self.device)
-            torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
-            decoder.set_input_tensor(received)
-        decoder.use_cache(self.cache)
-        try:
-            hidden = decoder(hidden, positions)
-        finally:
-            decoder.use_cache(None)
+        if hidden is None:
+            config = self.vlm.text_decoder.config
+            hidden = torch.empty(length, rows, config.hidden_size, dtype=config.params_dtype, device=self.device)
+            torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        hidden = layers(hidden, positions, self.cache)
         if self.vlm.post_process:
             return hidden
         torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return None
+
+    def _modules(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        decoder = self.vlm.text_decoder
+        if not self.vlm.pre_process:
+            decoder.set_input_tensor(hidden)
+            hidden = None
+        decoder.use_cache(cache)
+        try:
+            return decoder(hidden, positions)
+        finally:
+            decoder.use_cache(None)
 
     def _logits(self, hidden: torch.Tensor | None, rows: int) -> torch.Tensor:
         """[1, R, H] of the last stage -> [R, V] float32 on every rank."""

@@ -213,7 +213,14 @@ class GenerationEngine:
 
     def prepare(self, request: GenerationRequest) -> list[int]:
         """Expanded prompt ids of a request. Raises as `prompts.prompt_ids` does."""
-        return expand_images(prompt_ids(request, self.tokenizer, self.template), self.tokens_per_image)
+        ids = expand_images(prompt_ids(request, self.tokenizer, self.template), self.tokens_per_image)
+        size = self.vlm.spec.text_decoder.language_vocab_size
+        if ids and max(ids) >= size:
+            raise DataError(
+                f"request {request.id}: the tokenizer gives id {max(ids)}, the model has {size}: use the tokenizer that "
+                "belongs to the weights"
+            )
+        return ids
 
     def _entry(self, request, options, text, end) -> Entry:
         if not isinstance(options, GenerationOptions):

@@ -80,6 +80,33 @@ def test_cache_changes_no_token(vlm):
     assert vlm.generate(input_ids=ids, max_new_tokens=8, eos_token_id=-1) == [expected[len(ids) :]]
 
 
+@pytest.mark.parametrize("variant", [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 1}, {"head_dim": 12}])
+def test_lean_steps_equal_the_modules(variant, tmp_path):
+    from mindspeed_mm.generation.decode import Decoder
+    from tests.models.test_transformers_parity import save_random_llava
+
+    save_random_llava(tmp_path, variant)
+    decoder = Decoder(mm.load(tmp_path, device="cpu").model)
+    assert decoder._lean is not None
+    found = []
+    for lean in (decoder._lean, None):
+        decoder._lean = lean
+        decoder.cache.reserve(2, 20)
+        decoder.prefill([[5, 6, 7], [8, 9, 10, 11, 12]], (), 0)
+        found.append([decoder.step([3, 4], [3, 5]), decoder.step([6, 7], [4, 6])])
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+
+
+def test_changed_layers_go_through_their_modules(vlm):
+    from mindspeed_mm.generation.lean import LeanStep
+
+    decoder = vlm.model.text_decoder
+    assert LeanStep.fits(decoder)
+    hook = decoder.decoder.layers[1].mlp.linear_fc1.register_forward_hook(lambda *_: None)
+    assert not LeanStep.fits(decoder)
+    hook.remove()
+
+
 def test_a_picture_goes_through_the_tower_once(vlm):
     engine = vlm.engine()
     shown = picture(1)

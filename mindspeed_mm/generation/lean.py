@@ -1,0 +1,133 @@
+"""One new token a row through the decoder's layers, on their weights and without megatron.core's per-layer machinery.
+
+Between two tokens of a small batch that machinery takes longer than the arithmetic. Prompts, and layers whose modules
+are not exactly the ones known here (adapters, quantised weights), go through the modules themselves.
+
+Legend: R rows, H hidden size, A query heads per key/value head, G key/value heads of this rank, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+
+from mindspeed_mm.models.layers.kv_cache import KVCache
+from mindspeed_mm.models.layers.norm import RMSNorm
+from mindspeed_mm.models.modules.llama import LlamaDecoder
+from mindspeed_mm.platform import current_platform
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The weights of a layer; they are the module's own tensors."""
+
+    norm_1: torch.Tensor
+    qkv: torch.Tensor
+    proj: torch.Tensor
+    norm_2: torch.Tensor
+    fc1: torch.Tensor
+    fc2: torch.Tensor
+
+
+class LeanStep:
+    """Layers and final norm of a pipeline stage, for one token a row."""
+
+    def __init__(self, decoder: LlamaDecoder) -> None:
+        self._decoder, config = decoder, decoder.config
+        self._layers = [_weights(layer) for layer in decoder.decoder.layers]
+        attention = decoder.decoder.layers[0].self_attention
+        self._head_size = attention.hidden_size_per_attention_head
+        self._groups = attention.num_query_groups_per_partition
+        self._per_group = attention.num_attention_heads_per_partition // self._groups
+        self._scale = attention.core_attention.scale
+        self._eps, self._activation = config.layernorm_epsilon, config.activation_func
+        self._parallel = config.tensor_model_parallel_size > 1
+        self._platform = current_platform()
+
+    @staticmethod
+    def fits(decoder: LlamaDecoder) -> bool:
+        """True where every layer is made of the modules that this class knows."""
+        config = decoder.config
+        plain = config.gated_linear_unit and config.normalization == "RMSNorm" and not config.add_bias_linear
+        return bool(
+            plain
+            and not config.fp32_residual_connection
+            and not config.add_qkv_bias
+            and not config.qk_layernorm
+            and len(decoder.decoder.layers)
+            and all(_is_known(layer) for layer in decoder.decoder.layers)
+        )
+
+    def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Append one token to each row of the cache, which `begin_step` has announced.
+
+        Args:
+            hidden: [1, R, H]; position_ids: [R, 1] int64.
+
+        Returns:
+            [1, R, H], normalised on the last stage.
+        """
+        x = hidden[0]
+        angles = self._decoder.rotary(position_ids)[0].unsqueeze(1)  # [R, 1, 1, D]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for index, layer in enumerate(self._layers):
+            x = x + self._attend(F.rms_norm(x, x.shape[-1:], layer.norm_1, self._eps), layer, index, cos, sin, cache)
+            gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.norm_2, self._eps), layer.fc1).chunk(2, dim=-1)
+            x = x + self._sum(F.linear(self._activation(gate) * up, layer.fc2))
+        norm = self._decoder.decoder.final_layernorm
+        return (x if norm is None else norm(x)).unsqueeze(0)
+
+    def _attend(self, x, layer: _Layer, index: int, cos, sin, cache: KVCache) -> torch.Tensor:
+        rows = x.shape[0]
+        qkv = F.linear(x, layer.qkv).view(rows, self._groups, self._per_group + 2, self._head_size)
+        # Queries of a group take the place of a sequence: they share keys and values, which are not repeated.
+        rotated = _rotate(qkv[:, :, :-1], cos, sin)
+        query, key = rotated[:, :, :-1], rotated[:, :, -1:]
+        keys, values, mask = cache.update(index, key, qkv[:, :, -1:])
+        output = self._platform.attention(query, keys, values, mask=mask, causal=False, scale=self._scale, dropout=0.0)
+        return self._sum(F.linear(output.reshape(rows, -1), layer.proj))
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        return reduce_from_tensor_model_parallel_region(x) if self._parallel else x
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation of [R, G, A + 1, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _weights(layer: torch.nn.Module) -> _Layer:
+    attention, mlp = layer.self_attention, layer.mlp
+    return _Layer(
+        layer.input_layernorm.weight,
+        attention.linear_qkv.weight,
+        attention.linear_proj.weight,
+        layer.pre_mlp_layernorm.weight,
+        mlp.linear_fc1.weight,
+        mlp.linear_fc2.weight,
+    )
+
+
+def _is_known(layer: torch.nn.Module) -> bool:
+    attention, mlp = layer.self_attention, layer.mlp
+    expected = (
+        (layer.input_layernorm, RMSNorm),
+        (layer.pre_mlp_layernorm, RMSNorm),
+        (attention.linear_qkv, ColumnParallelLinear),
+        (attention.linear_proj, RowParallelLinear),
+        (attention.q_layernorm, IdentityOp),
+        (attention.k_layernorm, IdentityOp),
+        (mlp.linear_fc1, ColumnParallelLinear),
+        (mlp.linear_fc2, RowParallelLinear),
+    )
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+    return not hooks and all(type(module) is kind for module, kind in expected)
