@@ -54,6 +54,8 @@ def load(
             raise ConfigError(f"dtype {dtype!r} is not known: expected one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
+    words = load_tokenizer(located.tokenizer) if located.tokenizer else None
+    processor = ImageProcessor.from_config(located.image_processor) if located.image_processor else None
     platform = get_platform(device)
     # Modules below import megatron.core, which the platform has just prepared.
     from megatron.core import parallel_state
@@ -80,8 +82,6 @@ def load(
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     logger.info("weights of %s:\n%s", path, table(reports))
-    words = load_tokenizer(located.tokenizer) if located.tokenizer else None
-    processor = ImageProcessor.from_config(located.image_processor) if located.image_processor else None
     return LoadedVLM(vlm, located, words, processor)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
 from checkpoint_converters.configs import image_processor_config
 from mindspeed_mm.config.load import read_json
+from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.models.spec import MODEL_KEYS, ModelSpec, load_model_spec
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER_FOLDER = "tokenizer"
+"""Folder inside a save folder that keeps the run's tokenizer, so that checkpoints can be moved."""
+
 DEFAULT_TEMPLATE = "v1"
 """The template that LLaVA-1.5 is tuned with."""
 
@@ -61,8 +65,14 @@ def locate(path: Path, *, tokenizer: str | Path | None = None, image_processor: 
 def _from_model_json(path: Path) -> Located:
     values = {key: value for key, value in read_json(path).items() if key in MODEL_KEYS}
     spec = load_model_spec(values, context=str(path))
-    folder = Path(spec.text_decoder.ckpt_path or path).parent
-    return Located(path, spec, None, tokenizer=_holding(folder, TOKENIZER_FILES))
+    return Located(
+        path,
+        spec,
+        None,
+        tokenizer=_beside(spec.text_decoder.ckpt_path, TOKENIZER_FILES) or _holding(path.parent, TOKENIZER_FILES),
+        image_processor=_beside(spec.vision_encoder.ckpt_path, PROCESSOR_FILES)
+        or _holding(path.parent, PROCESSOR_FILES),
+    )
 
 
 def _from_source(path: Path, source: Source) -> Located:
@@ -135,9 +145,9 @@ def _checkpoint(path: Path, source: Source, sources: dict[str, Source]) -> Locat
         path,
         load_model_spec(extra["model"], context=f"{source.path}: model in run.json"),
         sources,
-        tokenizer=_existing(data.get("tokenizer")),
+        tokenizer=_holding(source.path.parent / TOKENIZER_FOLDER, TOKENIZER_FILES) or Path(data["tokenizer"]),
         image_processor=data.get("image_processor"),
-        template=data.get("template") if data.get("template") not in (None, "plain") else DEFAULT_TEMPLATE,
+        template=_chat_template(data.get("template")),
         pad=bool(data.get("pad", True)),
     )
 
@@ -152,5 +162,15 @@ def _holding(folder: Path, names: tuple[str, ...]) -> Path | None:
     return folder if any((folder / name).is_file() for name in names) else None
 
 
-def _existing(path: str | None) -> Path | None:
-    return Path(path) if path and Path(path).exists() else None
+def _beside(weights: str | None, names: tuple[str, ...]) -> Path | None:
+    """The folder of some weights, or the one around them, where it holds one of the files."""
+    if weights is None:
+        return None
+    return _holding(Path(weights), names) or _holding(Path(weights).parent, names)
+
+
+def _chat_template(trained: str | None) -> str:
+    """Template of the answers: the one of training, unless that knows captions only (stage 1)."""
+    if trained is None or get_template(trained).captions_only:
+        return DEFAULT_TEMPLATE
+    return trained

@@ -55,5 +55,6 @@ def single_process() -> Iterator[None]:
     get_platform("cpu")
     from megatron.driver.initialize import shutdown
 
+    shutdown()  # an earlier test may have loaded a model
     yield
     shutdown()

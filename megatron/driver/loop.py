@@ -22,7 +22,7 @@ from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder, StepMetrics
 from megatron.driver.state import BatchFacts, Hooks, TrainState
-from mindspeed_mm.errors import CheckpointError, TrainingError
+from mindspeed_mm.errors import CheckpointError, DataError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +43,15 @@ class TrainReport(NamedTuple):
 
 
 class MeteredIterator:
-    """The data iterator, with the facts of each micro-batch and the time spent waiting for it."""
+    """The data iterator, with the facts of each micro-batch and the time spent waiting for it.
+
+    All micro-batches of a step are fetched before it begins: an error in the data of one rank then stops every rank
+    with a message, where it would otherwise leave the others waiting in a collective.
+    """
 
     def __init__(self, iterator: Iterator[Any], describe: Callable[[Any], BatchFacts]) -> None:
         self._iterator, self._describe = iterator, describe
+        self._fetched: list[Any] = []
         self.facts: list[BatchFacts] = []
         self.seconds = 0.0
 
@@ -54,6 +59,29 @@ class MeteredIterator:
         return self
 
     def __next__(self) -> Any:
+        return self._fetched.pop(0) if self._fetched else self._fetch()
+
+    def fetch(self, count: int, device: torch.device) -> None:
+        """Begin a new step with its `count` micro-batches. Collective.
+
+        Raises:
+            DataError: this rank's data cannot be used.
+            TrainingError: the data ended, or another rank's cannot be used.
+        """
+        self._fetched, self.facts, self.seconds = [], [], 0.0
+        error: ValueError | None = None
+        try:
+            self._fetched = [self._fetch() for _ in range(count)]
+        except (DataError, TrainingError) as caught:
+            error = caught
+        failed = torch.tensor(float(error is not None), device=device)
+        torch.distributed.all_reduce(failed)
+        if error is not None:
+            raise error
+        if failed.item():
+            raise TrainingError("the data of another rank cannot be used: see its message")
+
+    def _fetch(self) -> Any:
         start = time.perf_counter()
         try:
             batch = next(self._iterator)
@@ -64,10 +92,6 @@ class MeteredIterator:
         self.seconds += time.perf_counter() - start
         self.facts.append(self._describe(batch))
         return batch
-
-    def clear(self) -> None:
-        """Begin a new step."""
-        self.facts, self.seconds = [], 0.0
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -197,7 +221,7 @@ def train_step(
         The step's metrics, and whether any rank was asked to stop.
     """
     start = time.perf_counter()
-    data.clear()
+    data.fetch(get_num_microbatches(), state.platform.device())
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()

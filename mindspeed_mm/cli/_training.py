@@ -10,7 +10,7 @@ import torch
 
 import mindspeed_mm
 import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
-from megatron.driver import loop, setup
+from megatron.driver import initialize, loop, setup
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
@@ -23,7 +23,8 @@ from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template import describe_sample
 from mindspeed_mm.data.tokenizer import load_tokenizer
-from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.locate import TOKENIZER_FOLDER
 from mindspeed_mm.models.build import build_vlm
 from mindspeed_mm.models.parallel import layout_problems
 from mindspeed_mm.models.runtime import Runtime
@@ -65,6 +66,7 @@ class TrainingRun:
             self.spec.vision_encoder.num_image_tokens,
             args.seq_length or self.spec.text_decoder.language_max_sequence_length,
         )
+        _tell_precision(self.spec, self.runtime)
         self.validation = Validation(self)
         self.counts, self._saved_counts = DataCounts(), {}
 
@@ -74,14 +76,20 @@ class TrainingRun:
         state = setup.setup(self.args, self._model_provider, self.platform, hooks)
         if state.iteration:
             self.counts.go_on(self._saved_counts)
+        if self.args.save and initialize.is_rank_0():
+            self.tokenizer.save(Path(self.args.save) / TOKENIZER_FOLDER)
         first = self.dataset[0]
         logger.info(
             "first sample, supervised tokens in [[ ]]:\n%s",
             describe_sample(first.input_ids, first.labels, self.tokenizer),
         )
         report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
-        checkpoint = str(report.checkpoint) if report.checkpoint else None
-        return {"iteration": report.iteration, "loss": report.loss, "checkpoint": checkpoint}
+        checkpoint = report.checkpoint or (find_checkpoint(self.args.save) if self.args.save else None)
+        return {
+            "iteration": report.iteration,
+            "loss": report.loss,
+            "checkpoint": str(checkpoint) if checkpoint else None,
+        }
 
     def _after_step(self, state: TrainState) -> None:
         if self.data_config.dataset_param.image_error == "skip":
@@ -130,6 +138,7 @@ class TrainingRun:
         return self.tokenizer.pad_token_id if given is None else given
 
     def _describe(self, batch: Batch) -> BatchFacts:
+        self._check_ids(batch)
         flops = step_flops(
             self.spec, lengths=batch.lengths, images=batch.pixel_values.shape[0], supervised=batch.supervised
         )
@@ -139,23 +148,50 @@ class TrainingRun:
             batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops, gradient_expected=trained
         )
 
+    def _check_ids(self, batch: Batch) -> None:
+        """An id beyond the embedding would end in a device-side assertion that names nothing."""
+        highest, size = int(batch.input_ids.max()), self.spec.text_decoder.language_vocab_size
+        if highest >= size:
+            raise DataError(
+                f"the tokenizer {self.tokenizer_path} gives id {highest} (samples {', '.join(batch.sample_ids)}), but "
+                f"text_decoder.language_vocab_size is {size}: use the tokenizer of the text decoder's weights"
+            )
+
+    def _order(self) -> dict[str, Any]:
+        """What the position in the data depends on."""
+        return {
+            "--seed": self.args.seed,
+            "--global-batch-size": self.args.global_batch_size,
+            "samples": len(self.dataset),
+            "data config": self.data_config.model_dump(mode="json"),
+        }
+
+    def _warn_about_order(self, saved: dict[str, Any]) -> None:
+        changed = [name for name, value in self._order().items() if name in saved and saved[name] != value]
+        if changed and not self.args.finetune:
+            logger.warning(
+                "%s changed since the checkpoint was written: training goes on in another order of samples, some of "
+                "which it has seen already",
+                ", ".join(changed),
+            )
+
     def _extra(self) -> dict[str, Any]:
         return {
+            "order": self._order(),
             "model": self.spec.model_dump(mode="json"),
             "data": {
                 "tokenizer": str(Path(self.tokenizer_path).resolve()),
                 "image_processor": self.image_processor.model_dump(mode="json"),
                 "template": self.data_config.dataset_param.template_name,
                 "pad": self.data_config.dataset_param.preprocess_parameters.pad,
-                "config": self.data_config.model_dump(mode="json"),
             },
-            "samples": len(self.dataset),
             "data_counts": self.counts.as_saved(dropped=sum(part.dropped for part in self.dataset.sets)),
             "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
         }
 
     def _compare(self, saved: dict[str, Any]) -> list[str]:
         self._saved_counts = saved.get("data_counts", {})
+        self._warn_about_order(saved.get("order", {}))
         return compare_architectures(saved.get("model", {}), self.spec.model_dump(mode="json"))
 
 
@@ -181,6 +217,18 @@ def _runtime(args: DriverArguments) -> Runtime:
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
         params_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,
     )
+
+
+def _tell_precision(spec: ModelSpec, runtime: Runtime) -> None:
+    """The precision of a run comes from the flags; say so where a model.json names another one."""
+    for kind, part in spec.part_specs().items():
+        if part.dtype not in (None, runtime.params_dtype):
+            logger.warning(
+                "%s says %s, the run computes in %s: the flags --bf16 and --fp16 decide",
+                kind,
+                str(part.dtype).removeprefix("torch."),
+                str(runtime.params_dtype).removeprefix("torch."),
+            )
 
 
 def _check_flags(args: DriverArguments, spec: ModelSpec, runtime: Runtime) -> None:

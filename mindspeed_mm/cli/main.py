@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import json
 import logging
@@ -11,12 +12,14 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 
+import mindspeed_mm
 from mindspeed_mm.errors import CheckpointError, ConfigError, DataError, TrainingError, WeightError
 
 USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError, TrainingError)
 """Errors whose message is for the user. Anything else is a bug of ours and keeps its traceback."""
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 
@@ -33,6 +36,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
         prog="mindspeed-mm",
         description="Multimodal LLMs of the LLaVA family on Megatron-Core: pretrain, fine-tune, infer, evaluate.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {mindspeed_mm.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in command_names():
         module = importlib.import_module(f"mindspeed_mm.cli.{name}")
@@ -77,8 +81,9 @@ def set_up_logging() -> None:
 
 
 def _fail(command: str, error: Exception) -> int:
-    """Print the message. What the command line or a JSON file says is equal on all ranks, so one rank tells it."""
-    if is_first_rank() or not isinstance(error, ConfigError):
+    """Print the message. What the command line or a JSON file says is equal on all ranks of a host: one tells it."""
+    first_of_host = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    if first_of_host or not isinstance(error, ConfigError):
         rank = "" if is_first_rank() else f" [rank {os.environ.get('RANK')}]"
         sys.stderr.write(f"mindspeed-mm {command}{rank}: error: {error}\n")
         sys.stderr.flush()
@@ -94,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word.replace("-", "_") for word in argv if not word.startswith("-")), None)
+    if command is not None and command not in command_names():
+        return _unknown_command(argv[0])
     parser = build_parser(only=command)
     namespace, unknown = parser.parse_known_args(argv)
     set_up_logging()
@@ -110,6 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
         sys.stdout.flush()
     return 0
+
+
+def _unknown_command(word: str) -> int:
+    near = difflib.get_close_matches(word.replace("-", "_"), command_names(), n=1)
+    hint = f"did you mean {near[0].replace('_', '-')}?" if near else "see mindspeed-mm --help"
+    sys.stderr.write(f"mindspeed-mm: error: unknown command {word!r}: {hint}\n")
+    return EXIT_USAGE
 
 
 def _refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:

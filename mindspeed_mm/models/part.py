@@ -53,7 +53,7 @@ class PartSpec(StrictModel):
     fresh: bool = False
     """Random init is intended when there is no ckpt_path."""
     params_dtype: Literal["fp32", "float32", "fp16", "float16", "half", "bf16", "bfloat16"] | None = None
-    """Type of the parameters; None leaves it to the run's precision flags."""
+    """Type of the parameters at inference. In training --bf16 and --fp16 decide, and a difference is logged."""
     bf16: bool = False
     fp16: bool = False
     """bf16 and fp16 repeat params_dtype in the ancestor's files, and contradict it in one: params_dtype decides."""

@@ -37,6 +37,9 @@ MODEL_TYPES = ("clip_vision_model", "clip")
 HEAD_CHANNELS = 64
 """Channels per head of every released CLIP tower (OpenAI's loader: heads = width / 64)."""
 
+TRIMMED_LAYERS = 23
+"""Layers of CLIP-L when the one that LLaVA does not use is left out (MindSpeed-MM from 2.1 on)."""
+
 SELECT_FEATURES = {"default": "patch", "full": "cls_patch"}
 """HF's vision_feature_select_strategy in LLaVA's words (mm_vision_select_feature)."""
 
@@ -78,6 +81,11 @@ class ClipSpec(PartSpec):
         """Derive what is not given or null."""
         if not isinstance(data, dict):
             return data
+        if data.get("num_layers") == TRIMMED_LAYERS and "select_layer" not in data:
+            raise ValueError(
+                "num_layers 23 can mean CLIP-L without its unused last layer, as the ancestor's later converters write "
+                'it, or a tower of 23 layers; say which: "select_layer": -1 for the first, -2 for the second'
+            )
         data = {key: value for key, value in data.items() if value is not None or key not in _DERIVED}
         hidden = data.get("hidden_size")
         if isinstance(hidden, int) and hidden > 0:
