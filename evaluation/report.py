@@ -1,6 +1,7 @@
 """Scores of one benchmark run: per row, per split and category, with a bootstrap interval."""
 
 import csv
+import functools
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,12 +67,12 @@ class Report:
         """Number of scored rows."""
         return len(self.rows)
 
-    @property
+    @functools.cached_property
     def overall(self) -> float:
         """The metric over all rows: 0..1, but for MME, whose points are kept (0..2000)."""
         return evaluate(list(self.units.values()), self.statistic) if self.units else math.nan
 
-    @property
+    @functools.cached_property
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of `overall`."""
         return interval(list(self.units.values()), self.statistic) if self.units else (math.nan, math.nan)

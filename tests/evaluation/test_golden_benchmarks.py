@@ -9,7 +9,11 @@ import pytest
 import evaluation
 import mindspeed_mm as mm
 from evaluation.benchmarks import find_benchmark
+from evaluation.benchmarks.mcq._choice import options_of
+from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.questions import read_questions
+from evaluation.scorers import choice_compat, circular, relaxed, vqa
+from evaluation.scorers.cells import strict_answers
 from mindspeed_mm.data.template import generation_prompt
 
 CHOICE = ("AI2D_TEST", "CCBench", "ScienceQA_TEST", "MMMU_DEV_VAL", "MMBench_DEV_EN", "MMBench_DEV_CN")
@@ -155,3 +159,54 @@ def test_referring_expressions(golden_eval, brackets, mode, key):
         assert prompts[row.index].turns == ((golden["question"], None),)
         assert benchmark.target(row, table) == golden["box_normalised"]
         assert report.rows[row.index].hit == int(golden["correct"])
+
+
+def test_headline_numbers_are_those_of_the_tables(golden_eval):
+    for name in ALL:
+        folder, expected = folder_of(golden_eval, name)
+        for mode, key in (("compat", "table"), ("strict", "table_strict")):
+            report = evaluation.score(name, folder / "predictions.json", folder / f"{name}.tsv", mode)
+            if name == "POPE":
+                value = (
+                    expected[key]["Overall"]["Overall"] if mode == "compat" else expected[key]["mean_of_three"]["f1"]
+                )
+            elif len(expected[key]) == 1:
+                value = next(iter(expected[key].values()))["Overall"]
+            else:  # MMMU has two splits; the headline is over both
+                value = sum(row.hit for row in report.rows.values()) / report.n
+            assert report.overall == pytest.approx(value / report.scale)
+            low, high = report.interval
+            assert low <= report.overall <= high
+
+
+def answered(golden_eval, name):
+    folder, expected = folder_of(golden_eval, name)
+    answers = {r["index"]: r["prediction"] for r in json.loads((folder / "predictions.json").read_text())}
+    return read_questions(folder / f"{name}.tsv"), answers, expected
+
+
+def test_rules_of_other_evaluators_on_whole_tables(golden_eval):
+    table, answers, expected = answered(golden_eval, "TextVQA_VAL")
+    scores = {
+        str(row.index): vqa.m4c_score(strict_answers(row.cells["answer"]), answers[row.index]) for row in table.rows
+    }
+    assert scores == pytest.approx(expected["llava_m4c"]["rows"])
+    table, answers, expected = answered(golden_eval, "ChartQA_TEST")
+    scores = {
+        str(row.index): max(relaxed.mindspeed_matches(row.cells["answer"], answers[row.index])) for row in table.rows
+    }
+    assert scores == expected["mindspeed"]["rows"]
+    table, answers, expected = answered(golden_eval, "AI2D_TEST")
+    views = views_of_kit(table, table.rows)
+    given = answers_of_kit([answers[row.index] for row in table.rows])
+    letters = [
+        choice_compat.mindspeed_read_choice(answer, options_of(views[row.index]))
+        for row, answer in zip(table.rows, given, strict=True)
+    ]
+    hits = {str(r.index): int(letter == r.cells["answer"]) for r, letter in zip(table.rows, letters, strict=True)}
+    assert hits == expected["mindspeed"]["rows"]
+    for name in ("MMBench_DEV_EN", "MMBench_DEV_CN", "CCBench"):
+        table, answers, expected = answered(golden_eval, name)
+        meta = [{**row.cells, "index": row.index} for row in table.rows]
+        rows = [{**row, "prediction": answers[row["index"]]} for row in meta]
+        assert circular.xtuner_table(meta, rows) == pytest.approx(expected["xtuner_mmbench"])

@@ -71,6 +71,7 @@ def test_only_unreadable_answers_are_asked_about(server, table_path, tmp_path):
     assert (rows[1].extracted, rows[1].hit, rows[1].log) == ("B", 1, "judge read B")
     assert (rows[3].extracted, rows[3].log) == (None, "judge read no option")
     assert len(server.asked) == 2 and result.reports["strict"].unparsed == 1
+    assert json.loads(result.files["report"].read_text())["scores"]["strict"]["notes"] == {"put_to_judge": 2}
 
 
 def test_yes_no_questions(server, tmp_path):

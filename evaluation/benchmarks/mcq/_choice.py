@@ -55,6 +55,8 @@ class Reading:
     letter: str | None
     hit: int
     log: str
+    is_open: bool = False
+    """An open question, whose answer is compared and not read."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class MultipleChoice:
         rows = [row for row in table.rows if row.index in predictions]
         answers = [predictions[row.index] for row in rows]
         readings = (self.read_compat if mode == "compat" else self.read_strict)(table, rows, answers)
+        notes = {}
         if judge is not None:
+            notes["put_to_judge"] = sum(map(is_unread, readings))
             readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
         views, hits, units = self.combine(readings, mode)
         unreadable = choice_compat.UNREADABLE if mode == "compat" else None
@@ -128,6 +132,7 @@ class MultipleChoice:
             unparsed=sum(is_unread(reading) for reading in readings),
             dropped=len(table.dropped),
             missing=missing,
+            notes=notes,
         )
 
     def combine(
@@ -164,8 +169,8 @@ class MultipleChoice:
 
 
 def is_unread(reading: Reading) -> bool:
-    """True when no option could be read."""
-    return reading.letter in (None, choice_compat.UNREADABLE)
+    """True when an option was looked for and none could be read."""
+    return reading.letter in (None, choice_compat.UNREADABLE) and not reading.is_open
 
 
 def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:

@@ -34,7 +34,7 @@ class MMMU(MultipleChoice):
 
 def _open_reading(reading: Reading, answer: str) -> Reading:
     hit = int(mmmu_open.strict_correct(reading.view["answer"], answer))
-    return Reading(reading.row, reading.view, None, hit, "open question, compared by MMMU's own rule")
+    return Reading(reading.row, reading.view, None, hit, "open question, compared by MMMU's own rule", is_open=True)
 
 
 BENCHMARKS = (MMMU("MMMU_DEV_VAL", aliases=("MMMU", "MMMU_VAL")), MMMU("MMMU_TEST"))

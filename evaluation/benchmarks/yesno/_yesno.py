@@ -89,7 +89,9 @@ class YesNo:
         if not self.has_answers(table):
             raise DataError(f"{table.path} has no (or empty) answers in column answer; they are needed for scoring.")
         readings = self._read(table, predictions, mode)
+        notes = {}
         if judge is not None:
+            notes["put_to_judge"] = sum(reading.said.lower() == yesno.UNKNOWN for reading in readings)
             readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
         table_, units, metric, statistic, scale = self.combine(readings, mode, table)
         return Report(
@@ -104,6 +106,7 @@ class YesNo:
             scale=scale,
             dropped=len(table.dropped),
             missing=missing,
+            notes=notes,
         )
 
     def _read(self, table: Table, predictions: Mapping[int | str, str], mode: Mode) -> list[Reading]:

@@ -42,7 +42,9 @@ class POPE(YesNo):
             name: yesno.pope_metrics((r.said, r.truth) for r in readings if name in _sets(r.view)) for name in names
         }
         if len(names) > 1:
-            found[MEAN] = {rate: mean(found[name][rate] for name in names) for rate in _RATES}
+            found[MEAN if names == list(yesno.POPE_SETS) else "mean"] = {
+                rate: mean(found[name][rate] for name in names) for rate in _RATES
+            }
         units = {
             str(r.row.index): [n for name in names for n in _counts(r, int(name in _sets(r.view)))] for r in readings
         }
