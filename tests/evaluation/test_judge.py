@@ -10,6 +10,7 @@ from evaluation_helpers import FakeEngine, picture, write_table
 import evaluation
 from evaluation.judge import HttpJudge
 from evaluation.runner import run
+from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import DataError
 
 OPTIONS = {"A": "cat", "B": "dog"}
@@ -117,3 +118,16 @@ def test_wrong_addresses_and_damaged_caches(tmp_path):
     judge = HttpJudge("http://x", tmp_path / "file" / "j.jsonl")
     with pytest.raises(DataError, match="cannot write"):
         judge._keep("a", "B")
+
+
+def test_the_command_asks_the_judge(server, table_path, tmp_path, capsys):
+    (tmp_path / "answers.json").write_text(json.dumps(dict.fromkeys(range(6), "who knows")))
+    (tmp_path / "key").write_text("secret\n")
+    line = ["evaluate", "--predictions", str(tmp_path / "answers.json"), "--dataset-path", str(table_path), "--json"]
+    line += ["--evaluation-dataset", "toy", "--result-output-path", str(tmp_path / "out"), "--judge", server.url]
+    assert main([*line, "--judge-model", "reader", "--judge-key-file", str(tmp_path / "key")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] == 0.5
+    assert len(server.asked) == 6 and server.asked[0][1] == "reader"
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+    assert main([*line, "--judge-key-file", str(tmp_path / "no")]) == 1
+    assert "expected a file with the judge's key" in capsys.readouterr().err

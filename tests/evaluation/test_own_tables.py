@@ -223,6 +223,13 @@ def test_boxes_that_are_no_boxes(tmp_path, box):
         evaluation.score("rec", {0: "[0,0,1,1]"}, path)
 
 
+def test_a_box_on_two_pictures(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    record = {"img_path": "['a.jpg', 'a.jpg']", "expression": "x", "bbox": [0, 0, 1, 1]}
+    with pytest.raises(DataError, match="index 0: found 2 pictures; a box needs just one"):
+        evaluation.score("rec", {0: "[0,0,1,1]"}, lines(tmp_path / "q.jsonl", record))
+
+
 def test_rec_has_no_prompt_of_the_kit(golden_eval):
     table = read_questions(golden_eval / "benchmarks" / "rec_shikra" / "REC_golden_test.jsonl")
     with pytest.raises(DataError, match="VLMEvalKit has no prompt for REC"):

@@ -41,6 +41,10 @@ class REC:
             )
         for row in table.rows:
             _pixels(row, table)
+            if row.image_count != 1:
+                raise DataError(
+                    f"{table.path}, row with index {row.index}: found {row.image_count} pictures; a box needs just one."
+                )
 
     def has_answers(self, table: Table) -> bool:
         """Always true: the boxes are part of the questions."""
