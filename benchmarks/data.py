@@ -170,6 +170,8 @@ def index(arguments: argparse.Namespace) -> dict:
 
 def later(arguments: argparse.Namespace) -> dict:
     """Later starts, and random access without images."""
+    import mindspeed_mm.data.build  # noqa: F401
+
     before, start = rss(), time.perf_counter()
     dataset = dataset_of(arguments)
     seconds = time.perf_counter() - start

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mindspeed_mm.data.index import Index
+from mindspeed_mm.data.parallel import CHUNK, ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.errors import DataError
 
@@ -67,15 +68,37 @@ class RecordFile:
                     )
                     self._meet(problem)
                     continue
-                if check is not None:
-                    check(record, where)
                 starts.append(start)
                 advance(end - last)
                 last = end
         if not starts and not self._problems:
             raise DataError(f"{self.path} holds no records; expected a JSON list or JSONL of conversations.")
         starts.append(last)
-        return np.frombuffer(starts, dtype=np.int64)
+        self._starts = np.frombuffer(starts, dtype=np.int64)
+        if check is not None:
+            self._check_all(check)
+        return self._starts
+
+    def _check_all(self, check: Callable[[dict[str, Any], str], Any]) -> None:
+        """Check every record by all cores; the first DataError in the order of the file comes out."""
+
+        def first_error(numbers: range) -> DataError | None:
+            try:
+                for number in numbers:
+                    check(self[number], self.where(number))
+            except DataError as error:
+                error.__cause__ = error.__context__ = None  # may not survive pickling
+                return error
+            return None
+
+        with (
+            progress_bar(f"checking {self.path.name}", len(self)) as advance,
+            ordered(first_error, len(self)) as errors,
+        ):
+            for error in errors:
+                if error is not None:
+                    raise error
+                advance(CHUNK)
 
     def _meet(self, problem: DataError) -> None:
         """Raise a problem, or keep it where problems are collected."""
