@@ -91,3 +91,23 @@ def test_right_padding_needs_no_mask(rows):
 def test_left_padding_is_hidden_and_every_query_attends():
     mask = complete_mask(torch.tensor([[0, 1, 1]]), torch.zeros(1, 3))
     assert mask[0, 0].tolist() == [[True, False, False], [False, True, False], [False, True, True]]
+
+
+def test_model_json_finds_what_lies_beside_its_weights(golden, tmp_path):
+    from tests.helpers.golden_model import model_json
+
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(model_json(golden)))
+    located = locate(path)
+    assert located.tokenizer == golden / "models" / "vicuna"
+    assert located.image_processor == golden / "models" / "clip_hf"
+
+
+def test_tower_of_23_layers_must_say_what_it_is():
+    from mindspeed_mm.models.vision_encoder.clip import ClipSpec
+
+    shape = {"num_layers": 23, "hidden_size": 1024, "patch_size": 14, "image_size": 336}
+    with pytest.raises(ValueError, match="num_layers 23 can mean CLIP-L without its unused last layer"):
+        ClipSpec(**shape)
+    assert ClipSpec(**shape, select_layer=-1).num_built_layers == 23
+    assert ClipSpec(**shape | {"num_layers": 24}).num_built_layers == 23

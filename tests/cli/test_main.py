@@ -85,3 +85,21 @@ def test_lists_must_fit(golden, capsys):
 
 def test_parser_is_filled_for_one_command_only():
     assert build_parser(only="infer").parse_args(["infer", "--prompt", "x"]).prompt == ["x"]
+
+
+def test_unknown_command_gets_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian': did you mean train?" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and "mindspeed-mm 0." in capsys.readouterr().out
+
+
+def test_config_error_is_told_once_a_host(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main(["infer", "--prompt", "hi"]) == 1
+    assert "nothing to load" in capsys.readouterr().err

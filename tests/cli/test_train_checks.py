@@ -1,0 +1,136 @@
+"""`train` end to end: what it checks, tells and leaves behind."""
+
+import json
+
+import pytest
+
+from tests.helpers.golden_model import model_json
+
+FLAGS = "--lr 1e-3 --micro-batch-size 1 --global-batch-size 2 --seq-length 256 --num-workers 0 --device cpu"
+
+
+class Runner:
+    """Writes model.json and data.json, runs the command, keeps what it printed."""
+
+    def __init__(self, folder, golden, capsys):
+        self.folder, self.capsys, self.save = folder, capsys, folder / "save"
+        self.model = model_json(golden, trained=("vision_projector",))
+        turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A picture."}]
+        self.records = [{"id": f"r{i}", "image": "gray.png", "conversations": turns} for i in range(6)]
+        self.dataset_param = {
+            "dataset_type": "multimodal",
+            "basic_parameters": {"data_path": str(folder / "r.json"), "data_folder": str(golden / "images" / "src")},
+            "preprocess_parameters": {"image_processer_path": str(golden / "models" / "clip_hf")},
+            "tokenizer_config": {"from_pretrained": str(golden / "tokenizer")},
+            "template_name": "llava-plain",
+        }
+
+    def __call__(self, *flags):
+        from mindspeed_mm.cli.main import main
+
+        (self.folder / "m.json").write_text(json.dumps(self.model))
+        (self.folder / "d.json").write_text(json.dumps({"dataset_param": self.dataset_param}))
+        (self.folder / "r.json").write_text(json.dumps(self.records))
+        files = ["--mm-model", str(self.folder / "m.json"), "--mm-data", str(self.folder / "d.json")]
+        save = ["--save", str(self.save), "--load", str(self.save)]
+        code = main(["train", *files, *FLAGS.split(), *save, "--json", *flags])
+        printed = self.capsys.readouterr()
+        return code, json.loads(printed.out.splitlines()[-1]) if code == 0 else None, printed.err
+
+
+@pytest.fixture
+def train(tmp_path, golden, single_process, capsys):
+    return Runner(tmp_path, golden, capsys)
+
+
+def test_stage_1_checkpoint_chats_in_v1_and_brings_its_tokenizer(train):
+    from mindspeed_mm.locate import locate
+
+    code, result, _ = train("--train-iters", "2")
+    assert code == 0 and result["iteration"] == 2
+    located = locate(train.save)
+    assert located.template == "v1"
+    assert located.tokenizer == train.save / "tokenizer"
+
+
+def test_finished_run_names_its_checkpoint(train):
+    first = train("--train-iters", "2")[1]
+    again = train("--train-iters", "2")[1]
+    assert again["checkpoint"] == first["checkpoint"] and again["loss"] is None
+
+
+def test_resuming_with_another_order_is_told(train):
+    train("--train-iters", "2")
+    _, _, err = train("--train-iters", "3", "--seed", "7")
+    assert "--seed changed since the checkpoint was written" in err
+    _, _, err = train("--train-iters", "4", "--seed", "7")
+    assert "changed since the checkpoint" not in err
+
+
+def test_precision_of_the_json_is_not_the_runs(train):
+    train.model["text_decoder"]["params_dtype"] = "bf16"
+    assert "text_decoder says bfloat16, the run computes in float32" in train("--train-iters", "1")[2]
+
+
+def test_id_beyond_the_vocabulary_names_the_tokenizer(train, golden):
+    train.dataset_param["tokenizer_config"] = {"from_pretrained": str(golden / "tokenizer_chatml")}
+    train.dataset_param["template_name"] = "mpt"
+    code, _, err = train("--train-iters", "1")
+    assert code == 1 and "tokenizer_chatml gives id 100" in err and "language_vocab_size is 1000" in err
+
+
+def test_missing_picture_stops_with_its_name(train):
+    for record in train.records:
+        record["image"] = "gone.png"
+    code, _, err = train("--train-iters", "1")
+    assert code == 1 and "gone.png is missing" in err and "Traceback" not in err
+
+
+def test_profiler_is_refused(train, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps({"profile": {"enable": True}}))
+    code, _, err = train("--train-iters", "1", "--mm-tool", str(tmp_path / "tools.json"))
+    assert code == 1 and "--mm-tool switches on profile" in err
+
+
+def test_flags_must_agree_with_the_model(train):
+    code, _, err = train("--train-iters", "1", "--vocab-size", "32000", "--seq-length", "4096")
+    assert code == 1
+    assert "--vocab-size is 32000, but text_decoder.language_vocab_size is 1000" in err
+    assert "--seq-length 4096 exceeds text_decoder.max_position_embeddings 2048" in err
+
+
+def test_image_size_must_agree(train, tmp_path):
+    from mindspeed_mm.data.image import ImageProcessor
+
+    processor = ImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor.save(tmp_path)
+    train.dataset_param["preprocess_parameters"] = {"image_processer_path": str(tmp_path)}
+    code, _, err = train("--train-iters", "1")
+    assert code == 1 and "makes images of (28, 28), but image_encoder.vision_encoder.image_size is 56" in err
+
+
+def fail_on_one_rank(rank_that_fails: int) -> str:
+    """Fetch a step's micro-batches on each rank; one of them has bad data."""
+    import torch
+
+    from megatron.driver.loop import MeteredIterator
+    from mindspeed_mm.errors import DataError, TrainingError
+
+    def batches():
+        if torch.distributed.get_rank() == rank_that_fails:
+            raise DataError("picture 7 is broken")
+        yield from range(4)
+
+    data = MeteredIterator(batches(), lambda batch: batch)
+    try:
+        data.fetch(2, torch.device("cpu"))
+    except (DataError, TrainingError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_bad_data_of_one_rank_stops_all(ranks):
+    assert ranks(2).run(fail_on_one_rank, 1) == [
+        "TrainingError: the data of another rank cannot be used: see its message",
+        "DataError: picture 7 is broken",
+    ]
