@@ -23,7 +23,7 @@ from mindspeed_mm.weights.sources import PartSource, Source
 class PartComparison:
     """What became of one part.
 
-    equal: tensors that are equal to the last bit; rounded: equal once the wider is rounded to the narrower type.
+    equal: tensors with equal values; rounded: equal once the wider is rounded to the narrower type.
     max_difference: largest |a - b| in float32 of the others, at tensor `worst`; infinity for another shape, NaN in one.
     only: tensors that only one side holds and the model uses. rows: further vocabulary rows that one side has.
     """
@@ -108,9 +108,11 @@ def _tensor(source: PartSource, spec: PartSpec, step: Step) -> Tensor:
 
 
 def _equal(left: Tensor, right: Tensor) -> bool:
-    """Equal to the last bit: NaN equals the same NaN, 0.0 and -0.0 differ."""
-    if left.dtype != right.dtype or left.shape != right.shape:
+    """Equal values to the last bit, in the wider type: NaN equals the same NaN, 0.0 and -0.0 differ."""
+    if left.shape != right.shape:
         return False
+    wide = torch.promote_types(left.dtype, right.dtype)
+    left, right = left.to(wide), right.to(wide)
     return torch.equal(_bits(left), _bits(right))
 
 

@@ -154,5 +154,7 @@ def _resize(tensor: Tensor, rows: int) -> Tensor:
     """The first `rows` rows, or all of them and mean rows behind."""
     if rows <= tensor.shape[0]:
         return tensor[:rows]
+    if tensor.is_meta:
+        return torch.empty(rows, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
     mean = tensor.mean(dim=0, dtype=torch.float32).to(tensor.dtype)
     return torch.cat([tensor, mean.expand(rows - tensor.shape[0], *tensor.shape[1:])])

@@ -145,7 +145,7 @@ class QKV(Rule):
             tensor.reshape(geometry.num_query_groups, count, *tensor.shape[1:])
             for tensor, count in zip(tensors, rows, strict=True)
         ]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
+        return _cat(self.target, grouped, dim=1).flatten(0, 1)
 
     def to_theirs(self, tensor: Tensor, geometry: Geometry) -> list[Tensor]:
         rows = self._rows(geometry)
@@ -173,7 +173,7 @@ class PackedQKV(QKV):
         return super().to_ours(list(tensors[0].split(rows)), geometry)
 
     def to_theirs(self, tensor: Tensor, geometry: Geometry) -> list[Tensor]:
-        return [torch.cat(super().to_theirs(tensor, geometry))]
+        return [_cat(self.target, super().to_theirs(tensor, geometry))]
 
     def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
         return [geometry.num_query_groups * count for count in self._rows(geometry)]
@@ -190,7 +190,7 @@ class GateUp(Rule):
                 f"{self.target}: the gate has shape {list(gate.shape)} and the up projection {list(up.shape)}; "
                 "expected equal shapes. The source is damaged or is not a gated MLP."
             )
-        return torch.cat([gate, up])
+        return _cat(self.target, [gate, up])
 
     def to_theirs(self, tensor: Tensor, geometry: Geometry) -> list[Tensor]:
         return list(tensor.chunk(2))
@@ -357,6 +357,21 @@ class RuleSet:
 
 def _fill(name: str, layer: int | None) -> str:
     return name if layer is None else name.replace("{}", str(layer))
+
+
+def _cat(target: str, tensors: list[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat. Shapes alone (meta tensors) are joined here: torch would import its compiler, which takes seconds."""
+    others = {(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors}
+    if len(others) > 1:
+        raise WeightError(
+            f"{target}: its sources have shapes {', '.join(str(list(tensor.shape)) for tensor in tensors)}; expected "
+            "equal ones but for the joined axis. The source is damaged."
+        )
+    if not tensors[0].is_meta:
+        return torch.cat(tensors, dim=dim)
+    shape = list(tensors[0].shape)
+    shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+    return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
 
 
 def _check_rows(target: str, what: str, tensor: Tensor, rows: int, geometry: Geometry) -> None:

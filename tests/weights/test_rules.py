@@ -175,3 +175,13 @@ def test_llama_round_trip_is_bit_equal(geometry, tied, vocab):
     back = part.rules["hf"].export(ours, spec.geometry)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_sources_of_other_widths_are_not_joined():
+    rule = QKV("w", ("q", "k", "v"), axis=0)
+    geometry = Geometry(1, num_attention_heads=2, num_query_groups=2, kv_channels=2)
+    shapes = [(4, 3), (4, 3), (4, 5)]
+    for device in ("cpu", "meta"):
+        tensors = [torch.empty(shape, device=device) for shape in shapes]
+        with pytest.raises(WeightError, match="w: its sources have shapes .* expected equal ones"):
+            rule.to_ours(tensors, geometry)
