@@ -32,6 +32,7 @@ def load(
     image_processor: str | Path | None = None,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    quantize: str | None = None,
 ) -> LoadedVLM:
     """Load a whole model for inference.
 
@@ -45,6 +46,8 @@ def load(
             launch, which must be as many as their product; every process then makes the same calls and gets the same
             answers. `logits`, `vision_features` and `project` need the whole model on each stage.
 
+        quantize: "int8", "nf4" or "fp4": keep the decoder's linears in 8 or 4 bits (needs bitsandbytes, one process).
+
     Raises:
         WeightError: the path holds no whole model, or a damaged one.
         ConfigError: the model's spec is missing or wrong; unknown device or dtype; another number of processes.
@@ -53,6 +56,8 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not known: expected one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    if quantize is not None and tensor_model_parallel_size * pipeline_model_parallel_size > 1:
+        raise ConfigError(f"quantize {quantize} works in one process: leave the parallel sizes at 1")
     located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
     words = load_tokenizer(located.tokenizer) if located.tokenizer else None
     processor = ImageProcessor.from_config(located.image_processor) if located.image_processor else None
@@ -82,6 +87,10 @@ def load(
         post_process=parallel_state.is_pipeline_last_stage(),
     )
     logger.info("weights of %s:\n%s", path, table(reports))
+    if quantize is not None:
+        from mindspeed_mm.models.layers.quantized import quantize_decoder
+
+        quantize_decoder(vlm.text_decoder, quantize)
     return LoadedVLM(vlm, located, words, processor)
 
 

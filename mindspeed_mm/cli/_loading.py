@@ -13,12 +13,14 @@ SHORT_OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `load_model`."""
-    parser.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
-    parser.add_argument("--load", metavar="DIR", help="training checkpoint to answer with (as --model)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
+    weights.add_argument("--load", metavar="DIR", help="training checkpoint to answer with (as --model)")
     parser.add_argument("--template", help="conversation template (default: the checkpoint's, else v1)")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the tokenizer that comes with the weights")
     parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16")
+    parser.add_argument("--quantize", choices=("int8", "nf4", "fp4"), help="decoder in 8 or 4 bits (bitsandbytes)")
     parser.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
 
 
@@ -85,6 +87,7 @@ def load_model(namespace: argparse.Namespace, path: str, **defaults: str | None)
     chosen = {name: getattr(namespace, name) or defaults.get(name) for name in defaults}
     return api.load(
         path,
+        quantize=namespace.quantize,
         tensor_model_parallel_size=getattr(namespace, "tensor_model_parallel_size", 1),
         pipeline_model_parallel_size=getattr(namespace, "pipeline_model_parallel_size", 1),
         **chosen,
