@@ -1,18 +1,30 @@
-#!/bin/bash
-# Answer the prompts of inference_llava.json. Every variable can be set from the environment; further flags win:
+#!/usr/bin/env bash
+# Answers the prompts of inference_llava.json.
+# Every variable below can be set from the environment; flags after the script's name are passed on and win:
 #   bash examples/llava1.5/inference_llava1_5.sh --image view.jpg --prompt "What is this?"
 # Relative paths are taken from the root of the repository, whatever folder the script is started from.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-MM_MODEL=${MM_MODEL:-examples/llava1.5/inference_llava.json}
-LOAD_PATH=${LOAD_PATH:-}   # a training checkpoint to answer with, instead of the ckpt_path entries of MM_MODEL
+ASCEND_ENV="${ASCEND_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}"
+# shellcheck disable=SC1090  # the toolkit's script reads variables that may be unset
+if [[ -f "$ASCEND_ENV" ]]; then set +u; source "$ASCEND_ENV"; set -u; fi
 
-ASCEND_ENV=/usr/local/Ascend/ascend-toolkit/set_env.sh
-if [ -f "$ASCEND_ENV" ]; then
-    set +u
-    source "$ASCEND_ENV"
-    set -u
-fi
+MASTER_ADDR="${MASTER_ADDR:-localhost}"
+MASTER_PORT="${MASTER_PORT:-29501}"
+TP="${TP:-1}"
+PP="${PP:-1}"
+NPUS_PER_NODE="${NPUS_PER_NODE:-$((TP * PP))}"
 
-python -m mindspeed_mm infer --mm-model "$MM_MODEL" ${LOAD_PATH:+--load "$LOAD_PATH"} "$@"
+MM_MODEL="${MM_MODEL:-examples/llava1.5/inference_llava.json}"
+LOAD_PATH="${LOAD_PATH:-}" # a training checkpoint to answer with, instead of the ckpt_path entries of MM_MODEL
+
+LOAD_ARGS=()
+if [[ -n "$LOAD_PATH" ]]; then LOAD_ARGS=(--load "$LOAD_PATH"); fi
+
+torchrun \
+    --nproc_per_node "$NPUS_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    -m mindspeed_mm infer \
+    --mm-model "$MM_MODEL" ${LOAD_ARGS[@]+"${LOAD_ARGS[@]}"} \
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
+    "$@"

@@ -64,6 +64,12 @@ class DriverArguments:
     num_attention_heads: int | None = _flag(int, None, "model", "attention heads of the text decoder")
     num_query_groups: int | None = _flag(int, None, "model", "key/value heads of the text decoder")
     max_position_embeddings: int | None = _flag(int, None, "model", "longest sequence of the text decoder")
+    attention_dropout: float | None = _flag(float, None, "model", "dropout of attention weights in the text decoder")
+    hidden_dropout: float | None = _flag(float, None, "model", "dropout of hidden states in the text decoder")
+    normalization: str | None = _flag(str, None, "model", "norm of the text decoder")
+    img_h: int | None = _flag(int, None, "model", "height of the pictures")
+    img_w: int | None = _flag(int, None, "model", "width of the pictures")
+    patch_dim: int | None = _flag(int, None, "model", "side of the vision encoder's patches")
     vocab_size: int | None = _flag(int, None, "model", "vocabulary of the text decoder")
     position_embedding_type: str = _flag(str, "rope", "model", "position embedding of the text decoder", ("rope",))
     tokenizer_type: str = _flag(

@@ -40,6 +40,14 @@ logger = logging.getLogger(__name__)
 NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16", "pipeline_num_layers"}
 """Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
 
+MODEL_KEYS_OF_FLAGS = {
+    "vocab_size": ("text_decoder", "language_vocab_size"),
+    "img_h": ("vision_encoder", "image_size"),
+    "img_w": ("vision_encoder", "image_size"),
+    "patch_dim": ("vision_encoder", "patch_size"),
+}
+"""What a flag repeats, where its name is not that of a text_decoder key."""
+
 
 class TrainingRun:
     """Everything of a run that can be checked before processes meet is checked in the constructor."""
@@ -233,7 +241,6 @@ def _tell_precision(spec: ModelSpec, runtime: Runtime) -> None:
 
 def _check_flags(args: DriverArguments, spec: ModelSpec, runtime: Runtime) -> None:
     """Flags that repeat the model.json must agree with it; all disagreements at once."""
-    names = {"vocab_size": "language_vocab_size"}
     problems = []
     for flag, value in args.model_flags().items():
         if flag == "seq_length":
@@ -241,12 +248,10 @@ def _check_flags(args: DriverArguments, spec: ModelSpec, runtime: Runtime) -> No
             if value > limit:
                 problems.append(f"--seq-length {value} exceeds text_decoder.max_position_embeddings {limit}")
             continue
-        found = getattr(spec.text_decoder, names.get(flag, flag))
+        kind, key = MODEL_KEYS_OF_FLAGS.get(flag, ("text_decoder", flag))
+        found = getattr(spec.part_specs()[kind], key)
         if found != value:
-            key = names.get(flag, flag)
-            problems.append(
-                f"--{flag.replace('_', '-')} is {value}, but text_decoder.{key} is {found}: make them equal"
-            )
+            problems.append(f"--{flag.replace('_', '-')} is {value}, but {kind}.{key} is {found}: make them equal")
     problems += layout_problems(spec, runtime)
     if problems:
         raise ConfigError("the command line does not fit the model:\n  " + "\n  ".join(problems))

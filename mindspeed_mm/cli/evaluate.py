@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.cli._launcher_flags import add_launcher_flags, check_launcher_flags
 from mindspeed_mm.errors import ConfigError
 
 HELP = "score a model on a benchmark (VLMEvalKit's TSVs and others); a killed run goes on where it was"
@@ -22,8 +23,9 @@ GENERATION_DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mm-model", metavar="JSON", help="the guide's evaluate_llava1_5.json; flags win over it")
-    parser.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
-    parser.add_argument("--load", metavar="DIR", help="training checkpoint to evaluate (as --model)")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
+    weights.add_argument("--load", metavar="DIR", help="training checkpoint to evaluate (as --model)")
     parser.add_argument("--dataset-path", metavar="FILE", help="the benchmark's TSV, or JSON lines")
     parser.add_argument(
         "--evaluation-dataset", metavar="NAME", help="benchmark, or a name of your own for your own table"
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16")
     parser.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
+    add_launcher_flags(parser)
 
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -62,6 +65,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.generation.options import generation_options
     from mindspeed_mm.models.spec import MODEL_KEYS
 
+    check_launcher_flags(namespace)
     values = read_json(namespace.mm_model) if namespace.mm_model else {}
     own = {key: value for key, value in values.items() if key not in MODEL_KEYS}
     config = load_config(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.cli._launcher_flags import add_launcher_flags, check_launcher_flags
 from mindspeed_mm.cli._loading import (
     add_model_arguments,
     add_option_arguments,
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="answers that are generated together")
     add_option_arguments(parser)
     add_parallel_arguments(parser)
+    add_launcher_flags(parser)
 
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.generation.options import generation_options
     from mindspeed_mm.models.spec import MODEL_KEYS
 
+    check_launcher_flags(namespace)
     if namespace.batch_size < 1:
         raise ConfigError(f"--batch-size is {namespace.batch_size}; expected at least 1")
     if (namespace.input is None) != (namespace.output is None):

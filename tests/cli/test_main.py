@@ -103,3 +103,19 @@ def test_config_error_is_told_once_a_host(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert main(["infer", "--prompt", "hi"]) == 1
     assert "nothing to load" in capsys.readouterr().err
+
+
+def test_flags_of_the_ancestors_launcher_are_understood(golden, capsys):
+    model = str(golden / "models" / "llava_hf")
+    line = ["infer", "--model", model, "--prompt", "Hi?", "--max-new-tokens", "2", "--device", "cpu"]
+    given = "--bf16 --tensor-model-parallel-size 1 --context-parallel-size 1 --seq-length 2048 --use-flash-attn"
+    assert main([*line, *given.split(), "--no-load-optim", "--distributed-backend", "nccl"]) == 0
+    assert "without an effect here" in capsys.readouterr().err
+    assert main([*line, "--context-parallel-size", "2"]) == 1
+    assert "--context-parallel-size above 1 is not supported by this command" in capsys.readouterr().err
+
+
+def test_two_models_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["infer", "--model", "a", "--load", "b", "--prompt", "x"])
+    assert "not allowed with argument" in capsys.readouterr().err
