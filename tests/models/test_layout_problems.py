@@ -3,9 +3,13 @@
 import pytest
 
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.parallel import layout_problems, stage_layers
-from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import load_model_spec
+from mindspeed_mm.platform import get_platform
+
+get_platform("cpu")
+
+from mindspeed_mm.models.parallel import layout_problems, stage_layers  # noqa: E402
+from mindspeed_mm.models.runtime import Runtime  # noqa: E402
 
 TEXT = {
     "num_layers": 6,

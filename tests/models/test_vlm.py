@@ -10,12 +10,12 @@ from tests.helpers.golden_model import collate, load_expected, model_json, train
 
 def build(golden, *, tensor_parallel: int = 1, sequence_parallel: bool = False, trained=(), dtype=torch.float32):
     """The golden model on this rank."""
-    from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as tensor_parallel_core
-
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as tensor_parallel_core
+
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
