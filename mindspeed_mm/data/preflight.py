@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,10 @@ class Check:
             supervised = sum(label != IGNORE_INDEX for label in kept)
             found.supervised.append(supervised)
             found.longest = sorted([*found.longest, (len(ids), sample.where)], reverse=True)[:WORST]
+            if sample.rejected is not None:
+                other, _ = encoding.of(replace(sample, turns=sample.rejected))
+                found.lengths.setdefault(f"{template}, rejected", []).append(len(other))
+                ids = max(ids, other, key=len)
             if len(ids) > self.max_length and self.overlong == "error":
                 found.problem("too long", f"{sample.where}: {len(ids)} tokens, the maximum is {self.max_length}.")
             if not supervised:

@@ -134,6 +134,13 @@ def test_a_list_stays_a_list(check, tmp_path):
 def test_preference_records_are_checked(check):
     code, report, _ = check([{"prompt": "a", "chosen": "b", "rejected": "c"}], dataset_type="preference")
     assert code == 0 and report["records"] == 1
+    assert set(report["sets"][0]["lengths"]) == {"v1", "v1, rejected"}
+    code, report, _ = check([{"prompt": "a", "chosen": "b", "rejected": "c " * 900}], dataset_type="preference")
+    assert code == 0  # 2,048 by default
+    code, report, _ = check(
+        [{"prompt": "a", "chosen": "b", "rejected": "c " * 900}], "--seq-length", "300", dataset_type="preference"
+    )
+    assert code == 1 and report["sets"][0]["problems"] == {"too long": 1}
 
 
 def test_what_cannot_be_checked(check, tmp_path, golden, capsys):
