@@ -15,7 +15,7 @@ from mindspeed_mm.errors import DataError, TemplateError
 
 ROLES = {
     **dict.fromkeys(("human", "user"), "human"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bing", "bard", "claude"), "gpt"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bing", "bard"), "gpt"),
     "system": "system",
 }
 EXAMPLE = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}'
