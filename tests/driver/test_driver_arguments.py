@@ -128,3 +128,15 @@ def test_help_names_every_flag():
     for field in dataclasses.fields(DriverArguments):
         if field.metadata:
             assert "--" + field.name.replace("_", "-") in text
+
+
+def test_flags_of_checkpoints_need_each_other():
+    with pytest.raises(ConfigError) as error:
+        parse(*REQUIRED, "--keep-every", "4", "--save-interval-minutes", "0", "--preflight-timeout-seconds", "-1")
+    for message in (
+        "--keep-every is given without --keep-last",
+        "--save-interval-minutes is given without --save",
+        "--save-interval-minutes is 0.0: expected above 0",
+        "--preflight-timeout-seconds is -1.0: expected above 0",
+    ):
+        assert message in str(error.value)
