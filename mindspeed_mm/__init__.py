@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "load": "mindspeed_mm.api",
-    "convert": "checkpoint_converters.convert",
+    "convert": "mindspeed_mm.api",
     "load_tokenizer": "mindspeed_mm.data.tokenizer",
     "encode": "mindspeed_mm.data.template",
     "render": "mindspeed_mm.data.template",

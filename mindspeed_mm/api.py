@@ -1,4 +1,5 @@
-"""`mm.load`: any readable weights -> a model that gives logits, features and text."""
+"""`mm.load`: any readable weights -> a model that gives logits, features and text. Also gives `mm.convert` the layout
+of training checkpoints, which `mindspeed_mm.locate` registers."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from checkpoint_converters.convert import convert
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
@@ -19,6 +21,8 @@ from mindspeed_mm.platform.distributed import init_single_process
 
 if TYPE_CHECKING:
     from mindspeed_mm.loaded import LoadedVLM
+
+__all__ = ["convert", "load"]
 
 logger = logging.getLogger(__name__)
 

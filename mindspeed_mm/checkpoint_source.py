@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron.driver.reading import Checkpoint, find_checkpoint, read_checkpoint
+from mindspeed_mm.errors import CheckpointError
 from mindspeed_mm.weights.layouts import OUR_MODEL, PROJECTOR, TEXT, VISION
 from mindspeed_mm.weights.sources import PartSource, Source, register_detector
 
@@ -57,6 +58,11 @@ def open_training_checkpoint(path: Path) -> Source | None:
         return None
     checkpoint = read_checkpoint(path)
     extra = checkpoint.run["extra"]
+    if not isinstance(extra.get("model"), dict):
+        raise CheckpointError(
+            f"{checkpoint.path}: its run.json does not describe the model; expected a checkpoint of "
+            "`mindspeed-mm train`. Give the model.json whose ckpt_path entries name the weights."
+        )
     file = CheckpointFile(checkpoint, extra["model"]["text_decoder"]["language_vocab_size"])
     split, _, _ = OUR_MODEL.split(file.names)
     parts = {
