@@ -33,7 +33,7 @@ FIRST_WORD = 10
 # LLM width, layers, heads, MLP, vocabulary; tower width, layers, heads, MLP, image size. 7b is LLaVA-1.5's.
 SIZES = {
     "tiny": ((256, 4, 4, 688, 2000), (128, 3, 2, 256, 56)),
-    "small": ((1024, 12, 16, 2752, 32000), (256, 6, 4, 1024, 112)),
+    "small": ((512, 8, 8, 1376, 32000), (256, 6, 4, 1024, 112)),
     "7b": ((4096, 32, 32, 11008, 32064), (1024, 24, 16, 4096, 336)),
 }
 PATCH = 14
