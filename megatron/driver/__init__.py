@@ -38,6 +38,7 @@ Functions
     arguments.add_arguments(parser), refuse_unknown(parser, unknown)
     arguments.from_namespace(namespace, world_size=None) -> DriverArguments; .model_flags() -> to compare with JSON
     initialize.initialize(args, platform), initialize.shutdown(), initialize.is_rank_0() -> bool
+    watch.naming_lost_ranks()           context around setup and train: a collective's error names the rank that has gone
     setup.setup(args, model_provider, platform, hooks=Hooks()) -> TrainState
     loop.train(state, args, forward_step, data_iterator, hooks=Hooks()) -> TrainReport(iteration, loss, checkpoint)
         stops at --train-iters, --exit-interval, SIGTERM or SIGUSR1 (saved first where --save is given)
@@ -45,6 +46,7 @@ Functions
     resuming.load_checkpoint(state, args, hooks) -> Path | None      (setup calls it)
     reading.find_checkpoint(folder, step=None) -> Path | None        SAVE (the tracker decides) or an iteration's folder
     reading.read_checkpoint(folder, step=None) -> Checkpoint(path, run, names, get(name) -> full Tensor, shape(name))
+        after its checksums were compared
         without a process group, for inference and conversion; run is run.json; model tensors of the iteration and of
         its frozen folder, under plain names such as text_decoder.decoder.layers.3.self_attention.linear_qkv.weight
 
