@@ -38,7 +38,7 @@ Functions
     arguments.add_arguments(parser), refuse_unknown(parser, unknown)
     arguments.from_namespace(namespace, world_size=None) -> DriverArguments; .model_flags() -> to compare with JSON
     initialize.initialize(args, platform), initialize.shutdown(), initialize.is_rank_0() -> bool
-    watch.naming_lost_ranks()           context around setup and train: a collective's error names the rank that has gone
+    watch.naming_lost_ranks()           context around both below: errors of collectives name the lost rank
     setup.setup(args, model_provider, platform, hooks=Hooks()) -> TrainState
     loop.train(state, args, forward_step, data_iterator, hooks=Hooks()) -> TrainReport(iteration, loss, checkpoint)
         stops at --train-iters, --exit-interval, SIGTERM or SIGUSR1 (saved first where --save is given)
