@@ -40,10 +40,11 @@ QUICKSTART = [*EVALUATE, "scikit-learn>=1.4", "matplotlib>=3.8"]
 EXTRAS = {
     "evaluate": EVALUATE,
     "parquet": ["pyarrow>=14"],
+    "quantize": ["bitsandbytes>=0.45"],
     "quickstart": QUICKSTART,
     "serve": [],  # reserved for the servers, which need nothing beyond the requirements so far
     "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN
-    "dev": [*QUICKSTART, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6"],
+    "dev": [*QUICKSTART, "pyarrow>=14", "pytest>=8", "hypothesis>=6.100", "ruff>=0.6"],
 }
 
 setup(

@@ -69,10 +69,12 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
 
         write_whole(Path(namespace.report), json.dumps(result, indent=1) + "\n")
     if total["errors"]:
-        raise DataError(
+        error = DataError(
             f"{total['errors']} problems in {total['records']} records ({total['warnings']} more are warnings): see "
             "the table above, and --report for all of them."
         )
+        error.result = result  # what --json prints
+        raise error
     return result
 
 

@@ -109,14 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             _refuse_unknown(namespace.parser, unknown)
         result = namespace.module.run(namespace)
     except USER_ERRORS as error:
+        if namespace.json:
+            _print_json({**getattr(error, "result", {}), "error": str(error)})
         return _fail(namespace.command, error)
     except KeyboardInterrupt:
         sys.stderr.write(f"mindspeed-mm {namespace.command}: interrupted\n")
         return EXIT_INTERRUPTED
-    if namespace.json and is_first_rank():
+    if namespace.json:
+        _print_json(result)
+    return 0
+
+
+def _print_json(result: dict) -> None:
+    if is_first_rank():
         sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
         sys.stdout.flush()
-    return 0
 
 
 def _unknown_command(word: str) -> int:

@@ -88,7 +88,9 @@ def verify(
         if figures["max"] > logit_tolerance and not any(part.rounded for part in parts):
             problems.append(f"logits differ by {figures['max']:.3g}, allowed are {logit_tolerance:g}")
     if problems:
-        raise WeightError(f"{a} and {b} differ: {'; '.join(problems)}. They are not the same model.")
+        error = WeightError(f"{a} and {b} differ: {'; '.join(problems)}. They are not the same model.")
+        error.result = result  # what --json prints
+        raise error
     return result
 
 

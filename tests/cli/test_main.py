@@ -119,3 +119,8 @@ def test_two_models_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["infer", "--model", "a", "--load", "b", "--prompt", "x"])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_json_tells_the_error_too(tmp_path, capsys):
+    assert main(["infer", "--model", str(tmp_path / "nothing"), "--prompt", "hi", "--json"]) == 1
+    assert "no such file" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]

@@ -58,7 +58,9 @@ def quantize_decoder(decoder: torch.nn.Module, kind: str) -> None:
     if kind not in KINDS:
         raise ConfigError(f"quantize {kind!r} is not known: expected one of {', '.join(KINDS)}")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"quantize {kind} needs bitsandbytes, which is not installed: pip install \"mindspeed-mm[quantize]\"")
+        raise ConfigError(
+            f"quantize {kind} needs bitsandbytes, which is not installed: pip install 'mindspeed-mm[quantize]'"
+        )
     before = after = 0
     for layer in decoder.decoder.layers:
         for block, name in LINEARS:
