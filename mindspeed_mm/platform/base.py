@@ -153,7 +153,7 @@ def get_platform(name: str | None = None) -> Platform:
             _current = platform
             return platform
     raise ConfigError(
-        f"device {name} was asked for (by --device or a \"device\" key), but this machine has no usable {name} "
+        f'device {name} was asked for (by --device or a "device" key), but this machine has no usable {name} device '
         f"(torch {torch.__version__}): install its stack or give --device cpu"
     )
 

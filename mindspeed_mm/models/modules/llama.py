@@ -89,7 +89,9 @@ class LlamaDecoder(LanguageModule):
         if hidden is not None and self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return self.decoder(
-            hidden_states=hidden, attention_mask=attention_mask, rotary_pos_emb=self.rotary(sequence_slice(position_ids, 1))
+            hidden_states=hidden,
+            attention_mask=attention_mask,
+            rotary_pos_emb=self.rotary(sequence_slice(position_ids, 1)),
         )
 
     def gather_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
