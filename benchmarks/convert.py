@@ -118,6 +118,8 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=2, help="rounds; the best of each counts (default: %(default)s)")
     parser.add_argument("--tokenizer", default="", help="folder of a tokenizer, which llava-hf needs")
     namespace = parser.parse_args()
+    if namespace.work:
+        Path(namespace.work).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="convert-bench-", dir=namespace.work))
     try:
         needed, free = 4 * namespace.size, shutil.disk_usage(work).free
