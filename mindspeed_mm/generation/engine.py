@@ -217,8 +217,8 @@ class GenerationEngine:
         size = self.vlm.spec.text_decoder.language_vocab_size
         if ids and max(ids) >= size:
             raise DataError(
-                f"request {request.id}: the tokenizer gives id {max(ids)}, the model has {size}: use the tokenizer that "
-                "belongs to the weights"
+                f"request {request.id}: the tokenizer gives id {max(ids)}, the model has {size}: use the tokenizer "
+                "that belongs to the weights"
             )
         return ids
 
