@@ -249,6 +249,10 @@ def train_step(
         _check_gradient(state, data, grad_norm, totals.gradient_expected > 0)
         state.scheduler.step(1)
     else:
+        if args.loss_scale is None and loss_scale <= args.min_loss_scale:
+            _refuse(
+                state, data, f"gradients overflow at the smallest loss scale {loss_scale:g}: use --bf16 or lower --lr"
+            )
         grad_norm = None
         state.skipped_iterations += 1
     state.iteration += 1

@@ -130,6 +130,13 @@ def test_fp16_overflow_is_a_skipped_step(tmp_path):
     assert state.scheduler.num_steps == 30 - len(skipped)
 
 
+def test_fp16_overflow_at_the_smallest_scale_stops(tmp_path):
+    scale = str(2.0**32)
+    flags = ["--fp16", "--hysteresis", "1", "--initial-loss-scale", scale, "--min-loss-scale", scale]
+    with pytest.raises(TrainingError, match="gradients overflow at the smallest loss scale"):
+        tiny.run(tiny.arguments("--save", str(tmp_path), *flags, train_iters=30, batch=(1, 1)))
+
+
 def test_the_log_line_has_megatrons_form(caplog):
     hooks = Hooks(describe=lambda b: BatchFacts(b.sample_ids, b.tokens - 4, b.supervised, b.tokens, flops=1e9))
     with caplog.at_level("INFO", logger="megatron.driver"):
