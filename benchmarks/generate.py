@@ -120,14 +120,13 @@ class Ours:
         from mindspeed_mm.generation.scheduler import Entry, Scheduler
 
         features = PictureFeatures(self.decoder, None, pad=True)  # no picture is remembered from earlier runs
-        scheduler = Scheduler(self.decoder, self.rows)
+        scheduler = Scheduler(self.decoder, features, self.rows)
         jobs = []
         for request in requests:
             jobs.append(SampleJob(request.ids, GenerationOptions(max_new_tokens=request.new_tokens), ()))
             prompt = [-200 if token == IMAGE_ID else token for token in request.ids]
             length = len(prompt) + request.new_tokens
-            entry = Entry(jobs[-1], prompt, length, lambda r=request: features(r.pictures), lambda error: None)
-            scheduler.submit(entry)
+            scheduler.submit(Entry(jobs[-1], prompt, length, request.pictures, lambda error: None))
         while scheduler.step():
             pass
         return [job.sequences[0].token_ids for job in jobs]

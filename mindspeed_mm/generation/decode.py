@@ -36,6 +36,10 @@ class Decoder:
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
         self.max_length = vlm.spec.text_decoder.max_position_embeddings
+        config = vlm.text_decoder.config
+        self.picture_bytes = (
+            vlm.spec.vision_encoder.num_image_tokens * config.hidden_size * config.params_dtype.itemsize
+        )
 
     @torch.inference_mode()
     def image_features(self, pixel_values: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:

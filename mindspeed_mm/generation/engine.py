@@ -123,10 +123,10 @@ class GenerationEngine:
         self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
         self._image_token_id = image_token_id
         self._decoder = Decoder(vlm)
-        self._scheduler = Scheduler(self._decoder, batch_size)
+        self.pictures = PictureFeatures(self._decoder, image_processor, pad=pad)
+        self._scheduler = Scheduler(self._decoder, self.pictures, batch_size)
         self._template_stops = stop_rules(self.template, tokenizer)
         self._lock = threading.RLock()
-        self.pictures = PictureFeatures(self._decoder, image_processor, pad=pad)
 
     @property
     def busy(self) -> bool:
@@ -238,13 +238,7 @@ class GenerationEngine:
                 TextStream(self.tokenizer, (*texts, *options.stops)) for _ in range(options.num_return_sequences)
             ]
             job = SampleJob(history, options, stop_ids, streams, text)
-        return Entry(
-            job,
-            prompt,
-            len(prompt) + options.max_new_tokens,
-            features=lambda: self.pictures(request.images),
-            on_end=end,
-        )
+        return Entry(job, prompt, len(prompt) + options.max_new_tokens, request.images, end)
 
     def _result(self, request: GenerationRequest, entry: Entry | None, error: ValueError | None) -> GenerationResult:
         if error is not None or entry is None:

@@ -51,7 +51,7 @@ def continue_ids(
     for prompt in prompts:
         decoder.check_length(len(prompt), options.max_new_tokens)
     count = options.num_return_sequences
-    scheduler = Scheduler(decoder, batch_size or len(prompts) * max(count, options.num_beams))
+    scheduler = Scheduler(decoder, pictures, batch_size or len(prompts) * max(count, options.num_beams))
     size, first = decoder.vlm.spec.vision_encoder.num_image_tokens, 0
     entries, errors = [], []
     for prompt in prompts:
@@ -65,7 +65,7 @@ def continue_ids(
             streams = [TextStream(tokenizer, options.stops) for _ in range(count)] if options.stops else None
             job = SampleJob(history, options, stop_ids, streams)
         length = len(prompt) + options.max_new_tokens
-        entries.append(Entry(job, prompt, length, lambda own=own: pictures(own), errors.append))
+        entries.append(Entry(job, prompt, length, own, errors.append))
         scheduler.submit(entries[-1])
     while scheduler.busy:
         scheduler.step()

@@ -1,66 +1,164 @@
-"""Image features, computed once for each distinct picture."""
+"""Image features, computed once for each distinct picture and for several requests at a time."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
+from PIL import Image
 
-from mindspeed_mm.data.image import ImageError, ImageProcessor, preprocess
+from mindspeed_mm.data.image import MAX_PIXELS, ImageError, ImageProcessor, load_image, preprocess
+from mindspeed_mm.data.sample import ImageBytes
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.generation.decode import Decoder
 
-KEPT = 32
-"""Pictures whose features are kept; 576 tokens of width 4096 take 4.5 MiB in bf16."""
+TOWER_BATCH = 16
+"""Pictures that go through the tower together, which bounds the memory for its activations."""
+
+KEPT_BYTES = 2**29
+"""Features that are remembered; a picture's 576 tokens of width 4096 take 4.5 MiB in bf16."""
+
+MAX_FILE_BYTES = 2**30
+"""Larger files are no pictures of at most MAX_PIXELS."""
+
+DIGEST_BYTES = 16
+
+
+class Picture(NamedTuple):
+    """A picture that was found and not decoded yet."""
+
+    key: bytes
+    """Digest of the content: of the file's bytes, else of the pixels."""
+    source: torch.Tensor | Image.Image | ImageBytes
 
 
 class PictureFeatures:
-    """Features of pictures for one decoder; the same pixels go through the tower once while they are remembered."""
+    """Features of pictures for one decoder; equal pictures go through the tower once while they are remembered."""
 
     def __init__(self, decoder: Decoder, image_processor: ImageProcessor | None, *, pad: bool) -> None:
         self._decoder, self._processor, self._pad = decoder, image_processor, pad
         self._known: OrderedDict[bytes, torch.Tensor | None] = OrderedDict()
+        self._kept = max(TOWER_BATCH, KEPT_BYTES // decoder.picture_bytes)
         self.computed = 0
         """Pictures that went through the tower so far."""
 
-    def __call__(self, images: Sequence[Any]) -> list[torch.Tensor | None]:
-        """Features of pictures (PIL pictures, files, encoded bytes, or preprocessed tensors [3, h, w]).
+    def find(self, images: Sequence[Any]) -> list[Picture]:
+        """Read pictures: PIL pictures, paths, encoded bytes (ImageBytes), or preprocessed tensors [3, h, w].
 
         Raises:
-            ImageError: a picture cannot be used.
+            ImageError: a picture is missing, an address, or nothing that can be one.
         """
-        pixels = [self._pixels(image) for image in images]
-        keys = [hashlib.blake2b(p.numpy(force=True).tobytes(), digest_size=16).digest() for p in pixels]
-        new = {key: p for key, p in zip(keys, pixels, strict=True) if key not in self._known}
-        found = dict(zip(new, self._decoder.image_features(list(new.values())), strict=True))
-        self.computed += len(new)
-        features = [found[key] if key in found else self._known[key] for key in keys]
-        self._known.update(found)
-        for key in keys:
-            self._known.move_to_end(key)
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
-        return features
+        return [_find(image) for image in images]
 
-    def _pixels(self, image: Any) -> torch.Tensor:
+    def features(self, requests: Sequence[Sequence[Picture]]) -> list[list[torch.Tensor | None] | ImageError]:
+        """For each of several requests the features of its pictures, or why one of them cannot be used.
+
+        Pictures of all requests go through the tower together. A request with a picture that cannot be used costs no
+        other one anything.
+        """
+        new: dict[bytes, torch.Tensor] = {}
+        errors: dict[int, ImageError] = {}
+        for index, pictures in enumerate(requests):
+            try:
+                own = {p.key: self._pixels(p.source) for p in pictures if p.key not in self._known and p.key not in new}
+            except ImageError as error:
+                errors[index] = error
+                continue
+            new |= own
+        found = self._compute(new)
+        answers = [
+            errors.get(index) or [found[p.key] if p.key in found else self._known[p.key] for p in pictures]
+            for index, pictures in enumerate(requests)
+        ]
+        self._remember(found, [p.key for pictures in requests for p in pictures])
+        return answers
+
+    def _compute(self, new: dict[bytes, torch.Tensor]) -> dict[bytes, torch.Tensor | None]:
+        pixels = list(new.values())
+        features: list[torch.Tensor | None] = []
+        for start in range(0, len(pixels), TOWER_BATCH):
+            features += self._decoder.image_features(pixels[start : start + TOWER_BATCH])
+        self.computed += len(pixels)
+        return dict(zip(new, features, strict=True))
+
+    def _remember(self, found: dict[bytes, torch.Tensor | None], used: Sequence[bytes]) -> None:
+        self._known.update(found)
+        for key in used:
+            if key in self._known:
+                self._known.move_to_end(key)
+        while len(self._known) > self._kept:
+            self._known.popitem(last=False)
+
+    def _pixels(self, image: torch.Tensor | Image.Image | ImageBytes) -> torch.Tensor:
+        size = self._decoder.vlm.spec.vision_encoder.image_size
         if isinstance(image, torch.Tensor):
-            return image.float().contiguous()
+            if image.shape != (3, size, size):
+                raise ImageError(f"found a picture of shape {list(image.shape)}; expected [3, {size}, {size}]")
+            return image
         if self._processor is None:
             raise ConfigError("the model came with no image processor: load it with image_processor=FOLDER")
-        if isinstance(image, str):
-            refuse_url(image)
         pixels = preprocess(image, self._processor, pad=self._pad)
-        size = self._decoder.vlm.spec.vision_encoder.image_size
         if pixels.shape[1:] != (size, size):
             raise ImageError(
                 f"the image processor gives {pixels.shape[2]} x {pixels.shape[1]} pixels, the tower takes {size} x "
                 f"{size}: use the preprocessor_config.json of the tower"
             )
         return pixels
+
+
+def _find(image: Any) -> Picture:
+    if isinstance(image, torch.Tensor):
+        image = image.float().contiguous()
+        return Picture(_digest(image.numpy(force=True).tobytes()), image)
+    if isinstance(image, Image.Image):
+        image = _as_rgb(image)
+        return Picture(_digest(repr(image.size).encode(), image.tobytes()), image)
+    if isinstance(image, str | Path):
+        image = _read(image)
+    if not isinstance(image, ImageBytes):
+        raise ImageError(
+            f"found a {type(image).__name__} as a picture; expected a path, a PIL picture, ImageBytes or a tensor"
+        )
+    return Picture(_digest(image.data), image)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """The pixels of a PIL picture, whose file may not have been read yet."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(
+            f"a picture is {image.width} x {image.height} pixels; at most {MAX_PIXELS} are taken: scale it"
+        )
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ImageError(f"a picture in memory cannot be decoded ({error}); expected a whole one") from error
+
+
+def _read(path: str | Path) -> ImageBytes:
+    refuse_url(str(path))
+    file = Path(path)
+    if not file.exists():
+        load_image(path)  # raises, and names a file with another suffix
+    if not file.is_file():
+        raise ImageError(f"image {path} is no file; expected a picture")
+    try:
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise ImageError(f"image {path} has more than {MAX_FILE_BYTES} bytes: scale it down")
+        return ImageBytes(str(path), file.read_bytes())
+    except OSError as error:
+        raise ImageError(f"image {path} cannot be read ({error.strerror}); correct its permissions") from error
+
+
+def _digest(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def refuse_url(path: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.jobs import Job, Step
+from mindspeed_mm.generation.pictures import PictureFeatures
 
 MAX_PADDING = 0.1
 """Share of a prefill that may be padding."""
@@ -34,8 +36,8 @@ class Entry:
     """Expanded ids."""
     max_length: int
     """Of prompt and answer together."""
-    features: Callable[[], list[torch.Tensor | None]]
-    """Gives the pictures' features when the prompt is filled in; a DataError fails this request alone."""
+    images: Sequence[Any]
+    """What PictureFeatures takes; looked at when the prompt is filled in, and an error fails this request alone."""
     on_end: Callable[[DataError | None], None]
     """Called once: with None at the end (or when cancelled), or with the error."""
     cancelled: bool = False
@@ -48,8 +50,8 @@ class Entry:
 class Scheduler:
     """Runs entries in batches of up to `max_rows` rows. A request that needs more rows runs alone."""
 
-    def __init__(self, decoder: Decoder, max_rows: int = 16) -> None:
-        self.decoder, self.max_rows = decoder, max_rows
+    def __init__(self, decoder: Decoder, pictures: PictureFeatures, max_rows: int = 16) -> None:
+        self.decoder, self.pictures, self.max_rows = decoder, pictures, max_rows
         self._waiting: list[Entry] = []
         self._active: list[Entry] = []
 
@@ -112,12 +114,15 @@ class Scheduler:
 
     def _with_features(self, group: list[Entry]) -> tuple[list[Entry], list[torch.Tensor | None]]:
         """The entries whose pictures can be used, and all features in their order."""
-        kept, features = [], []
+        found, kept, features = [], [], []
         for entry in group:
             try:
-                own = entry.features()
+                found.append((entry, self.pictures.find(entry.images)))
             except DataError as error:
                 entry.on_end(error)
+        for (entry, _), own in zip(found, self.pictures.features([own for _, own in found]), strict=True):
+            if isinstance(own, DataError):
+                entry.on_end(own)
                 continue
             kept.append(entry)
             features += own

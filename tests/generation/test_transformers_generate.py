@@ -92,8 +92,8 @@ def test_beam_scores_equal_transformers(models):
     job = BeamJob(ids, GenerationOptions(**options), [7, 8, 9])
     prompt = [-200 if token == IMAGE else token for token in ids]
     pictures = PictureFeatures(decoder, None, pad=True)
-    scheduler = Scheduler(decoder)
-    scheduler.submit(Entry(job, prompt, len(ids) + 8, lambda: pictures(pixels), lambda error: None))
+    scheduler = Scheduler(decoder, pictures)
+    scheduler.submit(Entry(job, prompt, len(ids) + 8, list(pixels), lambda error: None))
     while scheduler.step():
         pass
     found = [sequence.score for sequence in job.sequences]
