@@ -48,7 +48,8 @@ class PictureFeatures:
         """Pictures that went through the tower so far."""
 
     def find(self, images: Sequence[Any]) -> list[Picture]:
-        """Read pictures: PIL pictures, paths, encoded bytes (ImageBytes), or preprocessed tensors [3, h, w].
+        """Read pictures: PIL pictures, paths, encoded bytes (ImageBytes), preprocessed tensors [3, h, w], or a Picture
+        that was found already.
 
         Raises:
             ImageError: a picture is missing, an address, or nothing that can be one.
@@ -112,6 +113,8 @@ class PictureFeatures:
 
 
 def _find(image: Any) -> Picture:
+    if isinstance(image, Picture):
+        return image
     if isinstance(image, torch.Tensor):
         image = image.float().contiguous()
         return Picture(_digest(image.numpy(force=True).tobytes()), image)
