@@ -5,7 +5,7 @@ that a conversion holds one job's tensors at a time.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,8 +81,9 @@ def part_jobs(source: PartSource, spec: PartSpec, wanted: Wanted) -> tuple[list[
     check_tied_copy(reading, geometry, source)
     stored = describe_part(source).geometry if source.assumed else geometry
     targets = {step.target: step for step in writing.steps(geometry)}
-    jobs, made = [], set()
+    jobs, made, shapes = [], set(), part.shapes(spec)
     for step in match.steps:
+        check_shapes(source, step, shapes.get(step.target) or shapes[step.rule.target], geometry)
         if step.target in targets:
             jobs.append(_job(source, step, targets[step.target], geometry, stored, wanted))
             made.add(step.target)
@@ -90,6 +91,24 @@ def part_jobs(source: PartSource, spec: PartSpec, wanted: Wanted) -> tuple[list[
     meta = {step.target: step for step in match.steps}
     jobs += [_filling(source, targets[name], meta, geometry, wanted) for name in filled]
     return jobs, filled
+
+
+def renamed(job: Job, old: str, new: str) -> Job:
+    """A job whose names have another prefix."""
+    return replace(job, outputs=tuple(replace(out, name=new + out.name.removeprefix(old)) for out in job.outputs))
+
+
+def check_shapes(source: PartSource, step: Step, expected: tuple[int, ...], geometry: Geometry) -> None:
+    """Raise WeightError for a source tensor whose shape is not the one that the config (or model.json) gives."""
+    whole = torch.empty(expected, device="meta")
+    for name, tensor in zip(step.sources, step.rule.to_theirs(whole, geometry), strict=True):
+        found = source.shape(name)
+        if found != tuple(tensor.shape):
+            raise WeightError(
+                f"{source.path}: tensor {source.stored_name(name)} has shape {list(found)}; expected "
+                f"{list(tensor.shape)}, as the {source.part}'s config says. Config and weights are of two models, or "
+                "the file is damaged."
+            )
 
 
 def our_tensor(step: Step, source: PartSource, geometry: Geometry, stored: Geometry) -> Tensor:

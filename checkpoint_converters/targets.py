@@ -20,7 +20,7 @@ from checkpoint_converters.companions import (
     remove_image_tokens,
     rows_without_image,
 )
-from checkpoint_converters.plan import Job, Wanted, part_jobs, stored_dtype
+from checkpoint_converters.plan import Job, Wanted, part_jobs, renamed, stored_dtype
 from checkpoint_converters.write import TOWER_FOLDER, write_json
 from mindspeed_mm.models.describe import model_block
 from mindspeed_mm.models.part import PartSpec
@@ -57,6 +57,8 @@ class Conversion:
         jobs, filled = part_jobs(
             self.parts[kind], self.specs[kind], Wanted(dialect, prefix, self.dtype, rows if kind == TEXT else None)
         )
+        if kind == PROJECTOR and dialect == "llava" and self.specs[kind].num_layers == 1:
+            jobs = [renamed(job, prefix + "0.", prefix) for job in jobs]  # LLaVA's linear is no sequence of modules
         if filled:
             logger.warning(
                 "the source holds no %s: filled so that they change nothing; the feature is taken before them",

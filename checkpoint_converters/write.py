@@ -17,6 +17,7 @@ from checkpoint_converters.plan import Job, Output, total_bytes
 from checkpoint_converters.torch_zip import write_torch_zip
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights.files import SAFETENSORS_DTYPES
+from mindspeed_mm.weights.loading import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -130,17 +131,9 @@ class Runner:
             yield from made
 
     def _check(self, output: Output, tensor: Tensor) -> None:
-        if not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor)):
-            return
-        count = int((~tensor.isfinite()).sum())
-        text = f"{output.name} has {count} NaN or Inf of {tensor.numel()} values, as {output.dtype}"
-        if not self.allow_nonfinite:
-            raise WeightError(
-                f"{text}; expected finite weights. Give --allow-nonfinite (allow_nonfinite=True) to write them all the "
-                "same, or a wider --dtype where a narrow one made them."
-            )
-        self.nonfinite.append(output.name)
-        logger.warning("%s", text)
+        advice = "Take another copy of damaged weights, or a wider --dtype where a narrow one made them."
+        if not check_finite(tensor, output.name, allowed=self.allow_nonfinite, advice=advice):
+            self.nonfinite.append(output.name)
 
 
 def write_folder(

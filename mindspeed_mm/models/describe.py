@@ -1,13 +1,12 @@
 """The spec that weights themselves give: from the config beside them, else from their shapes."""
 
-import re
 from typing import Any
 
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.part import Part, PartSpec
 from mindspeed_mm.models.spec import DEFAULT_MODEL_IDS, PART_KINDS, ModelSpec, find_part, load_model_spec
 from mindspeed_mm.weights.configs import vision_select
-from mindspeed_mm.weights.rules import Rule
+from mindspeed_mm.weights.rules import Geometry, Rule, is_layered, layer_of
 from mindspeed_mm.weights.sources import PartSource, Source
 
 
@@ -38,7 +37,8 @@ def describe_part(source: PartSource, **given: Any) -> PartSpec:
             f"{source.path}: found no config.json beside the {source.part}; expected one, since shapes do not show its "
             "heads, norm and positions. Give the folder that holds config.json and weights."
         )
-    return part.from_shapes(lambda name: _our_shape(part, source, name), _count_layers(part, source), **given)
+    layers = _count_layers(part, source)
+    return part.from_shapes(lambda name: _our_shape(part, source, name, layers), layers, **given)
 
 
 def describe_model(source: Source, **vision_encoder: Any) -> ModelSpec:
@@ -65,15 +65,9 @@ def model_block(specs: dict[str, PartSpec]) -> dict[str, Any]:
     return {**model, "image_encoder": image_encoder} if image_encoder else model
 
 
-def _rule(part: Part, source: PartSource, target: str) -> Rule:
-    pattern = re.sub(r"\.\d+\.", ".{}.", target, count=1)
-    rules = part.rules[source.dialect].rules
-    return next(rule for rule in rules if isinstance(rule, Rule) and rule.target == pattern)
-
-
-def _our_shape(part: Part, source: PartSource, target: str) -> tuple[int, ...]:
+def _our_shape(part: Part, source: PartSource, target: str, layers: int) -> tuple[int, ...]:
     """Shape of a tensor of ours that a source holds unchanged."""
-    name = _rule(part, source, target).sources[0].replace("{}", "0")
+    name = part.rules[source.dialect].step_of(target, Geometry(max(layers, 1))).sources[0]
     if name not in source.names:
         raise WeightError(
             f"{source.path}: tensor {name} is missing; expected the weights of a {part.name}. Give a complete file."
@@ -82,12 +76,12 @@ def _our_shape(part: Part, source: PartSource, target: str) -> tuple[int, ...]:
 
 
 def _count_layers(part: Part, source: PartSource) -> int:
-    """Layers that a source holds: the largest number in the place of `{}`, plus one."""
-    patterns = [
-        re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+    """Layers that a source holds: the largest number of one, plus one."""
+    patterns = {
+        name
         for rule in part.rules[source.dialect].rules
-        if isinstance(rule, Rule) and "{}" in rule.target
+        if isinstance(rule, Rule) and is_layered(rule.target)
         for name in rule.sources
-    ]
-    found = [pattern.fullmatch(name) for pattern in patterns for name in source.names]
-    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+    }
+    found = [layer_of(pattern, name) for pattern in patterns for name in source.names]
+    return max((layer + 1 for layer in found if layer is not None), default=0)

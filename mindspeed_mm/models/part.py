@@ -17,6 +17,9 @@ from mindspeed_mm.weights.rules import Geometry, RuleSet
 Size = Annotated[int, pydantic.Field(gt=0)]
 """A positive integer."""
 
+StageLayers = list[Annotated[int, pydantic.Field(ge=0)]] | list[list[Annotated[int, pydantic.Field(ge=0)]]]
+"""Layers of each pipeline stage; with virtual stages one such list for each of them, as in the ancestor's files."""
+
 DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -26,6 +29,11 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "bfloat16": torch.bfloat16,
 }
+
+
+def flat_layers(layers: StageLayers) -> list[int]:
+    """Layers of each chunk in the order in which a batch passes them: all stages of a virtual stage, then the next."""
+    return [count for entry in layers for count in (entry if isinstance(entry, list) else [entry])]
 
 
 def only(*allowed: Any, why: str) -> pydantic.AfterValidator:
@@ -105,6 +113,7 @@ class Part:
     checked: Spec fields that a source's config must confirm before its weights are loaded; checked_where: further ones,
         with the HF key that some configs lack.
     to_hf: (Spec, dtype) -> config that stock transformers reads; None where there is none.
+    shapes: Spec -> shapes of our tensors by name, `{}` for the layer, those included that we do not build.
     from_shapes: Spec of weights without a config, from shape(our name), the number of layers, and fields that the user
         gives; None where shapes do not suffice.
     """
@@ -114,6 +123,7 @@ class Part:
     Spec: type[PartSpec]
     from_hf: Callable[[dict[str, Any]], PartSpec]
     rules: dict[str, RuleSet]
+    shapes: Callable[[Any], dict[str, tuple[int, ...]]]
     checked: tuple[str, ...] = ()
     checked_where: dict[str, str] = field(default_factory=dict)
     to_hf: Callable[..., dict[str, Any]] | None = None

@@ -9,7 +9,6 @@ import pydantic
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
 from mindspeed_mm.models.part import Part, PartSpec
 from mindspeed_mm.registry import find
-from mindspeed_mm.weights.configs import text_config, vision_config, vision_select
 
 PART_KINDS = ("text_decoder", "vision_encoder", "vision_projector")
 
@@ -119,26 +118,6 @@ def load_model_spec(source: str | Path | dict[str, Any], *, context: str | None 
     return load_config(_spec_class(*ids), source, what="model config", context=context)
 
 
-def from_llava_hf(config: dict[str, Any]) -> ModelSpec:
-    """ModelSpec of a llava-hf config.json (LlavaConfig of any transformers version)."""
-    return _assemble(
-        find_part("text_decoder", "llama").from_hf(text_config(config)),
-        find_part("vision_encoder", "clip").from_hf(vision_config(config)),
-        find_part("vision_projector", "mlp").from_hf(config),
-        config.get("dtype") or config.get("torch_dtype"),
-    )
-
-
-def from_llava(config: dict[str, Any], clip_config: dict[str, Any]) -> ModelSpec:
-    """ModelSpec of a liuhaotian config.json and the config.json of its vision tower."""
-    return _assemble(
-        find_part("text_decoder", "llama").from_hf(config),
-        find_part("vision_encoder", "clip").from_hf({**clip_config, **vision_select(config)}),
-        find_part("vision_projector", "mlp").from_hf(config),
-        config.get("dtype") or config.get("torch_dtype"),
-    )
-
-
 @functools.lru_cache
 def _spec_class(text_decoder: str, vision_encoder: str, vision_projector: str) -> type[ModelSpec]:
     """ModelSpec with the Spec classes of these parts, so that unknown keys find their nearest known one."""
@@ -153,24 +132,4 @@ def _spec_class(text_decoder: str, vision_encoder: str, vision_projector: str) -
         __base__=ModelSpec,
         image_encoder=(encoder, ...),
         text_decoder=(find_part("text_decoder", text_decoder).Spec, ...),
-    )
-
-
-def _assemble(
-    text_decoder: PartSpec, vision_encoder: PartSpec, vision_projector: PartSpec, dtype: str | None
-) -> ModelSpec:
-    """One ModelSpec of three specs; `dtype` is the type that the whole checkpoint says it is stored in."""
-
-    def given(spec: PartSpec) -> dict[str, Any]:
-        return {**spec.model_dump(mode="json", exclude_defaults=True), "params_dtype": dtype}
-
-    return load_model_spec(
-        {
-            "text_decoder": given(text_decoder),
-            "image_encoder": {
-                "vision_encoder": given(vision_encoder),
-                "vision_projector": given(vision_projector),
-            },
-        },
-        context="from the checkpoint's config.json",
     )

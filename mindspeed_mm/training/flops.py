@@ -67,8 +67,7 @@ def step_flops(spec, *, lengths: Iterable[int], images: int, supervised: int) ->
     )
     patches = (tower.image_size // tower.patch_size) ** 2
     vision += 2.0 * images * patches * 3 * tower.patch_size**2 * tower.hidden_size
-    projection_weights = projector.input_size * projector.ffn_hidden_size
-    projection_weights += projector.ffn_hidden_size * projector.hidden_size
+    projection_weights = sum(inputs * outputs for inputs, outputs in projector.sizes)
     projection = 2.0 * images * tower.num_image_tokens * projection_weights
     trained = {"tower": not tower.freeze, "projector": not projector.freeze, "decoder": not text.freeze}
     through_projector = trained["tower"] or trained["projector"]

@@ -1,4 +1,7 @@
-"""The parallel layout of our tensors: which slice a tensor-parallel rank holds, which layers a pipeline stage holds."""
+"""The parallel layout of our tensors: which slice a tensor-parallel rank holds.
+
+Which layers a pipeline stage holds is said by models/parallel.py and the module that was built.
+"""
 
 import torch
 from torch import Tensor
@@ -61,22 +64,3 @@ def check_divisible(size: int, rule: Rule, tp_size: int, geometry: Geometry) -> 
             f"{rule.target}: size {size} cannot be split over tensor-parallel size {tp_size}; "
             "expected a multiple of it. Lower the tensor-parallel size."
         )
-
-
-def stage_layers(num_layers: int, pp_rank: int, pp_size: int) -> range:
-    """Layers of one pipeline stage: equal shares in order (megatron.core's default).
-
-    Raises WeightError when the layers do not divide.
-    """
-    if num_layers % pp_size:
-        raise WeightError(
-            f"{num_layers} layers cannot be split over pipeline-parallel size {pp_size}; expected a divisor of "
-            f"{num_layers}. Change the pipeline-parallel size."
-        )
-    count = num_layers // pp_size
-    return range(pp_rank * count, (pp_rank + 1) * count)
-
-
-def layer_stage(layer: int, num_layers: int, pp_size: int) -> int:
-    """The pipeline stage that holds a layer."""
-    return layer // len(stage_layers(num_layers, 0, pp_size))

@@ -57,6 +57,11 @@ def _nested(outer: str, part: str, new: str = "") -> tuple[Prefix, Prefix]:
     return Prefix(outer, part, new), Prefix("model." + outer, part, new)
 
 
+def _projector(outer: str) -> tuple[Prefix, ...]:
+    """LLaVA's projector: an nn.Sequential, or for type linear one nn.Linear, which the rules know as its number 0."""
+    return Prefix(outer, PROJECTOR), *(Prefix(outer + name, PROJECTOR, "0." + name) for name in ("weight", "bias"))
+
+
 LLAVA_HF = Layout(
     "llava-hf",
     r"^(model\.)?multi_modal_projector\.",
@@ -80,19 +85,19 @@ LLAVA = Layout(
         Prefix("lm_head.", TEXT, "lm_head."),
         Prefix("model.vision_tower.vision_tower.vision_model.", VISION),
         Prefix("model.vision_tower.vision_tower.", VISION),
-        Prefix("model.mm_projector.", PROJECTOR),
+        *_projector("model.mm_projector."),
     ),
     {TEXT: "hf", VISION: "hf", PROJECTOR: "llava"},
 )
 
 PROJECTOR_ONLY = Layout(
     "projector",
-    r"(^|\.)mm_projector\.|^0\.(weight|bias)$",
+    r"(^|\.)mm_projector\.|^(0\.)?(weight|bias)$",
     (
-        Prefix("model.mm_projector.", PROJECTOR),
-        Prefix("mm_projector.", PROJECTOR),
-        Prefix("0.", PROJECTOR, "0."),
-        Prefix("2.", PROJECTOR, "2."),
+        *_projector("model.mm_projector."),
+        *_projector("mm_projector."),
+        *_projector("")[1:],
+        *(Prefix(digit, PROJECTOR, digit) for digit in "0123456789"),
     ),
     {PROJECTOR: "llava"},
 )
@@ -145,7 +150,7 @@ OUR_MODEL = Layout(
 )
 OUR_VISION = Layout("mindspeed-mm", r"^class_token$", (Prefix("", VISION),), _OURS)
 OUR_TEXT = Layout("mindspeed-mm", r"^embedding\.word_embeddings\.weight$", (Prefix("", TEXT),), _OURS)
-OUR_PROJECTOR = Layout("mindspeed-mm", r"^encoder\.linear_fc[12]\.weight$", (Prefix("", PROJECTOR),), _OURS)
+OUR_PROJECTOR = Layout("mindspeed-mm", r"^encoder\.linear_fc[0-9]+\.weight$", (Prefix("", PROJECTOR),), _OURS)
 
 HF = Layout(
     "hf",

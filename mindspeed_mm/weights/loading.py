@@ -1,5 +1,6 @@
 """Load one part of a model from any layout into a module's tensors, at any tensor and pipeline layout."""
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights.layout import check_divisible, padded_vocab_size, shard
 from mindspeed_mm.weights.rules import Geometry, RuleSet, Step
 from mindspeed_mm.weights.sources import PartSource, Source, open_source
+
+logger = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
@@ -44,6 +47,7 @@ def load_part(
     tp_size: int = 1,
     layer_offset: int = 0,
     num_local_layers: int | None = None,
+    allow_nonfinite: bool = False,
 ) -> LoadReport:
     """Copy a part's weights into a module's parameters in place, cast to their type, one group of tensors at a time.
 
@@ -55,8 +59,10 @@ def load_part(
         tp_rank, tp_size: place in the tensor-parallel group.
         layer_offset: number of the first layer that this pipeline stage holds.
         num_local_layers: layers of this stage; None where it holds the whole part.
+        allow_nonfinite: load weights with NaN or Inf, with a warning, which are else refused.
 
-    Raises WeightError for missing or extra tensors, other shapes or types, and a source whose config differs.
+    Raises WeightError for missing or extra tensors, other shapes or types, NaN and Inf, and a source whose config
+    differs.
     """
     content = module.state_dict() if isinstance(module, torch.nn.Module) else module
     state = {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
@@ -78,6 +84,7 @@ def load_part(
         for name, parameter in local.items():
             step = steps[name] if name in steps else steps[rules.tied[1]]
             value = local_tensor(step, part_source, geometry, tp_rank, tp_size, stored=stored)
+            check_finite(value, f"{part_source.path}: {' + '.join(step.sources)}", allowed=allow_nonfinite)
             _copy(parameter, name, value, step, part_source)
     dropped = len(part_source.names) - sum(len(step.sources) for step in steps.values())
     return LoadReport(part.kind, source.layout, str(part_source.path), len(local), len(local), 0, dropped, confirmed)
@@ -222,6 +229,20 @@ def check_step(step: Step, source: PartSource, geometry: Geometry) -> Tensor:
             f"{geometry.vocab_size}. Correct language_vocab_size in the spec."
         )
     return full
+
+
+def check_finite(tensor: Tensor, what: str, *, allowed: bool, advice: str = "") -> bool:
+    """Whether a tensor holds neither NaN nor Inf. Else raises WeightError, or with `allowed` logs a warning."""
+    if not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        return True
+    text = f"{what} has {int((~tensor.isfinite()).sum())} NaN or Inf of {tensor.numel()} values, as {tensor.dtype}"
+    if not allowed:
+        raise WeightError(
+            f"{text}; expected finite weights. {advice or 'The weights are damaged: take another copy.'} "
+            "--allow-nonfinite (allow_nonfinite=True) takes them all the same."
+        )
+    logger.warning("%s", text)
+    return False
 
 
 def _copy(parameter: Tensor, name: str, value: Tensor, step: Step, source: PartSource) -> None:

@@ -1,13 +1,15 @@
 """Weight rules: one declaration per tensor of ours gives both directions of a conversion and the parallel split.
 
-A rule names one of OUR tensors and the source tensors that it is made of. `{}` in a name is the layer number (and
-`[0-9]+` for `Drop`). `axis` is the axis of our tensor that tensor parallelism splits; None means replicated.
+A rule names one of OUR tensors and the source tensors that it is made of. `{}` in a name is the layer number, `{+1}`
+the next one, `{*2}` twice the number. `axis` is the axis of our tensor that tensor parallelism splits; None means
+replicated.
 Functions here are pure and know nothing of files or of process groups.
 
 Letters in shapes: G query groups, R = heads / G query heads per group, D channels per head, H hidden size, F MLP size.
 """
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -55,7 +57,8 @@ class Rule:
 
     `needs` names a boolean of Geometry without which neither side has the tensor. `unused` marks a tensor that public
     layouts hold and our module never builds: loading drops it, conversions carry it; `shape_like` names a tensor of
-    ours with its shape, for an export of a source that has none.
+    ours with its shape, for an export of a source that has none. `every` (first, step) says which layers a rule with a
+    layer number describes.
     """
 
     target: str
@@ -64,6 +67,7 @@ class Rule:
     needs: str | None = None
     unused: bool = False
     shape_like: str | None = None
+    every: tuple[int, int] = (0, 1)
 
     def to_ours(self, tensors: list[Tensor], geometry: Geometry) -> Tensor:
         """Merge the source tensors (in the order of `sources`) into ours."""
@@ -257,7 +261,10 @@ class RuleSet:
         """The rules of the dialect "ours": each of our tensors under its own name, split as here."""
         rules = [rule for rule in self.rules if isinstance(rule, Rule) and not rule.unused]
         return RuleSet(
-            tuple(Own(rule.target, (rule.target,), rule.axis, rule.needs, like=rule) for rule in rules), self.tied
+            tuple(
+                Own(rule.target, (rule.target,), rule.axis, rule.needs, every=rule.every, like=rule) for rule in rules
+            ),
+            self.tied,
         )
 
     def steps(self, geometry: Geometry) -> list[Step]:
@@ -265,8 +272,8 @@ class RuleSet:
         source_layers = max(geometry.num_layers, geometry.source_layers or 0)
         steps = []
         for rule in self._active(geometry):
-            layered = "{}" in rule.target
-            for layer in range(source_layers) if layered else (None,):
+            first, step = rule.every
+            for layer in range(first, source_layers, step) if is_layered(rule.target) else (None,):
                 unused = rule.unused or (layer is not None and layer >= geometry.num_layers)
                 steps.append(
                     Step(_fill(rule.target, layer), tuple(_fill(n, layer) for n in rule.sources), rule, unused)
@@ -355,8 +362,37 @@ class RuleSet:
         return hints
 
 
+def is_layered(name: str) -> bool:
+    """Whether a name of a rule holds a layer number."""
+    return any(text in name for text in _NUMBERS)
+
+
+def layer_of(pattern: str, name: str) -> int | None:
+    """The layer whose number makes `name` of a rule's `pattern`, None where no number does."""
+    found = _matcher(pattern).fullmatch(name)
+    if found is None:
+        return None
+    first, step = next(numbers for text, numbers in _NUMBERS.items() if text in pattern)
+    layer, rest = divmod(int(found[1]) - first, step)
+    return layer if layer >= 0 and not rest else None
+
+
+_NUMBERS = {"{}": (0, 1), "{+1}": (1, 1), "{*2}": (0, 2)}
+"""What stands for the number of a layer, which is written as first + step * layer."""
+
+
+@functools.lru_cache(maxsize=256)
+def _matcher(pattern: str) -> re.Pattern[str]:
+    text = re.escape(pattern)
+    for number in _NUMBERS:
+        text = text.replace(re.escape(number), "([0-9]+)")
+    return re.compile(text)
+
+
 def _fill(name: str, layer: int | None) -> str:
-    return name if layer is None else name.replace("{}", str(layer))
+    for text, (first, step) in _NUMBERS.items() if layer is not None else ():
+        name = name.replace(text, str(first + step * layer))
+    return name
 
 
 def _cat(target: str, tensors: list[Tensor], dim: int = 0) -> Tensor:

@@ -7,13 +7,14 @@ import pytest
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.spec import MODEL_KEYS, from_llava, from_llava_hf, load_model_spec, part_of
+from mindspeed_mm.models.spec import MODEL_KEYS, load_model_spec, part_of
 from mindspeed_mm.models.text_decoder import llama
 from mindspeed_mm.models.text_decoder.llama import LlamaSpec
 from mindspeed_mm.models.vision_encoder import clip
 from mindspeed_mm.models.vision_encoder.clip import ClipSpec
 from mindspeed_mm.models.vision_projector import mlp
 from mindspeed_mm.models.vision_projector.mlp import MlpSpec
+from mindspeed_mm.weights.configs import text_config, vision_config, vision_select
 
 # The blocks that the ancestor's guide describes for LLaVA-1.5-7B, with every key it knows.
 COMMON = {
@@ -321,7 +322,10 @@ def test_variants_of_clip_that_are_not_built(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"mm_projector_type": "linear", "mm_hidden_size": 4}, 'found mm_projector_type "linear"'),
+        ({"mm_projector_type": "identity", "mm_hidden_size": 4}, 'found mm_projector_type "identity" .it has no weigh'),
+        ({"mm_projector_type": "cabstract", "mm_hidden_size": 4}, 'found mm_projector_type "cabstract"; linear and'),
+        ({"mm_projector_type": "mlp0x_gelu", "mm_hidden_size": 4}, 'found mm_projector_type "mlp0x_gelu"; linear and'),
+        ({"mm_projector_type": 2, "mm_hidden_size": 4}, 'found mm_projector_type "2"; linear and'),
         ({"mm_projector_type": "mlp2x_gelu"}, "mm_hidden_size is missing"),
         ({"projector_hidden_act": "silu"}, "found activation 'silu' and bias True"),
         ({"multimodal_projector_bias": False}, "and bias False"),
@@ -336,9 +340,14 @@ def test_goldens_describe_one_model(golden):
     def read(name):
         return json.loads((golden / "models" / name / "config.json").read_text())
 
-    hub, present = from_llava_hf(read("llava_hf")), from_llava_hf(read("llava_hf_v5"))
-    assert hub == present and hub.text_decoder.language_vocab_size == 1024
-    original = from_llava(read("llava_original"), read("clip_hf"))
-    assert original.text_decoder.language_vocab_size == 1000
-    assert original.vision_encoder.model_copy(update={"params_dtype": "float32"}) == hub.vision_encoder
+    hub, present = read("llava_hf"), read("llava_hf_v5")
+    for part, inner in ((llama, text_config), (clip, vision_config), (mlp, dict)):
+        old, new = (part.from_hf(inner(config)).model_copy(update={"params_dtype": None}) for config in (hub, present))
+        assert old == new
+    original = read("llava_original")
+    assert llama.from_hf(text_config(hub)).language_vocab_size == 1024
+    assert llama.from_hf(original).language_vocab_size == 1000
+    tower = clip.from_hf(read("clip_hf") | vision_select(original))
+    assert tower.model_copy(update={"params_dtype": None}) == clip.from_hf(vision_config(hub))
+    assert mlp.from_hf(original) == mlp.from_hf(hub)
     assert llama.from_hf(read("vicuna_bin")) == llama.from_hf(read("vicuna"))

@@ -5,8 +5,10 @@ import json
 import pytest
 from safetensors.torch import save_file
 
-from mindspeed_mm.models.spec import find_part, from_llava, from_llava_hf
+from mindspeed_mm.models.describe import describe_model
+from mindspeed_mm.models.spec import find_part
 from mindspeed_mm.models.text_decoder import llama
+from mindspeed_mm.weights.sources import open_source
 from tests.weights.weight_helpers import random_hf_state
 
 TINY_LLAMA = {
@@ -30,14 +32,13 @@ def golden_models(golden):
 @pytest.fixture
 def golden_spec(golden_models):
     """ModelSpec of the goldens with 1000 rows (all layouts but llava-hf)."""
-    config = json.loads((golden_models / "llava_original" / "config.json").read_text())
-    return from_llava(config, json.loads((golden_models / "clip_hf" / "config.json").read_text()))
+    return describe_model(open_source(golden_models / "llava_original"))
 
 
 @pytest.fixture
 def golden_hf_spec(golden_models):
     """ModelSpec of the llava-hf golden, with 1024 rows."""
-    return from_llava_hf(json.loads((golden_models / "llava_hf" / "config.json").read_text()))
+    return describe_model(open_source(golden_models / "llava_hf"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.layout import layer_stage, padded_vocab_size, shard, stage_layers, unshard
+from mindspeed_mm.weights.layout import padded_vocab_size, shard, unshard
 from mindspeed_mm.weights.rules import QKV, GateUp, Geometry, Own, Rule, Vocab
 
 GEOMETRY = Geometry(1, num_attention_heads=8, num_query_groups=4, kv_channels=2, vocab_size=7)
@@ -67,10 +67,3 @@ def test_sizes_that_do_not_divide_are_refused():
 def test_replicas_that_differ_are_refused():
     with pytest.raises(WeightError, match="hold different copies"):
         unshard([torch.zeros(2), torch.ones(2)], RULES["replicated"][0], GEOMETRY)
-
-
-def test_layers_are_spread_evenly_over_the_stages():
-    assert [list(stage_layers(6, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5]]
-    assert [layer_stage(layer, 6, 3) for layer in range(6)] == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(WeightError, match="6 layers cannot be split over pipeline-parallel size 4"):
-        stage_layers(6, 0, 4)

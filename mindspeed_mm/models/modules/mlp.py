@@ -6,15 +6,15 @@ Legend: N pictures, P patches, Hv tower width, H decoder width.
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.mlp import MLP
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from mindspeed_mm.models.layers.specs import MLP_SUBMODULES
 from mindspeed_mm.models.runtime import Runtime, transformer_config
 
 
 class MLPProjector(MegatronModule):
-    """Linear, GELU, Linear with biases (LLaVA-1.5's mlp2x_gelu), split over the tensor-parallel ranks."""
+    """Linears with biases and GELU between them (LLaVA's linear and mlpNx_gelu)."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
@@ -27,9 +27,37 @@ class MLPProjector(MegatronModule):
             num_attention_heads=runtime.tensor_model_parallel_size,
         )
         super().__init__(config=config)
-        self.encoder = MLP(config, MLP_SUBMODULES, input_size=spec.input_size, ffn_hidden_size=spec.ffn_hidden_size)
+        self.encoder = Linears(config, spec.sizes)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[N, P, Hv] -> [N, P, H]"""
-        projected, bias = self.encoder(features)
-        return projected + bias
+        return self.encoder(features)
+
+
+class Linears(MegatronModule):
+    """linear_fc1 .. linear_fcN of sizes (input, output).
+
+    Pairs are split over the tensor-parallel ranks as in a transformer's MLP: the first by rows of its weight, the
+    second by columns. A last one without a partner is split by rows, and its outputs are gathered.
+    """
+
+    def __init__(self, config: TransformerConfig, sizes: list[tuple[int, int]]) -> None:
+        super().__init__(config=config)
+        self.names = [f"linear_fc{number}" for number in range(1, len(sizes) + 1)]
+        last = len(sizes) - 1
+        for number, size in enumerate(sizes):
+            init = config.output_layer_init_method if 0 < number == last else config.init_method
+            common = {"config": config, "init_method": init, "bias": True, "skip_bias_add": False}
+            if number % 2:
+                linear = RowParallelLinear(*size, input_is_parallel=True, **common)
+            else:
+                linear = ColumnParallelLinear(*size, gather_output=number == last, **common)
+            self.add_module(self.names[number], linear)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., input of the first] -> [..., output of the last]"""
+        for name in self.names:
+            if name != self.names[0]:
+                hidden = self.config.activation_func(hidden)
+            hidden, _ = getattr(self, name)(hidden)
+        return hidden

@@ -9,7 +9,7 @@ import pydantic
 
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.part import Part, PartSpec, Size, only
+from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
 from mindspeed_mm.weights.rules import QKV, Drop, GateUp, Geometry, Rule, RuleSet, Vocab
 
 HF_DEFAULTS = {
@@ -95,7 +95,7 @@ class LlamaSpec(PartSpec):
     share_embeddings_and_output_weights: bool = False
     is_encoder_decoder: Annotated[bool, only(False, why="Llama is a decoder")] = False
     tokenizer_padding_side: Annotated[str, only("right", why="batches are padded on the right")] = "right"
-    pipeline_num_layers: list[Annotated[int, pydantic.Field(ge=0)]] | None = None
+    pipeline_num_layers: StageLayers | None = None
     """Layers of each pipeline stage; None: equal shares. Only the first may be 0 (it holds the tower)."""
 
     @pydantic.model_validator(mode="before")
@@ -135,10 +135,10 @@ class LlamaSpec(PartSpec):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups "
                 f"{self.num_query_groups}; every group must serve equally many heads"
             )
-        stages = self.pipeline_num_layers
-        if stages is not None and (sum(stages) != self.num_layers or 0 in stages[1:]):
+        stages = flat_layers(self.pipeline_num_layers or [])
+        if self.pipeline_num_layers is not None and (sum(stages) != self.num_layers or 0 in stages[1:]):
             raise ValueError(
-                f"pipeline_num_layers {stages} does not share out num_layers {self.num_layers}; its sum must be that, "
+                f"pipeline_num_layers {self.pipeline_num_layers} does not share out num_layers {self.num_layers}; its sum must be that, "
                 "and only the first stage may have 0"
             )
         if self.kv_channels % 2:
@@ -274,11 +274,32 @@ HF_RULES = RuleSet(
 )
 
 
-def build(spec: LlamaSpec, runtime, *, pre_process: bool = True, post_process: bool = True):
-    """The decoder's layers of this pipeline stage (models.runtime.Runtime says how it is spread)."""
+def shapes(spec: LlamaSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of our tensors; `{}` is the layer."""
+    hidden, vocabulary = spec.hidden_size, (spec.language_vocab_size, spec.hidden_size)
+    heads = spec.num_attention_heads * spec.kv_channels
+    qkv = heads + 2 * spec.num_query_groups * spec.kv_channels
+    return {
+        "embedding.word_embeddings.weight": vocabulary,
+        _LAYER + "input_layernorm.weight": (hidden,),
+        _LAYER + "self_attention.linear_qkv.weight": (qkv, hidden),
+        _LAYER + "self_attention.linear_qkv.bias": (qkv,),
+        _LAYER + "self_attention.linear_proj.weight": (hidden, heads),
+        _LAYER + "pre_mlp_layernorm.weight": (hidden,),
+        _LAYER + "mlp.linear_fc1.weight": (2 * spec.ffn_hidden_size, hidden),
+        _LAYER + "mlp.linear_fc2.weight": (hidden, spec.ffn_hidden_size),
+        "decoder.final_layernorm.weight": (hidden,),
+        "output_layer.weight": vocabulary,
+    }
+
+
+def build(
+    spec: LlamaSpec, runtime, *, pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None
+):
+    """The decoder's layers of this (virtual) pipeline stage; models.runtime.Runtime says how it is spread."""
     from mindspeed_mm.models.modules.llama import LlamaDecoder
 
-    return LlamaDecoder(spec, runtime, pre_process=pre_process, post_process=post_process)
+    return LlamaDecoder(spec, runtime, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
 
 
 PART = Part(
@@ -288,6 +309,7 @@ PART = Part(
     from_hf=from_hf,
     to_hf=to_hf,
     rules={"hf": HF_RULES, "ours": HF_RULES.own()},
+    shapes=shapes,
     build=build,
     checked=(
         "num_layers",

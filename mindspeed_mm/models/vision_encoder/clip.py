@@ -12,7 +12,7 @@ import pydantic
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.part import Part, PartSpec, Size, only
+from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
 from mindspeed_mm.weights.rules import QKV, Drop, Geometry, PackedQKV, Reshape, Rule, RuleSet
 
 HF_DEFAULTS = {
@@ -70,7 +70,7 @@ class ClipSpec(PartSpec):
     normalization: Annotated[str, only("LayerNorm", why="CLIP has LayerNorm")] = "LayerNorm"
     layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-5
     post_layer_norm: Annotated[bool, only(False, why="the feature is taken before the final norm")] = False
-    pipeline_num_layers: list[Annotated[int, pydantic.Field(ge=0)]] | None = None
+    pipeline_num_layers: StageLayers | None = None
     """Layers of each pipeline stage, as in the ancestor's files; the tower stands on the first stage."""
     device: str | None = None
     """Device of the ancestor's helper tensors; ours live on the run's device."""
@@ -115,11 +115,13 @@ class ClipSpec(PartSpec):
                 f"num_query_groups {self.num_query_groups} is not num_attention_heads {self.num_attention_heads}; "
                 "CLIP has plain multi-head attention"
             )
-        stages = self.pipeline_num_layers
-        if stages is not None and (stages[:1] not in ([self.num_layers], [self.num_built_layers]) or any(stages[1:])):
+        stages = flat_layers(self.pipeline_num_layers or [])
+        whole = ([self.num_layers], [self.num_built_layers])
+        if self.pipeline_num_layers is not None and (stages[:1] not in whole or any(stages[1:])):
             raise ValueError(
-                f"pipeline_num_layers {stages} spreads the tower; it stands on the first pipeline stage, so expected "
-                f"{[self.num_layers] + [0] * (len(stages) - 1)}"
+                f"pipeline_num_layers {self.pipeline_num_layers} spreads the tower, which stands on the first pipeline "
+                "stage as a whole: between its layers, features of pictures would travel where hidden states of the "
+                f"text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers there"
             )
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -301,6 +303,23 @@ OPENAI_RULES = RuleSet(
 )
 
 
+def shapes(spec: ClipSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of our tensors; `{}` is the layer."""
+    width, inner = spec.hidden_size, spec.ffn_hidden_size
+    result = {
+        "class_token": (1, 1, width),
+        "conv1.weight": (width, spec.num_channels, spec.patch_size, spec.patch_size),
+        "position_embeddings.weight": (spec.num_positions, width),
+    }
+    linears = {"self_attention.linear_qkv": (3 * width, width), "self_attention.linear_proj": (width, width)}
+    linears |= {"mlp.linear_fc1": (inner, width), "mlp.linear_fc2": (width, inner)}
+    for name, shape in linears.items():
+        result |= {f"{_LAYER}{name}.weight": shape, f"{_LAYER}{name}.bias": shape[:1]}
+    for name in ("ln_pre", "post_layernorm", _LAYER + "input_layernorm", _LAYER + "pre_mlp_layernorm"):
+        result |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return result
+
+
 def build(spec: ClipSpec, runtime):
     """The tower, up to the selected feature."""
     from mindspeed_mm.models.modules.clip import CLIPVisionTower
@@ -316,6 +335,7 @@ PART = Part(
     to_hf=to_hf,
     from_shapes=from_shapes,
     rules={"hf": HF_RULES, "openai": OPENAI_RULES, "ours": HF_RULES.own()},
+    shapes=shapes,
     build=build,
     checked=(
         "num_layers",

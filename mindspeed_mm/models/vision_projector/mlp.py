@@ -1,5 +1,6 @@
-"""LLaVA-1.5's projector: Linear, GELU (erf), Linear, all with biases. Spec and weight rules."""
+"""LLaVA's projectors: linears with GELU (erf) between them, `linear` (one) and `mlpNx_gelu`. Spec, weight rules."""
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,8 @@ from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.part import Part, PartSpec, Size, only
 from mindspeed_mm.weights.rules import Geometry, Rule, RuleSet
 
+WHY = "the projector is LLaVA's linear or mlpNx_gelu"
+
 
 class MlpSpec(PartSpec):
     """image_encoder.vision_projector block of a model.json."""
@@ -17,15 +20,17 @@ class MlpSpec(PartSpec):
     model_id: Literal["mlp"] = "mlp"
     fresh: bool = True
     """The projector is what pretraining makes, so a null ckpt_path is normal."""
-    num_layers: Annotated[int, only(2, why="the projector is mlp2x_gelu")] = 2
+    num_layers: Size = 2
+    """Linears: 1 is LLaVA's `linear`, N its `mlpNx_gelu`."""
     num_attention_heads: Annotated[int, only(1, why="the projector has no attention")] = 1
     input_size: Size
     """Width of the vision encoder."""
     ffn_hidden_size: Size = None  # hidden_size, as LLaVA has it
+    """Width between the linears."""
     hidden_size: Size
     """Width of the text decoder."""
-    activation_func: Annotated[str, only("gelu", why="the projector is mlp2x_gelu")] = "gelu"
-    gated_linear_unit: Annotated[bool, only(False, why="the projector is mlp2x_gelu")] = False
+    activation_func: Annotated[str, only("gelu", why=WHY)] = "gelu"
+    gated_linear_unit: Annotated[bool, only(False, why=WHY)] = False
     add_bias_linear: Annotated[bool, only(True, why="the projector's linears have biases")] = True
 
     @pydantic.model_validator(mode="before")
@@ -34,6 +39,21 @@ class MlpSpec(PartSpec):
         if isinstance(data, dict) and data.get("ffn_hidden_size") is None:
             data = {**data, "ffn_hidden_size": data.get("hidden_size")}
         return data
+
+    @pydantic.model_validator(mode="after")
+    def _one_linear_has_no_inside(self) -> "MlpSpec":
+        if self.num_layers == 1 and self.ffn_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"ffn_hidden_size {self.ffn_hidden_size} is a width between linears, of which num_layers 1 has none; "
+                "leave it out"
+            )
+        return self
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(input, output) of each linear."""
+        inside = [self.ffn_hidden_size] * (self.num_layers - 1)
+        return list(zip([self.input_size, *inside], [*inside, self.hidden_size], strict=True))
 
     @property
     def geometry(self) -> Geometry:
@@ -45,10 +65,9 @@ def from_hf(config: dict[str, Any]) -> MlpSpec:
 
     Raises ConfigError for another projector.
     """
+    linears = 2
     if "mm_projector_type" in config or "mm_hidden_size" in config:
-        kind = config.get("mm_projector_type", "linear")  # LLaVA's builder: absent means linear
-        if kind != "mlp2x_gelu":
-            raise ConfigError(f'projector config: found mm_projector_type "{kind}"; mlp2x_gelu is supported.')
+        linears = _count_linears(config.get("mm_projector_type", "linear"))  # LLaVA's builder: absent means linear
         if "mm_hidden_size" not in config:
             raise ConfigError("projector config: mm_hidden_size is missing; add the width of the vision tower.")
         sizes = (config["mm_hidden_size"], config.get("hidden_size", 4096))
@@ -63,30 +82,58 @@ def from_hf(config: dict[str, Any]) -> MlpSpec:
             config.get("vision_config", {}).get("hidden_size", 768),
             config.get("text_config", {}).get("hidden_size", 4096),
         )
-    return load_config(MlpSpec, {"input_size": sizes[0], "hidden_size": sizes[1]}, what="projector config")
+    block = {"num_layers": linears, "input_size": sizes[0], "hidden_size": sizes[1]}
+    return load_config(MlpSpec, block, what="projector config")
+
+
+def _count_linears(kind: Any) -> int:
+    """Linears of an mm_projector_type."""
+    if kind == "linear":
+        return 1
+    found = re.fullmatch(r"mlp([1-9][0-9]*)x_gelu", kind) if isinstance(kind, str) else None
+    if found is None:
+        reason = " (it has no weights: the tower's features go into the decoder as they are)"
+        raise ConfigError(
+            f'projector config: found mm_projector_type "{kind}"{reason if kind == "identity" else ""}; linear and '
+            "mlpNx_gelu (N linears with GELU between them) are supported. Give weights with one of these."
+        )
+    return int(found[1])
 
 
 def from_shapes(shape: Callable[[str], tuple[int, ...]], num_layers: int, **given: Any) -> MlpSpec:
-    """MlpSpec of weights without a config (`num_layers` is the 0 that a part without layers has)."""
-    ffn_size, input_size = shape("encoder.linear_fc1.weight")
-    hidden_size = shape("encoder.linear_fc2.weight")[0]
-    sizes = {"input_size": input_size, "ffn_hidden_size": ffn_size, "hidden_size": hidden_size}
-    return load_config(MlpSpec, {**sizes, **given}, what="projector (from the shapes of its weights)")
+    """MlpSpec of weights without a config, from the shapes of its `num_layers` linears."""
+    inside, input_size = shape("encoder.linear_fc1.weight")
+    hidden_size = shape(f"encoder.linear_fc{max(num_layers, 1)}.weight")[0]
+    block = {"num_layers": num_layers, "input_size": input_size, "hidden_size": hidden_size}
+    return load_config(
+        MlpSpec, {**block, "ffn_hidden_size": inside, **given}, what="projector (from the shapes of its weights)"
+    )
 
 
-def _rules(first: str, second: str) -> RuleSet:
+def _rules(linear: str) -> RuleSet:
+    """Linears are split over the tensor-parallel ranks in pairs, first by rows, then by columns; see modules/mlp.py."""
+    ours = "encoder.linear_fc{+1}"
     return RuleSet(
         (
-            Rule("encoder.linear_fc1.weight", (f"{first}.weight",), axis=0),
-            Rule("encoder.linear_fc1.bias", (f"{first}.bias",), axis=0),
-            Rule("encoder.linear_fc2.weight", (f"{second}.weight",), axis=1),
-            Rule("encoder.linear_fc2.bias", (f"{second}.bias",)),
+            Rule(f"{ours}.weight", (f"{linear}.weight",), axis=0, every=(0, 2)),
+            Rule(f"{ours}.bias", (f"{linear}.bias",), axis=0, every=(0, 2)),
+            Rule(f"{ours}.weight", (f"{linear}.weight",), axis=1, every=(1, 2)),
+            Rule(f"{ours}.bias", (f"{linear}.bias",), every=(1, 2)),
         )
     )
 
 
-LLAVA_RULES = _rules("0", "2")
-HF_RULES = _rules("linear_1", "linear_2")
+LLAVA_RULES = _rules("{*2}")
+HF_RULES = _rules("linear_{+1}")
+
+
+def shapes(spec: MlpSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of our tensors."""
+    result: dict[str, tuple[int, ...]] = {}
+    for number, (inputs, outputs) in enumerate(spec.sizes, start=1):
+        name = f"encoder.linear_fc{number}"
+        result |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+    return result
 
 
 def build(spec: MlpSpec, runtime):
@@ -103,6 +150,7 @@ PART = Part(
     from_hf=from_hf,
     from_shapes=from_shapes,
     rules={"llava": LLAVA_RULES, "hf": HF_RULES, "ours": LLAVA_RULES.own()},
+    shapes=shapes,
     build=build,
-    checked=("input_size", "hidden_size"),
+    checked=("num_layers", "input_size", "hidden_size"),
 )
