@@ -42,6 +42,12 @@ class DriverArguments:
 
     tensor_model_parallel_size: int = _flag(int, 1, "parallel", "devices that share each matrix")
     pipeline_model_parallel_size: int = _flag(int, 1, "parallel", "stages that share the layers")
+    num_virtual_stages_per_pipeline_rank: int | None = _flag(
+        int, None, "parallel", "chunks of layers on each pipeline stage (interleaved schedule, a smaller bubble)"
+    )
+    num_layers_per_virtual_pipeline_stage: int | None = _flag(
+        int, None, "parallel", "the same, given as the layers of such a chunk"
+    )
     context_parallel_size: int = _flag(int, 1, "parallel", "devices that share each sequence")
     sequence_parallel: bool = _switch("parallel", "split norms and dropouts along the sequence; needs tensor parallel")
     micro_batch_size: int = _flag(int, 1, "parallel", "samples per device and forward pass")
@@ -159,6 +165,11 @@ class DriverArguments:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step on each data-parallel rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
+
     def decay_steps(self) -> int:
         """Steps after which the learning rate stays at min_lr."""
         return self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
@@ -247,6 +258,8 @@ def from_namespace(namespace: argparse.Namespace, world_size: int | None = None)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     values = {flag.name: getattr(namespace, flag.name) for flag in _flags()}
     args = DriverArguments(**values, world_size=world_size)
+    if values["num_virtual_stages_per_pipeline_rank"] == 1:
+        values["num_virtual_stages_per_pipeline_rank"] = None  # stages as they are
     problems = [*_check_ranges(args), *_check_schedule(args), *_check_combinations(args)]
     if not problems:
         problems, args = _check_batch(args)
@@ -256,11 +269,36 @@ def from_namespace(namespace: argparse.Namespace, world_size: int | None = None)
 
 
 _AT_LEAST_ONE = (
+def with_virtual_stages(args: DriverArguments, num_layers: int) -> DriverArguments:
+    """`args` with --num-layers-per-virtual-pipeline-stage expressed in stages, for a model of `num_layers` layers.
+
+    Raises:
+        ConfigError: the layers do not divide.
+    """
+    layers, stages = args.num_layers_per_virtual_pipeline_stage, args.pipeline_model_parallel_size
+    if layers is None:
+        return args
+    if num_layers % (layers * stages):
+        fitting = [size for size in range(1, num_layers // stages + 1) if num_layers % (size * stages) == 0]
+        raise ConfigError(
+            f"{num_layers} layers cannot be divided by --num-layers-per-virtual-pipeline-stage {layers} x "
+            f"--pipeline-model-parallel-size {stages}: "
+            + (f"take {' or '.join(map(str, fitting))}" if fitting else "use a divisor of the layers as pipeline size")
+        )
+    chunks = num_layers // (layers * stages)
+    return dataclasses.replace(
+        args,
+        num_layers_per_virtual_pipeline_stage=None,
+        num_virtual_stages_per_pipeline_rank=chunks if chunks > 1 else None,
+    )
+
+
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size"),
     *("global_batch_size", "train_iters", "lr_decay_iters", "save_interval", "exit_interval", "log_interval"),
     *("keep_last", "keep_every"),
     *("loss_scale_window", "hysteresis", "seq_length"),
 )
+    *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
 _AT_LEAST_ZERO = (
     *("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers", "seed", "ckpt_step"),
     *("adam_beta1", "adam_beta2"),
@@ -340,6 +378,12 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         )
     if args.load is None:
         needing = ("finetune", "ckpt_step", "exit_on_missing_checkpoint")
+    virtual = ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage")
+    given = [_option(name) for name in virtual if getattr(args, name) is not None]
+    if len(given) == 2:
+        problems.append(f"{' and '.join(given)} are both given: keep one of them")
+    if given and args.pipeline_model_parallel_size == 1:
+        problems.append(f"{given[0]} needs --pipeline-model-parallel-size above 1: it cuts pipeline stages into chunks")
         problems += [f"{_option(name)} needs --load" for name in needing if getattr(args, name) not in (None, False)]
     return problems
 
@@ -354,7 +398,7 @@ def _check_batch(args: DriverArguments) -> tuple[list[str], DriverArguments]:
         return [f"{args.world_size} process(es) cannot be divided by {shape} parallel: change one of them"], args
     step = args.micro_batch_size * args.data_parallel_size
     if args.global_batch_size is None:
-        return [], dataclasses.replace(args, global_batch_size=step)
+        args = dataclasses.replace(args, global_batch_size=step)
     if args.global_batch_size % step:
         lower = args.global_batch_size // step * step
         nearest = [str(size) for size in (lower, lower + step) if size]
@@ -364,3 +408,11 @@ def _check_batch(args: DriverArguments) -> tuple[list[str], DriverArguments]:
             f"take {' or '.join(nearest)}"
         ], args
     return [], args
+    virtual = args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
+    stages = args.pipeline_model_parallel_size
+    if virtual is not None and args.num_micro_batches % stages:
+        wanted = -(-args.num_micro_batches // stages) * stages * step
+        return [
+            f"virtual pipeline stages need a multiple of {stages} micro-batches (--pipeline-model-parallel-size), "
+            f"--global-batch-size {args.global_batch_size} gives {args.num_micro_batches}: take {wanted}"
+        ], args

@@ -32,7 +32,8 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
     one is made. A process group that exists already (tests) is kept.
 
     Raises:
-        ConfigError: --distributed-backend is not the platform's, or the world size is not the one that `args` holds.
+        ConfigError: --distributed-backend is not the platform's, the world size is not the one that `args` holds, or
+            `args` names virtual stages by their layers, which arguments.with_virtual_stages resolves.
         TrainingError: the preflight failed: names the ranks that did not come, or what stands between those that did.
     """
     if args.distributed_backend not in ("nccl", platform.backend):
@@ -40,6 +41,8 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
             f"--distributed-backend {args.distributed_backend} does not work on {platform.name}: "
             f"expected {platform.backend} (or nccl, which stands for the device's own)"
         )
+    if args.num_layers_per_virtual_pipeline_stage is not None:
+        raise ConfigError("--num-layers-per-virtual-pipeline-stage needs the layers of the model: with_virtual_stages")
     if not torch.distributed.is_initialized():
         _init_process_group(args, platform)
     world_size = torch.distributed.get_world_size()
@@ -48,6 +51,7 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=args.context_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )

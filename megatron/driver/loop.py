@@ -43,23 +43,22 @@ class TrainReport(NamedTuple):
 
 
 class MeteredIterator:
-    """The data iterator, with the facts of each micro-batch and the time spent waiting for it.
+    """The micro-batches of one step after the other, with the facts of each and the time spent waiting for them.
 
     All micro-batches of a step are fetched before it begins: an error in the data of one rank then stops every rank
     with a message, where it would otherwise leave the others waiting in a collective.
     """
 
-    def __init__(self, iterator: Iterator[Any], describe: Callable[[Any], BatchFacts]) -> None:
-        self._iterator, self._describe = iterator, describe
-        self._fetched: list[Any] = []
+    def __init__(
+        self,
+        iterator: Iterator[Any],
+        describe: Callable[[Any], BatchFacts],
+        level: Callable[[list[Any]], list[Any]] | None = None,
+    ) -> None:
+        self._iterator, self._describe, self._level = iterator, describe, level
+        self.batches: list[Any] = []
         self.facts: list[BatchFacts] = []
         self.seconds = 0.0
-
-    def __iter__(self) -> MeteredIterator:
-        return self
-
-    def __next__(self) -> Any:
-        return self._fetched.pop(0) if self._fetched else self._fetch()
 
     def fetch(self, count: int, device: torch.device) -> None:
         """Begin a new step with its `count` micro-batches. Collective.
@@ -68,10 +67,14 @@ class MeteredIterator:
             DataError: this rank's data cannot be used.
             TrainingError: the data ended, or another rank's cannot be used.
         """
-        self._fetched, self.facts, self.seconds = [], [], 0.0
         error: ValueError | None = None
+        start = time.perf_counter()
         try:
-            self._fetched = [self._fetch() for _ in range(count)]
+            self.batches = [self._next() for _ in range(count)]
+            self.seconds = time.perf_counter() - start
+            if self._level is not None:
+                self.batches = self._level(self.batches)
+            self.facts = [self._describe(batch) for batch in self.batches]
         except (DataError, TrainingError) as caught:
             error = caught
         failed = torch.tensor(float(error is not None), device=device)
@@ -81,17 +84,46 @@ class MeteredIterator:
         if failed.item():
             raise TrainingError("the data of another rank cannot be used: see its message")
 
-    def _fetch(self) -> Any:
-        start = time.perf_counter()
+    def _next(self) -> Any:
         try:
-            batch = next(self._iterator)
+            return next(self._iterator)
         except StopIteration:
             raise TrainingError(
                 "the data ended before the last step: the data iterator must begin a new epoch"
             ) from None
-        self.seconds += time.perf_counter() - start
-        self.facts.append(self._describe(batch))
-        return batch
+
+
+def interleaved() -> bool:
+    """True where the run has virtual pipeline stages."""
+    return parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None
+
+
+def forward_backward(
+    state: TrainState,
+    args: DriverArguments,
+    forward_step: ForwardStep,
+    batches: list[Any],
+    *,
+    forward_only: bool = False,
+) -> list[dict]:
+    """All micro-batches of a step through megatron.core's schedule, backwards too unless `forward_only`. Collective.
+
+    Each chunk of a stage reads every micro-batch. Virtual stages exchange tensors of one size, so their micro-batches
+    must be equally long (Hooks.level).
+
+    Returns:
+        What loss_func reported for each micro-batch, on the last stage.
+    """
+    iterators = [iter(batches) for _ in state.model]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if interleaved() else iterators[0],
+        model=state.model,
+        num_microbatches=len(batches),
+        seq_length=batches[0].input_ids.shape[1] if interleaved() else args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        forward_only=forward_only,
+    )
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -140,7 +172,7 @@ def train(
     hooks = hooks or Hooks()
     if state.iteration >= args.train_iters and is_rank_0():
         logger.warning("nothing to do: %d of --train-iters %d steps are done", state.iteration, args.train_iters)
-    data = MeteredIterator(data_iterator, hooks.describe)
+    data = MeteredIterator(data_iterator, hooks.describe, hooks.level if interleaved() else None)
     step, saved = None, None
     clock = SaveClock(args)
     with StopRequest() as stop, Recorder(state, args) as recorder:
@@ -225,15 +257,7 @@ def train_step(
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    reported = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=data,
-        model=state.model,
-        num_microbatches=get_num_microbatches(),
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        forward_only=False,
-    )
+    reported = forward_backward(state, args, forward_step, data.batches)
     totals = _reduce(state, reported, data, stop)
     if totals.supervised == 0:
         _refuse(

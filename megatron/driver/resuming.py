@@ -28,7 +28,7 @@ from megatron.driver.reading import (
     read_run,
     reading_errors,
 )
-from megatron.driver.sharding import built, content_hash, metadata, model_tensors, split_frozen
+from megatron.driver.sharding import built, chunk_name, content_hash, metadata, model_tensors, split_frozen
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.errors import CheckpointError
 
@@ -107,8 +107,9 @@ def _load_model(state: TrainState, args: DriverArguments, checkpoint: Checkpoint
     tensors = model_tensors(state.modules)
     _check_model(args, checkpoint, built(tensors))
     places = {}
-    for module in state.modules:
-        places |= dict(module.named_parameters()) | dict(module.named_buffers())
+    for chunk, module in enumerate(state.modules):
+        held = dict(module.named_parameters()) | dict(module.named_buffers())
+        places |= {chunk_name(chunk, name): tensor for name, tensor in held.items()}
     for folder in sorted({reader.path for reader in checkpoint.sources.values()}):
         part = {name: item for name, item in tensors.items() if checkpoint.sources[item.key].path == folder}
         with reading_errors(checkpoint.path):

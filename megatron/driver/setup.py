@@ -23,7 +23,7 @@ from mindspeed_mm.platform import Platform
 
 logger = logging.getLogger(__name__)
 
-ModelProvider = Callable[[bool, bool], MegatronModule]
+ModelProvider = Callable[..., MegatronModule]
 
 
 def setup(
@@ -32,7 +32,8 @@ def setup(
     """Build what trains, and load the checkpoint that the flags name. `initialize` comes first.
 
     Args:
-        model_provider: (pre_process, post_process) -> the module of this pipeline stage, weights and requires_grad set.
+        model_provider: (pre_process, post_process) -> the module of this pipeline stage, weights and requires_grad set;
+            with virtual stages (pre_process, post_process, vp_stage), called for each chunk of this stage.
         hooks: the caller's part; its `compare` guards against a checkpoint of another architecture.
 
     Raises:
@@ -66,31 +67,50 @@ def setup(
 def _build_model(
     args: DriverArguments, model_provider: ModelProvider, platform: Platform
 ) -> list[DistributedDataParallel]:
-    module = model_provider(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
-    _check_trainable(module, platform)
-    config = module.config
-    config.bf16, config.fp16 = args.bf16, args.fp16
-    config.params_dtype = config.pipeline_dtype = compute_dtype(args)
-    # Gradients are sums over tokens; finalize_model_grads divides them by the tokens of the global batch.
-    config.calculate_per_token_loss = True
-    module = module.to(platform.device())
-    if args.bf16 or args.fp16:
-        module = Float16Module(config, module)
+    modules = _provide(args, model_provider)
+    _check_trainable(modules, platform)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
     )
-    chunk = DistributedDataParallel(config, ddp_config, module)
-    chunk.broadcast_params()
-    chunk.train()
-    return [chunk]
+    chunks = []
+    for number, module in enumerate(modules):
+        config = module.config
+        config.bf16, config.fp16 = args.bf16, args.fp16
+        config.params_dtype = config.pipeline_dtype = compute_dtype(args)
+        # Gradients are sums over tokens; finalize_model_grads divides them by the tokens of the global batch.
+        config.calculate_per_token_loss = True
+        module = module.to(platform.device())
+        if args.bf16 or args.fp16:
+            module = Float16Module(config, module)
+        # The reduction of later chunks is hidden behind the work on earlier ones, so they need no small buckets.
+        chunk = DistributedDataParallel(config, ddp_config, module, disable_bucketing=number > 0)
+        chunk.broadcast_params()
+        chunk.train()
+        chunks.append(chunk)
+    return chunks
 
 
-def _check_trainable(module: torch.nn.Module, platform: Platform) -> None:
-    total = sum(parameter.numel() for parameter in module.parameters())
-    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+def _provide(args: DriverArguments, model_provider: ModelProvider) -> list[MegatronModule]:
+    """The bare modules of this stage; several where the run has virtual stages."""
+    if args.num_virtual_stages_per_pipeline_rank is None:
+        return [model_provider(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())]
+    return [
+        model_provider(
+            parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage,
+        )
+        for vp_stage in range(args.num_virtual_stages_per_pipeline_rank)
+    ]
+
+
+def _check_trainable(modules: list[MegatronModule], platform: Platform) -> None:
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    total = sum(parameter.numel() for parameter in parameters)
+    trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     counts = torch.tensor([total, trainable], dtype=torch.int64, device=platform.device())
     torch.distributed.all_reduce(counts, group=parallel_state.get_model_parallel_group())
     total, trainable = counts.tolist()
@@ -133,4 +153,5 @@ def _connect(args: DriverArguments, model: list[DistributedDataParallel], optimi
         config.grad_scale_func = optimizer.scale_loss
         config.finalize_model_grads_func = finalize_model_grads
         if args.overlap_grad_reduce:
-            config.no_sync_func = chunk.no_sync
+            # The interleaved schedule holds back the reduction of all chunks with what the first one names.
+            config.no_sync_func = chunk.no_sync if len(model) == 1 else [each.no_sync for each in model]

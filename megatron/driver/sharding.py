@@ -64,20 +64,20 @@ def write_tensors(content: ShardedStateDict, folder: Path) -> None:
 
 
 def model_tensors(modules: list[MegatronModule]) -> ShardedStateDict:
-    """Sharded parameters and buffers of all chunks of this rank, by name in the module.
+    """Sharded parameters and buffers of all chunks of this rank, by name in the module (see `chunk_name`).
 
     Raises:
         CheckpointError: a module keeps state that is no tensor, which would have to be pickled.
     """
     tensors: ShardedStateDict = {}
-    for module in modules:
+    for chunk, module in enumerate(modules):
         for name, item in module.sharded_state_dict(metadata=metadata()).items():
             if isinstance(item, ShardedObject):
                 # megatron.core's layers declare an empty extra state; Transformer Engine fills it for FP8 only.
                 if not name.endswith(EXTRA_STATE):
                     raise CheckpointError(f"{name} is {type(item.data).__name__}: only tensors can be saved")
                 continue
-            tensors[name] = item
+            tensors[chunk_name(chunk, name)] = item
     return tensors
 
 
@@ -89,6 +89,11 @@ def split_frozen(tensors: ShardedStateDict) -> tuple[ShardedStateDict, ShardedSt
         if isinstance(item.data, torch.nn.Parameter) and not item.data.requires_grad
     }
     return {name: item for name, item in tensors.items() if name not in frozen}, frozen
+
+
+def chunk_name(chunk: int, name: str) -> str:
+    """A name in one of the chunks of this rank, which all count their layers from 0 (virtual pipeline stages)."""
+    return f"chunk{chunk}.{name}" if chunk else name
 
 
 def built(tensors: ShardedStateDict) -> list[ShardedTensor]:

@@ -11,7 +11,7 @@ import torch
 import mindspeed_mm
 import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
 from megatron.driver import initialize, loop, setup
-from megatron.driver.arguments import DriverArguments
+from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from megatron.driver.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.cli._validation import Validation, gather_counts
@@ -32,7 +32,7 @@ from mindspeed_mm.models.spec import ModelSpec, load_model_spec
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.training.flops import step_flops
-from mindspeed_mm.training.step import forward_step
+from mindspeed_mm.training.step import forward_step, level
 from mindspeed_mm.weights.loading import table
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ class TrainingRun:
     def __init__(
         self, args: DriverArguments, platform: Platform, model_path: str, data_path: str, tool_path: str | None
     ) -> None:
-        self.args, self.platform = args, platform
         self.spec = load_model_spec(model_path)
+        self.args, self.platform = with_virtual_stages(args, self.spec.text_decoder.num_layers), platform
         self.data_config = DataConfig.load(data_path)
         if tool_path is not None:
             refuse_tools(read_json(tool_path))
-        self.runtime = _runtime(args)
+        self.runtime = _runtime(self.args)
         _check_flags(args, self.spec, self.runtime)
         parameters = self.data_config.dataset_param
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
@@ -80,7 +80,7 @@ class TrainingRun:
 
     def run(self) -> dict[str, Any]:
         """Train to the end and say where the result is."""
-        hooks = Hooks(self._describe, self._extra, self._compare, self._after_step)
+        hooks = self._hooks()
         state = setup.setup(self.args, self._model_provider, self.platform, hooks)
         if state.iteration:
             self.counts.go_on(self._saved_counts)
@@ -99,12 +99,19 @@ class TrainingRun:
             "checkpoint": str(checkpoint) if checkpoint else None,
         }
 
+    def _hooks(self) -> Hooks:
+        return Hooks(self._describe, self._extra, self._compare, self.level, self._after_step)
+
+    def level(self, batches: list[Batch]) -> list[Batch]:
+        """Micro-batches of one step, padded to one length."""
+        return level(batches, self.pad_token_id)
+
     def _after_step(self, state: TrainState) -> None:
         if self.data_config.dataset_param.image_error == "skip":
             gather_counts(self.counts, state, self.args)
         self.validation.after_step(state)
 
-    def _model_provider(self, pre_process: bool, post_process: bool) -> VLM:
+    def _model_provider(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> VLM:
         # --ckpt-step is about --load alone.
         places = ((self.args.load, self.args.ckpt_step), (self.args.pretrained_checkpoint, None))
         in_checkpoint = any(find_checkpoint(folder, step) for folder, step in places if folder)
@@ -115,6 +122,7 @@ class TrainingRun:
             load_weights=not in_checkpoint,
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
         if in_checkpoint:
             logger.info("weights come from the checkpoint; ckpt_path in the model config is not read")
@@ -221,6 +229,7 @@ def _runtime(args: DriverArguments) -> Runtime:
     return Runtime(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=args.context_parallel_size,
         sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
         params_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32,

@@ -12,7 +12,7 @@ import torch
 from megatron.driver import validation
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.initialize import is_rank_0
-from megatron.driver.state import TrainState
+from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
 from mindspeed_mm.data.config import DataloaderParam
 from mindspeed_mm.errors import ConfigError
@@ -53,7 +53,8 @@ class Validation:
             return
         whole = max(1, len(self._dataset) // args.global_batch_size)
         batches = min(args.eval_iters or whole, whole)
-        loss = validation.evaluate(state, args, forward_step, self._batches(state, batches), batches)
+        hooks = Hooks(level=self._run.level)
+        loss = validation.evaluate(state, args, forward_step, self._batches(state, batches), batches, hooks)
         if is_rank_0():
             logger.info(
                 "validation loss at iteration %d | lm loss value: %.6E | lm loss PPL: %.6E | samples: %d |",

@@ -40,7 +40,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     args = arguments.from_namespace(namespace)
     training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data, namespace.mm_tool)
     try:
-        initialize.initialize(args, platform)
+        initialize.initialize(training.args, platform)
         with watch.naming_lost_ranks():
             return training.run()
     finally:

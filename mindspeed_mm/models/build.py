@@ -22,10 +22,12 @@ def build_vlm(
     sources: dict[str, Source] | None = None,
     pre_process: bool = True,
     post_process: bool = True,
+    vp_stage: int | None = None,
 ) -> tuple[VLM, list[LoadReport]]:
     """Build this pipeline stage's part of the model in `runtime.params_dtype` on `device`.
 
     Args:
+        vp_stage: which of this stage's chunks, where it has several.
         load_weights: fill each part from its ckpt_path, strictly; False where a training checkpoint follows.
         sources: opened sources by part kind, instead of the specs' ckpt_path.
 
@@ -35,7 +37,8 @@ def build_vlm(
     Raises:
         WeightError: weights are missing, damaged or of another geometry; a part is neither loaded nor declared fresh.
     """
-    vlm = VLM(spec, runtime, pre_process=pre_process, post_process=post_process).to(device, runtime.params_dtype)
+    vlm = VLM(spec, runtime, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+    vlm = vlm.to(device, runtime.params_dtype)
     if not load_weights:
         return vlm, []
     reports = []
@@ -64,6 +67,6 @@ def _place(module: torch.nn.Module, runtime: Runtime, kind: str) -> dict[str, in
     if kind != "text_decoder" or runtime.pipeline_model_parallel_size == 1:
         return {}
     return {
-        "layer_offset": get_transformer_layer_offset(module.config),
+        "layer_offset": get_transformer_layer_offset(module.config, module.vp_stage),
         "num_local_layers": len(module.decoder.layers),
     }

@@ -5,18 +5,22 @@ Letters: T tensor-, P pipeline-, C context-parallel size.
 
 from __future__ import annotations
 
+from mindspeed_mm.models.part import StageLayers, flat_layers
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
 
 
 def stage_layers(spec, stages: int) -> list[int]:
-    """Layers of the text decoder on each of `stages` pipeline stages: `pipeline_num_layers`, else equal shares."""
-    return list(spec.pipeline_num_layers or [spec.num_layers // stages] * stages)
+    """Layers of the text decoder on each of `stages` pipeline stages: `pipeline_num_layers`, else equal shares.
+
+    With virtual stages, `stages` counts all of them, and they come in the order in which a batch passes them.
+    """
+    return flat_layers(spec.pipeline_num_layers or [spec.num_layers // stages] * stages)
 
 
 def layout_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
     """One sentence for each reason why `spec` cannot be spread as `runtime` says; empty where it can."""
-    problems = [*_head_problems(spec, runtime), *_stage_problems(spec, runtime.pipeline_model_parallel_size)]
+    problems = [*_head_problems(spec, runtime), *_stage_problems(spec, runtime)]
     problems += [] if problems else _recompute_problems(spec, runtime)
     size = runtime.tensor_model_parallel_size
     for kind, part in spec.part_specs().items():
@@ -56,7 +60,7 @@ def _head_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
 def _recompute_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
     """megatron.core's rules for recompute_*, and layers that its uniform method cannot group."""
     problems = []
-    decoder_layers = set(stage_layers(spec.text_decoder, runtime.pipeline_model_parallel_size)) - {0}
+    decoder_layers = set(stage_layers(spec.text_decoder, runtime.stages)) - {0}
     for kind, layers in (("text_decoder", decoder_layers), ("vision_encoder", {spec.vision_encoder.num_built_layers})):
         part = spec.part(kind)
         granularity, method, number = part.recompute_granularity, part.recompute_method, part.recompute_num_layers
@@ -75,24 +79,46 @@ def _recompute_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
     return problems
 
 
-def _stage_problems(spec: ModelSpec, stages: int) -> list[str]:
-    given, layers = spec.text_decoder.pipeline_num_layers, spec.text_decoder.num_layers
-    problems = []
-    if given is not None and len(given) != stages:
-        problems.append(
-            f"text_decoder.pipeline_num_layers {given} is for {len(given)} stage(s), "
-            f"--pipeline-model-parallel-size is {stages}: make them equal"
-        )
+def _stage_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
+    given, layers, stages = spec.text_decoder.pipeline_num_layers, spec.text_decoder.num_layers, runtime.stages
+    problems = _form_problems("text_decoder", given, runtime)
+    problems += _form_problems("vision_encoder", spec.vision_encoder.pipeline_num_layers, runtime)
     if given is None and layers % stages:
         shares = [layers // stages + (number < layers % stages) for number in reversed(range(stages))]
-        problems.append(
-            f"text_decoder.num_layers {layers} cannot be divided by --pipeline-model-parallel-size {stages}: use a "
-            f"divisor, or share them unevenly with text_decoder.pipeline_num_layers, for example {shares}"
-        )
-    tower = spec.vision_encoder.pipeline_num_layers
-    if tower is not None and len(tower) != stages:
-        problems.append(
-            f"vision_encoder.pipeline_num_layers {tower} is for {len(tower)} stage(s), "
-            f"--pipeline-model-parallel-size is {stages}: make them equal, or leave it out"
-        )
+        sizes = f"--pipeline-model-parallel-size {runtime.pipeline_model_parallel_size}"
+        if runtime.virtual_pipeline_model_parallel_size:
+            sizes += f" x {runtime.virtual_pipeline_model_parallel_size} virtual stages = {stages}"
+        if layers < stages - 1:
+            cure = "use fewer stages"
+        else:
+            example = _by_virtual_stage(shares, runtime)
+            cure = f"use a divisor, or share them unevenly with text_decoder.pipeline_num_layers, for example {example}"
+        problems.append(f"text_decoder.num_layers {layers} cannot be divided by {sizes}: {cure}")
     return problems
+
+
+def _by_virtual_stage(chunks: list[int], runtime: Runtime) -> StageLayers:
+    """Layers of all chunks in the form of `pipeline_num_layers`."""
+    stages = runtime.pipeline_model_parallel_size
+    if runtime.virtual_pipeline_model_parallel_size is None:
+        return chunks
+    return [chunks[start : start + stages] for start in range(0, len(chunks), stages)]
+
+
+def _form_problems(kind: str, given: StageLayers | None, runtime: Runtime) -> list[str]:
+    """Whether a `pipeline_num_layers` has an entry for each (virtual) stage."""
+    if given is None:
+        return []
+    stages, virtual = runtime.pipeline_model_parallel_size, runtime.virtual_pipeline_model_parallel_size
+    if virtual is None:
+        if not any(isinstance(entry, list) for entry in given) and len(given) == stages:
+            return []
+        expected = f"a list of {stages} number(s), one for each stage of --pipeline-model-parallel-size {stages}"
+    else:
+        if [len(entry) if isinstance(entry, list) else None for entry in given] == [stages] * virtual:
+            return []
+        expected = (
+            f"{virtual} lists of {stages} numbers, one list for each virtual stage with the layers of each stage of "
+            f"--pipeline-model-parallel-size {stages}"
+        )
+    return [f"{kind}.pipeline_num_layers {given} does not fit: expected {expected}; or leave it out"]

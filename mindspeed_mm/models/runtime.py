@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from mindspeed_mm.models.part import flat_layers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
@@ -15,9 +17,16 @@ class Runtime:
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of layers on each stage (interleaved schedule); None: one."""
     context_parallel_size: int = 1
     sequence_parallel: bool = False
     params_dtype: torch.dtype = torch.float32
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, virtual ones counted each."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
     @property
     def sequence_multiple(self) -> int:
@@ -42,6 +51,7 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         pipelined: True where the layers are spread over the pipeline stages, False where one stage holds the part.
         overrides: fields that the part sets itself.
     """
+    interleaved = runtime.virtual_pipeline_model_parallel_size is not None
     fields = {
         "num_layers": num_layers,
         "hidden_size": spec.hidden_size,
@@ -58,6 +68,7 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "recompute_num_layers": spec.recompute_num_layers,
         "tensor_model_parallel_size": runtime.tensor_model_parallel_size,
         "pipeline_model_parallel_size": runtime.pipeline_model_parallel_size if pipelined else 1,
+        "virtual_pipeline_model_parallel_size": runtime.virtual_pipeline_model_parallel_size if pipelined else None,
         "pipeline_model_parallel_layout": _stages(spec, runtime) if pipelined else None,
         # Whatever stands on the first stage alone sees whole pictures on every rank.
         "context_parallel_size": runtime.context_parallel_size if pipelined else 1,
@@ -68,7 +79,11 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "fp16": runtime.params_dtype == torch.float16,
         # The loss of a step is a sum over its supervised tokens, divided once by their global number.
         "calculate_per_token_loss": True,
-        "variable_seq_lengths": runtime.pipeline_model_parallel_size > 1,
+        # Stages tell each other the length of a micro-batch. With virtual stages, messages of both directions are under
+        # way at once (which two stages need) and could take each other's lengths: there, all are equally long.
+        "variable_seq_lengths": runtime.pipeline_model_parallel_size > 1 and not interleaved,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
         # There are no experts; megatron.core 0.16 refuses variable lengths beside the default dispatcher.
         "moe_token_dispatcher_type": "alltoall",
         "gradient_accumulation_fusion": False,
@@ -84,7 +99,7 @@ def _stages(spec, runtime: Runtime) -> list[list[str]] | None:
     """The spec's uneven split in the words of megatron.core: what stands on each stage; None for equal shares."""
     if runtime.pipeline_model_parallel_size == 1 or spec.pipeline_num_layers is None:
         return None
-    stages = [["decoder"] * layers for layers in spec.pipeline_num_layers]
+    stages = [["decoder"] * layers for layers in flat_layers(spec.pipeline_num_layers)]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages

@@ -60,15 +60,21 @@ class VLM(MegatronModule):
     """
 
     def __init__(
-        self, spec: ModelSpec, runtime: Runtime, *, pre_process: bool = True, post_process: bool = True
+        self,
+        spec: ModelSpec,
+        runtime: Runtime,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         decoder = spec.parts()["text_decoder"].build(
-            spec.text_decoder, runtime, pre_process=pre_process, post_process=post_process
+            spec.text_decoder, runtime, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
         )
         super().__init__(config=decoder.config)
         self.spec = spec
         self.model_type = ModelType.encoder_or_decoder  # asked for by megatron.core's schedules
-        self.pre_process, self.post_process = pre_process, post_process
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = decoder.share_embeddings_and_output_weights
         self.text_decoder = decoder
         self.image_encoder = ImageEncoder(spec, runtime) if pre_process else None

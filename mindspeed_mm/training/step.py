@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 
+from mindspeed_mm.constants import IGNORE_INDEX
+from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.models.masks import segment_mask
 from mindspeed_mm.platform import current_platform
 
@@ -27,6 +31,26 @@ def sum_losses(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     total = token_losses.sum()
     count = torch.tensor(token_losses.numel(), dtype=torch.int, device=token_losses.device)
     return total, count, {"lm loss": (total.detach(), count)}
+
+
+def level(batches: list[Batch], pad_token_id: int) -> list[Batch]:
+    """Pad the rows of a step's micro-batches to one length, which virtual pipeline stages ask for.
+
+    What is added stands behind everything else, is seen by no other position and has no label.
+    """
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    return [_lengthen(batch, longest - batch.input_ids.shape[1], pad_token_id) for batch in batches]
+
+
+def _lengthen(batch: Batch, extra: int, pad_token_id: int) -> Batch:
+    if extra == 0:
+        return batch
+    positions = torch.arange(extra).expand(batch.position_ids.shape[0], -1)
+    fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
+    if batch.segment_ids is not None:
+        fills["segment_ids"] = 0
+    changes = {name: F.pad(getattr(batch, name), (0, extra), value=value) for name, value in fills.items()}
+    return dataclasses.replace(batch, **changes, position_ids=torch.cat((batch.position_ids, positions), dim=1))
 
 
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:

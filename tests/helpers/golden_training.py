@@ -45,6 +45,7 @@ class Layout(NamedTuple):
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    virtual: int | None = None
     data: int = 1
     flags: str = ""
     micro_batch: int = 1
@@ -66,29 +67,32 @@ def train_golden(golden: Path, layout: Layout, save: str, flags: str = "", steps
 
     platform = get_platform("cpu")
     from megatron.driver import initialize, loop, setup
+    from megatron.driver.state import Hooks
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.parallel import layout_problems
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.training.step import forward_step
+    from mindspeed_mm.training.step import forward_step, level
 
     args = driver_arguments(layout, f"{FLAGS[layout.trained]} --save {save} {flags}", steps)
     runtime = Runtime(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        virtual_pipeline_model_parallel_size=layout.virtual,
         sequence_parallel=args.sequence_parallel,
     )
     spec = load_model_spec(description(golden, layout))
     assert not layout_problems(spec, runtime)
     initialize.initialize(args, platform)
 
-    def provide(pre_process: bool, post_process: bool):
-        return build_vlm(spec, runtime, torch.device("cpu"), pre_process=pre_process, post_process=post_process)[0]
+    def provide(pre_process: bool, post_process: bool, vp_stage: int | None = None):
+        stage = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+        return build_vlm(spec, runtime, torch.device("cpu"), **stage)[0]
 
     state = setup.setup(args, provide, platform)
     batches = micro_batches(golden, layout, state.data_parallel_rank, runtime.sequence_multiple, state.iteration)
-    return loop.train(state, args, forward_step, batches).iteration
+    return loop.train(state, args, forward_step, batches, Hooks(level=lambda batches: level(batches, 0))).iteration
 
 
 def driver_arguments(layout: Layout, flags: str, steps: int):
@@ -102,6 +106,7 @@ def driver_arguments(layout: Layout, flags: str, steps: int):
         f"--global-batch-size 4 --seq-length 256 --tensor-model-parallel-size {layout.tensor} "
         f"--pipeline-model-parallel-size {layout.pipeline} --context-parallel-size {layout.context} "
         f"{layout.flags} {flags}"
+        + (f" --num-virtual-stages-per-pipeline-rank {layout.virtual}" if layout.virtual else "")
     )
     return arguments.from_namespace(parser.parse_args(line.split()), world_size=layout.ranks)
 

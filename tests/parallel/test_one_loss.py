@@ -15,6 +15,13 @@ LAYOUTS = {
     "PP2, clipped": Layout(pipeline=2, trained="c", micro_batch=2),
     "PP2, layers 1 + 3": Layout(pipeline=2, decoder=(("pipeline_num_layers", [1, 3]),)),
     "PP2, layers 0 + 4": Layout(pipeline=2, decoder=(("pipeline_num_layers", [0, 4]),)),
+    "PP2 VPP2": Layout(pipeline=2, virtual=2),
+    "PP2 VPP2, projector only": Layout(pipeline=2, virtual=2, trained="a"),
+    "PP2 VPP2, layers 0 + 1, 2 + 1": Layout(
+        pipeline=2, virtual=2, decoder=(("pipeline_num_layers", [[0, 1], [2, 1]]),), trained="c"
+    ),
+    "TP2 PP2 VPP2 SP": Layout(tensor=2, pipeline=2, virtual=2, flags="--sequence-parallel"),
+    "PP2 VPP2 DP2 distributed overlap": Layout(pipeline=2, virtual=2, data=2, flags=OVERLAP),
     "TP2 SP": Layout(tensor=2, flags="--sequence-parallel"),
     "CP2": Layout(context=2),
     "CP2, projector only": Layout(context=2, trained="a"),

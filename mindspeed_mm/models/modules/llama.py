@@ -25,11 +25,19 @@ HIDDEN_LOGIT = -1e30
 class LlamaDecoder(LanguageModule):
     """Embedding (first stage), transformer layers, final norm and head (last stage)."""
 
-    def __init__(self, spec, runtime: Runtime, *, pre_process: bool = True, post_process: bool = True) -> None:
+    def __init__(
+        self,
+        spec,
+        runtime: Runtime,
+        *,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
         config = transformer_config(spec, runtime, num_layers=spec.num_layers, pipelined=True, **attention_fields(spec))
         super().__init__(config=config)
         self.spec = spec
-        self.pre_process, self.post_process = pre_process, post_process
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = spec.share_embeddings_and_output_weights
         self.vocab_size = spec.language_vocab_size
         self.padded_vocab_size = padded_vocab_size(self.vocab_size, runtime.tensor_model_parallel_size)
@@ -46,9 +54,10 @@ class LlamaDecoder(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(get_num_layers_to_build(config), causal=True),
+            spec=block_spec(get_num_layers_to_build(config, vp_stage), causal=True),
             pre_process=pre_process,
             post_process=post_process,
+            vp_stage=vp_stage,
         )
         if post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
