@@ -118,6 +118,7 @@ class DriverArguments:
     keep_last: int | None = _flag(int, None, "checkpoint", "checkpoints that stay; older ones are deleted; default all")
     keep_every: int | None = _flag(int, None, "checkpoint", "with --keep-last: iterations divisible by this stay too")
     on_save_error: str = _flag(str, "stop", "checkpoint", "what a full disk does to the run", ("stop", "continue"))
+    async_save: bool = _switch("checkpoint", "write checkpoints in the background, from a copy in host memory")
     load: str | None = _flag(str, None, "checkpoint", "folder to resume from; its tracker file names the iteration")
     ckpt_step: int | None = _flag(int, None, "checkpoint", "load this iteration instead of the tracker's")
     pretrained_checkpoint: str | None = _flag(
@@ -165,11 +166,11 @@ class DriverArguments:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
-    @property
     def num_micro_batches(self) -> int:
         """Micro-batches of a step on each data-parallel rank."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
+    @property
     def decay_steps(self) -> int:
         """Steps after which the learning rate stays at min_lr."""
         return self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
@@ -257,9 +258,9 @@ def from_namespace(namespace: argparse.Namespace, world_size: int | None = None)
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
     values = {flag.name: getattr(namespace, flag.name) for flag in _flags()}
-    args = DriverArguments(**values, world_size=world_size)
     if values["num_virtual_stages_per_pipeline_rank"] == 1:
         values["num_virtual_stages_per_pipeline_rank"] = None  # stages as they are
+    args = DriverArguments(**values, world_size=world_size)
     problems = [*_check_ranges(args), *_check_schedule(args), *_check_combinations(args)]
     if not problems:
         problems, args = _check_batch(args)
@@ -268,7 +269,6 @@ def from_namespace(namespace: argparse.Namespace, world_size: int | None = None)
     return args
 
 
-_AT_LEAST_ONE = (
 def with_virtual_stages(args: DriverArguments, num_layers: int) -> DriverArguments:
     """`args` with --num-layers-per-virtual-pipeline-stage expressed in stages, for a model of `num_layers` layers.
 
@@ -293,12 +293,13 @@ def with_virtual_stages(args: DriverArguments, num_layers: int) -> DriverArgumen
     )
 
 
+_AT_LEAST_ONE = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size"),
     *("global_batch_size", "train_iters", "lr_decay_iters", "save_interval", "exit_interval", "log_interval"),
     *("keep_last", "keep_every"),
     *("loss_scale_window", "hysteresis", "seq_length"),
-)
     *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
+)
 _AT_LEAST_ZERO = (
     *("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers", "seed", "ckpt_step"),
     *("adam_beta1", "adam_beta2"),
@@ -369,21 +370,22 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         )
     if args.save is None:
         needing = ("save_interval", "save_interval_minutes", "keep_last")
-        problems += [f"{_option(name)} is given without --save" for name in needing if getattr(args, name) is not None]
+        given = [name for name in needing if getattr(args, name) is not None] + ["async_save"] * args.async_save
+        problems += [f"{_option(name)} is given without --save" for name in given]
     if args.keep_every is not None and args.keep_last is None:
         problems.append("--keep-every is given without --keep-last: without it everything is kept")
     if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
         problems.append(
             "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"
         )
-    if args.load is None:
-        needing = ("finetune", "ckpt_step", "exit_on_missing_checkpoint")
     virtual = ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage")
     given = [_option(name) for name in virtual if getattr(args, name) is not None]
     if len(given) == 2:
         problems.append(f"{' and '.join(given)} are both given: keep one of them")
     if given and args.pipeline_model_parallel_size == 1:
         problems.append(f"{given[0]} needs --pipeline-model-parallel-size above 1: it cuts pipeline stages into chunks")
+    if args.load is None:
+        needing = ("finetune", "ckpt_step", "exit_on_missing_checkpoint")
         problems += [f"{_option(name)} needs --load" for name in needing if getattr(args, name) not in (None, False)]
     return problems
 
@@ -407,7 +409,6 @@ def _check_batch(args: DriverArguments) -> tuple[list[str], DriverArguments]:
             f"{args.micro_batch_size} x {args.data_parallel_size} data-parallel rank(s) = {step}: "
             f"take {' or '.join(nearest)}"
         ], args
-    return [], args
     virtual = args.num_virtual_stages_per_pipeline_rank or args.num_layers_per_virtual_pipeline_stage
     stages = args.pipeline_model_parallel_size
     if virtual is not None and args.num_micro_batches % stages:
@@ -416,3 +417,4 @@ def _check_batch(args: DriverArguments) -> tuple[list[str], DriverArguments]:
             f"virtual pipeline stages need a multiple of {stages} micro-batches (--pipeline-model-parallel-size), "
             f"--global-batch-size {args.global_batch_size} gives {args.num_micro_batches}: take {wanted}"
         ], args
+    return [], args

@@ -5,20 +5,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import __version__ as megatron_core_version
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from torch.distributed import ProcessGroup
 
 from megatron.driver import integrity, locks, rng, storage
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.optimizer_state import step_count
-from megatron.driver.reading import FORMAT
-from megatron.driver.sharding import content_hash, metadata, model_tensors, split_frozen, write_tensors
+from megatron.driver.reading import FORMAT, first_line
+from megatron.driver.sharding import (
+    Content,
+    collect,
+    content_hash,
+    metadata,
+    model_tensors,
+    split_frozen,
+    write_tensors,
+)
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.errors import CheckpointError
 
@@ -52,6 +62,20 @@ def prepare_folders(args: DriverArguments) -> None:
     agree(prepare)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that one checkpoint will hold."""
+
+    iteration: int
+    trained: Content
+    frozen: Content | None
+    """None where nothing is frozen."""
+    frozen_id: str
+    rng: bytes | None
+    run: dict[str, Any]
+    """What run.json says, but for the files."""
+
+
 def save_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | None = None) -> Path:
     """Write SAVE/iter_%07d and move the tracker. Collective. A save that fails leaves what was there before.
 
@@ -61,33 +85,65 @@ def save_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
     Raises:
         CheckpointError: the disk is full or not writable, or the model holds state that is no tensor.
     """
-    hooks = hooks or Hooks()
+    return write_snapshot(take_snapshot(state, args, hooks or Hooks(), copy=False), args)
+
+
+def take_snapshot(state: TrainState, args: DriverArguments, hooks: Hooks, *, copy: bool) -> Snapshot:
+    """What a checkpoint of this moment holds. Collective.
+
+    Args:
+        copy: take what training changes to host memory; else the snapshot holds as long as nothing is trained.
+    """
+    everything = model_tensors(state.modules)
+    optimizer: dict[str, Any] = {}
+    if not args.no_save_optim:
+        optimizer["optimizer"] = state.optimizer.sharded_state_dict(everything, metadata=metadata())
+    trained, frozen = split_frozen(everything)
+    if state.frozen_id is None:
+        state.frozen_id = content_hash(frozen)
+    step = max(gather(step_count(state.optimizer)))
+    run = agree(lambda: _describe(state, args, hooks))
+    run["optimizer"] = None if args.no_save_optim else optimizer_kind(args) | {"step": step}
+    return Snapshot(
+        iteration=state.iteration,
+        trained=collect(optimizer | {"model": trained}, copy=copy),
+        frozen=collect({"model": frozen}, copy=False) if state.frozen_id else None,
+        frozen_id=state.frozen_id,
+        rng=None if args.no_save_rng else rng.collect(state.platform),
+        run=run,
+    )
+
+
+def write_snapshot(snapshot: Snapshot, args: DriverArguments, group: ProcessGroup | None = None) -> Path:
+    """Write a snapshot as SAVE/iter_%07d and move the tracker when it is whole on every rank. Collective over `group`.
+
+    Returns, Raises: see save_checkpoint.
+    """
     save = Path(args.save)
-    final = storage.iteration_dir(save, state.iteration)
+    final = storage.iteration_dir(save, snapshot.iteration)
     try:
-        agree(lambda: storage.clean(save))
-        frozen = _save_frozen(state, save)
-        agree(lambda: storage.begin(final))
+        agree(lambda: storage.clean(save), group)
+        frozen = _write_frozen(snapshot, save, group)
+        agree(lambda: storage.begin(final), group)
         work = storage.work_dir(final)
-        write_tensors(_training_tensors(state, args), work)
-        if not args.no_save_rng:
-            rng.save(work, state.platform)
-        step = max(gather(step_count(state.optimizer)))
-        checksums = integrity.digests(work)
+        write_tensors(snapshot.trained, work, group)
+        checksums = integrity.digests(work, group)
 
         def finish() -> list[int]:
-            run = _describe(state, args, hooks) | {"frozen": frozen, "files": storage.sizes(work)}
-            run["optimizer"] = None if args.no_save_optim else optimizer_kind(args) | {"step": step}
+            if snapshot.rng is not None:
+                (work / rng.RNG_FILE).write_bytes(snapshot.rng)
+            run = snapshot.run | {"frozen": frozen, "files": storage.sizes(work)}
             (work / storage.RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
             integrity.write(work, checksums)
             storage.publish(final)
-            storage.write_text(save / storage.TRACKER, str(state.iteration))
+            storage.write_text(save / storage.TRACKER, str(snapshot.iteration))
             return storage.prune(save, args.keep_last, args.keep_every)
 
-        deleted = agree(finish)
+        deleted = agree(finish, group)
     except _SAVING_ERRORS as error:
         raise CheckpointError(
-            f"iteration {state.iteration} could not be saved to {save}: {error}. Checkpoints written before are whole"
+            f"iteration {snapshot.iteration} could not be saved to {save}: {first_line(error)}. Checkpoints written "
+            "before are whole"
         ) from error
     if is_rank_0():
         logger.info("saved checkpoint %s", final)
@@ -96,35 +152,24 @@ def save_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
     return final
 
 
-def _training_tensors(state: TrainState, args: DriverArguments) -> dict[str, Any]:
-    everything = model_tensors(state.modules)
-    content: dict[str, Any] = {}
-    if not args.no_save_optim:
-        content["optimizer"] = state.optimizer.sharded_state_dict(everything, metadata=metadata())
-    content["model"], _ = split_frozen(everything)
-    return content
-
-
-def _save_frozen(state: TrainState, save: Path) -> dict[str, Any] | None:
-    """Write the frozen parameters unless SAVE holds them already; what run.json says about them, on rank 0."""
-    _, frozen = split_frozen(model_tensors(state.modules))
-    if state.frozen_id is None:
-        state.frozen_id = content_hash(frozen)
-    if not state.frozen_id:
+def _write_frozen(snapshot: Snapshot, save: Path, group: ProcessGroup | None) -> dict[str, Any] | None:
+    """Write the frozen parameters unless SAVE holds them already; what run.json says about them."""
+    if snapshot.frozen is None:
         return None
-    final = storage.frozen_dir(save, state.frozen_id)
-    if not agree(final.is_dir):
-        agree(lambda: storage.begin(final))
+    final = storage.frozen_dir(save, snapshot.frozen_id)
+    if not agree(final.is_dir, group):
+        agree(lambda: storage.begin(final), group)
         work = storage.work_dir(final)
-        write_tensors({"model": frozen}, work)
-        checksums = integrity.digests(work)
+        write_tensors(snapshot.frozen, work, group)
+        checksums = integrity.digests(work, group)
 
         def finish() -> None:
             integrity.write(work, checksums)
             storage.publish(final)
 
-        agree(finish)
-    return agree(lambda: {"id": state.frozen_id, "files": storage.sizes(final)})
+        agree(finish, group)
+    seal = agree(lambda: integrity.digest(final / storage.CHECKSUMS), group)
+    return {"id": snapshot.frozen_id, "files": agree(lambda: storage.sizes(final), group), "checksums": seal}
 
 
 def _describe(state: TrainState, args: DriverArguments, hooks: Hooks) -> dict[str, Any]:
@@ -149,6 +194,6 @@ def optimizer_kind(args: DriverArguments) -> dict[str, Any]:
 
 
 def layout(args: DriverArguments) -> dict[str, Any]:
-    """What the random states and the hash of frozen parameters of a checkpoint depend on."""
+    """What the random states of a checkpoint depend on."""
     names = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     return {name: getattr(args, name) for name in (*names, "bf16", "fp16")}

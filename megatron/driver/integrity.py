@@ -5,18 +5,23 @@ FOLDER/checksums.json: {file: sha256}, for every file of the folder but itself.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron.driver import storage
-from megatron.driver.collectives import gather
+from megatron.driver.collectives import everywhere
 from mindspeed_mm.errors import CheckpointError
 
 BLOCK = 2**22
 """Bytes that are hashed at a time."""
+
+LISTED = 8
+"""Problems that a message shows at most."""
 
 
 def digest(path: Path) -> str:
@@ -28,14 +33,14 @@ def digest(path: Path) -> str:
     return value.hexdigest()
 
 
-def digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path, group: ProcessGroup | None = None) -> dict[str, str]:
     """Checksums of all files in `folder`. Collective: every rank hashes the files that it wrote, rank 0 the others."""
     rank = torch.distributed.get_rank()
-    own = {}
-    for name in storage.files(folder):
-        if _writer(name) == rank:
-            own[name] = digest(folder / name)
-    return {name: value for part in gather(own) for name, value in part.items()}
+
+    def own() -> dict[str, str]:
+        return {name: digest(folder / name) for name in storage.files(folder) if _writer(name) == rank}
+
+    return {name: value for part in everywhere(own, group) for name, value in part.items()}
 
 
 def _writer(name: str) -> int:
@@ -54,15 +59,52 @@ def write(folder: Path, values: dict[str, str]) -> None:
 
 def verify(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """Compare every `ranks`-th file with its checksum, from number `rank` on; one line for each that differs."""
-    path = folder / storage.CHECKSUMS
+    expected = _expected(folder)
+    own = sorted(expected)[rank::ranks]
+    return [f"{name} has changed" for name in own if digest(folder / name) != expected[name]]
+
+
+def _expected(folder: Path) -> dict[str, str]:
+    """What checksums.json says, of the files that are there.
+
+    Raises:
+        CheckpointError: it cannot be read, or names other files.
+    """
     try:
-        expected = json.loads(path.read_text(encoding="utf-8"))
+        expected = json.loads((folder / storage.CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return [f"{path.name} cannot be read: {error}"]
+        raise CheckpointError(_damaged(folder, [f"{storage.CHECKSUMS} cannot be read: {error}"])) from error
     names = storage.files(folder)
     if not isinstance(expected, dict) or sorted(expected) != names:
-        return [f"{path.name} does not name the files that are there"]
-    return [f"{name} has changed" for name in names[rank::ranks] if digest(folder / name) != expected[name]]
+        raise CheckpointError(_damaged(folder, _other_names(expected, names)))
+    return expected
+
+
+def _other_names(expected: object, names: list[str]) -> list[str]:
+    """What is wrong with the names in checksums.json."""
+    if not isinstance(expected, dict):
+        return [f"{storage.CHECKSUMS} holds no names"]
+    return [f"{name} is missing" for name in sorted(set(expected) - set(names))] + [
+        f"{name} is not in {storage.CHECKSUMS}" for name in sorted(set(names) - set(expected))
+    ]
+
+
+def _damaged(folder: Path, problems: list[str]) -> str:
+    more = f"; and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+    return (
+        f"checkpoint {folder} is damaged: {'; '.join(problems[:LISTED])}{more}. "
+        f"Restore the files{storage.offer(folder)}"
+    )
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Refuse one file that has changed; for those that are read before all others can be compared.
+
+    Raises:
+        CheckpointError: names it, and the iteration before.
+    """
+    if digest(folder / name) != _expected(folder).get(name):
+        raise CheckpointError(_damaged(folder, [f"{name} has changed"]))
 
 
 def check(folders: list[Path], *, together: bool) -> None:
@@ -73,15 +115,14 @@ def check(folders: list[Path], *, together: bool) -> None:
         together: share the work between all ranks (collective); else this process does it alone.
 
     Raises:
-        CheckpointError: names the files, and earlier iterations that lie beside.
+        CheckpointError: names the files, and the iteration before.
     """
-    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
     for folder in folders:
-        problems = verify(folder, rank, ranks)
         if together:
-            problems = list(dict.fromkeys(problem for part in gather(problems) for problem in part))
+            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            found = everywhere(functools.partial(verify, folder, rank, ranks))
+            problems = list(dict.fromkeys(problem for part in found for problem in part))
+        else:
+            problems = verify(folder)
         if problems:
-            raise CheckpointError(
-                f"checkpoint {folder} is damaged, its checksums do not agree: {'; '.join(problems)}. Restore the files"
-                f"{storage.offer(folder)}"
-            )
+            raise CheckpointError(_damaged(folder, problems))

@@ -17,12 +17,12 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.driver.arguments import DriverArguments
-from megatron.driver.checkpointing import save_checkpoint
-from megatron.driver.collectives import agree, gather
+from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder, StepMetrics
+from megatron.driver.saver import SaveClock, Saver
 from megatron.driver.state import BatchFacts, Hooks, TrainState
-from mindspeed_mm.errors import CheckpointError, DataError, TrainingError
+from mindspeed_mm.errors import DataError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -173,24 +173,26 @@ def train(
     if state.iteration >= args.train_iters and is_rank_0():
         logger.warning("nothing to do: %d of --train-iters %d steps are done", state.iteration, args.train_iters)
     data = MeteredIterator(data_iterator, hooks.describe, hooks.level if interleaved() else None)
-    step, saved = None, None
+    step = None
     clock = SaveClock(args)
-    with StopRequest() as stop, Recorder(state, args) as recorder:
+    with StopRequest() as stop, Recorder(state, args) as recorder, Saver(state, args, hooks) as saver:
         while state.iteration < args.train_iters:
-            step, stopping = train_step(state, args, forward_step, data, stop)
+            step, totals = train_step(state, args, forward_step, data, stop, saver)
             recorder.add(step)
             hooks.after_step(state)
-            if _is_save_due(state, args, stopping) or clock.is_due():
+            if totals.save_failed:
+                saver.wait()
+            if _is_save_due(state, args, totals.stop > 0) or clock.is_due():
                 recorder.flush()
-                saved = _save(state, args, hooks) or saved
+                saver.save()
                 clock.restart()
-            if stopping or _is_exit_due(state, args):
+            if totals.stop or _is_exit_due(state, args):
                 if is_rank_0():
                     logger.info(
-                        "stopped at step %d: %s", state.iteration, "a signal" if stopping else "--exit-interval"
+                        "stopped at step %d: %s", state.iteration, "a signal" if totals.stop else "--exit-interval"
                     )
                 break
-    return TrainReport(state.iteration, None if step is None else step.loss, saved)
+    return TrainReport(state.iteration, None if step is None else step.loss, saver.last)
 
 
 def _is_exit_due(state: TrainState, args: DriverArguments) -> bool:
@@ -204,53 +206,18 @@ def _is_save_due(state: TrainState, args: DriverArguments, stopping: bool) -> bo
     return regular or stopping or state.iteration == args.train_iters or _is_exit_due(state, args)
 
 
-class SaveClock:
-    """Says when --save-interval-minutes are over, by rank 0's clock, one that cannot be set."""
-
-    def __init__(self, args: DriverArguments) -> None:
-        self._minutes = args.save_interval_minutes
-        self.restart()
-
-    def restart(self) -> None:
-        """Count from now on."""
-        self._start = time.monotonic()
-
-    def is_due(self) -> bool:
-        """The same answer on every rank. Collective where the flag is given."""
-        if self._minutes is None:
-            return False
-        return agree(lambda: time.monotonic() - self._start >= 60 * self._minutes)
-
-
-def _save(state: TrainState, args: DriverArguments, hooks: Hooks) -> Path | None:
-    """Save with all parameters gathered, which --overlap-param-gather otherwise does in the next forward pass.
-
-    Returns:
-        The checkpoint, or None where it could not be written and --on-save-error is continue.
-    """
-    for chunk in state.model:
-        if args.overlap_param_gather:
-            chunk.disable_forward_pre_hook()
-    try:
-        return save_checkpoint(state, args, hooks)
-    except CheckpointError as error:
-        if args.on_save_error == "stop":
-            raise
-        logger.error("%s. Training goes on, as --on-save-error says", error)
-        return None
-    finally:
-        for chunk in state.model:
-            if args.overlap_param_gather:
-                chunk.enable_forward_pre_hook()
-
-
 def train_step(
-    state: TrainState, args: DriverArguments, forward_step: ForwardStep, data: MeteredIterator, stop: StopRequest
-) -> tuple[StepMetrics, bool]:
+    state: TrainState,
+    args: DriverArguments,
+    forward_step: ForwardStep,
+    data: MeteredIterator,
+    stop: StopRequest,
+    saver: Saver,
+) -> tuple[StepMetrics, _Totals]:
     """One optimizer step over one global batch.
 
     Returns:
-        The step's metrics, and whether any rank was asked to stop.
+        The step's metrics; and sums over the ranks, which also say whether one was asked to stop or failed to save.
     """
     start = time.perf_counter()
     data.fetch(get_num_microbatches(), state.platform.device())
@@ -258,7 +225,7 @@ def train_step(
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     reported = forward_backward(state, args, forward_step, data.batches)
-    totals = _reduce(state, reported, data, stop)
+    totals = _reduce(state, reported, data, stop, saver)
     if totals.supervised == 0:
         _refuse(
             state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels"
@@ -294,7 +261,7 @@ def train_step(
         loss_scale=loss_scale,
         grad_norm=grad_norm,
     )
-    return metrics, totals.stop > 0
+    return metrics, totals
 
 
 class _Totals(NamedTuple):
@@ -307,9 +274,12 @@ class _Totals(NamedTuple):
     gradient_expected: float
     data_seconds: float
     stop: float
+    save_failed: float
 
 
-def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop: StopRequest) -> _Totals:
+def _reduce(
+    state: TrainState, reported: list[dict], data: MeteredIterator, stop: StopRequest, saver: Saver
+) -> _Totals:
     """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it."""
     values = [0.0] * len(_Totals._fields)
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -325,6 +295,7 @@ def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop
         values[6] = sum(facts.gradient_expected for facts in data.facts)
         values[7] = data.seconds
     values[8] = float(stop.received)
+    values[9] = float(saver.failed)
     # HCCL has no collectives on float64.
     dtype = torch.float32 if state.platform.name == "npu" else torch.float64
     tensor = torch.tensor(values, dtype=dtype, device=state.platform.device())

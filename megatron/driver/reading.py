@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron.driver import integrity, storage
 from mindspeed_mm.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 """Version of run.json."""
 
 _RUN_FIELDS = {
@@ -150,23 +150,28 @@ def find_checkpoint(folder: str | Path, step: int | None = None) -> Path | None:
         return None
     path = folder / storage.RELEASE if word == storage.RELEASE else storage.iteration_dir(folder, int(word))
     if not path.is_dir():
-        present = sorted(entry.name for entry in folder.glob("iter_*")) or ["no iterations"]
+        present = storage.iterations(folder)
+        cure = "give one of them to --ckpt-step" if present else "give another folder"
         raise CheckpointError(
             f"{'--ckpt-step' if step is not None else folder / storage.TRACKER} names {word}, but {path} is missing; "
-            f"{folder} holds {', '.join(present)}: write one of these numbers into {storage.TRACKER}"
+            f"whole iterations in {folder}: {', '.join(map(str, present)) or 'none'}; {cure}"
         )
     return path
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """run.json of a checkpoint, after its files were compared with what it records.
+    """run.json of a checkpoint, after it was compared with its checksum, and the files' sizes with what it records.
 
     Raises:
-        CheckpointError: missing or unreadable run.json, another format, missing or truncated files.
+        CheckpointError: missing, changed or unreadable run.json, another format, missing or truncated files.
     """
     file = path / storage.RUN_FILE
     if not file.is_file():
-        raise CheckpointError(f"{path} is no checkpoint of this suite: {storage.RUN_FILE} is missing")
+        raise CheckpointError(
+            f"{path} is no whole checkpoint of this suite: {storage.RUN_FILE} is missing. Restore the files"
+            f"{storage.offer(path)}"
+        )
+    integrity.check_file(path, storage.RUN_FILE)
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -184,8 +189,10 @@ def read_run(path: Path) -> dict[str, Any]:
 def frozen_source(path: Path, run: dict[str, Any]) -> Path | None:
     """Folder of a checkpoint's frozen parameters, None where nothing was frozen.
 
+    run.json holds the hash of the folder's checksums, so other frozen parameters are noticed at every layout.
+
     Raises:
-        CheckpointError: run.json names a folder that is not there, damaged, or not below the save folder.
+        CheckpointError: run.json names a folder that is not there, damaged, another one, or not below the save folder.
     """
     frozen = run.get("frozen")
     if not frozen:
@@ -199,6 +206,12 @@ def frozen_source(path: Path, run: dict[str, Any]) -> Path | None:
             f"its save folder's {storage.FROZEN}/"
         )
     storage.check_sizes(folder, frozen["files"])
+    checksums = folder / storage.CHECKSUMS
+    if not checksums.is_file() or integrity.digest(checksums) != frozen["checksums"]:
+        raise CheckpointError(
+            f"the frozen parameters in {folder} are not those that {path} was saved with: {storage.CHECKSUMS} has "
+            "changed. Restore the folder"
+        )
     return folder
 
 
@@ -249,11 +262,12 @@ def reading_errors(path: Path) -> Iterator[None]:
         yield
     except _READING_ERRORS as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read: {_first_line(error)}. Load another iteration"
+            f"checkpoint {path} cannot be read: {first_line(error)}. Load another iteration"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error; of torch's collection of all ranks' errors, of the first."""
     failures = getattr(error, "failures", None)
     if failures:
         wrapped = next(iter(failures.values()))
@@ -266,15 +280,19 @@ def is_model_tensor(name: str, description: Any) -> bool:
     return isinstance(description, TensorStorageMetadata) and not name.startswith(OPTIMIZER_PREFIX)
 
 
+def folders(path: Path, run: dict[str, Any]) -> list[Path]:
+    """The checkpoint's own folder and, where there is one, that of its frozen parameters."""
+    frozen = frozen_source(path, run)
+    return [path] if frozen is None else [path, frozen]
+
+
 def open_checkpoint(path: Path, run: dict[str, Any]) -> Checkpoint:
     """Open the folder of one checkpoint whose run.json is read; nothing but descriptions is loaded."""
-    folders = [path, frozen_source(path, run)]
     sources: dict[str, SafeReader] = {}
-    for folder in folders:
-        if folder is not None:
-            reader = SafeReader(folder)
-            tensors = reader.read_metadata().state_dict_metadata
-            sources |= {name: reader for name, about in tensors.items() if is_model_tensor(name, about)}
+    for folder in folders(path, run):
+        reader = SafeReader(folder)
+        tensors = reader.read_metadata().state_dict_metadata
+        sources |= {name: reader for name, about in tensors.items() if is_model_tensor(name, about)}
     return Checkpoint(path, run, sources)
 
 
@@ -290,6 +308,5 @@ def read_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
     if path is None:
         raise CheckpointError(f"{folder} holds no checkpoint: {storage.TRACKER} is missing")
     run = read_run(path)
-    checkpoint = open_checkpoint(path, run)
-    integrity.check([place for place in (path, frozen_source(path, run)) if place], together=False)
-    return checkpoint
+    integrity.check(folders(path, run), together=False)
+    return open_checkpoint(path, run)

@@ -23,12 +23,12 @@ from megatron.driver.reading import (
     Checkpoint,
     SafeReader,
     find_checkpoint,
-    frozen_source,
+    folders,
     open_checkpoint,
     read_run,
     reading_errors,
 )
-from megatron.driver.sharding import built, chunk_name, content_hash, metadata, model_tensors, split_frozen
+from megatron.driver.sharding import built, chunk_name, metadata, model_tensors, split_frozen
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.errors import CheckpointError
 
@@ -58,8 +58,8 @@ def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
         return None
     run = agree(lambda: read_run(path))
     agree(lambda: _refuse_differences(path, hooks.compare(run["extra"])))
+    integrity.check(agree(lambda: folders(path, run)), together=True)
     agree(lambda: open_checkpoint(path, run).names)
-    integrity.check([folder for folder in (path, frozen_source(path, run)) if folder], together=True)
     _load_model(state, args, open_checkpoint(path, run))
     if weights_only or args.no_load_optim:
         state.optimizer.reload_model_params()
@@ -78,6 +78,7 @@ def _choose(args: DriverArguments) -> tuple[Path | None, bool]:
     if args.load is not None:
         path = find_checkpoint(args.load, args.ckpt_step)
         if path is not None:
+            _tell_newer(path, args)
             return path, args.finetune or path.name == storage.RELEASE
         text = f"--load {args.load} holds no checkpoint ({storage.TRACKER} is missing)"
         if args.exit_on_missing_checkpoint:
@@ -92,6 +93,17 @@ def _choose(args: DriverArguments) -> tuple[Path | None, bool]:
             f"({storage.TRACKER} is missing): check the path"
         )
     return path, True
+
+
+def _tell_newer(path: Path, args: DriverArguments) -> None:
+    """Iterations behind the tracker's: it was set back, or the run was killed just before it would have moved."""
+    number = path.name.removeprefix("iter_")
+    newer = [other for other in storage.iterations(path.parent) if number.isdigit() and other > int(number)]
+    if newer and args.ckpt_step is None:
+        logger.warning(
+            "%s names %d, but there are newer iterations: %s; --ckpt-step %d goes on from the last of them",
+            *(path.parent / storage.TRACKER, int(number), ", ".join(map(str, newer)), newer[-1]),
+        )
 
 
 def _refuse_differences(path: Path, differences: list[str]) -> None:
@@ -117,7 +129,7 @@ def _load_model(state: TrainState, args: DriverArguments, checkpoint: Checkpoint
         with torch.no_grad():
             for name in part:
                 places[name].copy_(loaded[name])
-    _check_frozen(state, args, checkpoint)
+    _keep_frozen(state, args, checkpoint)
 
 
 def _check_model(args: DriverArguments, checkpoint: Checkpoint, wanted: list[ShardedTensor]) -> None:
@@ -140,20 +152,15 @@ def _check_model(args: DriverArguments, checkpoint: Checkpoint, wanted: list[Sha
     )
 
 
-def _check_frozen(state: TrainState, args: DriverArguments, checkpoint: Checkpoint) -> None:
-    """Frozen values must be the ones that were saved, where the same parameters are frozen in the same layout."""
-    frozen = split_frozen(model_tensors(state.modules))[1]
-    state.frozen_id = content_hash(frozen)
+def _keep_frozen(state: TrainState, args: DriverArguments, checkpoint: Checkpoint) -> None:
+    """Go on with the stored frozen parameters where the same ones are frozen, whatever the layout. Collective."""
     saved = checkpoint.run["frozen"]
-    if saved is None or checkpoint.run["layout"] != layout(args):
-        return
-    held = {name for name, reader in checkpoint.sources.items() if reader.path.name == saved["id"]}
+    held = {name for name, reader in checkpoint.sources.items() if saved and reader.path.name == saved["id"]}
+    frozen = split_frozen(model_tensors(state.modules))[1]
     now = {key for rank in gather([item.key for item in built(frozen)]) for key in rank}
-    if held == now and saved["id"] != state.frozen_id:
-        raise CheckpointError(
-            f"the frozen parameters of {checkpoint.path} have hash {state.frozen_id}, {saved['id']} was saved: "
-            f"the files in {storage.FROZEN}/{saved['id']} are damaged; restore them"
-        )
+    precision = {name: checkpoint.run["layout"][name] for name in ("bf16", "fp16")}
+    if held and held == now and precision == {"bf16": args.bf16, "fp16": args.fp16}:
+        state.frozen_id = saved["id"]
 
 
 def _raise_together(problems: list[str], what: str, cure: str) -> None:

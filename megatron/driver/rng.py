@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 
-from megatron.driver.collectives import agree, gather
+from megatron.driver.collectives import gather
 from mindspeed_mm.platform import Platform
 
 RNG_FILE = "rng.safetensors"
@@ -52,11 +52,10 @@ def restore(states: dict[str, torch.Tensor], platform: Platform) -> None:
     get_cuda_rng_tracker().set_states(tracked)
 
 
-def save(folder: Path, platform: Platform) -> None:
-    """Write the states of all ranks. Collective: rank 0 writes."""
+def collect(platform: Platform) -> bytes:
+    """The states of all ranks, as RNG_FILE holds them. Collective."""
     ranks = gather(capture(platform))
-    tensors = {f"{rank}.{name}": state for rank, states in enumerate(ranks) for name, state in states.items()}
-    agree(lambda: (folder / RNG_FILE).write_bytes(as_bytes(tensors)))
+    return as_bytes({f"{rank}.{name}": state for rank, states in enumerate(ranks) for name, state in states.items()})
 
 
 def load(folder: Path, platform: Platform) -> None:

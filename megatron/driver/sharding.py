@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -24,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed import ProcessGroup
 
 from megatron.driver.collectives import agree, gather
 from mindspeed_mm.errors import CheckpointError
@@ -32,7 +34,12 @@ EXTRA_STATE = "_extra_state"
 COMMON_FILE = "common.pt"
 
 # Layers are numbered in their names (decoder.layers.3.), not stacked: any part can be read by itself.
-METADATA = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
+# The distributed optimizer's state meets on the first data-parallel rank, in its host memory, and nowhere else.
+METADATA = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 def metadata() -> dict:
@@ -40,27 +47,53 @@ def metadata() -> dict:
     return dict(METADATA)
 
 
-def write_tensors(content: ShardedStateDict, folder: Path) -> None:
-    """Write sharded tensors as torch_dist and the rest of `content` as common.pt. Collective; fails on all ranks.
+class Content(NamedTuple):
+    """What one folder of a checkpoint will hold."""
+
+    tensors: dict[str, Any]
+    """This rank's share of the sharded tensors, as torch.distributed.checkpoint takes them."""
+    common: bytes
+    """Everything else, the bytes of common.pt."""
+
+
+def collect(content: ShardedStateDict, *, copy: bool) -> Content:
+    """Make sharded tensors ready to be written. Collective.
+
+    Args:
+        copy: take them to host memory, so that what is written does not change with the model.
+    """
+    sharded, common = save_preprocess(content, True)
+    packed = io.BytesIO()
+    torch.save(common, packed)
+    tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    for item in nested_values(tensors) if copy else ():
+        item.data = item.data.detach().to("cpu", copy=True)
+    return Content(mcore_to_pyt_state_dict(tensors, is_loading=False), packed.getvalue())
+
+
+def write_tensors(content: Content, folder: Path, group: ProcessGroup | None = None) -> None:
+    """Write tensors as torch_dist and the rest as common.pt. Collective; fails on all ranks.
 
     megatron.core's own saving starts a manager process, which imports the main program again, and forks a writer for
     every save; and what fails on rank 0 alone leaves the other ranks waiting.
     """
-    sharded, common = save_preprocess(content, True)
 
     def write_common() -> None:
-        packed = io.BytesIO()
-        torch.save(common, packed)
-        (folder / COMMON_FILE).write_bytes(packed.getvalue())
+        (folder / COMMON_FILE).write_bytes(content.common)
         save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
-    agree(write_common)
-    tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    agree(write_common, group)
     dcp.save(
-        mcore_to_pyt_state_dict(tensors, is_loading=False),
+        content.tensors,
         storage_writer=dcp.FileSystemWriter(folder, thread_count=1, sync_files=True),
         planner=MCoreSavePlanner(flatten_state_dict=False),
+        process_group=group,
     )
+
+
+def chunk_name(chunk: int, name: str) -> str:
+    """A name in one of the chunks of this rank, which all count their layers from 0 (virtual pipeline stages)."""
+    return f"chunk{chunk}.{name}" if chunk else name
 
 
 def model_tensors(modules: list[MegatronModule]) -> ShardedStateDict:
@@ -89,11 +122,6 @@ def split_frozen(tensors: ShardedStateDict) -> tuple[ShardedStateDict, ShardedSt
         if isinstance(item.data, torch.nn.Parameter) and not item.data.requires_grad
     }
     return {name: item for name, item in tensors.items() if name not in frozen}, frozen
-
-
-def chunk_name(chunk: int, name: str) -> str:
-    """A name in one of the chunks of this rank, which all count their layers from 0 (virtual pipeline stages)."""
-    return f"chunk{chunk}.{name}" if chunk else name
 
 
 def built(tensors: ShardedStateDict) -> list[ShardedTensor]:

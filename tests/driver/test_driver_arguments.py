@@ -131,9 +131,11 @@ def test_help_names_every_flag():
 
 
 def test_flags_of_checkpoints_need_each_other():
+    flags = ["--keep-every", "4", "--save-interval-minutes", "0", "--preflight-timeout-seconds", "-1", "--async-save"]
     with pytest.raises(ConfigError) as error:
-        parse(*REQUIRED, "--keep-every", "4", "--save-interval-minutes", "0", "--preflight-timeout-seconds", "-1")
+        parse(*REQUIRED, *flags)
     for message in (
+        "--async-save is given without --save",
         "--keep-every is given without --keep-last",
         "--save-interval-minutes is given without --save",
         "--save-interval-minutes is 0.0: expected above 0",

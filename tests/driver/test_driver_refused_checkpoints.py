@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import shutil
 from pathlib import Path
 
@@ -46,22 +47,61 @@ def test_nonsense_in_the_tracker(copied, text):
 
 def test_a_tracker_that_names_a_missing_folder(copied):
     (copied / storage.TRACKER).write_text("7")
-    with pytest.raises(CheckpointError, match="names 7, but .*iter_0000007 is missing; .* holds iter_0000002"):
+    message = "names 7, but .*iter_0000007 is missing; whole iterations in .*: 2, 4; give one of them to --ckpt-step"
+    with pytest.raises(CheckpointError, match=message):
         run("--load", copied)
     with pytest.raises(CheckpointError, match="--ckpt-step names 9"):
         run("--load", copied, "--ckpt-step", "9")
+    for folder in copied.glob("iter_*"):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match="whole iterations in .*: none; give another folder"):
+        run("--load", copied)
+
+
+def go_on_from_2(copied):
+    """What the messages offer."""
+    _, _, state = run("--load", copied, "--ckpt-step", "2", train_iters=2, frozen=("embedding",))
+    assert state.iteration == 2
+
+
+OFFER = "Restore the files, or load the iteration before it: --ckpt-step 2"
 
 
 def test_a_missing_or_truncated_file(copied):
     shard = next((copied / "iter_0000004").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="is damaged: .* bytes, .* were written"):
+    with pytest.raises(CheckpointError, match=f"is damaged: .* bytes, .* were written. {OFFER}"):
         run("--load", copied)
     shard.unlink()
-    with pytest.raises(CheckpointError, match="is damaged: .* is missing"):
+    with pytest.raises(CheckpointError, match=f"is damaged: .* is missing. {OFFER}"):
         run("--load", copied)
-    _, _, state = run("--load", copied, "--ckpt-step", "2", train_iters=2, frozen=("embedding",))
-    assert state.iteration == 2
+    go_on_from_2(copied)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt", storage.RUN_FILE, storage.CHECKSUMS])
+def test_a_half_deleted_folder(copied, name):
+    """`rm -r` was stopped: this file has gone already."""
+    (copied / "iter_0000004" / name).unlink()
+    with pytest.raises(CheckpointError, match=f"iter_0000004 .*{name} .*{OFFER}"):
+        run("--load", copied)
+    go_on_from_2(copied)
+
+
+def test_an_empty_folder(copied):
+    shutil.rmtree(copied / "iter_0000004")
+    (copied / "iter_0000004").mkdir()
+    with pytest.raises(CheckpointError, match=f"is no whole checkpoint of this suite: run.json is missing. {OFFER}"):
+        run("--load", copied)
+
+
+def test_the_tracker_was_set_back(copied, caplog):
+    (copied / storage.TRACKER).write_text("2")
+    go = ["--load", copied]
+    run(*go, train_iters=2, frozen=("embedding",))
+    assert "names 2, but there are newer iterations: 4; --ckpt-step 4 goes on from the last" in caplog.text
+    caplog.clear()
+    run(*go, "--ckpt-step", "2", train_iters=2, frozen=("embedding",))
+    assert "newer iterations" not in caplog.text
 
 
 def test_a_missing_frozen_folder(copied):
@@ -70,43 +110,114 @@ def test_a_missing_frozen_folder(copied):
         run("--load", copied)
 
 
-def test_changed_frozen_parameters(copied):
-    """Same size, other bytes: the hash tells."""
+def other_frozen_values(copied):
+    """One bit of a frozen parameter; returns its folder."""
     shard = next((copied / "frozen").glob("*/*.distcp"))
-    checkpoint = read_checkpoint(copied)
-    values = checkpoint.get("embedding.word_embeddings.weight").numpy().tobytes()
+    values = read_checkpoint(copied).get("embedding.word_embeddings.weight").numpy().tobytes()
     data = shard.read_bytes()
     place = data.index(values)
     shard.write_bytes(data[: place + 3] + bytes([data[place + 3] ^ 1]) + data[place + 4 :])
-    with pytest.raises(CheckpointError, match=r"checksums do not agree: __0_0.distcp has changed. Restore the files$"):
-        run("--load", copied, frozen=("embedding",))
-    integrity.write(shard.parent, {})  # somebody else's files, whole
-    with pytest.raises(CheckpointError, match="the frozen parameters of .* have hash .* are damaged"):
-        run("--load", copied, frozen=("embedding",))
+    return shard.parent
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt", "rng.safetensors", storage.RUN_FILE])
-def test_one_changed_byte_is_found(copied, name):
-    file = copied / "iter_0000004" / name
-    data = bytearray(file.read_bytes())
-    place = data.index(b"consumed_samples") if name == storage.RUN_FILE else len(data) // 2
-    place += 20 if name == storage.RUN_FILE else 0  # the second digit of 16
-    data[place] ^= 1
-    file.write_bytes(data)
-    message = f"checksums do not agree: {name} has changed.*or load the iteration before it: --ckpt-step 2"
-    message = "metadata is refused|" + message if name == ".metadata" else message
-    for load in (lambda: run("--load", copied, frozen=("embedding",)), lambda: read_checkpoint(copied)):
-        with pytest.raises(CheckpointError, match=message):
+def test_changed_frozen_parameters(copied):
+    """Same size, other bytes: the hashes tell, whatever is frozen now."""
+    folder = other_frozen_values(copied)
+    with pytest.raises(CheckpointError, match=r"is damaged: __0_0.distcp has changed. Restore the files$"):
+        run("--load", copied, frozen=("embedding",))
+    integrity.write(folder, {})  # somebody else's files, whole
+    for load in (lambda: run("--load", copied), lambda: read_checkpoint(copied)):
+        with pytest.raises(CheckpointError, match="are not those that .*iter_0000004 was saved with: checksums.json"):
             load()
-    _, _, state = run("--load", copied, "--ckpt-step", "2", train_iters=2, frozen=("embedding",))
-    assert state.iteration == 2
+
+
+def load_on_this_rank(folder, flags):
+    """The error's text."""
+    args = tiny.arguments(*flags, "--load", folder, world_size=2)
+    try:
+        tiny.run(args, tiny.tiny_model(frozen=("embedding",)))
+    except CheckpointError as error:
+        return str(error)
+
+
+LAYOUTS = [["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"], []]
+
+
+@pytest.mark.parametrize("flags", LAYOUTS, ids=["TP2", "PP2", "DP2"])
+def test_changed_frozen_parameters_at_another_layout(ranks, copied, flags):
+    folder = other_frozen_values(copied)
+    for said in ranks(2).run(load_on_this_rank, str(copied), flags):
+        assert "is damaged: __0_0.distcp has changed" in said
+    integrity.write(folder, {})
+    for said in ranks(2).run(load_on_this_rank, str(copied), flags):
+        assert "are not those that" in said
+
+
+def save_on_this_rank(folder, flags):
+    flags = [*flags, "--load", folder, "--save", folder]
+    tiny.run(tiny.arguments(*flags, world_size=2, train_iters=6), tiny.tiny_model(frozen=("embedding",)))
+
+
+@pytest.mark.parametrize("flags", LAYOUTS, ids=["TP2", "PP2", "DP2"])
+def test_another_layout_does_not_store_frozen_parameters_again(ranks, copied, flags):
+    before = list((copied / "frozen").iterdir())
+    ranks(2).run(save_on_this_rank, str(copied), flags)
+    assert list((copied / "frozen").iterdir()) == before
+    assert read_checkpoint(copied).run["iteration"] == 6
+    _, _, state = run("--load", copied, train_iters=7, frozen=("embedding",))
+    assert state.iteration == 7
+
+
+FILES = ["__0_0.distcp", ".metadata", "common.pt", "metadata.json", "rng.safetensors", storage.RUN_FILE]
+
+
+@pytest.mark.parametrize("name", [*FILES, storage.CHECKSUMS, "frozen", storage.TRACKER])
+def test_one_changed_byte_is_found(copied, name):
+    """At random places, each bit of a byte alike; nothing of the file is trusted before its checksum was compared."""
+    dice = random.Random(name)
+    folders = {"frozen": next((copied / "frozen").iterdir()), storage.TRACKER: copied}
+    folder = folders.get(name, copied / "iter_0000004")
+    names = [file.name for file in folder.iterdir()] if name == "frozen" else [name]
+    for number in range(12):
+        file = folder / names[number % len(names)]
+        kept = file.read_bytes()
+        data = bytearray(kept)
+        data[dice.randrange(len(data))] ^= 1 << dice.randrange(8)
+        file.write_bytes(data)
+        message = f"is damaged: .*{OFFER}"
+        if name == "frozen":
+            message = "is damaged: .*has changed. Restore|are not those that .* Restore the folder"
+        elif name == storage.TRACKER:
+            message = "expected the number of an iteration|names .*whole iterations in .*: 2, 4; give one"
+        if data.strip() != b"4":
+            with pytest.raises(CheckpointError, match=message):
+                run("--load", copied, frozen=("embedding",))
+        file.write_bytes(kept)
+    if name != "frozen":
+        go_on_from_2(copied)
+
+
+def test_a_changed_byte_is_found_without_a_run(copied):
+    for name in FILES:
+        file = copied / "iter_0000004" / name
+        kept = file.read_bytes()
+        file.write_bytes(kept[:40] + bytes([kept[40] ^ 4]) + kept[41:])
+        with pytest.raises(CheckpointError, match=f"is damaged: {name} has changed"):
+            read_checkpoint(copied)
+        file.write_bytes(kept)
 
 
 def test_checksums_that_cannot_be_read(copied):
     file = copied / "iter_0000004" / storage.CHECKSUMS
-    for content, message in (("{", "cannot be read"), ("{}", "does not name the files that are there")):
+    good = json.loads(file.read_text())
+    for content, message in (
+        ("{", "checksums.json cannot be read"),
+        ("[]", "checksums.json holds no names"),
+        ("{}", "__0_0.distcp is not in checksums.json"),
+        (json.dumps(good | {"other": "0"}), "other is missing"),
+    ):
         file.write_text(content)
-        with pytest.raises(CheckpointError, match=f"checksums.json {message}"):
+        with pytest.raises(CheckpointError, match=message):
             read_checkpoint(copied)
     file.unlink()
     with pytest.raises(CheckpointError, match="checksums.json cannot be read: .*No such file"):
@@ -119,16 +230,14 @@ def test_a_run_file_that_is_missing_or_foreign(copied):
     for broken, message in (
         ("{", "cannot be read"),
         ("[]", "has format 'list'"),
-        (json.dumps(content | {"format": 99}), "has format 99: expected 1"),
+        (json.dumps(content | {"format": 99}), "has format 99: expected 2"),
         (json.dumps(content | {"frozen": {"id": "../x"}}), "is no hash"),
         (json.dumps(content | {"files": [], "iteration": "4"}), "lacks iteration, files or has them in another form"),
     ):
         file.write_text(broken)
+        integrity.write(file.parent, {})  # not by accident
         with pytest.raises(CheckpointError, match=message):
             run("--load", copied)
-    file.unlink()
-    with pytest.raises(CheckpointError, match="is no checkpoint of this suite: run.json is missing"):
-        run("--load", copied)
 
 
 def test_another_architecture(copied):
@@ -153,6 +262,7 @@ def record_sizes(folder):
     content = json.loads(file.read_text())
     content["files"] = storage.sizes(folder)
     file.write_text(json.dumps(content))
+    integrity.write(folder, {})
 
 
 def test_pickles_that_would_run_code_are_refused(copied, monkeypatch, tmp_path):
@@ -161,7 +271,6 @@ def test_pickles_that_would_run_code_are_refused(copied, monkeypatch, tmp_path):
     good = (folder / "common.pt").read_bytes()
     torch.save(Exploit(), folder / "common.pt")
     record_sizes(folder)
-    integrity.write(folder, {})
     with pytest.raises(CheckpointError, match="cannot be read: UnpicklingError"):
         run("--load", copied, frozen=("embedding",))
     (folder / "common.pt").write_bytes(good)

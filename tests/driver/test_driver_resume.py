@@ -16,7 +16,7 @@ from tests.helpers.tiny_training import whole_run as run
 
 get_platform("cpu")
 
-from megatron.driver import checkpointing, loop, storage  # noqa: E402
+from megatron.driver import checkpointing, saver, storage  # noqa: E402
 from megatron.driver.reading import read_checkpoint  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
 
@@ -147,7 +147,7 @@ def test_a_deletion_that_was_killed_is_finished(tmp_path, monkeypatch):
 def test_saving_by_the_clock(tmp_path, monkeypatch):
     """The clock cannot be set: a jump of the calendar changes nothing."""
     now = [0.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(saver.time, "monotonic", lambda: now[0])
 
     def step(data_iterator, model):
         now[0] += 30.0  # a minute a step of two micro-batches
