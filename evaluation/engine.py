@@ -1,6 +1,6 @@
 """What the runner asks of a text generator; mindspeed_mm.generation is one, a test's dictionary another."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,30 +11,44 @@ import PIL.Image
 class GenerationRequest:
     """One prompt: either (question, answer) pairs whose last answer is None, for a template, or the finished text.
 
-    Both hold one `<image>` per picture; `images` are in reading order and in any PIL mode.
+    Both hold one `<image>` per picture.
     """
 
     id: int | str
     turns: tuple[tuple[str, str | None], ...] | None
     text: str | None
-    images: tuple[PIL.Image.Image, ...]
+    picture: str
+    """Equal for requests on the same pictures, which stand next to each other."""
+    images: Callable[[], tuple[PIL.Image.Image, ...]]
+    """Decodes the pictures, in reading order and any PIL mode. To be called when the request's turn comes, from any
+    thread; raises DataError."""
 
 
 class Engine(Protocol):
     """Generates answers."""
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterable[tuple[int | str, str]]:
-        """Answer a batch of requests: (id, answer text without the prompt), each id once, in any order."""
+    def generate(self, requests: Sequence[GenerationRequest], batch_size: int) -> Iterable[tuple[int | str, str]]:
+        """Answer requests, `batch_size` at a time: (id, answer text without the prompt), each id once, as they come.
+
+        Answers do not depend on the batch size or the order. Raises DataError for one that cannot be answered.
+        """
 
     def describe(self) -> dict[str, Any]:
         """What the answers depend on, as JSON values: model and weights, template, decoding options, dtype."""
 
 
 class Communicator(Protocol):
-    """The two exchanges between ranks that the runner needs."""
+    """What the runner needs to know of the ranks, and the exchange between them."""
 
     rank: int
     world_size: int
+    replica: int
+    """Which copy of the model this rank belongs to: ranks of one copy (tensor and pipeline parallelism) answer the same
+    questions."""
+    replicas: int
+    """Copies of the model; the questions are divided among them."""
+    is_leader: bool
+    """Whether this rank writes down the answers of its copy."""
 
     def all_gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order, on every rank; also a barrier."""
@@ -43,8 +57,9 @@ class Communicator(Protocol):
 class SingleRank:
     """Communicator of a run with one process."""
 
-    rank = 0
-    world_size = 1
+    rank = replica = 0
+    world_size = replicas = 1
+    is_leader = True
 
     def all_gather(self, value: Any) -> list[Any]:
         """The one value."""

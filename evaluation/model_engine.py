@@ -2,18 +2,27 @@
 
 import hashlib
 import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from evaluation.engine import GenerationRequest
+from mindspeed_mm.data.image import preprocess
+from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation import engine as generation
 from mindspeed_mm.generation.options import GenerationOptions
+from mindspeed_mm.generation.pictures import DIGEST_BYTES, Picture
 from mindspeed_mm.loaded import LoadedVLM
 
 PROBE = "A chat. USER:  <x>\nWhat is 12.50 + 007? \u732b \u00e9 (A) B. ASSISTANT: None</s>"
 """Text whose ids tell tokenizers apart: spaces, digits, letters outside ASCII, special tokens."""
+
+IN_FLIGHT = 4
+"""Requests per row of the batch that the generation engine can choose from, to run equal lengths and beginnings
+together."""
 
 DIGEST_CHUNK = 2**24
 """Values hashed at a time, to bound the memory for their 64-bit copies."""
@@ -22,12 +31,13 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ModelEngine:
-    """An evaluation.engine.Engine that asks a LoadedVLM; one batch of the runner is one batch of the model."""
+    """An evaluation.engine.Engine that asks a LoadedVLM. The next pictures are decoded and preprocessed by a thread
+    while the model answers."""
 
     def __init__(self, vlm: LoadedVLM, options: GenerationOptions, template: str | None = None):
-        self._engine, self._options = vlm.engine(template), options
+        self._vlm, self._template, self._options = vlm, template, options
         self._facts = {
-            "weights": weights_digest(vlm.model),
+            **_weights(vlm),
             "dtype": str(next(vlm.model.parameters()).dtype).removeprefix("torch."),
             "tokenizer": _digest(vlm.tokenizer.encode(PROBE)),
             "image_processor": vlm.image_processor.model_dump(mode="json"),
@@ -36,19 +46,83 @@ class ModelEngine:
             "decoding": options.model_dump(mode="json") | {"method": "greedy" if options.greedy else "sampling"},
         }
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int | str, str]]:
-        """Answer one batch: (id, text) in the order of the requests. Raises DataError for pictures it cannot use."""
-        asked = [
-            generation.GenerationRequest(str(request.id), request.turns or (), request.text, request.images)
-            for request in requests
-        ]
-        results = self._engine.generate(asked, self._options, batch_size=len(asked))
-        for request, result in zip(requests, results, strict=True):
-            yield request.id, result.text
+    def generate(self, requests: Sequence[GenerationRequest], batch_size: int) -> Iterator[tuple[int | str, str]]:
+        """(id, text) as answers come. Raises DataError for the first request that cannot be answered."""
+        engine = self._vlm.engine(self._template, batch_size=batch_size)
+        ended: deque[tuple[GenerationRequest, generation.GenerationHandle]] = deque()
+        open_requests = 0
+        for request, pictures in self._with_pictures(requests, ahead=batch_size):
+            asked = generation.GenerationRequest(str(request.id), request.turns or (), request.text, pictures)
+            engine.submit(asked, self._options, on_end=lambda handle, request=request: ended.append((request, handle)))
+            open_requests += 1
+            while open_requests - len(ended) >= IN_FLIGHT * batch_size:
+                engine.step()
+            open_requests -= len(ended)
+            yield from _texts(ended)
+        while open_requests:
+            engine.step()
+            open_requests -= len(ended)
+            yield from _texts(ended)
+
+    def _with_pictures(
+        self, requests: Sequence[GenerationRequest], ahead: int
+    ) -> Iterator[tuple[GenerationRequest, tuple[Picture, ...]]]:
+        """Requests with their preprocessed pictures, which a thread makes for up to `ahead` requests that come next."""
+        queue: deque[tuple[GenerationRequest, Future[tuple[Picture, ...]]]] = deque()
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+        try:
+            for request in requests:
+                is_known = queue and queue[-1][0].picture == request.picture
+                queue.append((request, queue[-1][1] if is_known else pool.submit(self._pictures, request)))
+                if len(queue) > ahead:
+                    first, pictures = queue.popleft()
+                    yield first, pictures.result()
+            for first, pictures in queue:
+                yield first, pictures.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _pictures(self, request: GenerationRequest) -> tuple[Picture, ...]:
+        return tuple(
+            Picture(
+                hashlib.blake2b(f"{request.picture}/{number}".encode(), digest_size=DIGEST_BYTES).digest(),
+                preprocess(image, self._vlm.image_processor, pad=self._vlm.pad),
+            )
+            for number, image in enumerate(request.images())
+        )
 
     def describe(self) -> dict[str, Any]:
         """Weights by their contents (not their path), tokenizer, preprocessing, template and decoding."""
         return self._facts
+
+
+def _texts(ended: deque[tuple[GenerationRequest, generation.GenerationHandle]]) -> Iterator[tuple[int | str, str]]:
+    """Take the requests that have ended: (id, text). Raises DataError for one that failed."""
+    while ended:
+        request, handle = ended.popleft()
+        if handle.error is not None:
+            raise DataError(f"question {request.id} cannot be answered: {handle.error}") from handle.error
+        yield request.id, handle.result.text
+
+
+def _weights(vlm: LoadedVLM) -> dict[str, Any]:
+    """Digest of the weights; of a model that is spread over ranks, of all its pieces, and how it is spread: sums are
+    rounded otherwise there, so such answers are not mixed with others."""
+    from megatron.core import parallel_state
+
+    own = weights_digest(vlm.model)
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    if tensor * pipeline == 1:
+        return {"weights": own}
+    group = parallel_state.get_model_parallel_group()
+    pieces = [None] * (tensor * pipeline)
+    torch.distributed.all_gather_object(pieces, own, group=group)
+    return {
+        "weights": hashlib.sha256("".join(pieces).encode()).hexdigest(),
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+    }
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.prompts import SHORT_INSTRUCTION
-from evaluation.tsv import Row, Table, find_images, read_table, sha256_of_files, typed_indices
+from evaluation.tsv import Row, Table, find_images, picture_digest, read_table, sha256_of_files, typed_indices
 from mindspeed_mm.errors import DataError
 
 COLUMN_OF_KEY = {
@@ -141,7 +141,14 @@ def _table(path: Path, files: list[Path], records: list[dict[str, str]], image_r
     if repeated is not None:
         raise DataError(f"{path}: index {repeated} is used more than once; make every index unique.")
     rows = tuple(
-        Row(index, cells, i, 0, len(find_images(cells["image_path"], root, f"{path}, row with index {index}")))
+        Row(
+            index,
+            cells,
+            i,
+            0,
+            len(find_images(cells["image_path"], root, f"{path}, row with index {index}")),
+            picture_digest(cells["image_path"]),
+        )
         for i, (index, cells) in enumerate(zip(typed_indices(texts), records, strict=True))
     )
     columns = tuple(records[0])

@@ -1,4 +1,4 @@
-"""Exchange between the processes of a torchrun launch."""
+"""Exchange between the processes of a torchrun launch, and which of them hold one copy of the model."""
 
 import datetime
 import os
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from evaluation.engine import Communicator, SingleRank
+from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import get_platform
 
 TIMEOUT = datetime.timedelta(days=30)
@@ -17,7 +18,17 @@ class TorchRanks:
     """Communicator over a CPU group of its own, whatever the device of the model."""
 
     def __init__(self) -> None:
+        from megatron.core import parallel_state
+
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.replica, self.replicas, self.is_leader = self.rank, self.world_size, True
+        if parallel_state.model_parallel_is_initialized():
+            self.replica = parallel_state.get_data_parallel_rank()
+            self.replicas = parallel_state.get_data_parallel_world_size()
+            self.is_leader = (
+                parallel_state.get_tensor_model_parallel_rank() == 0
+                and parallel_state.get_pipeline_model_parallel_rank() == 0
+            )
         self._group = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -27,15 +38,33 @@ class TorchRanks:
         return values
 
 
-def connect(device: str | None = None) -> Communicator:
+def connect(device: str | None = None, tensor: int = 1, pipeline: int = 1) -> Communicator:
     """Choose the device and join the launch that torchrun described in the environment; a process without one is alone.
 
-    Call before anything that imports megatron.core, such as evaluation.model_engine. Every rank then holds the whole
-    model. Raises ConfigError for a device that is not there.
+    Each copy of the model takes `tensor` x `pipeline` ranks, and there are as many copies as fit.
+
+    Call before anything that imports megatron.core, such as evaluation.model_engine. Raises ConfigError for a device
+    that is not there, or a number of processes that is no multiple of a copy's.
     """
     platform = get_platform(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if min(tensor, pipeline) < 1 or size % (tensor * pipeline):
+        raise ConfigError(
+            f"tensor-parallel size {tensor} and pipeline-parallel size {pipeline} need a multiple of "
+            f"{tensor * pipeline} processes, found {size}: start with torchrun --nproc_per_node {tensor * pipeline}"
+        )
+    if size == 1:
         return SingleRank()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend=platform.backend, timeout=TIMEOUT)
+    if tensor * pipeline > 1:
+        _join_copies(tensor, pipeline)
     return TorchRanks()
+
+
+def _join_copies(tensor: int, pipeline: int) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)

@@ -1,5 +1,6 @@
 """Ask every question of a benchmark table, keep the answers as they come, score and write the results."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from evaluation.questions import read_questions
 from evaluation.report import Report
 from evaluation.submissions import write_submission
 from evaluation.tsv import Row, Table
+from evaluation.work import divide
 from mindspeed_mm.errors import DataError
 
 SHOWN = 200
@@ -54,11 +56,12 @@ def run(
 ) -> Result:
     """Evaluate `engine` on the table `tsv` as `benchmark` and write <model>_<benchmark>.* into `out_dir`.
 
-    The questions that no journal in `out_dir` answers are divided among the ranks of `communicator` (any number; None
-    is a single process), and each rank journals every answer at once. Every rank returns the same reports; rank 0
-    writes. `scoring` chooses the numbers of the sheet and the accuracy table; the JSON report holds those of every
-    mode. `limit` asks the first rows of the table only. `judge` reads, on rank 0, the answers that the rules cannot.
-    `checked` is what `check` returned for the same arguments, to read a large table once.
+    The questions that no journal in `out_dir` answers are divided among the model's copies on the ranks of
+    `communicator` (any number; None is a single process), and each copy journals every answer at once. Every rank
+    returns the same reports; rank 0 writes. `scoring` chooses the numbers of the sheet and the accuracy table; the JSON
+    report holds those of every mode. `limit` asks the first rows of the table only. `judge` reads, on rank 0, the
+    answers that the rules cannot. `checked` is what `check` returned for the same arguments, so that a large table is
+    read once.
 
     Raises DataError for an unusable table, name, folder or journal, before the first question is asked.
     """
@@ -89,10 +92,9 @@ def run(
     journal = Journal(folder / f"{stem}.journal", facts, communicator.rank)
     earlier = _merge(communicator.all_gather(journal.read()))
     pending = [row for row in rows if row.index not in earlier]
-    pending.sort(key=lambda row: _cost(row, prompts[row.index]), reverse=True)
-    own = pending[communicator.rank :: communicator.world_size]
+    own = divide(pending, prompts, communicator.replicas)[communicator.replica]
     with _progress_bar(found.name, len(own), progress and communicator.rank == 0) as advance:
-        new = _answer(own, table, prompts, engine, journal, batch_size, advance)
+        new = _answer(own, table, prompts, engine, journal if communicator.is_leader else None, batch_size, advance)
     collected = {**earlier, **_merge(communicator.all_gather(new))}
     answers = {row.index: collected[row.index] for row in rows}
 
@@ -165,42 +167,43 @@ def _answer(
     table: Table,
     prompts: dict[int | str, Prompt],
     engine: Engine,
-    journal: Journal,
+    journal: Journal | None,
     batch_size: int,
     advance: Callable[[], None],
 ) -> dict[int | str, str]:
-    """Ask the engine for every row, batch by batch; pictures are decoded when their batch comes."""
+    """Ask the engine for every row and write each answer into the journal (of the copy's first rank) as it comes."""
+    requests = [
+        GenerationRequest(
+            row.index,
+            prompts[row.index].turns,
+            prompts[row.index].text,
+            row.picture,
+            functools.partial(table.images, row),
+        )
+        for row in rows
+    ]
     answers: dict[int | str, str] = {}
-    pictures = table.images if getattr(engine, "needs_images", True) else lambda row: ()
+    expected = {request.id for request in requests}
     try:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            requests = [
-                GenerationRequest(row.index, prompts[row.index].turns, prompts[row.index].text, pictures(row))
-                for row in batch
-            ]
-            expected = {request.id for request in requests}
-            for index, text in engine.generate(requests):
-                if index not in expected:
-                    raise ValueError(f"the engine answered id {index!r}, which is not open in this batch ({expected}).")
-                expected.remove(index)
+        for index, text in engine.generate(requests, batch_size) if requests else ():
+            if index not in expected:
+                raise ValueError(f"the engine answered id {index!r}, which is not open; expected each id asked, once.")
+            expected.remove(index)
+            if journal is not None:
                 journal.append(index, text)
-                answers[index] = text
-                advance()
-            if expected:
-                raise ValueError(f"the engine gave no answer for ids {sorted(expected, key=str)}.")
+            answers[index] = text
+            advance()
+        if expected:
+            example = min(expected, key=str)
+            raise ValueError(f"the engine gave no answer for {len(expected)} ids, for example {example!r}.")
     finally:
-        journal.close()
+        if journal is not None:
+            journal.close()
     return answers
 
 
 def _merge(parts: Sequence[dict[int | str, str]]) -> dict[int | str, str]:
     return {index: text for part in parts for index, text in part.items()}
-
-
-def _cost(row: Row, prompt: Prompt) -> tuple[int, int]:
-    """Sort key of work: long prompts first, so that memory trouble shows early and batches hold similar lengths."""
-    return row.image_count, len(prompt.text if prompt.turns is None else prompt.turns[0][0])
 
 
 def _summary(

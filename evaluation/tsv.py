@@ -32,6 +32,7 @@ MAX_PIXELS = 128 * 2**20
 """Largest picture that is decoded (width x height); above it a small file could exhaust the memory."""
 
 _BLOCK = 2**20
+_DIGEST_BYTES = 16
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -46,6 +47,8 @@ class Row:
     image_source: int
     """Byte offset of the record that holds the picture (the row's own one, or the one it refers to)."""
     image_count: int
+    picture: str = ""
+    """Digest of what the picture cell holds (or of the cell it refers to): equal for questions on equal pictures."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Tab
     all_cells: list[dict[str, str]] = []
     offsets: list[int] = []
     kinds: list[str | int] = []
+    pictures: list[str] = []
     for offset, record in records:
         where = f"{path}, data row {len(texts) + 1}"
         if len(record) != len(columns):
@@ -105,6 +109,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Tab
             raise DataError(f"{where} has no index; give every row its own.")
         where = f"{path}, row with index {index}"
         kinds.append(_check_image_cell(record[image_column], columns[image_column], root, where))
+        pictures.append(picture_digest(record[image_column]))
         texts.append(index)
         offsets.append(offset)
         all_cells.append({name: cell for name, cell in zip(columns, record, strict=True) if name != "image"})
@@ -113,7 +118,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Tab
     sources = _image_sources(texts, kinds, path)
     indices = typed_indices(texts)
     rows = tuple(
-        Row(indices[i], all_cells[i], i, offsets[sources[i]], int(kinds[sources[i]]))
+        Row(indices[i], all_cells[i], i, offsets[sources[i]], int(kinds[sources[i]]), pictures[sources[i]])
         for i in range(len(texts))
         if kinds[i] != 0
     )
@@ -230,6 +235,11 @@ def _open_image(content: bytes, where: str) -> PIL.Image.Image:
             f"{where}: the picture cannot be decoded ({error}); expected one of {', '.join(IMAGE_FORMATS)}."
         ) from error
     return image
+
+
+def picture_digest(cell: str) -> str:
+    """Short name of a picture cell's content."""
+    return hashlib.blake2b(cell.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def sha256_of_files(paths: Sequence[Path]) -> str:

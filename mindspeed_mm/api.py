@@ -105,6 +105,8 @@ def _join_ranks(platform: Platform, tensor: int, pipeline: int) -> None:
         return
     from megatron.core import parallel_state, tensor_parallel
 
+    if parallel_state.model_parallel_is_initialized() and _parallel_sizes() == (tensor, pipeline):
+        return  # by the caller, who may run several copies of the model
     initialized = torch.distributed.is_initialized()
     size = torch.distributed.get_world_size() if initialized else int(os.environ.get("WORLD_SIZE", "1"))
     if size != tensor * pipeline:
@@ -117,12 +119,17 @@ def _join_ranks(platform: Platform, tensor: int, pipeline: int) -> None:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    found = (
+    if _parallel_sizes() != (tensor, pipeline):
+        raise ConfigError(
+            f"this process already runs at tensor- and pipeline-parallel sizes {_parallel_sizes()}, "
+            f"{(tensor, pipeline)} was asked for: start new processes for it"
+        )
+
+
+def _parallel_sizes() -> tuple[int, int]:
+    from megatron.core import parallel_state
+
+    return (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    if found != (tensor, pipeline):
-        raise ConfigError(
-            f"this process already runs at tensor- and pipeline-parallel sizes {found}, {(tensor, pipeline)} was asked "
-            "for: start new processes for it"
-        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.cli._launcher_flags import add_launcher_flags, check_launcher_flags
+from mindspeed_mm.cli._loading import add_model_arguments, add_parallel_arguments, load_model
 from mindspeed_mm.errors import ConfigError
 
 HELP = "score a model on a benchmark (VLMEvalKit's TSVs and others); a killed run goes on where it was"
@@ -23,9 +24,8 @@ GENERATION_DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mm-model", metavar="JSON", help="the guide's evaluate_llava1_5.json; flags win over it")
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
-    weights.add_argument("--load", metavar="DIR", help="training checkpoint to evaluate (as --model)")
+    add_model_arguments(parser)
+    add_parallel_arguments(parser)
     parser.add_argument("--dataset-path", metavar="FILE", help="the benchmark's TSV, or JSON lines")
     parser.add_argument(
         "--evaluation-dataset", metavar="NAME", help="benchmark, or a name of your own for your own table"
@@ -44,14 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server that reads what no rule can read")
     parser.add_argument("--judge-model", metavar="NAME", default="judge", help="model that the judge is asked for")
     parser.add_argument("--judge-key-file", metavar="FILE", help="file with the judge's key")
-    parser.add_argument("--template", help="conversation template (default: the checkpoint's, else v1)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="default: the tokenizer that comes with the weights")
-    parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
     parser.add_argument("--batch-size", type=int, default=1, help="questions answered at a time on each device")
     parser.add_argument("--max-new-tokens", type=int, help="at most so many tokens an answer (default 128)")
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16")
-    parser.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
     add_launcher_flags(parser)
 
 
@@ -115,17 +110,17 @@ def _model_engine(config, namespace: argparse.Namespace, options):
     from evaluation.ranks import connect
 
     device = namespace.device or (config.device.split(":")[0] if config.device else None)
-    communicator = connect(device)
+    communicator = connect(device, namespace.tensor_model_parallel_size, namespace.pipeline_model_parallel_size)
     # Modules below import megatron.core, which the chosen platform has just prepared.
     from evaluation.model_engine import ModelEngine
-    from mindspeed_mm import api
 
-    vlm = api.load(
+    vlm = load_model(
+        namespace,
         _model_path(namespace),
         device=device,
-        dtype=namespace.dtype or config.dtype,
-        tokenizer=namespace.tokenizer or (config.tokenizer.from_pretrained if config.tokenizer else None),
-        image_processor=namespace.image_processor or config.image_processer_path,
+        dtype=config.dtype,
+        tokenizer=config.tokenizer.from_pretrained if config.tokenizer else None,
+        image_processor=config.image_processer_path,
     )
     return communicator, ModelEngine(vlm, options, namespace.template)
 

@@ -44,14 +44,16 @@ class FakeEngine:
     """Answers from a dictionary; fails after `fails_after` answers, and notes what it was asked."""
 
     def __init__(self, answers, *, name="fake", fails_after=None):
-        self.answers, self.name, self.fails_after, self.asked = answers, name, fails_after, []
+        self.answers, self.name, self.fails_after = answers, name, fails_after
+        self.asked, self.pictures = [], []
 
     def describe(self):
         return {"weights": self.name, "template": "v1", "decoding": {"max_new_tokens": 4}}
 
-    def generate(self, requests):
+    def generate(self, requests, batch_size):
         for request in reversed(requests):
             if self.fails_after is not None and len(self.asked) >= self.fails_after:
                 raise KeyboardInterrupt
             self.asked.append(request)
+            self.pictures.append([image.copy() for image in request.images()])
             yield request.id, self.answers[request.id]

@@ -129,7 +129,7 @@ def test_launcher(tmp_path):
     assert told.endswith(expected)
 
 
-def evaluate_on_this_rank(model, table, out, batch_size):
+def evaluate_on_this_rank(model, table, out, batch_size, tensor=1, pipeline=1):
     """Runs on every rank of a pool."""
     from evaluation.model_engine import ModelEngine
     from evaluation.ranks import connect
@@ -137,8 +137,9 @@ def evaluate_on_this_rank(model, table, out, batch_size):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(torch.distributed.get_world_size()))  # as torchrun does
-        communicator = connect("cpu")
-    engine = ModelEngine(mm.load(model, device="cpu"), GenerationOptions(max_new_tokens=3))
+        communicator = connect("cpu", tensor, pipeline)
+    sizes = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    engine = ModelEngine(mm.load(model, device="cpu", **sizes), GenerationOptions(max_new_tokens=3))
     result = run("toy", table, engine, out, model="m", batch_size=batch_size, communicator=communicator, progress=False)
     return result.predictions
 
@@ -157,6 +158,25 @@ def test_files_are_equal_at_any_number_of_ranks_and_batch_size(golden, tmp_path,
         assert all(own == answers[0] for own in answers) and len(answers[0]) == 11
         assert len(list((out / "m_toy.journal").iterdir())) == count
         assert files(out) == expected
+
+
+@pytest.mark.parametrize(("count", "tensor", "pipeline"), [(2, 2, 1), (2, 1, 2), (4, 2, 1)])
+def test_a_model_that_is_spread_over_ranks_gives_the_same_answers(golden, tmp_path, ranks, count, tensor, pipeline):
+    table = write_table(tmp_path / "t.tsv", choice_rows(7))
+    model = golden / "models" / "llava_hf"
+    assert main(command(golden, table, tmp_path / "whole", "--evaluation-model", "m")) == 0
+    answers = ranks(count).run(evaluate_on_this_rank, model, table, tmp_path / "o", 4, tensor, pipeline)
+    assert all(own == answers[0] for own in answers)
+    whole, spread = (json.loads((tmp_path / name / "m_toy_report.json").read_text()) for name in ("whole", "o"))
+    assert spread["rows"] == whole["rows"] and spread["scores"] == whole["scores"]
+    assert (spread["tensor_model_parallel_size"], spread["pipeline_model_parallel_size"]) == (tensor, pipeline)
+    assert spread["fingerprint"] != whole["fingerprint"]
+    assert len(list((tmp_path / "o" / "m_toy.journal").iterdir())) == count // (tensor * pipeline)
+
+
+def test_copies_that_do_not_fit_the_number_of_processes(golden, table_path, tmp_path, capsys):
+    assert main(command(golden, table_path, tmp_path, "--tensor-model-parallel-size", "2")) == 1
+    assert "need a multiple of 2 processes, found 1: start with torchrun --nproc_per_node 2" in capsys.readouterr().err
 
 
 def kill_when_answered(line, journal, lines):

@@ -5,7 +5,7 @@ import threading
 
 import openpyxl
 import pytest
-from evaluation_helpers import FakeEngine, choice_rows, picture, write_table
+from evaluation_helpers import FakeEngine, choice_rows, write_table
 
 from evaluation.runner import run
 from mindspeed_mm.errors import DataError
@@ -27,6 +27,7 @@ class ThreadRank:
 
     def __init__(self, rank, values, barrier):
         self.rank, self.world_size, self._values, self._barrier = rank, len(values), values, barrier
+        self.replica, self.replicas, self.is_leader = rank, len(values), True
 
     def all_gather(self, value):
         self._values[self.rank] = value
@@ -81,9 +82,26 @@ def test_requests_carry_prompt_and_pictures(table_path, tmp_path):
     official, kit = engine.asked[-2], engine.asked[-1]
     assert official.text is None and official.turns[0][0].startswith("<image>\nQuestion")
     assert kit.turns is None and kit.text.endswith(" ASSISTANT: ")
-    assert official.images[0].size == (4, 3)
-    assert len({len(request.turns[0][0]) for request in engine.asked[:6]}) == 6
-    assert [request.id for request in engine.asked[:6]] == [5, 4, 3, 2, 1, 0]
+    assert official.images()[0].size == (4, 3)
+    assert len({request.picture for request in engine.asked}) == 1, "all rows show the same picture"
+    assert [request.id for request in engine.asked[:6]] == [0, 1, 2, 3, 4, 5], "long ones first; this engine turns them"
+
+
+def test_ranks_of_one_copy_ask_the_same_and_one_of_them_writes(table_path, tmp_path):
+    engines = [FakeEngine(ANSWERS) for _ in range(4)]
+
+    def on_rank(communicator):
+        communicator.replica, communicator.replicas = communicator.rank // 2, 2
+        communicator.is_leader = communicator.rank % 2 == 0
+        return evaluate(table_path, tmp_path / "o", engines[communicator.rank], communicator=communicator)
+
+    results = on_ranks(4, on_rank)
+    asked = [sorted(request.id for request in engine.asked) for engine in engines]
+    assert asked[0] == asked[1] and asked[2] == asked[3] and sorted(asked[0] + asked[2]) == sorted(ANSWERS)
+    assert len(list((tmp_path / "o" / "m_toy.journal").iterdir())) == 2
+    evaluate(table_path, tmp_path / "alone")
+    assert outputs(tmp_path / "o") == outputs(tmp_path / "alone")
+    assert all(result.predictions == ANSWERS for result in results)
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 16), (2, 1), (3, 4), (7, 2)])
@@ -150,7 +168,7 @@ def test_progress_is_shown_on_stderr(table_path, tmp_path, capsys):
 
 
 class WrongEngine(FakeEngine):
-    def generate(self, requests):
+    def generate(self, requests, batch_size):
         yield from self.answers
 
 
@@ -201,8 +219,8 @@ def test_a_folder_that_cannot_be_written(table_path, tmp_path, monkeypatch):
 
 def test_a_broken_picture_ends_the_run_and_keeps_the_journal(tmp_path):
     rows = choice_rows(2)
-    rows[0]["image"], rows[1]["image"] = base64.b64encode(b"no picture " * 10).decode(), picture()
+    rows[1]["image"] = base64.b64encode(b"no picture " * 10).decode()
     path = write_table(tmp_path / "t.tsv", rows)
-    with pytest.raises(DataError, match="row with index 0: the picture cannot be decoded"):
+    with pytest.raises(DataError, match="row with index 1: the picture cannot be decoded"):
         evaluate(path, tmp_path / "out")
     assert len(list((tmp_path / "out" / "m_toy.journal").iterdir())) == 1
