@@ -36,10 +36,9 @@ class Decoder:
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
         self.max_length = vlm.spec.text_decoder.max_position_embeddings
+        self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
         config = vlm.text_decoder.config
-        self.picture_bytes = (
-            vlm.spec.vision_encoder.num_image_tokens * config.hidden_size * config.params_dtype.itemsize
-        )
+        self.picture_bytes = self.tokens_per_image * config.hidden_size * config.params_dtype.itemsize
 
     @torch.inference_mode()
     def image_features(self, pixel_values: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
@@ -50,12 +49,17 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(
-        self, prompts: Sequence[Sequence[int]], features: Sequence[torch.Tensor | None], first_row: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        features: Sequence[torch.Tensor | None],
+        first_row: int,
+        starts: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """Fill prompts into the rows from `first_row` on.
 
         Args:
             prompts: id lists of any lengths, IMAGE_TOKEN_INDEX at every image position (expanded).
+            starts: [R] tokens that the rows hold already, behind which the prompts go; None: none.
             features: what `image_features` gave for their pictures, in reading order.
 
         Returns:
@@ -66,8 +70,10 @@ class Decoder:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         ids = ids.to(self.device)
-        positions = torch.arange(max(lengths), device=self.device).unsqueeze(0)
-        self.cache.begin_prefill(first_row, len(prompts))
+        starts = list(starts or [0] * len(prompts))
+        held = torch.tensor(starts, device=self.device)
+        positions = held[:, None] + torch.arange(max(lengths), device=self.device)
+        self.cache.begin(first_row, starts, max(lengths))
         hidden = self._pass(self._embed(ids, features), positions, len(prompts), max(lengths), self._modules)
         if hidden is not None:
             last = torch.tensor(lengths, device=self.device) - 1
@@ -78,7 +84,7 @@ class Decoder:
     def step(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
         """Append one token to each of the rows 0..R-1, which hold `lengths` [R] tokens: logits [R, V] float32."""
         positions = torch.tensor(lengths, device=self.device).unsqueeze(1)
-        self.cache.begin_step(lengths)
+        self.cache.begin(0, lengths, 1)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
         hidden = self._pass(self._embed(ids, ()), positions, len(tokens), 1, self._lean or self._modules)
         return self._logits(hidden, len(tokens))

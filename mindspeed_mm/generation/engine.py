@@ -53,6 +53,8 @@ class GenerationResult:
     sequences: tuple[GeneratedSequence, ...] = ()
     """num_return_sequences answers, best first where they have scores."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, those that were not computed, because another request had begun alike."""
     error: str | None = None
 
     @property
@@ -102,7 +104,11 @@ class GenerationHandle:
 
 
 class GenerationEngine:
-    """Answers requests, in a batch that new ones join and finished ones leave."""
+    """Answers requests, in a batch that new ones join and finished ones leave.
+
+    Pictures' features and the beginnings of prompts are remembered, so the weights must not change: make a new engine
+    after training steps.
+    """
 
     def __init__(
         self,
@@ -243,7 +249,8 @@ class GenerationEngine:
     def _result(self, request: GenerationRequest, entry: Entry | None, error: ValueError | None) -> GenerationResult:
         if error is not None or entry is None:
             return GenerationResult(request.id, error=str(error))
-        return GenerationResult(request.id, tuple(map(self._sequence, entry.job.sequences)), len(entry.prompt))
+        sequences = tuple(map(self._sequence, entry.job.sequences))
+        return GenerationResult(request.id, sequences, len(entry.prompt), entry.start)
 
     def _sequence(self, found: Generated) -> GeneratedSequence:
         stream = found.stream

@@ -52,7 +52,7 @@ def continue_ids(
         decoder.check_length(len(prompt), options.max_new_tokens)
     count = options.num_return_sequences
     scheduler = Scheduler(decoder, pictures, batch_size or len(prompts) * max(count, options.num_beams))
-    size, first = decoder.vlm.spec.vision_encoder.num_image_tokens, 0
+    size, first = decoder.tokens_per_image, 0
     entries, errors = [], []
     for prompt in prompts:
         history = [image_token_id if token == IMAGE_TOKEN_INDEX else token for token in prompt]

@@ -67,7 +67,7 @@ class LeanStep:
         )
 
     def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        """Append one token to each row of the cache, which `begin_step` has announced.
+        """Append one token to each row of the cache, which its `begin` has announced.
 
         Args:
             hidden: [1, R, H]; position_ids: [R, 1] int64.

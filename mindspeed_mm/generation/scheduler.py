@@ -1,21 +1,25 @@
 """Continuous batching: rows leave the batch when their sequence ends, waiting requests take their place.
 
-No padding runs through the model but within a group of prompts of almost equal length. The books of a step: every
-entry's rows are cache rows; after each step the rows that go on are moved together at the front of the cache.
+No padding runs through the model but within a group of prompts of almost equal length, and a prompt that begins as
+another one does is filled in from there (see prefix.py). The books of a step: every entry's rows are cache rows; after
+each step the rows that go on are moved together at the front of the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
+from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.jobs import Job, Step
-from mindspeed_mm.generation.pictures import PictureFeatures
+from mindspeed_mm.generation.pictures import Picture, PictureFeatures
+from mindspeed_mm.generation.prefix import KeptRows, common, content, longest
 
 MAX_PADDING = 0.1
 """Share of a prefill that may be padding."""
@@ -37,14 +41,28 @@ class Entry:
     max_length: int
     """Of prompt and answer together."""
     images: Sequence[Any]
-    """What PictureFeatures takes; looked at when the prompt is filled in, and an error fails this request alone."""
+    """What PictureFeatures takes; looked at when the prompt's turn comes, and an error fails this request alone."""
     on_end: Callable[[DataError | None], None]
     """Called once: with None at the end (or when cancelled), or with the error."""
     cancelled: bool = False
     rows: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    """The next token of each row, not in the cache yet."""
+    said: list[list[int]] = field(default_factory=list)
+    """The tokens of each row behind the prompt that are in the cache."""
     length: int = 0
     """Tokens that each of its rows holds in the cache."""
+    pictures: list[Picture] = field(default_factory=list)
+    content: np.ndarray | None = None
+    """Of the prompt, see prefix.py; None until the pictures were found."""
+    source: int | None = None
+    """Row that holds the first `start` positions already, when the prompt's turn comes."""
+    start: int = 0
+
+    @property
+    def rest(self) -> int:
+        """Positions to compute."""
+        return len(self.prompt) - self.start
 
 
 class Scheduler:
@@ -54,6 +72,7 @@ class Scheduler:
         self.decoder, self.pictures, self.max_rows = decoder, pictures, max_rows
         self._waiting: list[Entry] = []
         self._active: list[Entry] = []
+        self._kept = KeptRows()
 
     @property
     def busy(self) -> bool:
@@ -78,55 +97,98 @@ class Scheduler:
         if dropped:
             self._waiting = [entry for entry in self._waiting if not entry.cancelled]
             self._active = [entry for entry in self._active if not entry.cancelled]
+            for entry in dropped:
+                self._keep(entry)
             self._pack()
             for entry in dropped:
                 entry.on_end(None)
 
     def _next_group(self) -> list[Entry]:
-        """The oldest waiting request that fits, and others with prompts about as long."""
-        free = self.max_rows - sum(len(entry.rows) for entry in self._active)
+        """The oldest waiting request that fits, and others with about as much to compute."""
+        while self._waiting and not self._is_known(self._waiting[0]):
+            pass
+        free = self.max_rows - self._used_rows()
         if not self._waiting or (self._active and self._waiting[0].job.width > free):
             return []
-        oldest = self._waiting[0]
-        group, longest, total = [oldest], len(oldest.prompt), len(oldest.prompt)
+        window = [entry for entry in self._waiting[: 1 + WINDOW * max(free - 1, 0)] if self._is_known(entry)]
+        for entry in window:
+            self._find_source(entry)
+        oldest = window[0]
+        group, longest_rest, total = [oldest], oldest.rest, oldest.rest
         free -= oldest.job.width
-        window = self._waiting[1 : 1 + WINDOW * max(free, 0)]
-        for entry in sorted(window, key=lambda entry: abs(len(entry.prompt) - len(oldest.prompt))):
-            width, tokens = max(longest, len(entry.prompt)), total + len(entry.prompt)
+        for entry in sorted(window[1:], key=lambda entry: abs(entry.rest - oldest.rest)):
+            width, tokens = max(longest_rest, entry.rest), total + entry.rest
             area = width * (len(group) + 1)
-            if entry.job.width <= free and area <= PREFILL_TOKENS and area - tokens <= MAX_PADDING * area:
+            fits = entry.job.width <= free and area <= PREFILL_TOKENS and area - tokens <= MAX_PADDING * area
+            if fits and not any(_gains_by_waiting(entry, other) for other in group):
                 group.append(entry)
-                longest, total, free = width, tokens, free - entry.job.width
+                longest_rest, total, free = width, tokens, free - entry.job.width
         self._waiting = [entry for entry in self._waiting if entry not in group]
         return group
+
+    def _is_known(self, entry: Entry) -> bool:
+        """Find the pictures of a waiting request; one that fails leaves the queue."""
+        if entry.content is None:
+            try:
+                entry.pictures = self.pictures.find(entry.images)
+                entry.content = content(entry.prompt, entry.pictures, self.decoder.tokens_per_image)
+            except DataError as error:
+                self._waiting.remove(entry)
+                entry.on_end(error)
+                return False
+        return True
+
+    def _find_source(self, entry: Entry) -> None:
+        """Choose the row that spares most of the prompt. Pictures are taken whole or not at all."""
+        entry.source, entry.start = longest(entry.content, self._contents())
+        inside = entry.prompt[: entry.start].count(IMAGE_TOKEN_INDEX) % self.decoder.tokens_per_image
+        if inside:
+            entry.start -= inside
+            entry.source = entry.source if entry.start else None
+
+    def _contents(self) -> Iterator[tuple[int, np.ndarray]]:
+        yield from ((entry.rows[0], entry.content) for entry in self._active)
+        yield from self._kept
 
     def _prefill(self, group: list[Entry]) -> None:
         group, features = self._with_features(group)
         if not group:
             return
-        first = sum(len(entry.rows) for entry in self._active)
-        rows = first + sum(entry.job.width for entry in group)
-        self.decoder.cache.reserve(rows, max(entry.max_length for entry in (*self._active, *group)))
-        logits = self.decoder.prefill([entry.prompt for entry in group], features, first)
+        first = self._used_rows()
+        starts, rests = [entry.start for entry in group], [entry.prompt[entry.start :] for entry in group]
+        self._make_room(group, first, max(starts) + max(map(len, rests)))
+        logits = self.decoder.prefill(rests, features, first, starts)
         for index, entry in enumerate(group):
-            entry.rows, entry.length = [first + index], len(entry.prompt)
+            entry.rows, entry.said, entry.length = [first + index], [[]], len(entry.prompt)
         self._advance(group, logits, first)
 
     def _with_features(self, group: list[Entry]) -> tuple[list[Entry], list[torch.Tensor | None]]:
-        """The entries whose pictures can be used, and all features in their order."""
-        found, kept, features = [], [], []
-        for entry in group:
-            try:
-                found.append((entry, self.pictures.find(entry.images)))
-            except DataError as error:
-                entry.on_end(error)
-        for (entry, _), own in zip(found, self.pictures.features([own for _, own in found]), strict=True):
+        """The entries whose pictures can be used, and the features of all that are computed, in their order."""
+        kept, features, size = [], [], self.decoder.tokens_per_image
+        wanted = [entry.pictures[entry.prompt[: entry.start].count(IMAGE_TOKEN_INDEX) // size :] for entry in group]
+        for entry, own in zip(group, self.pictures.features(wanted), strict=True):
             if isinstance(own, DataError):
                 entry.on_end(own)
                 continue
             kept.append(entry)
             features += own
         return kept, features
+
+    def _make_room(self, group: list[Entry], first: int, length: int) -> None:
+        """Reserve the group's rows, from `first` on; what free rows hold there moves to others, and what the group can
+        use is copied into its rows."""
+        cache, end = self.decoder.cache, first + sum(entry.job.width for entry in group)
+        for entry in group:
+            if entry.source is not None:
+                self._kept.touch(entry.source)
+                self._kept.drop_covered(entry.source, entry.content)
+        rows = max(end, min(self.max_rows, end + len(self._kept)))
+        cache.reserve(rows, max(length, *(entry.max_length for entry in (*self._active, *group))))
+        moves = self._kept.make_way(range(first, end), range(end, cache.rows))
+        for row, entry in enumerate(group, start=first):
+            if entry.source is not None and entry.source != row:
+                moves.append((entry.source, row))
+        self._copy(moves, max(entry.start for entry in group))
 
     def _decode(self) -> None:
         pairs = [
@@ -139,6 +201,8 @@ class Scheduler:
         entries, self._active = self._active, []
         for entry in entries:
             entry.length += 1
+            for said, token in zip(entry.said, entry.tokens, strict=True):
+                said.append(token)
         self._advance(entries, logits, 0)
 
     def _advance(self, entries: list[Entry], logits: torch.Tensor, first: int) -> None:
@@ -150,17 +214,28 @@ class Scheduler:
             places = [row - first for row in entry.rows]
             own = on_host[places] if entry.job.needs_logits else None
             step: Step = entry.job.advance(own, [likeliest[place] for place in places])
-            entry.rows, entry.tokens = [entry.rows[parent] for parent in step.parents], step.tokens
-            if entry.rows:
-                self._active.append(entry)
-            else:
+            if not step.parents:
+                self._keep(entry)
                 ended.append(entry)
+                continue
+            if step.parents != list(range(len(entry.rows))):
+                entry.rows = [entry.rows[parent] for parent in step.parents]
+                entry.said = [list(entry.said[parent]) for parent in step.parents]
+            entry.tokens = step.tokens
+            self._active.append(entry)
         self._pack()
         for entry in ended:
             entry.on_end(None)
 
+    def _keep(self, entry: Entry) -> None:
+        """Remember what the first row of an entry that leaves holds."""
+        if entry.rows:
+            self._kept.keep(entry.rows[0], np.concatenate((entry.content, np.array(entry.said[0], dtype=np.int64))))
+            entry.rows = []
+
     def _pack(self) -> None:
-        """Give the rows that go on the cache rows 0..R-1: most stay, the others are copied into the gaps."""
+        """Give the rows that go on the cache rows 0..R-1: most stay, the others are copied into the gaps, and what the
+        gaps hold takes their place."""
         wanted = [(entry, index, row) for entry in self._active for index, row in enumerate(entry.rows)]
         free, moving = set(range(len(wanted))), []
         for entry, index, row in wanted:
@@ -168,8 +243,23 @@ class Scheduler:
                 free.remove(row)
             else:
                 moving.append((entry, index, row))
-        moves = list(zip(moving, sorted(free), strict=True))
-        sources, targets = [row for (_, _, row), _ in moves], [target for _, target in moves]
-        self.decoder.cache.copy_rows(sources, targets, max((entry.length for entry in self._active), default=0))
-        for (entry, index, _), target in moves:
+        targets = sorted(free)
+        left = sorted({row for _, _, row in moving if row >= len(wanted)})
+        moves = self._kept.make_way(targets, left)
+        for (entry, index, row), target in zip(moving, targets, strict=True):
+            moves.append((row, target))
             entry.rows[index] = target
+        self._copy(moves)
+
+    def _copy(self, moves: list[tuple[int, int]], length: int = 0) -> None:
+        """Copy whole rows (of at least `length` positions) onto others."""
+        length = max([length, self._kept.longest_kept(), *(entry.length for entry in self._active)])
+        self.decoder.cache.copy_rows([row for row, _ in moves], [row for _, row in moves], length)
+
+    def _used_rows(self) -> int:
+        return sum(len(entry.rows) for entry in self._active)
+
+
+def _gains_by_waiting(entry: Entry, other: Entry) -> bool:
+    """Whether `other`, computed first, spares an entry at least half of its work."""
+    return 2 * (common(entry.content[:-1], other.content) - entry.start) >= entry.rest

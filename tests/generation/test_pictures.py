@@ -36,10 +36,10 @@ def picture(number: int) -> Image.Image:
     return Image.new("RGB", (20 + number, 20), (200, 3 * number, 90))
 
 
-def request(name, *images):
+def request(name, *images, start=""):
     from mindspeed_mm.generation.engine import GenerationRequest
 
-    return GenerationRequest(str(name), turns=(("What is it?", None),), images=images)
+    return GenerationRequest(str(name), prompt=start + "<image>" * len(images) + "What is it?", images=images)
 
 
 def answers(engine, requests, size):
@@ -72,9 +72,9 @@ def test_equal_pictures_are_one_whatever_they_come_as(engine, tmp_path):
 
 def test_forgotten_pictures_are_computed_again(engine):
     engine.pictures._kept = 1
-    requests = [request(i, picture(i)) for i in range(3)]
-    found = answers(engine, requests, 3)
-    assert answers(engine, requests, 3) == found and engine.pictures.computed == 5
+    for start in ("a", "b"):  # no prompt begins as an earlier one does
+        answers(engine, [request(i, picture(i), start=start) for i in range(3)], 3)
+    assert engine.pictures.computed == 5
 
 
 def broken_picture() -> Image.Image:

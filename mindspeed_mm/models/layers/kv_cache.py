@@ -14,18 +14,16 @@ LENGTH_STEP = 64
 class KVCache:
     """Keys and values of every decoder layer of this pipeline stage.
 
-    Rows may have different lengths: row b holds its tokens at 0..length[b]-1, and rows in use are 0..R-1. A forward
-    pass of the decoder is announced by `begin_prefill` (whole prompts into fresh rows) or `begin_step` (one token for
-    each row in use); its layers then call `update`. Memory is kept and grows with `reserve`.
+    Rows may have different lengths: row b holds its tokens at 0..length[b]-1. A forward pass of the decoder is
+    announced by `begin`; its layers then call `update`. Memory is kept and grows with `reserve`.
     """
 
     def __init__(self, layers: int, heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
         empty = torch.empty(0, heads, 0, head_size, dtype=dtype, device=device)
         self.keys, self.values = [empty] * layers, [empty] * layers
-        self._rows: torch.Tensor | slice = slice(0, 0)
-        self._slots: torch.Tensor | None = None
+        self._rows, self._columns = slice(0, 0), slice(0, 0)
+        self._places: tuple[torch.Tensor, torch.Tensor] | None = None
         self._mask: torch.Tensor | None = None
-        self._used = self._span = 0
 
     @property
     def rows(self) -> int:
@@ -48,23 +46,23 @@ class KVCache:
                 tensors[layer] = old.new_zeros(rows, old.shape[1], length, old.shape[3])
                 tensors[layer][: old.shape[0], :, : old.shape[2]] = old
 
-    def begin_prefill(self, first_row: int, rows: int) -> None:
-        """Announce prompts for the rows from `first_row` on, each at positions 0, 1, ... A shorter prompt's surplus
-        positions hold padding, which later tokens overwrite."""
-        self._rows, self._slots = slice(first_row, first_row + rows), None
-
-    def begin_step(self, lengths: list[int]) -> None:
-        """Announce one token for each of the rows 0..R-1, at the position `lengths` [R]."""
-        self._used, self._span = len(lengths), max(lengths) + 1
-        if self._span > self.length:
-            raise ValueError(f"the cache holds {self.length} positions, position {self._span - 1} was asked for")
+    def begin(self, first_row: int, starts: list[int], length: int) -> None:
+        """Announce `length` new tokens for each of the rows from `first_row` on, behind the `starts` [R] tokens that it
+        holds. Surplus positions of a row that gets fewer tokens hold padding, which later tokens overwrite."""
+        end = max(starts) + length
+        if end > self.length:
+            raise ValueError(f"the cache holds {self.length} positions, position {end - 1} was asked for")
+        self._rows, self._columns = slice(first_row, first_row + len(starts)), slice(max(starts), end)
+        self._places = self._mask = None
+        uniform = min(starts) == max(starts)
+        if uniform and (length == 1 or end == length):
+            return
         device = self.keys[0].device
-        self._slots = torch.tensor(lengths, device=device)
-        self._rows = torch.arange(self._used, device=device)
-        self._mask = None
-        if min(lengths) != max(lengths):
-            slots = torch.arange(self._span, device=device)
-            self._mask = (slots <= self._slots[:, None])[:, None, None, :]
+        first = torch.tensor(starts[:1] if uniform else starts, device=device)[:, None]
+        positions = first + torch.arange(length, device=device)
+        self._mask = (torch.arange(end, device=device) <= positions[:, :, None])[:, None]
+        if not uniform:
+            self._places = torch.arange(first_row, first_row + len(starts), device=device)[:, None], positions
 
     def update(
         self, layer: int, key: torch.Tensor, value: torch.Tensor
@@ -76,17 +74,18 @@ class KVCache:
             key, value: [R, G, S, D].
 
         Returns:
-            keys, values [R, G, K, D] and the mask [R, 1, S, K], True = may attend. No mask: all K for a step, causal
-            for prompts.
+            keys, values [R, G, K, D] and the mask [R or 1, 1, S, K], True = may attend. No mask: causal where S = K,
+            else all.
         """
-        keys, values = self.keys[layer], self.values[layer]
-        if self._slots is None:
-            keys[self._rows, :, : key.shape[2]] = key
-            values[self._rows, :, : value.shape[2]] = value
-            return key, value, None
-        keys[self._rows, :, self._slots] = key[:, :, 0]
-        values[self._rows, :, self._slots] = value[:, :, 0]
-        return keys[: self._used, :, : self._span], values[: self._used, :, : self._span], self._mask
+        found = []
+        for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
+            if self._places is None:
+                stored[self._rows, :, self._columns] = new
+            else:
+                rows, positions = self._places
+                stored[rows, :, positions] = new.transpose(1, 2)
+            found.append(stored[self._rows, :, : self._columns.stop])
+        return found[0], found[1], self._mask
 
     def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first `length` positions of rows onto others, all at once (a row may be source and target)."""
