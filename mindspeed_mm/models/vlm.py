@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
@@ -29,6 +29,9 @@ class ImageEncoder(MegatronModule):
         super().__init__(config=encoder.config)
         self.encoder, self.projector = encoder, projector
         self.encoder_frozen = spec.vision_encoder.freeze
+        self.context_group = (
+            parallel_state.get_context_parallel_group() if runtime.context_parallel_size > 1 else None
+        )
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, h, w] -> [N, P, Hv]"""
@@ -37,6 +40,22 @@ class ImageEncoder(MegatronModule):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, h, w] -> [N, P, H]; N may be 0.
+
+        Context-parallel ranks share the pictures: each encodes an equal number of them, blank ones filling up, and all
+        get all features. Backwards each picture's gradient is the sum over the ranks, whose slices of the sequence each
+        hold some of its features.
+        """
+        pictures = pixel_values.shape[0]
+        if self.context_group is None or pictures == 0:
+            return self._encode(pixel_values)
+        ranks = self.context_group.size()
+        share = -(-pictures // ranks)
+        filled = torch.cat((pixel_values, pixel_values.new_zeros(share * ranks - pictures, *pixel_values.shape[1:])))
+        own = self._encode(filled[share * self.context_group.rank() :][:share])
+        return tensor_parallel.gather_from_sequence_parallel_region(own, group=self.context_group)[:pictures]
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The pictures of this rank, [N, 3, h, w] -> [N, P, H]; N may be 0.
 
         Without pictures a blank one goes through whatever is trained and none of its features are returned: every rank
         then runs the same backward pass, and the gradients of the blank picture are exact zeros.

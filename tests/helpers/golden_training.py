@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.collate import Collator
-from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.data.sample import Batch, Encoded
 from tests.helpers.golden_model import model_json, training_samples
 
 TRAINED = {
@@ -55,6 +56,10 @@ class Layout(NamedTuple):
     tower: tuple[tuple[str, Any], ...] = ()
     grouped: bool = False
     """GROUPED instead of the golden weights."""
+    packed: bool = False
+    """Two rows of two samples each, instead of four rows."""
+    text_steps: bool = False
+    """Every second step has no picture at all."""
 
     @property
     def ranks(self) -> int:
@@ -103,9 +108,9 @@ def driver_arguments(layout: Layout, flags: str, steps: int):
     arguments.add_arguments(parser)
     line = (
         f"--lr 1e-3 --train-iters {steps} --weight-decay 0 --micro-batch-size {layout.micro_batch} "
-        f"--global-batch-size 4 --seq-length 256 --tensor-model-parallel-size {layout.tensor} "
-        f"--pipeline-model-parallel-size {layout.pipeline} --context-parallel-size {layout.context} "
-        f"{layout.flags} {flags}"
+        f"--global-batch-size {2 if layout.packed else 4} --seq-length 256 "
+        f"--tensor-model-parallel-size {layout.tensor} --pipeline-model-parallel-size {layout.pipeline} "
+        f"--context-parallel-size {layout.context} {layout.flags} {flags}"
         + (f" --num-virtual-stages-per-pipeline-rank {layout.virtual}" if layout.virtual else "")
     )
     return arguments.from_namespace(parser.parse_args(line.split()), world_size=layout.ranks)
@@ -121,11 +126,22 @@ def description(golden: Path, layout: Layout) -> dict[str, Any]:
 
 def micro_batches(golden: Path, layout: Layout, rank: int, multiple: int, first_step: int = 0) -> Iterator[Batch]:
     """The micro-batches of one data-parallel rank; their lengths differ, and some have no picture."""
-    collate = Collator(0, (56, 56), pad_multiple=multiple)
-    for samples in training_samples(golden)[first_step:]:
+    collate = Collator(0, (56, 56), pad_multiple=multiple, row_length=256 if layout.packed else None)
+    for number, samples in enumerate(training_samples(golden)[first_step:], first_step):
+        if layout.text_steps and number % 2:
+            samples = [without_pictures(sample) for sample in samples]
+        if layout.packed:
+            samples = [samples[:2], samples[2:]]
         for start in range(0, len(samples), layout.micro_batch * layout.data):
             first = start + rank * layout.micro_batch
             yield collate(samples[first : first + layout.micro_batch])
+
+
+def without_pictures(sample: Encoded) -> Encoded:
+    """The sample's text alone."""
+    kept = [place for place, token in enumerate(sample.input_ids) if token != IMAGE_TOKEN_INDEX]
+    ids, labels = [sample.input_ids[place] for place in kept], [sample.labels[place] for place in kept]
+    return Encoded(sample.sample_id, ids, labels)
 
 
 def records(save: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ TP2 = Layout(tensor=2, flags=f"--sequence-parallel {DISTRIBUTED}")
 PP2 = Layout(pipeline=2)
 DP2 = Layout(data=2, flags=OVERLAP)
 CP2 = Layout(context=2)
+VPP2 = Layout(pipeline=2, virtual=2, flags=DISTRIBUTED)
 UNEVEN = Layout(pipeline=2, decoder=(("pipeline_num_layers", [1, 3]),), flags=DISTRIBUTED)
 
 MOVES = {
@@ -20,6 +21,8 @@ MOVES = {
     "PP2 uneven distributed -> DP2 distributed overlap": (UNEVEN, DP2),
     "DP2 distributed overlap -> CP2": (DP2, CP2),
     "CP2 -> one": (CP2, Layout(micro_batch=2)),
+    "CP2 -> PP2 VPP2 distributed": (CP2, VPP2),
+    "PP2 VPP2 distributed -> PP2 uneven distributed": (VPP2, UNEVEN),
     "one -> TP2 PP2": (Layout(), Layout(tensor=2, pipeline=2)),
 }
 
@@ -33,7 +36,10 @@ def test_a_run_goes_on_at_another_layout(ranks, golden, single, tmp_path, name):
     compare((records(tmp_path), full_tensors(tmp_path)), single("b"))
 
 
-@pytest.mark.parametrize("layout", [PP2, TP2, CP2, DP2, UNEVEN], ids=["PP2", "TP2", "CP2", "DP2", "PP2 uneven"])
+SAME = {"PP2": PP2, "TP2": TP2, "CP2": CP2, "DP2": DP2, "PP2 uneven": UNEVEN, "PP2 VPP2": VPP2}
+
+
+@pytest.mark.parametrize("layout", SAME.values(), ids=SAME)
 def test_resumed_equals_uninterrupted_bit_for_bit(ranks, golden, tmp_path, layout):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ranks(2).run(train_golden, golden, layout, str(whole))

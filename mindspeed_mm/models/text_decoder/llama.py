@@ -138,8 +138,8 @@ class LlamaSpec(PartSpec):
         stages = flat_layers(self.pipeline_num_layers or [])
         if self.pipeline_num_layers is not None and (sum(stages) != self.num_layers or 0 in stages[1:]):
             raise ValueError(
-                f"pipeline_num_layers {self.pipeline_num_layers} does not share out num_layers {self.num_layers}; its sum must be that, "
-                "and only the first stage may have 0"
+                f"pipeline_num_layers {self.pipeline_num_layers} does not share out num_layers {self.num_layers}; its "
+                "sum must be that, and only the first stage may have 0"
             )
         if self.kv_channels % 2:
             raise ValueError(f"kv_channels {self.kv_channels} is odd; rotary positions rotate pairs of channels")
