@@ -18,6 +18,7 @@ Who imports the modules below (arguments and state excepted) chooses the platfor
 
 What the caller brings
     model_provider(pre_process: bool, post_process: bool) -> MegatronModule
+        With virtual stages (pre_process, post_process, vp_stage: int), called for each chunk of this rank's stage.
         One pipeline stage in fp32, on the CPU or on the device, holding its weights and requires_grad flags. It has
         what megatron.core modules have: `.config` (a TransformerConfig), `.set_input_tensor(list)` and
         `.sharded_state_dict(prefix, offsets, metadata)`. setup moves it, sets precision and calculate_per_token_loss in
@@ -26,17 +27,20 @@ What the caller brings
         Takes next(data_iterator) itself. loss_func(output) -> (loss_sum, num_tokens, {"lm loss": (loss_sum.detach(),
         num_tokens)}): loss_sum 0-d float tensor, the sum of this micro-batch's token losses; num_tokens 0-d int tensor,
         its supervised tokens. The driver divides by the tokens of the whole global batch.
-    hooks: state.Hooks(describe, extra, compare), each with a default
+    hooks: state.Hooks(describe, extra, compare, level, after_step), each with a default
         describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops, gradient_expected)
             default reads batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(); flops is forward +
             backward of this micro-batch over the whole model (TFLOP/s and MFU are logged where it is not 0);
             gradient_expected=False says that a zero gradient is right (text only while only the projector is trained)
         extra() -> dict                     JSON-able; run.json["extra"] of every checkpoint (specs, versions, sampler)
         compare(saved_extra) -> list[str]   one line per field in which the checkpoint's architecture differs
+        level(batches) -> batches           a step's micro-batches padded to one length, asked for with virtual stages
+        after_step(state)                   on every rank, before a checkpoint of the step is written
 
 Functions
     arguments.add_arguments(parser), refuse_unknown(parser, unknown)
     arguments.from_namespace(namespace, world_size=None) -> DriverArguments; .model_flags() -> to compare with JSON
+    arguments.with_virtual_stages(args, num_layers) -> args with --num-layers-per-virtual-pipeline-stage made stages
     initialize.initialize(args, platform), initialize.shutdown(), initialize.is_rank_0() -> bool
     watch.naming_lost_ranks()           context around both below: errors of collectives name the lost rank
     setup.setup(args, model_provider, platform, hooks=Hooks()) -> TrainState

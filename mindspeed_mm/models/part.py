@@ -17,7 +17,20 @@ from mindspeed_mm.weights.rules import Geometry, RuleSet
 Size = Annotated[int, pydantic.Field(gt=0)]
 """A positive integer."""
 
-StageLayers = list[Annotated[int, pydantic.Field(ge=0)]] | list[list[Annotated[int, pydantic.Field(ge=0)]]]
+
+def _check_stage_layers(value: list[Any]) -> list[Any]:
+    lists = value if value and isinstance(value[0], list) else [value]
+    counts = [count for entry in lists if isinstance(entry, list) for count in entry]
+    even = all(isinstance(entry, list) and len(entry) == len(lists[0]) for entry in lists)
+    if not counts or not even or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(
+            f"found {value}, expected the number of layers of each pipeline stage such as [5, 9, 9, 9]; with virtual "
+            "stages one such list for each of them, all of one length"
+        )
+    return value
+
+
+StageLayers = Annotated[list[Any], pydantic.AfterValidator(_check_stage_layers)]
 """Layers of each pipeline stage; with virtual stages one such list for each of them, as in the ancestor's files."""
 
 DTYPES = {

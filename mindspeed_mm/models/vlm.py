@@ -29,9 +29,7 @@ class ImageEncoder(MegatronModule):
         super().__init__(config=encoder.config)
         self.encoder, self.projector = encoder, projector
         self.encoder_frozen = spec.vision_encoder.freeze
-        self.context_group = (
-            parallel_state.get_context_parallel_group() if runtime.context_parallel_size > 1 else None
-        )
+        self.context_group = parallel_state.get_context_parallel_group() if runtime.context_parallel_size > 1 else None
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, h, w] -> [N, P, Hv]"""

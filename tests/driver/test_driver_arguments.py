@@ -5,8 +5,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.driver.arguments import DriverArguments, add_arguments, from_namespace, refuse_unknown
+from megatron.driver.arguments import (
+    DriverArguments,
+    add_arguments,
+    from_namespace,
+    refuse_unknown,
+    with_virtual_stages,
+)
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.platform import get_platform
+
+get_platform("cpu")
+
+from megatron.driver.initialize import initialize  # noqa: E402
 
 REQUIRED = ["--lr", "1e-3", "--train-iters", "100"]
 
@@ -142,3 +153,49 @@ def test_flags_of_checkpoints_need_each_other():
         "--preflight-timeout-seconds is -1.0: expected above 0",
     ):
         assert message in str(error.value)
+
+
+PIPELINE = [*REQUIRED, "--pipeline-model-parallel-size", "2", "--seq-length", "64"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            [*REQUIRED, "--num-virtual-stages-per-pipeline-rank", "2"],
+            "--num-virtual-stages-per-pipeline-rank needs --pipeline-model-parallel-size above 1",
+        ),
+        (
+            [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2", "--num-layers-per-virtual-pipeline-stage", "2"],
+            "--num-layers-per-virtual-pipeline-stage are both given: keep one",
+        ),
+        (
+            [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "2", "--global-batch-size", "3"],
+            "need a multiple of 2 micro-batches .*--global-batch-size 3 gives 3: take 4",
+        ),
+        (
+            [*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "0"],
+            "--num-virtual-.* is 0: expected at least 1",
+        ),
+    ],
+)
+def test_refused_virtual_stages(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(*flags, world_size=2)
+
+
+def test_virtual_stages_by_their_layers():
+    args = parse(*PIPELINE, "--num-layers-per-virtual-pipeline-stage", "2", "--global-batch-size", "4", world_size=2)
+    assert with_virtual_stages(args, 8).num_virtual_stages_per_pipeline_rank == 2
+    assert with_virtual_stages(args, 4).num_virtual_stages_per_pipeline_rank is None
+    with pytest.raises(ConfigError, match="6 layers cannot be divided by .*-stage 2 x .*-size 2: take 1 or 3"):
+        with_virtual_stages(args, 6)
+    with pytest.raises(ConfigError, match="7 layers cannot .* use a divisor of the layers as pipeline size"):
+        with_virtual_stages(args, 7)
+    with pytest.raises(ConfigError, match="needs the layers of the model"):
+        initialize(args, get_platform("cpu"))
+
+
+def test_one_virtual_stage_is_none():
+    args = parse(*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "1", world_size=2)
+    assert args.num_virtual_stages_per_pipeline_rank is None

@@ -35,6 +35,7 @@ def run_mode(golden, mode: str, micro_batch: int) -> SimpleNamespace:
     import argparse
 
     from megatron.driver import arguments, initialize, loop, setup
+    from megatron.driver.saver import Saver
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
@@ -50,9 +51,9 @@ def run_mode(golden, mode: str, micro_batch: int) -> SimpleNamespace:
     batches = iter(_micro_batches(training_samples(golden), micro_batch, rank, ranks))
     data = loop.MeteredIterator(batches, loop.Hooks().describe)
     steps = []
-    with loop.StopRequest() as stop:
+    with loop.StopRequest() as stop, Saver(state, args, loop.Hooks()) as saver:
         for _ in range(8):
-            metrics, _ = loop.train_step(state, args, forward_step, data, stop)
+            metrics, _ = loop.train_step(state, args, forward_step, data, stop, saver)
             steps.append((metrics.loss, metrics.grad_norm, metrics.learning_rate, metrics.supervised))
     return SimpleNamespace(steps=steps, weights=_hub_weights(state.modules[0], spec))
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from mindspeed_mm.constants import IGNORE_INDEX
+from mindspeed_mm.data.collate import Collator
+from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.training.flops import step_flops, transformer_flops
-from mindspeed_mm.training.step import sum_losses
+from mindspeed_mm.training.step import level, sum_losses
 from tests.helpers.golden_model import PROJECTOR, TEXT, VISION
 
 
@@ -72,3 +75,21 @@ def test_counts_agree_with_torch(golden):
     # torch 2.13 does not count its CPU attention kernel: 4 causal decoder layers, 3 tower layers over 17 positions.
     attention = 4 * 4 * 96 * 40 * 40 / 2 + 3 * 4 * 64 * 17 * 17
     assert counter.get_total_flops() == counted - attention
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_micro_batches_of_one_length(packed):
+    """The padding is a segment of its own, without labels; nothing else changes."""
+    short, long = (Encoded("x", list(range(1, size)), list(range(1, size))) for size in (6, 10))
+    batches = []
+    for sample in (short, long):
+        collate = Collator(0, (56, 56), row_length=len(sample.input_ids) if packed else None)
+        batches.append(collate([[sample]] if packed else [sample]))
+    leveled = level(batches, 7)
+    assert leveled[1] is batches[1]
+    assert leveled[0].input_ids.tolist() == [[1, 2, 3, 4, 5, 7, 7, 7, 7]]
+    assert leveled[0].labels[0, 5:].tolist() == [IGNORE_INDEX] * 4
+    assert leveled[0].position_ids.shape == leveled[0].labels.shape == leveled[0].input_ids.shape
+    assert (leveled[0].tokens, leveled[0].supervised, leveled[0].lengths) == (5, 4, (5,))
+    if packed:
+        assert leveled[0].segment_ids.tolist() == [[1, 1, 1, 1, 1, 0, 0, 0, 0]]
