@@ -44,17 +44,17 @@ class Shape(NamedTuple):
     questions_per_picture: int
     """Rounded: GQA's 12,578 questions are about 398 pictures, POPE's 9,000 about 500, MME's 2,374 about 1,187; MMBench
     asks each question in as many rotations as it has options."""
-    words: int
-    """Typical length of the question."""
+    tokens: int
+    """Typical length of the question itself: "Is there a dog in the image?" of POPE has about ten."""
     options: int
 
 
 SHAPES = {
-    "scienceqa": Shape(1, 40, 3),
-    "mme": Shape(2, 12, 0),
+    "scienceqa": Shape(1, 50, 3),
+    "mme": Shape(2, 15, 0),
     "mmbench": Shape(4, 15, 4),
-    "pope": Shape(18, 7, 0),
-    "gqa": Shape(32, 9, 0),
+    "pope": Shape(18, 10, 0),
+    "gqa": Shape(32, 10, 0),
 }
 
 
@@ -76,7 +76,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(options.model) if options.model else random_model(Path(folder) / "model", Path(options.tokenizer))
         for name in options.shapes:
-            table = write_table(Path(folder) / f"{name}.tsv", SHAPES[name], options.questions)
+            table = write_table(Path(folder) / f"{name}.tsv", SHAPES[name], options.questions, options.tokenizer or model)
             result = {"shape": name} | measure(model, table, Path(folder) / name, options)
             sys.stdout.write(json.dumps(result) + "\n")
             sys.stdout.flush()
@@ -194,16 +194,20 @@ def reference_loop(
     return time.perf_counter() - start, answers
 
 
-def write_table(path: Path, shape: Shape, questions: int) -> Path:
+def write_table(path: Path, shape: Shape, questions: int, tokenizer: str | Path) -> Path:
     """A table of `shape`: photo-like pictures in JPEG, the first row of each picture holds it."""
-    draw = random.Random(0)
+    from mindspeed_mm.api import load_tokenizer
+
+    draw, encode = random.Random(0), load_tokenizer(str(tokenizer)).encode
     letters = "ABCDEFGH"[: shape.options]
     lines = ["\t".join(["index", "image", "question", *(letters or ()), "answer"])]
     for number in range(questions):
         first = number - number % shape.questions_per_picture
         picture = photo(first) if number == first else str(first)
-        words = max(4, round(draw.gauss(shape.words, shape.words / 4)))
-        question = f"Which {' '.join(draw.choice(WORDS) for _ in range(words))} is shown?"
+        question, tokens = "Which", draw.gauss(shape.tokens, shape.tokens / 4)
+        while len(encode(question, False)) < tokens - 1:
+            question += f" {draw.choice(WORDS)}"
+        question += "?"
         options = [draw.choice(WORDS) for _ in letters]
         lines.append("\t".join([str(number), picture, question, *options, "A" if letters else draw.choice(WORDS)]))
     path.write_text("\n".join(lines) + "\n", encoding="ascii")
