@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from checkpoint_converters.plan import Job, Output  # noqa: E402
-from checkpoint_converters.write import Runner, write_folder, write_json  # noqa: E402
+from checkpoint_converters.stream import Runner  # noqa: E402
+from checkpoint_converters.write import write_folder, write_json  # noqa: E402
 from mindspeed_mm.cli.convert import size as parse_size  # noqa: E402
 
 HEAD = 128

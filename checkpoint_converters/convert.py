@@ -13,10 +13,10 @@ import torch
 from checkpoint_converters.companions import companions_of
 from checkpoint_converters.plan import Wanted, as_dtype, part_jobs, total_bytes
 from checkpoint_converters.progress import bytes_bar
+from checkpoint_converters.stream import Runner
 from checkpoint_converters.targets import FILE_NAMES, TARGETS, Conversion, WeightFiles, own_record, plan_target
 from checkpoint_converters.write import (
     SHARD_BYTES,
-    Runner,
     beside,
     check_space,
     check_target,

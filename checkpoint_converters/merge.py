@@ -13,8 +13,8 @@ from torch import Tensor
 from checkpoint_converters.convert import open_parts
 from checkpoint_converters.plan import Job, Output, as_dtype, total_bytes
 from checkpoint_converters.progress import bytes_bar
+from checkpoint_converters.stream import Runner
 from checkpoint_converters.write import (
-    Runner,
     check_space,
     check_target,
     new_folder,
@@ -198,7 +198,9 @@ def _jobs(file, names: list[str], changes: dict[str, _Change], wanted: torch.dty
                 f"{change.files.path}: tensor {change.stored} has shape {list(change.files.shape(change.stored))}; "
                 f"expected {list(file.shape(name))} as in the base. Give partial weights of this model."
             )
-        jobs.append(Job((Output(name, file.shape(name), dtype),), _reading(file, name, change, dtype)))
+        span = file.span(name) if change is None else None
+        kept = ((span,),) if span else None
+        jobs.append(Job((Output(name, file.shape(name), dtype),), _reading(file, name, change, dtype), kept))
     known = set(names)
     for name, change in changes.items() if added else ():
         if name not in known and change.name.startswith("model.mm_projector."):

@@ -4,6 +4,8 @@ A job makes the tensors that belong together (the three of a merged QKV); it run
 that a conversion holds one job's tensors at a time.
 """
 
+import bisect
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -13,9 +15,13 @@ from torch import Tensor
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_part, part_of_source
 from mindspeed_mm.models.part import DTYPES, PartSpec
+from mindspeed_mm.weights.files import Span
 from mindspeed_mm.weights.loading import check_step, check_tied_copy
-from mindspeed_mm.weights.rules import Geometry, Step
+from mindspeed_mm.weights.rules import Geometry, Reshape, Step
 from mindspeed_mm.weights.sources import PartSource
+
+SHORTEST_RUN = 2**14
+"""Bytes; rows in shorter runs are put together in memory."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Job:
-    """Tensors that are made and written together; `make` gives them in the order of `outputs`."""
+    """Tensors that are made and written together; `make` gives them in the order of `outputs`.
+
+    `spans` says which bytes of the source each output consists of, where it holds nothing else.
+    """
 
     outputs: tuple[Output, ...]
     make: Callable[[], list[Tensor]]
+    spans: tuple[tuple[Span, ...], ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +153,47 @@ def _job(source: PartSource, step: Step, target: Step, geometry: Geometry, store
         return finish(target.rule.to_theirs(our_tensor(step, source, geometry, stored), geometry))
 
     shapes = [source.meta(name) for name in step.sources] if same else target.rule.to_theirs(full, geometry)
-    return Job(_outputs(target, finish(shapes), wanted), make)
+    outputs = _outputs(target, finish(shapes), wanted)
+    unchanged = [(out.shape, out.dtype) for out in outputs] == [(tuple(t.shape), t.dtype) for t in shapes]
+    spans = _spans(source, step, target, geometry, same) if unchanged and stored == geometry else None
+    return Job(outputs, make, spans)
+
+
+def _spans(
+    source: PartSource, step: Step, target: Step, geometry: Geometry, same: bool
+) -> tuple[tuple[Span, ...], ...] | None:
+    """Which bytes of the source the tensors of `target` consist of; None where they are not long runs of its rows.
+
+    The rules say it themselves: they are asked where each row goes.
+    """
+    whole = [source.span(name) for name in step.sources]
+    if None in whole:
+        return None
+    if same or isinstance(step.rule, Reshape) or isinstance(target.rule, Reshape):
+        return tuple((span,) for span in whole)
+    shapes = [source.shape(name) for name in step.sources]
+    if len({(source.dtype(name), shape[1:]) for name, shape in zip(step.sources, shapes, strict=True)}) > 1:
+        return None
+    if any(not span.nbytes for span in whole):
+        return None
+    row = whole[0].nbytes // shapes[0][0]
+    starts = list(itertools.accumulate((shape[0] + 1 for shape in shapes), initial=0))  # a gap: no run over two sources
+    rows = [torch.arange(start, start + shape[0]) for start, shape in zip(starts, shapes, strict=False)]
+    moved = target.rule.to_theirs(step.rule.to_ours(rows, geometry), geometry)
+    result = tuple(_runs(tensor, starts, whole, row) for tensor in moved)
+    shortest = min(span.nbytes for spans in result for span in spans)
+    return result if shortest >= SHORTEST_RUN else None
+
+
+def _runs(rows: Tensor, starts: list[int], whole: list[Span], row: int) -> tuple[Span, ...]:
+    """Rows of the sources, numbered from `starts` on, as runs of bytes; `row` bytes each."""
+    cuts = (torch.diff(rows) != 1).nonzero().flatten() + 1
+    result = []
+    for run in torch.tensor_split(rows, cuts):
+        number = bisect.bisect_right(starts, int(run[0])) - 1
+        first = (int(run[0]) - starts[number]) * row
+        result.append(Span(whole[number].path, whole[number].offset + first, len(run) * row))
+    return tuple(result)
 
 
 def _filling(source: PartSource, target: Step, steps: dict[str, Step], geometry: Geometry, wanted: Wanted) -> Job:

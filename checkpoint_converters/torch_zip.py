@@ -5,25 +5,32 @@ name their storages), one record per storage, byteorder and version; see torch's
 """
 
 import json
+import os
 import pickle
-import zipfile
+import struct
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
 
-from mindspeed_mm.weights.files import RECORD_NAME
+from mindspeed_mm.weights.torch_file import RECORD_NAME
 
 ROOT = "archive"
 ALIGNMENT = 64
 """torch aligns storages so that they can be mapped."""
 
-DATE = (1980, 1, 1, 0, 0, 0)
-"""The same input gives the same bytes."""
+DATE = 1 << 5 | 1
+"""1 January 1980: the same input gives the same bytes."""
+
+MARK = 2**32 - 1
+"""Stands where a size or place does not fit into 32 bits."""
+
+LARGE = MARK
+"""Sizes and places from here on take 64 bits."""
 
 STORAGE_NAMES = {
     torch.float64: "DoubleStorage",
@@ -45,6 +52,7 @@ class _Tensor:
 
     def __init__(self, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.shape = shape
+        self.nbytes = torch.Size(shape).numel() * dtype.itemsize
         self.storage = _Storage(key, dtype, torch.Size(shape).numel())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,7 +70,7 @@ class _Pickler(pickle.Pickler):
 def write_torch_zip(
     path: Path,
     outputs: Iterable[tuple[str, tuple[int, ...], torch.dtype]],
-    tensors: Iterable[Tensor],
+    blocks: Iterable[memoryview],
     *,
     record: dict[str, Any] | None = None,
     advance: Callable[[int], None] = lambda _: None,
@@ -70,32 +78,87 @@ def write_torch_zip(
     """Write a flat dict of tensors that torch.load reads, also with weights_only and mmap.
 
     Args:
-        outputs: (name, shape, type) of each tensor; tensors: their values in the same order, taken one at a time.
-        record: what the tensors are (see weights/files.py), a member that torch.load does not look at.
+        outputs: (name, shape, type) of each tensor; blocks: their bytes in the same order, none over two tensors.
+        record: what the tensors are (see weights/torch_file.py), a member that torch.load does not look at.
     """
-    outputs = list(outputs)
     content = {name: _Tensor(str(key), dtype, shape) for key, (name, shape, dtype) in enumerate(outputs)}
     buffer = BytesIO()
     _Pickler(buffer, protocol=2).dump(content)
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _add(archive, "data.pkl", memoryview(buffer.getvalue()))
-        _add(archive, "byteorder", memoryview(b"little"))
-        for key, tensor in enumerate(tensors):
-            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            _add(archive, f"data/{key}", data)
-            advance(len(data))
-        _add(archive, "version", memoryview(b"3\n"))
+    coming = iter(blocks)
+    with path.open("xb", buffering=0) as file:
+        archive = _StoredZip(file, advance)
+        archive.add_bytes("data.pkl", buffer.getvalue())
+        archive.add_bytes("byteorder", b"little")
+        for key, tensor in enumerate(content.values()):
+            archive.add(f"data/{key}", tensor.nbytes, coming)
+        archive.add_bytes("version", b"3\n")
         if record is not None:
-            _add(archive, RECORD_NAME, memoryview(json.dumps(record).encode()))
+            archive.add_bytes(RECORD_NAME, json.dumps(record).encode())
+        archive.close()
 
 
-def _add(archive: zipfile.ZipFile, name: str, data: memoryview) -> None:
-    """One stored member whose bytes begin at a multiple of ALIGNMENT."""
-    info = zipfile.ZipInfo(f"{ROOT}/{name}", DATE)
-    info.file_size = len(data)
-    large = len(data) > 2**30  # zipfile adds 20 bytes of sizes then
-    header = 30 + len(info.filename) + (20 if large else 0) + 4
-    padding = -(archive.fp.tell() + header) % ALIGNMENT
-    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    with archive.open(info, "w", force_zip64=large) as member:
-        member.write(data)
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """Write all of `data` to an unbuffered file, which takes 2 GiB at a time at most on Linux."""
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
+
+
+class _StoredZip:
+    """A zip file of members that are stored as they are, written in order (format: PKWARE's APPNOTE.TXT).
+
+    zipfile does the same with several copies of the data.
+    """
+
+    def __init__(self, file: BinaryIO, advance: Callable[[int], None]) -> None:
+        self._file, self._advance, self._place = file, advance, 0
+        self._table: list[bytes] = []
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """A small member."""
+        self.add(name, len(data), iter([memoryview(data)]), counted=False)
+
+    def add(self, name: str, nbytes: int, blocks: Iterator[memoryview], *, counted: bool = True) -> None:
+        """The next `nbytes` of `blocks` as a member that begins at a multiple of ALIGNMENT."""
+        begin, path = self._place, f"{ROOT}/{name}".encode()
+        large = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if nbytes >= LARGE else b""
+        padding = -(begin + 30 + len(path) + len(large) + 4) % ALIGNMENT
+        extra = large + b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+        size = MARK if large else nbytes
+        header = bytes(30 + len(path) + len(extra))  # its checksum is known behind the data
+        self._write(header)
+        checksum, left = 0, nbytes
+        while left:
+            block = next(blocks)
+            checksum = zlib.crc32(block, checksum)
+            self._write(block)
+            left -= len(block)
+            if counted:
+                self._advance(len(block))
+        fixed = struct.pack("<HHHHHIII", 45, 0, 0, 0, DATE, checksum, size, size)
+        header = b"PK\3\4" + fixed + struct.pack("<HH", len(path), len(extra)) + path + extra
+        os.pwrite(self._file.fileno(), header, begin)
+        self._table.append(_table_entry(path, fixed, nbytes if large else None, begin))
+
+    def close(self) -> None:
+        """Write the table of members."""
+        begin, table, count = self._place, b"".join(self._table), len(self._table)
+        self._write(table)
+        if begin >= LARGE or count >= 2**16 - 1:
+            end = struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(table), begin)
+            self._write(b"PK\6\6" + end + b"PK\6\7" + struct.pack("<IQI", 0, begin + len(table), 1))
+        count, begin = min(count, 2**16 - 1), MARK if begin >= LARGE else begin
+        self._write(b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, count, count, len(table), begin, 0))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        write_all(self._file, memoryview(data))
+        self._place += len(data)
+
+
+def _table_entry(path: bytes, fixed: bytes, large: int | None, begin: int) -> bytes:
+    """The line of one member; sizes and places of 4 GB and more follow in an extra field."""
+    values = ([large, large] if large is not None else []) + ([begin] if begin >= LARGE else [])
+    extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+    place = MARK if begin >= LARGE else begin
+    sizes = struct.pack("<HHHHHII", len(path), len(extra), 0, 0, 0, 0, place)
+    return b"PK\1\2" + struct.pack("<H", 45) + fixed + sizes + path + extra

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import struct
@@ -10,16 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from checkpoint_converters.plan import Job, Output, total_bytes
-from checkpoint_converters.torch_zip import write_torch_zip
+from checkpoint_converters.plan import Job, total_bytes
+from checkpoint_converters.stream import Runner
+from checkpoint_converters.torch_zip import write_all, write_torch_zip
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights.files import SAFETENSORS_DTYPES
-from mindspeed_mm.weights.loading import check_finite
-
-logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
 """Largest shard of an export, as Hugging Face writes them."""
@@ -107,35 +101,6 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-class Runner:
-    """Makes the tensors of jobs and looks for NaN and Inf.
-
-    Raises WeightError for the first such tensor, or with `allow_nonfinite` lists them in `nonfinite` and the log.
-    """
-
-    def __init__(self, *, allow_nonfinite: bool = False) -> None:
-        self.allow_nonfinite = allow_nonfinite
-        self.nonfinite: list[str] = []
-
-    def tensors(self, jobs: Sequence[Job]) -> Iterator[Tensor]:
-        """The tensors of all jobs in order."""
-        for job in jobs:
-            made = job.make()
-            for output, tensor in zip(job.outputs, made, strict=True):
-                if tensor.shape != output.shape or tensor.dtype != output.dtype:
-                    raise WeightError(
-                        f"{output.name} became {list(tensor.shape)} {tensor.dtype}; planned {list(output.shape)} "
-                        f"{output.dtype}. The source changed while it was read; convert again."
-                    )
-                self._check(output, tensor)
-            yield from made
-
-    def _check(self, output: Output, tensor: Tensor) -> None:
-        advice = "Take another copy of damaged weights, or a wider --dtype where a narrow one made them."
-        if not check_finite(tensor, output.name, allowed=self.allow_nonfinite, advice=advice):
-            self.nonfinite.append(output.name)
-
-
 def write_folder(
     folder: Path,
     jobs: Sequence[Job],
@@ -195,12 +160,9 @@ def write_safetensors(path: Path, jobs: Sequence[Job], runner: Runner, *, advanc
     text += b" " * (-len(text) % 8)
     with path.open("xb", buffering=0) as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in runner.tensors(jobs):
-            data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-            done = 0
-            while done < len(data):
-                done += file.write(data[done:])
-            advance(len(data))
+        for block in runner.blocks(jobs):
+            write_all(file, block)
+            advance(len(block))
 
 
 def write_torch(
@@ -213,7 +175,7 @@ def write_torch(
 ) -> None:
     """Write one torch file, tensor by tensor. `record` says what the tensors are (see weights/files.py)."""
     outputs = [(output.name, output.shape, output.dtype) for job in jobs for output in job.outputs]
-    write_torch_zip(path, outputs, runner.tensors(jobs), record=record, advance=advance)
+    write_torch_zip(path, outputs, runner.blocks(jobs), record=record, advance=advance)
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,16 +1,18 @@
-"""Files that hold named tensors: safetensors and torch's pickles. Read lazily, never executing anything.
+"""Files that hold named tensors, read lazily and never executing anything. Here: what all have, and safetensors.
 
-Every file class has `path`, `names`, `shape(name)`,
-`dtype(name)`, `get(name)` and `get_slice(name, axis, start, stop)`.
-Tensors are copies and no view keeps a file mapped, so that a pass over a large file needs the memory of one tensor.
+Every file class has `path`, `names`, `shape(name)`, `dtype(name)`, `get(name)`, `get_slice(name, axis, start, stop)`
+and `span(name)`.
+Tensors are copies and no file is mapped, so that a pass over a large file needs the memory of one tensor.
 """
 
 import json
 import math
+import os
 import pickle
 import struct
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +27,6 @@ MAX_HEADER_BYTES = 100 * 2**20
 
 MAX_JSON_BYTES = 64 * 2**20
 """Index files of the largest public models stay below 1 MiB."""
-
-RECORD_NAME = "mindspeed_mm.json"
-"""Member of our own .pt files that says what the tensors are; torch.load does not look at it."""
 
 ZIP_MAGIC = b"PK\x03\x04"
 GIT_LFS_MAGIC = b"version https://git-lfs"
@@ -47,9 +46,6 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 """Type names of safetensors headers (its README), the only ones that are read and written."""
-
-REMAP_BYTES = 256 * 2**20
-"""Pages of a mapped file count as resident memory until it is unmapped; a pickle is mapped anew after so many bytes."""
 
 PARSER_ERRORS = (
     RuntimeError,
@@ -75,6 +71,8 @@ class TensorFile(Protocol):
 
     path: Path
     names: tuple[str, ...]
+    record: dict[str, Any] | None
+    """What a file of our own says of itself."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
@@ -88,38 +86,44 @@ class TensorFile(Protocol):
     def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """Read the indices start..stop-1 of one axis, and from files that allow it no other bytes."""
 
+    def span(self, name: str) -> "Span | None":
+        """The bytes of a tensor; None where they lie in another order than row by row."""
 
-class SafetensorsFile:
-    """A .safetensors file. Raises WeightError that names the file when it is cut off or damaged.
 
-    `bytes_read` counts what was read of the tensors.
-    """
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file: `nbytes` from `offset` on."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class RawFile:
+    """A file whose tensors lie in it as plain bytes. `bytes_read` counts what was read of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._header, self._start = _read_header(path)
-        self.names = tuple(self._header)
         self.bytes_read = 0
-        try:
-            with safe_open(path, framework="pt", device="cpu"):  # the library's own checks of the header
-                pass
-        except SafetensorError as error:
-            raise damaged(path, str(error)) from error
         self._file = path.open("rb", buffering=0)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._header[name]["shape"])
+        raise NotImplementedError
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored type of a tensor. Raises WeightError for one that torch has not."""
-        stored = self._header[name]["dtype"]
-        if stored not in SAFETENSORS_DTYPES:
-            raise WeightError(
-                f"{self.path}: tensor {name} has type {stored}; expected one of {', '.join(SAFETENSORS_DTYPES)}. "
-                "Give weights in one of these."
-            )
-        return SAFETENSORS_DTYPES[stored]
+        """Stored type of a tensor, without reading it."""
+        raise NotImplementedError
+
+    def offset(self, name: str) -> int | None:
+        """Where the values of a tensor begin, row by row without gaps; None where they lie in another order."""
+        raise NotImplementedError
+
+    def span(self, name: str) -> Span | None:
+        """The bytes of a tensor; None where they lie in another order than row by row."""
+        begin = self.offset(name)
+        nbytes = math.prod(self.shape(name)) * self.dtype(name).itemsize
+        return None if begin is None else Span(self.path, begin, nbytes)
 
     def get(self, name: str) -> Tensor:
         """Read one tensor onto the CPU."""
@@ -143,74 +147,55 @@ class SafetensorsFile:
         if not result.numel():
             return result
         buffer = memoryview(result.view(-1).view(torch.uint8).numpy())
-        begin, filled = self._start + self._header[name]["data_offsets"][0], 0
+        begin, filled = self.offset(name), 0
         for first, count in runs:
             self._fill(buffer[filled : filled + count * size], begin + first * size)
             filled += count * size
-        self.bytes_read += filled
         return result
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
         """Read from an offset until the buffer is full; one call may return less (2 GiB at most on Linux)."""
-        self._file.seek(offset)
+        self.bytes_read += len(buffer)
         done = 0
         while done < len(buffer):
-            count = self._file.readinto(buffer[done:])
+            count = os.preadv(self._file.fileno(), [buffer[done:]], offset + done)
             if not count:
                 raise damaged(self.path, "it became shorter while it was read")
             done += count
 
 
-class PickleFile:
-    """A torch file with a flat dict of tensors, unpickled by torch's weights_only reader and mapped lazily.
+class SafetensorsFile(RawFile):
+    """A .safetensors file. Raises WeightError that names the file when it is cut off or damaged."""
 
-    `record` says what the tensors are, where the file is one that we wrote.
-    Raises WeightError when the pickle asks for anything else than tensors (it would execute code), when it is damaged
-    and when it is not a flat dict of tensors.
-    """
+    record = None
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            self._mapped = file.read(4) == ZIP_MAGIC
-        self.record = _read_record(path) if self._mapped else None
-        self._tensors = self._load()
-        self._touched = 0
-        self.names = tuple(self._tensors)
-
-    def _load(self) -> dict[str, Tensor]:
+        super().__init__(path)
+        self._header, self._start = _read_header(path)
+        self.names = tuple(self._header)
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
-        except pickle.UnpicklingError as error:
-            raise _unpicklable(self.path, error) from error
-        except PARSER_ERRORS as error:
-            raise damaged(self.path, describe(error)) from error
-        return _flat_tensors(self.path, content)
+            with safe_open(path, framework="pt", device="cpu"):  # the library's own checks of the header
+                pass
+        except SafetensorError as error:
+            raise damaged(path, str(error)) from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._tensors[name].shape)
+        return tuple(self._header[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored type of a tensor, without reading it."""
-        return self._tensors[name].dtype
+        """Stored type of a tensor. Raises WeightError for one that torch has not."""
+        stored = self._header[name]["dtype"]
+        if stored not in SAFETENSORS_DTYPES:
+            raise WeightError(
+                f"{self.path}: tensor {name} has type {stored}; expected one of {', '.join(SAFETENSORS_DTYPES)}. "
+                "Give weights in one of these."
+            )
+        return SAFETENSORS_DTYPES[stored]
 
-    def get(self, name: str) -> Tensor:
-        """Read one tensor onto the CPU."""
-        return self._copy(name, self._tensors[name])
-
-    def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """Read the indices start..stop-1 of one axis; of a mapped file, no other pages."""
-        return self._copy(name, self._tensors[name].narrow(axis, start, stop - start))
-
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        copied = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self._touched += tensor.nbytes
-        if self._mapped and self._touched > REMAP_BYTES:
-            del tensor
-            self._tensors, self._touched = {}, 0
-            self._tensors = self._load()
-        return copied
+    def offset(self, name: str) -> int:
+        """Where the values of a tensor begin."""
+        return self._start + self._header[name]["data_offsets"][0]
 
 
 def damaged(path: Path, detail: str) -> WeightError:
@@ -278,47 +263,3 @@ def _read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
 
 def _is_shape(shape: Any) -> bool:
     return isinstance(shape, list) and all(type(item) is int and item >= 0 for item in shape) and math.prod(shape) >= 0
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """The record inside one of our .pt files, None in a file of others."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if info.filename.split("/", 1)[1:] == [RECORD_NAME]]
-            size = members[0].file_size if members else 0
-            text = archive.read(members[0]) if members and size <= MAX_JSON_BYTES else b"null"
-        record = json.loads(text)
-    except PARSER_ERRORS as error:
-        raise damaged(path, describe(error)) from error
-    if size > MAX_JSON_BYTES:
-        raise damaged(path, f"its {RECORD_NAME} is larger than {MAX_JSON_BYTES} bytes")
-    if members and not isinstance(record, dict):
-        raise damaged(path, f"its {RECORD_NAME} is not an object")
-    return record
-
-
-def _flat_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    if not isinstance(content, dict):
-        raise WeightError(f"{path}: found a pickled {type(content).__name__}; expected a dict from names to tensors.")
-    tensors = {}
-    for name, value in content.items():
-        if isinstance(name, str) and name.endswith("_extra_state"):
-            continue  # megatron.core's placeholder beside a linear's weight; holds no weight
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise WeightError(
-                f"{path}: found {type(value).__name__} under {name!r}; expected a flat dict from names to tensors. "
-                "Save the model's state dict alone."
-            )
-        tensors[name] = value
-    return tensors
-
-
-def _unpicklable(path: Path, error: pickle.UnpicklingError) -> WeightError:
-    text = str(error)
-    if "Unsupported" in text or "not an allowed" in text.lower() or "GLOBAL" in text:
-        reason = next((line.strip() for line in text.splitlines() if "GLOBAL" in line), text.splitlines()[-1].strip())
-        return WeightError(
-            f"{path}: refused, because unpickling it would call code ({reason}); expected a dict of tensors. "
-            "Do not use this file unless you trust it; then save its state dict alone, best as safetensors."
-        )
-    return damaged(path, text.splitlines()[0] if text else "not a pickle")

@@ -9,13 +9,13 @@ from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights.files import (
     GIT_LFS_MAGIC,
     ZIP_MAGIC,
-    PickleFile,
     SafetensorsFile,
+    Span,
     TensorFile,
     contained,
     read_json_object,
 )
-from mindspeed_mm.weights.torchscript import TorchScriptFile, is_torchscript
+from mindspeed_mm.weights.torch_file import TorchFile
 
 STANDARD_FILES = (
     "model.safetensors.index.json",
@@ -49,7 +49,7 @@ class TensorFiles:
                     )
                 self._holder[name] = file
         self.names = tuple(self._holder)
-        self.record = files[0].record if len(files) == 1 and isinstance(files[0], PickleFile) else None
+        self.record = files[0].record if len(files) == 1 else None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
@@ -67,6 +67,10 @@ class TensorFiles:
         """Read the indices start..stop-1 of one axis."""
         return self._holder[name].get_slice(name, axis, start, stop)
 
+    def span(self, name: str) -> Span | None:
+        """The bytes of a tensor in its file; None where they lie in another order than row by row."""
+        return self._holder[name].span(name)
+
     def file_of(self, name: str) -> Path | None:
         """The file that holds a tensor, None where no file does."""
         holder = self._holder.get(name)
@@ -83,11 +87,11 @@ def open_file(path: Path) -> TensorFile:
     if start.startswith(GIT_LFS_MAGIC):
         raise WeightError(f"{path}: found a git-lfs pointer instead of weights; run `git lfs pull` in its folder.")
     if start.startswith(ZIP_MAGIC):
-        return TorchScriptFile(path) if is_torchscript(path) else PickleFile(path)
+        return TorchFile(path)
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if start.startswith(b"\x80"):
-        return PickleFile(path)
+        return TorchFile(path)
     raise WeightError(
         f"{path}: found neither safetensors nor a torch file (first bytes {start[:8]!r}); "
         "expected weights. Correct the path or download the file again."

@@ -1,6 +1,7 @@
 """Load one part of a model from any layout into a module's tensors, at any tensor and pipeline layout."""
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -231,9 +232,14 @@ def check_step(step: Step, source: PartSource, geometry: Geometry) -> Tensor:
     return full
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf, in one pass over it."""
+    return not tensor.numel() or all(math.isfinite(bound) for bound in torch.aminmax(tensor))
+
+
 def check_finite(tensor: Tensor, what: str, *, allowed: bool, advice: str = "") -> bool:
     """Whether a tensor holds neither NaN nor Inf. Else raises WeightError, or with `allowed` logs a warning."""
-    if not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor)):
+    if is_finite(tensor):
         return True
     text = f"{what} has {int((~tensor.isfinite()).sum())} NaN or Inf of {tensor.numel()} values, as {tensor.dtype}"
     if not allowed:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights import configs
-from mindspeed_mm.weights.files import TensorFile, damaged, read_json_object
+from mindspeed_mm.weights.files import Span, TensorFile, damaged, read_json_object
 from mindspeed_mm.weights.folders import TensorFiles, find_groups, open_file
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, recognise
 
@@ -63,6 +63,10 @@ class PartSource:
     def get_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
         """Read the indices start..stop-1 of one axis of a tensor onto the CPU."""
         return self._files.get_slice(self._stored[name], axis, start, stop)
+
+    def span(self, name: str) -> Span | None:
+        """The bytes of a tensor in its file; None where they lie in another order than row by row."""
+        return self._files.span(self._stored[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from checkpoint_converters.convert import convert, convert_part
+from checkpoint_converters.stream import as_bytes
 from checkpoint_converters.torch_zip import write_torch_zip
 from checkpoint_converters.write import beside
 from mindspeed_mm.errors import WeightError
@@ -160,8 +161,8 @@ def test_a_record_that_is_nonsense_is_refused(tmp_path, record):
 
 def test_a_record_that_is_too_large_is_refused(tmp_path, monkeypatch):
     outputs = [("encoder.linear_fc1.weight", (1,), torch.float32)]
-    write_torch_zip(tmp_path / "mlp.pt", outputs, [torch.zeros(1)], record={"config": {}})
-    monkeypatch.setattr("mindspeed_mm.weights.files.MAX_JSON_BYTES", 4)
+    write_torch_zip(tmp_path / "mlp.pt", outputs, [as_bytes(torch.zeros(1))], record={"config": {}})
+    monkeypatch.setattr("mindspeed_mm.weights.torch_file.MAX_JSON_BYTES", 4)
     with pytest.raises(WeightError, match="mindspeed_mm.json is larger than 4 bytes"):
         open_source(tmp_path / "mlp.pt")
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from checkpoint_converters import write
 from checkpoint_converters.convert import convert
 from checkpoint_converters.plan import Job, Output
+from checkpoint_converters.stream import Runner, as_bytes
 from checkpoint_converters.torch_zip import write_torch_zip
-from checkpoint_converters.write import Runner, cut, write_folder
+from checkpoint_converters.write import cut, write_folder
 from mindspeed_mm.cli.convert import size
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import ConfigError, WeightError
@@ -66,7 +67,7 @@ def test_a_torch_file_is_the_same_bytes_each_time_and_aligned(tmp_path):
     outputs = [("a", (3,), torch.float32), ("b", (70,), torch.bfloat16)]
     values = [torch.ones(3), torch.ones(70, dtype=torch.bfloat16)]
     for name in ("1.pt", "2.pt"):
-        write_torch_zip(tmp_path / name, outputs, values)
+        write_torch_zip(tmp_path / name, outputs, map(as_bytes, values))
     data = (tmp_path / "1.pt").read_bytes()
     assert data == (tmp_path / "2.pt").read_bytes()
     assert data.find(values[1].view(torch.uint8).numpy().tobytes()) % 64 == 0
@@ -164,7 +165,7 @@ def test_a_disk_that_fills_up_leaves_nothing(source, tmp_path, monkeypatch, to):
         raise OSError(28, "No space left on device")
         yield
 
-    monkeypatch.setattr(Runner, "tensors", fill)
+    monkeypatch.setattr(Runner, "blocks", fill)
     with pytest.raises(WeightError, match="cannot write .*out: No space left on device"):
         convert(source, tmp_path / "out", to=to)
     assert listing(tmp_path) == ["source"]

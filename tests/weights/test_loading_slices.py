@@ -79,17 +79,6 @@ def test_at_tp_2_a_rank_reads_about_half(tmp_path, llama_part, monkeypatch):
     assert 0.5 <= volumes[2] / volumes[1] < 0.52
 
 
-def test_a_mapped_file_is_let_go_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "REMAP_BYTES", 100)
-    state = {f"mm_projector.{number}.weight": torch.randn(8, 8) for number in (0, 2)}
-    torch.save(state, tmp_path / "p.bin")
-    file = files.PickleFile(tmp_path / "p.bin")
-    for _ in range(3):
-        for name, tensor in state.items():
-            assert torch.equal(file.get(name), tensor)
-    assert torch.equal(file.get_slice("mm_projector.0.weight", 1, 2, 5), state["mm_projector.0.weight"][:, 2:5])
-
-
 def test_a_type_that_torch_lacks_is_refused(tmp_path):
     header = b'{"model.embed_tokens.weight":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"x")

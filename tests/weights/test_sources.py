@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights.layouts import recognise
 from mindspeed_mm.weights.sources import open_source, register_detector
-from mindspeed_mm.weights.torchscript import TorchScriptFile
+from mindspeed_mm.weights.torch_file import TorchFile
 from tests.weights.conftest import TINY_LLAMA
 
 LAYOUTS = {
@@ -165,7 +165,7 @@ def test_an_unknown_select_feature_is_refused(tiny_llama):
 def test_torchscript_tensors_equal_those_of_torch(golden_models):
     path = golden_models / "clip_openai.pt"
     expected = torch.jit.load(str(path), map_location="cpu").state_dict()
-    file = TorchScriptFile(path)
+    file = TorchFile(path)
     assert set(file.names) == set(expected)
     for name, tensor in expected.items():
         read = file.get(name)
@@ -204,7 +204,7 @@ def test_a_torchscript_pickle_that_calls_code_is_refused(golden_models, tmp_path
         (lambda name, old: old[:-4] if name.endswith("data/9") else old, "does not hold"),
         (lambda name, old: b"big" if name.endswith("byteorder") else old, "big-endian"),
         (lambda name, old: b"" if name.endswith("data.pkl") else old, "cut off or damaged"),
-        (lambda name, old: b"\x80\x02K\x01K\x02\x85R." if name.endswith("data.pkl") else old, "describe a module"),
+        (lambda name, old: b"\x80\x02K\x01K\x02\x85R." if name.endswith("data.pkl") else old, "not describe tensors"),
         (lambda name, old: None if name.endswith("data.pkl") else old, "0 data.pkl"),
         (lambda name, old: b"\x80\x02Nr\xff\xff\xff\xff." if name.endswith("data.pkl") else old, "numbers more values"),
     ],
@@ -314,7 +314,7 @@ def test_a_huge_safetensors_header_is_not_read(tmp_path):
 @pytest.mark.parametrize("new_format", [True, False])
 def test_a_pickle_that_calls_code_is_refused(tmp_path, new_format):
     torch.save({"mm_projector.0.weight": _Evil()}, tmp_path / "w.bin", _use_new_zipfile_serialization=new_format)
-    with pytest.raises(WeightError, match="w.bin: refused, because unpickling it would call code"):
+    with pytest.raises(WeightError, match=r"w.bin: refused, because reading it would call \w+.eval"):
         open_source(tmp_path / "w.bin")
 
 
