@@ -277,9 +277,7 @@ class _Totals(NamedTuple):
     save_failed: float
 
 
-def _reduce(
-    state: TrainState, reported: list[dict], data: MeteredIterator, stop: StopRequest, saver: Saver
-) -> _Totals:
+def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop: StopRequest, saver: Saver) -> _Totals:
     """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it."""
     values = [0.0] * len(_Totals._fields)
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
