@@ -75,8 +75,9 @@ def main() -> int:
     connect(options.device)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(options.model) if options.model else random_model(Path(folder) / "model", Path(options.tokenizer))
+        words = options.tokenizer or model
         for name in options.shapes:
-            table = write_table(Path(folder) / f"{name}.tsv", SHAPES[name], options.questions, options.tokenizer or model)
+            table = write_table(Path(folder) / f"{name}.tsv", SHAPES[name], options.questions, words)
             result = {"shape": name} | measure(model, table, Path(folder) / name, options)
             sys.stdout.write(json.dumps(result) + "\n")
             sys.stdout.flush()
