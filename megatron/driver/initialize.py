@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
+from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
@@ -13,8 +15,9 @@ from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
 )
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import Store
 
-from megatron.driver import locks, preflight, watch
+from megatron.driver import locks, preflight, reach, watch
 from megatron.driver.arguments import DriverArguments
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
@@ -43,18 +46,21 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
         )
     if args.num_layers_per_virtual_pipeline_stage is not None:
         raise ConfigError("--num-layers-per-virtual-pipeline-stage needs the layers of the model: with_virtual_stages")
-    if not torch.distributed.is_initialized():
-        _init_process_group(args, platform)
-    world_size = torch.distributed.get_world_size()
-    if world_size != args.world_size:
-        raise ConfigError(f"the flags were checked for {args.world_size} process(es), {world_size} are running")
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
-        context_parallel_size=args.context_parallel_size,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
-    )
+    with _meeting(args) as store:
+        if not torch.distributed.is_initialized():
+            _init_process_group(args, platform, store)
+        world_size = torch.distributed.get_world_size()
+        if world_size != args.world_size:
+            raise ConfigError(f"the flags were checked for {args.world_size} process(es), {world_size} are running")
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=args.tensor_model_parallel_size,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=args.num_virtual_stages_per_pipeline_rank,
+            context_parallel_size=args.context_parallel_size,
+            distributed_timeout_minutes=args.distributed_timeout_minutes,
+        )
+        _configure_log()
+        preflight.try_collective(args, platform)
     init_num_microbatches_calculator(
         rank=torch.distributed.get_rank(),
         rampup_batch_size=None,
@@ -66,9 +72,6 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
     seed = args.seed + STAGE_SEED_STEP * parallel_state.get_pipeline_model_parallel_rank()
     platform.seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    _configure_log()
-    with watch.naming_lost_ranks():
-        preflight.try_collective(args, platform)
     for note in args.notes() if is_rank_0() else ():
         logger.info(note)
 
@@ -81,19 +84,31 @@ def _configure_log() -> None:
         driver.addHandler(logging.StreamHandler())
 
 
-def _init_process_group(args: DriverArguments, platform: Platform) -> None:
-    """Make the process group, and begin to watch the other ranks, if there are any."""
-    options = {"backend": platform.backend, "timeout": datetime.timedelta(minutes=args.distributed_timeout_minutes)}
-    if "RANK" not in os.environ:
-        torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1, **options)
+@contextlib.contextmanager
+def _meeting(args: DriverArguments) -> Iterator[Store]:
+    """The store that the ranks meet at, once all have come; begins to watch them. Failures inside name ranks."""
+    if "RANK" not in os.environ or torch.distributed.is_initialized():
+        yield torch.distributed.HashStore()
         return
     store = preflight.open_store(args)
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    preflight.sign_in(store, rank, ranks, args.preflight_timeout_seconds)
+    rank, ranks, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), args.preflight_timeout_seconds
+    preflight.sign_in(store, rank, ranks, limit)
     if ranks > 1:
         watch.start(preflight.open_store(args), rank, ranks, args.distributed_timeout_minutes)
-    with watch.naming_lost_ranks():
-        torch.distributed.init_process_group(store=store, rank=rank, world_size=ranks, **options)
+    with reach.naming_unreachable(store, rank, ranks, limit):
+        yield store
+
+
+def _init_process_group(args: DriverArguments, platform: Platform, store: Store) -> None:
+    """Make the process group; gloo connects the ranks here, so the preflight's time limit holds for it."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    seconds = 60 * args.distributed_timeout_minutes
+    limit = min(seconds, args.preflight_timeout_seconds) if platform.backend == "gloo" else seconds
+    torch.distributed.init_process_group(
+        platform.backend, store=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=limit)
+    )
+    if limit != seconds:
+        reach.raise_limit(seconds)
 
 
 def shutdown() -> None:

@@ -3,6 +3,9 @@
 Every rank counts up a number of its own in torch's key-value store. Rank 0 watches all numbers and writes down whose
 stands still; the others watch rank 0's number and that note. Only differences of a clock that cannot be set are used. A
 rank that learns of a loss while it waits in a collective ends its process: nothing else gets it out of there.
+
+A store that cannot be reached leaves its callers waiting, so one thread speaks with the store and another one looks at
+the time.
 """
 
 from __future__ import annotations
@@ -24,7 +27,10 @@ from mindspeed_mm.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 PATIENCE = 30.0
-"""Seconds without a sign of life after which a rank is lost (or the collective timeout, where that is shorter)."""
+"""Seconds without a sign of life after which a rank is lost; less where the collective timeout is short."""
+
+SHARE = 3
+"""A third of that timeout: one patience until the loss is seen, one until a stuck rank ends, and beats in between."""
 
 BEATS = 6
 """Signs of life in that time."""
@@ -35,34 +41,57 @@ EXIT_CODE = 70
 _watch: Watch | None = None
 
 
-class Watch(threading.Thread):
-    """Beats and watches until `finish`."""
+class Watch:
+    """Beats and watches from `start` to `finish`."""
 
     def __init__(self, store: Store, rank: int, ranks: int, patience: float) -> None:
-        super().__init__(name="watch", daemon=True)
         self._store, self.rank, self._ranks, self._patience = store, rank, ranks, patience
         self._done = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}
+        self._answered = time.monotonic()
         self._leaving = False
+        self._threads = [threading.Thread(target=work, name="watch", daemon=True) for work in (self._ask, self._judge)]
         self.lost: str | None = None
         """What has happened to other ranks, once it is known."""
 
-    def run(self) -> None:
-        """See Thread."""
-        number, noticed = 0, None
+    def start(self) -> None:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self) -> None:
+        """Beat, and ask the store for the others."""
+        number = 0
         while not self._done.wait(self._patience / BEATS):
             number += 1
             try:
                 self._store.set(f"alive/{self.rank}", str(number))
                 self.lost = self.lost or (self._watch_all() if self.rank == 0 else self._watch_first())
+                self._answered = time.monotonic()
             except RuntimeError as error:  # the store has gone, and with it whoever kept it
                 self.lost = self.lost or f"rank 0 or its host is lost: {str(error).splitlines()[0][:200]}"
+
+    def _judge(self) -> None:
+        """End a process that cannot end by itself."""
+        noticed, before = None, time.monotonic()
+        while not self._done.wait(self._patience / BEATS):
+            now = time.monotonic()
+            if now - before > self._patience:  # this process itself stood still, it knows nothing of the others
+                self._answered = now
+            before = now
+            self.lost = self.lost or self._silent_store(now)
             if self.lost and noticed is None:
-                noticed = time.monotonic()
+                noticed = now
             # An orderly end of the main thread comes first, where a collective lets it.
-            if noticed is not None and time.monotonic() - noticed > self._patience and not self._leaving:
+            if noticed is not None and now - noticed > self._patience and not self._leaving:
                 logger.error("%s. This rank stops; start again to resume from the last checkpoint", self.lost)
                 os._exit(EXIT_CODE)
+
+    def _silent_store(self, now: float) -> str | None:
+        if now - self._answered <= self._patience:
+            return None
+        place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        return f"rank 0's host is lost or cannot be reached, {place} gave no answer for {self._patience:g} s"
 
     def _stands_still(self, rank: int) -> bool:
         """Whether a rank's number has not changed for as long as patience lasts."""
@@ -115,7 +144,10 @@ class Watch(threading.Thread):
     def finish(self, error: BaseException | None) -> None:
         """Stop beating, and tell the others that this rank has not been lost."""
         self._done.set()
-        self.join()
+        for thread in self._threads:
+            thread.join(self._patience)
+        if self._threads[0].is_alive():  # it waits for a store that does not answer
+            return
         with contextlib.suppress(RuntimeError):  # the store may have ended with the rank that kept it
             if error is not None and self.lost is None:
                 text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -126,7 +158,7 @@ class Watch(threading.Thread):
 def start(store: Store, rank: int, ranks: int, timeout_minutes: float) -> None:
     """Watch the other ranks of this run until `stop`."""
     global _watch
-    _watch = Watch(store, rank, ranks, min(PATIENCE, 60 * timeout_minutes))
+    _watch = Watch(store, rank, ranks, min(PATIENCE, 60 * timeout_minutes / SHARE))
     _watch.start()
 
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("single_process")
 @pytest.fixture
 def world(monkeypatch):
     """The environment of rank 0 of two, the other one never comes."""
-    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port(0))}
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     return place
@@ -120,6 +120,38 @@ def test_a_rank_that_stands_still_is_found(monkeypatch):
     assert last._watch_first() == "rank 0 on host-0 stopped: Interrupt"
 
 
+def test_a_store_that_does_not_answer(monkeypatch):
+    """Its callers wait in it; and a process that was stopped itself blames nobody for that."""
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("MASTER_ADDR", "host-0")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    found = watch.Watch(Store(), 1, 2, 10.0)
+    ends = []
+    monkeypatch.setattr(watch.os, "_exit", lambda code: (ends.append((now[0], code)), found._done.set()))
+
+    class Ticks:
+        def __init__(self, gaps):
+            self.gaps = list(gaps)
+
+        def wait(self, _seconds):
+            now[0] += self.gaps.pop(0) if self.gaps else 100.0
+            return not self.gaps
+
+        def set(self):
+            self.gaps = []
+
+    found._done = Ticks([10 / 6] * 4 + [50.0] + [10 / 6] * 5)  # the long gap is its own
+    found._judge()
+    assert found.lost is None and not ends
+    found._answered, start = now[0], now[0]
+    found._done = Ticks([10 / 6] * 40)
+    found._judge()
+    assert found.lost == "rank 0's host is lost or cannot be reached, host-0:29500 gave no answer for 10 s"
+    ((end, code),) = ends
+    assert code == 70 and end - start < 10.0 * watch.SHARE  # within --distributed-timeout-minutes
+
+
 def test_errors_that_are_no_losses_stay_as_they_are():
     with pytest.raises(RuntimeError, match="^a shape$"), watch.naming_lost_ranks():
         raise RuntimeError("a shape")
@@ -148,7 +180,7 @@ finally:
 
 
 def test_the_error_of_one_rank_is_told_by_the_other():
-    port = str(free_port(0))
+    port = str(free_port())
     processes = []
     for rank in range(2):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
