@@ -34,8 +34,9 @@ MAX_FILE_BYTES = 2**31
 _SUFFIXES = (".json", ".jsonl")
 
 
-def read_questions(path: str | Path, *, image_root: str | Path | None = None) -> Table:
-    """Read and check a benchmark's file; a folder must hold POPE's three sets. Raises DataError (see read_table)."""
+def read_questions(path: str | Path, *, image_root: str | Path | None = None, text_questions: bool = False) -> Table:
+    """Read and check a benchmark's file; a folder must hold POPE's three sets. `text_questions` keeps the rows of a TSV
+    that have no picture. Raises DataError (see read_table)."""
     path = Path(path)
     if path.is_dir():
         files = [path / POPE_FILE.format(name) for name in POPE_SETS]
@@ -51,7 +52,7 @@ def read_questions(path: str | Path, *, image_root: str | Path | None = None) ->
         ]
         return _table(path, files, records, image_root)
     if path.suffix not in _SUFFIXES:
-        return read_table(path, image_root=image_root)
+        return read_table(path, image_root=image_root, text_questions=text_questions)
     records = _records(path)
     for name in POPE_SETS:
         if path.name == POPE_FILE.format(name):

@@ -50,6 +50,7 @@ def run(
     limit: int | None = None,
     communicator: Communicator | None = None,
     image_root: str | Path | None = None,
+    text_questions: bool = False,
     progress: bool = True,
     judge: Judge | None = None,
     checked: tuple[Table, Benchmark] | None = None,
@@ -58,10 +59,12 @@ def run(
 
     The questions that no journal in `out_dir` answers are divided among the model's copies on the ranks of
     `communicator` (any number; None is a single process), and each copy journals every answer at once. Every rank
-    returns the same reports; rank 0 writes. `scoring` chooses the numbers of the sheet and the accuracy table; the JSON
-    report holds those of every mode. `limit` asks the first rows of the table only. `judge` reads, on rank 0, the
-    answers that the rules cannot. `checked` is what `check` returned for the same arguments, so that a large table is
-    read once.
+    returns the same reports; rank 0 writes.
+
+    `scoring` chooses the numbers of the sheet and the accuracy table; the JSON report holds those of every mode.
+    `limit` asks the first rows of the table only, `text_questions` also those of a TSV that have no picture. `judge`
+    reads, on rank 0, the answers that the rules cannot. `checked` is what `check` returned for the same arguments, so
+    that a large table is read once.
 
     Raises DataError for an unusable table, name, folder or journal, before the first question is asked.
     """
@@ -77,6 +80,7 @@ def run(
         batch_size=batch_size,
         limit=limit,
         image_root=image_root,
+        text_questions=text_questions,
     )
     prompts = found.prompts(table, prompt_style)
     rows = table.rows[:limit]
@@ -144,6 +148,7 @@ def check(
     batch_size: int = 1,
     limit: int | None = None,
     image_root: str | Path | None = None,
+    text_questions: bool = False,
 ) -> tuple[Table, Benchmark]:
     """Read and check all that `run` needs but the engine, as `run` does. Raises DataError."""
     check_output_name(benchmark, "the benchmark's name")
@@ -156,7 +161,7 @@ def check(
         raise DataError(f"found batch size {batch_size}; expected 1 or more.")
     if limit is not None and limit < 1:
         raise DataError(f"found limit {limit}; expected 1 or more, or none to ask every question.")
-    table = read_questions(tsv, image_root=image_root)
+    table = read_questions(tsv, image_root=image_root, text_questions=text_questions)
     found = find_benchmark(benchmark, table)
     check_folder(Path(out_dir))
     return table, found

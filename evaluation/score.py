@@ -18,6 +18,7 @@ def score(
     *,
     allow_missing: bool = False,
     image_root: str | Path | None = None,
+    text_questions: bool = False,
     judge: Judge | None = None,
 ) -> Report:
     """Score answers to a benchmark table.
@@ -25,13 +26,14 @@ def score(
     `benchmark` is a name in any case ("ai2d_test", "AI2D_TEST") or the user's own name of a table; `predictions`
     {index: answer}, [{"index", "prediction"}], or a .json, .jsonl or .xlsx file of these; `tsv` the benchmark's file
     (see evaluation.questions). `mode` "strict" is the benchmark's definition, "compat" equals VLMEvalKit row by row.
-    `judge` reads the answers that the rules cannot; by default they are wrong.
+    `text_questions` scores the rows without a picture too. `judge` reads the answers that the rules cannot; by default
+    they are wrong.
 
     Raises DataError for an unusable table or answers (see read_questions and match_predictions) or an unknown name.
     """
     if mode not in MODES:
         raise DataError(f"found mode {mode!r}; expected {' or '.join(MODES)}.")
-    table = read_questions(tsv, image_root=image_root)
+    table = read_questions(tsv, image_root=image_root, text_questions=text_questions)
     found = find_benchmark(benchmark, table)
     answers, missing = match_predictions(
         predictions, table, allow_missing=allow_missing, by_order=getattr(found, "by_order", False)

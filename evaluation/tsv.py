@@ -39,7 +39,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 @dataclass(frozen=True)
 class Row:
-    """One question. `cells` holds every column but `image`; `position` counts the data rows of the file from 0."""
+    """One question. `cells` holds every column but `image`; `position` counts the data rows of the file from 0;
+    `image_count` is 0 for a question of text only."""
 
     index: int | str
     cells: dict[str, str]
@@ -53,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A benchmark file. `rows` are those with a picture; `all_cells` also holds the cells of dropped rows."""
+    """A benchmark file. `rows` are those that are asked; `all_cells` also holds the cells of dropped rows."""
 
     path: Path
     columns: tuple[str, ...]
@@ -68,6 +69,8 @@ class Table:
     def images(self, row: Row) -> tuple[PIL.Image.Image, ...]:
         """Decode the pictures of `row`, in order and in the mode they were stored in. Raises DataError."""
         where = f"{self.path}, row with index {row.index}"
+        if row.image_count == 0:
+            return ()
         if "image" not in self.columns:
             contents = [path.read_bytes() for path in find_images(row.cells["image_path"], self.image_root, where)]
         else:
@@ -76,12 +79,13 @@ class Table:
         return tuple(_open_image(content, where) for content in contents)
 
 
-def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Table:
+def read_table(path: str | Path, *, image_root: str | Path | None = None, text_questions: bool = False) -> Table:
     """Read and check a TSV.
 
     Needed columns are `index` and either `image` (base64, a Python list of base64 texts, or the index of the row that
     holds the picture) or `image_path` (a file, or a Python list of files, below `image_root`, which is by default the
-    folder of the TSV). Rows without a picture are dropped, as VLMEvalKit does, and named in `Table.dropped`.
+    folder of the TSV). Rows without a picture are kept with `text_questions`; else they are dropped, as VLMEvalKit
+    does, and named in `Table.dropped`.
 
     Raises DataError with file and row: unreadable file, missing or repeated column, short or long row, repeated index,
     unclosed quote, bad base64, reference to a row without a picture, missing picture file.
@@ -120,11 +124,15 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None) -> Tab
     rows = tuple(
         Row(indices[i], all_cells[i], i, offsets[sources[i]], int(kinds[sources[i]]), pictures[sources[i]])
         for i in range(len(texts))
-        if kinds[i] != 0
+        if kinds[i] != 0 or text_questions
     )
     if not rows:
-        raise DataError(f"{path}: none of the {len(texts)} rows has a picture; fill column {columns[image_column]}.")
-    dropped = tuple(index for index, kind in zip(indices, kinds, strict=True) if kind == 0)
+        raise DataError(
+            f"{path}: none of the {len(texts)} rows has a picture; fill column {columns[image_column]}, or ask for "
+            "text questions too."
+        )
+    kept = {row.position for row in rows}
+    dropped = tuple(index for i, index in enumerate(indices) if i not in kept)
     return Table(path, columns, rows, tuple(all_cells), dropped, sha256_of_files([path]), root)
 
 

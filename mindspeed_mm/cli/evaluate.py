@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge-key-file", metavar="FILE", help="file with the judge's key")
     parser.add_argument("--batch-size", type=int, default=1, help="questions answered at a time on each device")
     parser.add_argument("--max-new-tokens", type=int, help="at most so many tokens an answer (default 128)")
+    parser.add_argument(
+        "--text-questions", action="store_true", help="ask the rows of a TSV without a picture too (all of ScienceQA)"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
     add_launcher_flags(parser)
 
@@ -96,6 +99,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         limit=namespace.limit,
         communicator=communicator,
         image_root=namespace.image_root,
+        text_questions=namespace.text_questions,
         judge=judge,
         checked=(table, benchmark),
     )
@@ -186,6 +190,7 @@ def _check_table(config, namespace: argparse.Namespace):
         batch_size=namespace.batch_size,
         limit=namespace.limit,
         image_root=namespace.image_root,
+        text_questions=namespace.text_questions,
     )
 
 
@@ -205,6 +210,8 @@ def _print(result, scoring: str, seconds: float) -> None:
             f"{report.benchmark}, {mode} scoring: {report.metric} {report.overall:.4f} "
             f"(95% interval {low:.4f} to {high:.4f}), {report.n} questions, {report.unparsed} answers unreadable\n"
         )
+        for name, value in report.notes.items():
+            sys.stdout.write(f"  {name.replace('_', ' ')}: {value:.4g}\n")
     if result.reports:
         for split, row in result.reports[scoring].table.items():
             cells = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if not math.isnan(value))

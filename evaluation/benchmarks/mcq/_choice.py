@@ -117,10 +117,11 @@ class MultipleChoice:
         rows = [row for row in table.rows if row.index in predictions]
         answers = [predictions[row.index] for row in rows]
         readings = (self.read_compat if mode == "compat" else self.read_strict)(table, rows, answers)
-        notes = {}
+        notes = _by_picture(readings)
         if judge is not None:
             notes["put_to_judge"] = sum(map(is_unread, readings))
             readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
+            notes |= _by_picture(readings)
         views, hits, units = self.combine(readings, mode)
         unreadable = choice_compat.UNREADABLE if mode == "compat" else None
         return Report(
@@ -166,6 +167,15 @@ class MultipleChoice:
     def kit_question(self, options: dict[str, str], truth: str | None) -> tuple[dict[str, str], str | None]:
         """Options and right letter as VLMEvalKit puts them to its answer rule."""
         return options, truth
+
+
+def _by_picture(readings: Sequence[Reading]) -> dict[str, float]:
+    """Accuracy with and without a picture, where the table has both (LLaVA's "IMG-Accuracy" of ScienceQA)."""
+    groups = {
+        "accuracy_with_picture": [reading.hit for reading in readings if reading.row.image_count],
+        "accuracy_text_only": [reading.hit for reading in readings if not reading.row.image_count],
+    }
+    return {name: mean(hits) for name, hits in groups.items()} if all(groups.values()) else {}
 
 
 def is_unread(reading: Reading) -> bool:

@@ -1,4 +1,5 @@
-"""ScienceQA (Lu et al., NeurIPS 2022) in VLMEvalKit's tables, which leave out questions without a picture."""
+"""ScienceQA (Lu et al., NeurIPS 2022). VLMEvalKit's tables leave out questions without a picture; LLaVA asks them too,
+which is what `text_questions` is for."""
 
 from dataclasses import dataclass
 
