@@ -60,8 +60,8 @@ class TrainingRun:
         self.data_config = DataConfig.load(data_path)
         if tool_path is not None:
             refuse_tools(read_json(tool_path))
-        self.runtime = _runtime(self.args)
-        _check_flags(args, self.spec, self.runtime)
+        self.runtime = runtime_of(self.args)
+        check_flags(args, self.spec, self.runtime)
         parameters = self.data_config.dataset_param
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
@@ -107,8 +107,7 @@ class TrainingRun:
         return level(batches, self.pad_token_id)
 
     def _after_step(self, state: TrainState) -> None:
-        if self.data_config.dataset_param.image_error == "skip":
-            gather_counts(self.counts, state, self.args)
+        gather_counts(self.counts, state, self.args)
         self.validation.after_step(state)
 
     def _model_provider(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> VLM:
@@ -201,7 +200,7 @@ class TrainingRun:
                 "template": self.data_config.dataset_param.template_name,
                 "pad": self.data_config.dataset_param.preprocess_parameters.pad,
             },
-            "data_counts": self.counts.as_saved(dropped=sum(part.dropped for part in self.dataset.sets)),
+            "data_counts": self.counts.as_saved(self.dataset.sets),
             "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
         }
 
@@ -225,7 +224,8 @@ def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: 
     return lines
 
 
-def _runtime(args: DriverArguments) -> Runtime:
+def runtime_of(args: DriverArguments) -> Runtime:
+    """Layout and precision that the flags ask for."""
     return Runtime(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
@@ -248,7 +248,7 @@ def _tell_precision(spec: ModelSpec, runtime: Runtime) -> None:
             )
 
 
-def _check_flags(args: DriverArguments, spec: ModelSpec, runtime: Runtime) -> None:
+def check_flags(args: DriverArguments, spec: ModelSpec, runtime: Runtime) -> None:
     """Flags that repeat the model.json must agree with it; all disagreements at once."""
     problems = []
     for flag, value in args.model_flags().items():

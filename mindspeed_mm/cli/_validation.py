@@ -85,11 +85,11 @@ def gather_counts(counts: DataCounts, state: TrainState, args: DriverArguments) 
     due = state.iteration % args.log_interval == 0 or state.iteration == args.train_iters
     if not due and (args.save_interval is None or state.iteration % args.save_interval):
         return
-    totals = torch.tensor([counts.samples, counts.skipped], dtype=torch.float32, device=state.platform.device())
+    totals = torch.tensor([counts.samples, counts.skipped], dtype=torch.int32, device=state.platform.device())
     torch.distributed.all_reduce(totals)
     # Ranks that share a micro-batch have counted it, too.
     share = torch.distributed.get_world_size() // state.data_parallel_size
-    samples, skipped = (int(total) // share for total in totals.tolist())
+    samples, skipped = (total // share for total in totals.tolist())
     counts.run_samples, counts.run_skipped = counts.before[0] + samples, counts.before[1] + skipped
     if skipped and is_rank_0():
         logger.info("bad images so far: %d records left out of %d read", counts.run_skipped, counts.run_samples)

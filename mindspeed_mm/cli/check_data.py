@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fix-suffix", action="store_true", help="write DATA.fixed.json with the names that fit")
     parser.add_argument("--html", metavar="FILE", help="write a page with histograms and the worst samples")
     parser.add_argument("--report", metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 for warnings (duplicate ids, ...), too")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one a core")
 
 
@@ -51,7 +52,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     parameters = config.dataset_param
     results, fixed = [], []
     for basic in [*parameters.basic_parameters, *parameters.validation_parameters]:
-        found = _look(check, config, basic, namespace.workers)
+        found = _look(check, config, basic, namespace.workers, [earlier for _, earlier in results])
         results.append((summary(basic.data_path, found), found))
         if namespace.fix_suffix and found.suffixes:
             fixed.append(str(fix_suffixes(Path(basic.data_path), basic.data_folder, found.suffixes)))
@@ -68,30 +69,37 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         import json
 
         write_whole(Path(namespace.report), json.dumps(result, indent=1) + "\n")
-    if total["errors"]:
+    if total["errors"] or (namespace.strict and total["warnings"]):
         error = DataError(
-            f"{total['errors']} problems in {total['records']} records ({total['warnings']} more are warnings): see "
-            "the table above, and --report for all of them."
+            f"{total['errors']} problems and {total['warnings']} warnings in {total['records']} records: see the table "
+            "above, and --report for more of them."
         )
         error.result = result  # what --json prints
         raise error
     return result
 
 
-def _look(check: Any, config: Any, basic: Any, workers: int | None) -> Any:
-    """What is found in one set."""
+def _look(check: Any, config: Any, basic: Any, workers: int | None, earlier: list[Any]) -> Any:
+    """What is found in one set; `earlier` is what was found in those before it."""
     import dataclasses
 
     from mindspeed_mm import registry
     from mindspeed_mm.data.build import read_options
     from mindspeed_mm.data.config import DATASETS
+    from mindspeed_mm.data.preflight import Found, shared_records
 
     damage: list[DataError] = []
     template = next(iter(check.encodings.values())).template
-    options = dataclasses.replace(read_options(config, template), index_folder=None, problems=damage)
+    options = dataclasses.replace(read_options(config, template), problems=damage)
     kind = config.dataset_param.kind_of(basic)
-    source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
-    found = check.set_of(source, basic.data_path, processes=workers)
+    try:
+        source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
+    except DataError as error:  # the other sets can still be looked at
+        found = Found()
+        damage.append(error)
+    else:
+        found = check.set_of(source, basic.data_path, processes=workers)
+        shared_records(earlier, found, source)
     for problem in damage:
         found.problem("file", str(problem))
     return found

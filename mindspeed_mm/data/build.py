@@ -42,9 +42,11 @@ class DataCounts:
     before: tuple[int, int] = (0, 0)
     """Samples and skips of the run before it was resumed."""
 
-    def as_saved(self, dropped: int) -> dict[str, int]:
+    def as_saved(self, sets: Sequence[DataSet]) -> dict[str, int]:
         """What a checkpoint says about the data read so far."""
-        return {"samples": self.run_samples, "skipped": self.run_skipped, "dropped_overlong": dropped}
+        dropped, truncated = sum(part.dropped for part in sets), sum(part.truncated for part in sets)
+        read = {"samples": self.run_samples, "skipped": self.run_skipped}
+        return read | {"dropped_overlong": dropped, "truncated_overlong": truncated}
 
     def go_on(self, saved: dict[str, int]) -> None:
         """Count on from a checkpoint."""
@@ -96,7 +98,12 @@ def build_dataset(
         pad=parameters.preprocess_parameters.pad,
         fast_resize=parameters.preprocess_parameters.fast_resize,
         max_length=config.max_length(max_length),
-        policies=Policies(parameters.image_error, parameters.overlong, parameters.max_skip_percent),
+        policies=Policies(
+            image_error=parameters.image_error,
+            overlong=parameters.overlong,
+            empty_answer=parameters.empty_answer,
+            max_skip_percent=parameters.max_skip_percent,
+        ),
         measured=(loading.packing or loading.group_by_modality_length) and not validation,
     )
 

@@ -160,6 +160,10 @@ class DatasetParam(StrictModel):
     """A sample over the maximum length stops the run at its start, is left out, or its text is cut at the end. Cutting
     never touches an image and never takes all supervised tokens: where it would, the sample is left out."""
 
+    empty_answer: Literal["mask", "drop", "error"] = "mask"
+    """A record with an answer that has no text, or without any answer, is kept as in the original (nothing is learned
+    from that turn; the log counts them), left out, or stops the run at its start. Always an error for check-data."""
+
     images_first: bool = True
     """LLaVA's clean-up moves every `<image>` to the front of its turn; false leaves it where it was written."""
 

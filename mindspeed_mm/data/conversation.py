@@ -6,6 +6,7 @@ here.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from mindspeed_mm.constants import IMAGE_TOKEN
@@ -13,6 +14,12 @@ from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.errors import DataError, TemplateError
 
 ROLES = ("human", "gpt")
+TURNS = '[{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]'
+EXAMPLE = f'{{"id": "1", "image": "coco/1.jpg", "conversations": {TURNS}}}'
+"""A record of LLaVA's format, for messages."""
+
+OTHER_KEYS = {"messages": "messages", "chosen": "preference"}
+"""Keys that tell another format -> its dataset_type."""
 
 
 def record_images(record: Mapping[str, Any]) -> list[str]:
@@ -26,7 +33,9 @@ def record_images(record: Mapping[str, Any]) -> list[str]:
     value = record.get(key)
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f'"{key}" is {value!r}; expected the name of an image or a list of names.')
+        raise DataError(
+            f'"{key}" is {shown(value)}; expected the name of an image or a list of names, such as "coco/1.jpg".'
+        )
     return names
 
 
@@ -49,11 +58,21 @@ def conversation_turns(
     else:
         keep_count, entries = False, conversation
     if isinstance(entries, str) or not isinstance(entries, Sequence) or not entries:
-        raise DataError(f'"conversations" is {_shown(entries)}; expected a list of {{"from", "value"}} turns.')
-    turns = [_turn(entry, index) for index, entry in enumerate(entries)]
-    if images_first:
-        turns = [Turn(turn.role, _images_first(turn.text, keep_count), turn.literal) for turn in turns]
-    return alternating(turns, "conversations")
+        raise DataError(
+            f'"conversations" is {_state(conversation, entries)}; expected a list of turns, such as {TURNS}.'
+        )
+    return alternating(
+        [_turn(entry, index, images_first, keep_count) for index, entry in enumerate(entries)], "conversations"
+    )
+
+
+def _state(conversation: Mapping[str, Any] | Sequence[Any], entries: Any) -> str:
+    """What is there in place of turns, with a hint where the record is of another format."""
+    if not isinstance(conversation, Mapping) or "conversations" in conversation:
+        return shown(entries)
+    kinds = [f'"{kind}" reads records with "{key}"' for key, kind in OTHER_KEYS.items() if key in conversation]
+    hint = f"; the dataset_type {kinds[0]}" if kinds else ""
+    return f"missing (the record has {', '.join(map(shown, conversation)) or 'no keys'}{hint})"
 
 
 def alternating(turns: Sequence[Turn], key: str) -> tuple[Turn, ...]:
@@ -65,12 +84,12 @@ def alternating(turns: Sequence[Turn], key: str) -> tuple[Turn, ...]:
     dropped = 1 if len(turns) > start and turns[start].role == "gpt" else 0
     kept = [*turns[:start], *turns[start + dropped :]]
     if len(kept) == start:
-        raise DataError(f'"{key}" holds only a gpt turn; expected a human turn that it answers.')
+        raise DataError(f'"{key}" holds only a gpt turn; expected a human turn that it answers, as in {TURNS}.')
     for index, turn in enumerate(kept[start:]):
         if turn.role != ROLES[index % 2]:
             raise TemplateError(
                 f'{key}[{index + start + dropped}] is from "{turn.role}", expected "{ROLES[index % 2]}": human and gpt '
-                "alternate. Merge the turns of one speaker, or split the record."
+                f"alternate, as in {TURNS}. Merge the turns of one speaker, or split the record."
             )
     return tuple(kept)
 
@@ -83,14 +102,14 @@ def literal_turn(role: Literal["human", "gpt", "system"], text: str) -> Turn:
 def checked_text(value: Any, place: str) -> str:
     """A text of a record. `place` names it in messages. Raises DataError for what is no text."""
     if not isinstance(value, str):
-        raise DataError(f"{place} is {_shown(value)}; expected a string.")
+        raise DataError(f'{place} is {shown(value)}; expected a text in quotes, such as "A cat.".')
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise DataError(
                 f"{place} holds half of a surrogate pair at character {error.start} ({ascii(value[error.start])}); "
-                "expected whole characters. Correct the text."
+                r'expected whole characters, such as "\ud83d\ude00" or the character itself. Correct the text.'
             ) from error
     return value
 
@@ -100,15 +119,21 @@ def count_images(turns: Sequence[Turn]) -> int:
     return sum(turn.text.count(IMAGE_TOKEN) - len(turn.literal) for turn in turns)
 
 
-def _turn(entry: Any, index: int) -> Turn:
+def _turn(entry: Any, index: int, images_first: bool, keep_count: bool) -> Turn:
     if isinstance(entry, Turn):
-        return entry
+        return replace(entry, text=_images_first(entry.text, keep_count)) if images_first else entry
     if not isinstance(entry, Mapping) or "from" not in entry or "value" not in entry:
-        raise DataError(f'conversations[{index}] is {_shown(entry)}; expected an object with "from" and "value".')
-    role, text = entry["from"], entry["value"]
+        raise DataError(
+            f'conversations[{index}] is {shown(entry)}; expected an object with "from" and "value", as in {TURNS}.'
+        )
+    role = entry["from"]
     if role not in ROLES:
-        raise TemplateError(f'conversations[{index}].from is {_shown(role)}; expected "human" or "gpt".')
-    return Turn(role, checked_text(text, f"conversations[{index}].value"))
+        hint = ' The dataset_type "sharegpt" reads other names of the two.' if role in ("user", "assistant") else ""
+        raise TemplateError(
+            f'conversations[{index}].from is {shown(role)}; expected "human" or "gpt", as in {TURNS}.{hint}'
+        )
+    text = checked_text(entry["value"], f"conversations[{index}].value")
+    return Turn(role, _images_first(text, keep_count) if images_first else text)
 
 
 def _images_first(text: str, keep_count: bool) -> str:
@@ -120,6 +145,7 @@ def _images_first(text: str, keep_count: bool) -> str:
     return (f"{IMAGE_TOKEN}\n" * (found if keep_count else 1) + rest).strip()
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value for messages, not too long."""
+    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     return text if len(text) <= 80 else text[:80] + "..."

@@ -9,8 +9,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from mindspeed_mm.data.expand import Encoding, fit_length
+from mindspeed_mm.data.facts import unanswered
 from mindspeed_mm.data.image import ImageError, ImageProcessor, preprocess
-from mindspeed_mm.data.lengths import UNUSABLE, count_all, refuse_overlong, usable_length
+from mindspeed_mm.data.lengths import UNUSABLE, usable_length
+from mindspeed_mm.data.parallel import count_all
 from mindspeed_mm.data.sample import Encoded, Sample
 from mindspeed_mm.errors import DataError
 
@@ -26,6 +28,7 @@ class Policies:
 
     image_error: str = "error"
     overlong: str = "error"
+    empty_answer: str = "mask"
     max_skip_percent: float = 5
 
 
@@ -33,12 +36,15 @@ class DataSet:
     """One source of the data config: its records, those that are left out, and how often it counts."""
 
     def __init__(self, source: Any, repeat_time: float, name: str):
-        """`source` has len(), [number] -> Sample, and `index` (see datasets/_files.py)."""
+        """`source` has len(), [number] -> Sample, `index` and `facts` (see datasets/_files.py)."""
         self.source, self.name = source, name
         self._repeat = repeat_time
         self._kept: np.ndarray | None = None
         self.lengths: np.ndarray | None = None
-        """[n] int32 by record number, negative without images; known after `measure`."""
+        """[n] int32 by record number, before truncation, negative without images; known after `measure`."""
+        self._max_length = 0
+        self.dropped = self.truncated = 0
+        """Records that are too long: left out, or cut."""
         self._count()
 
     def _count(self) -> None:
@@ -50,6 +56,11 @@ class DataSet:
                 "the records that were left out."
             )
 
+    def _leave_out(self, numbers: np.ndarray) -> None:
+        kept = np.arange(len(self.source)) if self._kept is None else self._kept
+        self._kept = np.setdiff1d(kept, numbers, assume_unique=True)
+        self._count()
+
     def __len__(self) -> int:
         return self._length
 
@@ -60,9 +71,10 @@ class DataSet:
         return int(self._kept[index % len(self._kept)])
 
     def all_lengths(self) -> np.ndarray:
-        """[len(self)] int32."""
+        """[len(self)] int32, as the samples are trained on."""
         assert self.lengths is not None
         lengths = self.lengths if self._kept is None else self.lengths[self._kept]
+        lengths = np.clip(lengths, -self._max_length, self._max_length)
         return lengths[: self._length] if self._length <= len(lengths) else np.resize(lengths, self._length)
 
     def measure(self, encoding: Encoding, max_length: int, policy: str) -> None:
@@ -80,34 +92,56 @@ class DataSet:
             max_length=max_length,
             policy=policy,
         )
-        dropped = int((self.lengths == UNUSABLE).sum())
-        if dropped:
-            self._kept = np.flatnonzero(self.lengths != UNUSABLE)
+        self._max_length = max_length
+        is_dropped = self.lengths == UNUSABLE
+        unusable = np.flatnonzero(is_dropped)
+        self.dropped = len(unusable)
+        self.truncated = int((((self.lengths > max_length) | (self.lengths < -max_length)) & ~is_dropped).sum())
+        if self.dropped or self.truncated:
             logger.warning(
-                "%s: %d of %d records are over %d tokens and left out (overlong: %s)",
-                *(self.name, dropped, len(source), max_length, policy),
+                "%s: of %d records, %d are over %d tokens and left out, %d are cut to that length (overlong: %s)",
+                *(self.name, len(source), self.dropped, max_length, self.truncated, policy),
             )
-            self._count()
+        if self.dropped:
+            self._leave_out(unusable)
 
     def refuse_overlong(self, encoding: Encoding, max_length: int) -> None:
-        """Raise DataError for the first record that is too long."""
+        """Raise DataError for the first record that is too long. Only those that might be are tokenised."""
         source = self.source
-        source.index.array(
-            "fits",
-            np.int32,
-            lambda: count_all(
-                f"checking lengths of {self.name}",
-                len(source),
-                lambda number: refuse_overlong(source[number], encoding, max_length),
-            )[:1],
-            **encoding.key,
-            max_length=max_length,
-        )
 
-    @property
-    def dropped(self) -> int:
-        """Records that are left out."""
-        return 0 if self._kept is None else len(self.source) - len(self._kept)
+        def check() -> np.ndarray:
+            most = source.facts[:, 0] + source.facts[:, 1] * encoding.tokens_per_image
+            numbers = np.flatnonzero(most > max_length)
+            count_all(
+                f"checking lengths of {self.name}",
+                len(numbers),
+                lambda i: usable_length(source[int(numbers[i])], encoding, max_length, "error"),
+            )
+            return np.ones(1, dtype=np.int32)
+
+        source.index.array("fits", np.int32, check, **encoding.key, max_length=max_length)
+
+    def meet_empty_answers(self, policy: str) -> None:
+        """Refuse ("error"), leave out ("drop") or count ("mask") the records with an answer that has no text."""
+        # Stored apart with a number in front: later starts need not touch the facts, and an array may not be empty.
+        stored = self.source.index.array(
+            "unanswered",
+            np.int64,
+            lambda: np.concatenate([np.zeros(1, dtype=np.int64), np.flatnonzero(self.source.facts[:, 2])]),
+        )
+        numbers = stored[1:]
+        if not len(numbers):
+            return
+        message = unanswered(self.source[int(numbers[0])])
+        if policy == "error":
+            raise DataError(
+                f'{message} Write the answer, remove the record, or set "empty_answer": "mask" (nothing is learned '
+                f'from such a turn) or "drop" in dataset_param; {len(numbers)} records are like it.'
+            )
+        done = "are left out" if policy == "drop" else "are kept, nothing is learned from those turns"
+        logger.warning("%s: %d records with an empty answer %s; %s", self.name, len(numbers), done, message)
+        if policy == "drop":
+            self._leave_out(numbers)
 
 
 class MultimodalDataset(Dataset[Encoded]):
@@ -134,6 +168,7 @@ class MultimodalDataset(Dataset[Encoded]):
         self._pad, self._fast_resize = pad, fast_resize
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
+            data_set.meet_empty_answers(policies.empty_answer)
             if measured or policies.overlong != "error":
                 data_set.measure(encoding, max_length, policies.overlong)
             else:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.sample import Sample
-from mindspeed_mm.data.template import SpecialText, Template, encode_turns, render_turns
+from mindspeed_mm.data.template import SpecialText, Template, encode_turns
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import DataError
 
@@ -24,16 +24,6 @@ class Encoding:
         """Expanded ids and labels of a sample, of any length."""
         ids, labels = encode_turns(sample.turns, self.tokenizer, self.template, self.special_text)
         return expand_images(ids, labels, self.tokens_per_image)
-
-    def upper_bound(self, sample: Sample) -> int:
-        """A length that the sample cannot exceed, without tokenising: a token covers at least a byte, up to the ones
-        without width at the start of each piece."""
-        pieces = 4 * (1 + len(sample.turns) + len(sample.images))
-        return (
-            len(render_turns(sample.turns, self.template).encode())
-            + pieces
-            + len(sample.images) * self.tokens_per_image
-        )
 
     @property
     def key(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ square with the mean colour (LLaVA's expand2square) where wanted, resize, centre
 import io
 import json
 import math
+import os
 import struct
 import warnings
 from functools import lru_cache
@@ -20,7 +21,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
-from mindspeed_mm.data.sample import ImageBytes
+from mindspeed_mm.data.sample import Picture
 from mindspeed_mm.errors import ConfigError, DataError
 
 MAX_PIXELS = 2 * 89_478_485
@@ -37,10 +38,22 @@ SUFFIXES = (".jpg", ".png", ".gif", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", "
 
 CONFIG_NAMES = ("preprocessor_config.json", "processor_config.json")
 
-PROCESSOR_TYPES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+PROCESSOR_TYPES = (
+    "CLIPImageProcessor",
+    "CLIPImageProcessorFast",
+    "CLIPImageProcessorPil",
+    "CLIPFeatureExtractor",
+    "LlavaImageProcessor",
+    "LlavaImageProcessorFast",
+    "LlavaImageProcessorPil",
+)
+"""Names under which transformers of any age saves a CLIP image processor; LLaVA's own adds do_pad."""
 
 UNUSED_KEYS = ("processor_class", "image_seq_length", "_valid_processor_keys")
 """Keys of preprocessor_config.json that say nothing about pixels."""
+
+FIXED_KEYS = {"data_format": "channels_first", "default_to_square": False}
+"""Keys that fast processors save, with the only value that means what is done here."""
 
 
 class ImageError(DataError):
@@ -63,6 +76,8 @@ class ImageProcessor(StrictModel):
     do_normalize: bool = True
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    do_pad: bool = False
+    """Of LlavaImageProcessor: pad to a square with the mean colour, whatever `preprocess` is asked for."""
 
     @pydantic.field_validator("size", "crop_size", mode="before")
     @classmethod
@@ -99,7 +114,13 @@ class ImageProcessor(StrictModel):
         for key in ("image_processor_type", "feature_extractor_type"):
             kind = fields.pop(key, None)
             if kind is not None and kind not in PROCESSOR_TYPES:
-                raise ConfigError(f'image processor ({context}): {key} is "{kind}"; expected "CLIPImageProcessor".')
+                raise ConfigError(
+                    f'image processor ({context or "given fields"}): {key} is "{kind}"; expected one of '
+                    f"{', '.join(PROCESSOR_TYPES)}. Only CLIP's way of preprocessing is known."
+                )
+        for key, value in FIXED_KEYS.items():
+            if fields.pop(key, value) not in (value, None):
+                raise ConfigError(f"image processor: {key} is {source[key]!r}; expected {value!r}, or leave it out.")
         for key in [key for key, value in fields.items() if key in UNUSED_KEYS or value is None]:
             del fields[key]
         return load_config(cls, fields, what="image processor", context=context)
@@ -115,7 +136,12 @@ class ImageProcessor(StrictModel):
 
     def save(self, folder: str | Path) -> None:
         """Write preprocessor_config.json as transformers reads it."""
-        fields = {"image_processor_type": "CLIPImageProcessor", **self.model_dump(mode="json")}
+        fields = self.model_dump(mode="json")
+        if self.do_pad:
+            fields["image_processor_type"] = "LlavaImageProcessor"
+        else:
+            fields["image_processor_type"] = "CLIPImageProcessor"
+            del fields["do_pad"]
         (Path(folder) / CONFIG_NAMES[0]).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
@@ -128,10 +154,10 @@ def _config_file(path: Path) -> Path:
     raise ConfigError(f"{path} holds no {CONFIG_NAMES[0]}; expected the folder of a CLIP image processor.")
 
 
-def load_image(path: str | Path | ImageBytes) -> Image.Image:
+def load_image(path: str | Path | Picture) -> Image.Image:
     """Decode a picture to RGB; its content decides the format, whatever the file's suffix says.
 
-    Raises ImageError naming the path when it is missing, truncated, too large or not a picture.
+    Raises ImageError naming the path when it is missing, empty, truncated, too large or not a picture.
     """
     try:
         with warnings.catch_warnings():
@@ -148,18 +174,20 @@ def load_image(path: str | Path | ImageBytes) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, ImageError):
             raise
+        if _is_empty(path):
+            raise ImageError(f"image {path} is empty (0 bytes). Fetch it again or remove the record.") from error
         raise ImageError(
             f"image {path} cannot be decoded ({error}); expected a whole {', '.join(FORMATS[:3])} or similar file. "
             "Replace it or remove the record."
         ) from error
 
 
-def other_suffix(path: str | Path | ImageBytes) -> Path | None:
+def other_suffix(path: str | Path | Picture) -> Path | None:
     """A file of the same name with another suffix of a picture, where there is one."""
-    if isinstance(path, ImageBytes):
+    if not isinstance(path, str | Path) or not Path(path).name:
         return None
     candidates = (Path(path).with_suffix(suffix) for suffix in SUFFIXES)
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
 
 
 def _to_rgb(image: Image.Image, path: Any) -> Image.Image:
@@ -174,12 +202,19 @@ def _to_rgb(image: Image.Image, path: Any) -> Image.Image:
     return image.convert("RGB")
 
 
-def _opened(source: str | Path | ImageBytes) -> str | Path | io.BytesIO:
-    return io.BytesIO(source.data) if isinstance(source, ImageBytes) else source
+def _opened(source: str | Path | Picture) -> str | Path | io.BytesIO:
+    return source if isinstance(source, str | Path) else io.BytesIO(source.read())
+
+
+def _is_empty(source: str | Path | Picture) -> bool:
+    """Whether there is not a single byte."""
+    if isinstance(source, str | Path):
+        return os.path.isfile(source) and not os.path.getsize(source)
+    return not source.size
 
 
 def preprocess(
-    image: str | Path | ImageBytes | Image.Image,
+    image: str | Path | Picture | Image.Image,
     image_processor: ImageProcessor | str | Path | dict[str, Any],
     pad: bool = True,
     *,
@@ -199,7 +234,7 @@ def preprocess(
     picture = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
     if min(picture.size) == 0:
         raise ImageError(f"image {path} has no pixels; replace it.")
-    if pad:
+    if pad or image_processor.do_pad:
         picture = _expand_to_square(picture, image_processor, path)
     if image_processor.do_resize:
         size = _target_size(picture, image_processor, path)

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 4096
-VERSION = 1
+VERSION = 2
 """Counted up whenever records are checked or counted differently: older arrays are then built again."""
 
 DIGEST_BYTES = 65536
@@ -45,29 +46,47 @@ class Index:
         self._folder = None if folder is None else Path(folder)
         self._key = json.dumps(key or {}, sort_keys=True)
 
+    @property
+    def stores(self) -> bool:
+        """Whether arrays of this file are stored."""
+        return self._folder is not None and self.path.is_file() and self.path.stat().st_size >= SMALL_BYTES
+
     def array(self, name: str, dtype: Any, build: Callable[[], np.ndarray], **more: Any) -> np.ndarray:
         """The stored array `name`, mapped read-only, or the one that `build()` returns, stored for later.
 
         `more` adds to the key for this array alone. Errors of `build` go through; a folder that cannot be written is
         logged, the array then stays in memory.
         """
-        if self._folder is None or not self.path.is_file() or self.path.stat().st_size < SMALL_BYTES:
+        if not self.stores:
             return build()
-        target = self._target(name, more)
-        header = self._header(name, np.dtype(dtype))
-        found = _map(target, header)
-        if found is not None:
-            return found
         try:
-            with _locked(target):
-                found = _map(target, header)  # another process may have been first
-                if found is None:
-                    values = build()
-                    _write(target, header, values)
-                    found = _map(target, header)
+            return self._stored(name, np.dtype(dtype), more, lambda file: file.write(_raw(build(), dtype)))
         except OSError as error:  # no rights, no space, a read-only disk
             logger.warning("the index of %s is not stored (%s): set index_folder in data.json", self.path, error)
             return build()
+
+    def content(self, name: str, write: Callable[[BinaryIO], Any]) -> np.ndarray:
+        """The stored bytes `name`, mapped read-only [n] uint8, or what `write(file)` writes, stored for later (of a
+        small file in memory). For what is too large to be held in memory: OSError of a folder that cannot be written
+        goes through.
+        """
+        if self.stores:
+            return self._stored(name, np.dtype(np.uint8), {}, write)
+        buffer = io.BytesIO()
+        write(buffer)
+        return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+
+    def _stored(self, name: str, dtype: np.dtype, more: dict[str, Any], write: Callable[[BinaryIO], Any]) -> np.ndarray:
+        target = self._target(name, more)
+        header = self._header(name, dtype)
+        found = _map(target, header)
+        if found is not None:
+            return found
+        with _locked(target):
+            found = _map(target, header)  # another process may have been first
+            if found is None:
+                _write(target, header, write)
+                found = _map(target, header)
         assert found is not None
         return found
 
@@ -110,13 +129,20 @@ def _map(target: Path, header: dict[str, Any]) -> np.ndarray | None:
     return np.memmap(target, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(stored["count"],))
 
 
-def _write(target: Path, header: dict[str, Any], values: np.ndarray) -> None:
+def _raw(values: np.ndarray, dtype: Any) -> memoryview:
+    return np.ascontiguousarray(values, dtype=np.dtype(dtype)).data
+
+
+def _write(target: Path, header: dict[str, Any], write: Callable[[BinaryIO], Any]) -> None:
+    """A header and what `write(file)` writes behind it, beside the target first."""
     beside = target.with_name(f"{target.name}.{os.getpid()}.new")
-    line = json.dumps(header | {"count": len(values)}).encode().ljust(HEADER_BYTES)
     try:
         with beside.open("wb") as file:
-            file.write(line)
-            file.write(np.ascontiguousarray(values, dtype=np.dtype(header["dtype"])).data)
+            file.write(b" " * HEADER_BYTES)
+            write(file)
+            count = (file.seek(0, os.SEEK_END) - HEADER_BYTES) // np.dtype(header["dtype"]).itemsize
+            file.seek(0)
+            file.write(json.dumps(header | {"count": count}).encode().ljust(HEADER_BYTES))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, target)

@@ -1,18 +1,14 @@
 """Records of a parquet file by number; needs the optional package pyarrow.
 
-A row group is read as a whole and the last ones are kept, so files with small row groups (datasets with images have
-about 100 rows in one) are read at constant memory.
+A row of a parquet file cannot be read without its whole row group. So the file is converted once to Arrow's own format
+in batches of few rows, stored beside the indexes (as large as the data, uncompressed) and mapped: a row is then read
+without its neighbours, and memory stays constant.
 """
 
 from __future__ import annotations
 
-import os
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,82 +16,109 @@ from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.errors import ConfigError, DataError
 
-KEPT_GROUPS = 2
+BATCH_ROWS = 64
 
 
 class ParquetFile:
     """As RecordFile, for parquet. Safe to use from several processes; can be pickled."""
 
-    def __init__(
-        self,
-        path: str | Path,
-        check: Callable[[dict[str, Any], str], Any] | None = None,
-        *,
-        index: Index | None = None,
-        problems: list[DataError] | None = None,
-    ):
-        """Arguments as RecordFile's. Raises DataError for a missing, empty or damaged file, ConfigError without
-        pyarrow."""
-        self.path = Path(path)
-        self._file: Any = None
-        self._groups: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
-        metadata = self._open().metadata
-        self._ends = list(accumulate(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)))
-        if not self._ends or not self._ends[-1]:
-            raise DataError(f"{self.path} holds no records; expected rows with messages.")
-        if check is not None:
-            index = index or Index(self.path, None)
-            index.array("checked", np.int64, lambda: self._check(check))
+    def __init__(self, path: str | Path, *, index: Index | None = None, problems: list[DataError] | None = None):
+        """Convert the file, or take a stored conversion that fits.
 
-    def _check(self, check: Callable[[dict[str, Any], str], Any]) -> np.ndarray:
-        with progress_bar(f"checking {self.path.name}", len(self)) as advance:
-            for number in range(len(self)):
-                check(self[number], self.where(number))
-                advance(1)
-        return np.asarray([len(self)])
+        Raises DataError for a missing, empty or damaged file, ConfigError without pyarrow.
+        """
+        self.path = Path(path)
+        self._index = index or Index(self.path, None)
+        self._reader: Any = None
+        self._arrow = _pyarrow(self.path)
+        self._content: np.ndarray | None = None
+        batches = self._open().num_record_batches
+        self._length = (batches - 1) * BATCH_ROWS + self._open().get_batch(batches - 1).num_rows if batches else 0
+        if not self._length:
+            raise DataError(f"{self.path} holds no records; expected rows with messages.")
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._length
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        group = bisect_right(self._ends, number)
-        rows = self._rows(group)
-        return rows[number - (self._ends[group - 1] if group else 0)]
+        batch, row = divmod(number, BATCH_ROWS)
+        return self._open().get_batch(batch).slice(row, 1).to_pylist()[0]
+
+    verified = __getitem__
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_file": None, "_groups": OrderedDict()}
+        # What is stored is mapped again rather than sent.
+        content = None if self._index.stores else self._content
+        return self.__dict__ | {"_reader": None, "_arrow": None, "_content": content}
 
     def where(self, number: int) -> str:
         """Name of a record for messages."""
         return f"{self.path}: record {number}"
 
-    def _rows(self, group: int) -> list[dict[str, Any]]:
-        if group not in self._groups:
-            try:
-                self._groups[group] = self._open().read_row_group(group).to_pylist()
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"{self.path}: row group {group} cannot be read ({error}). Fetch the file again."
-                ) from error
-            while len(self._groups) > KEPT_GROUPS:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(group)
-        return self._groups[group]
-
     def _open(self) -> Any:
-        """The open file of this process (a forked worker must not share a position with its parent)."""
-        owner = os.getpid()
-        if self._file is None or self._file[0] != owner:
-            try:
-                import pyarrow
-                import pyarrow.parquet
-            except ImportError as error:
-                raise ConfigError(
-                    f"{self.path} is parquet, which needs pyarrow: pip install mindspeed-mm[parquet], or convert it to "
-                    "JSONL."
-                ) from error
-            try:
-                self._file = (owner, pyarrow.parquet.ParquetFile(self.path))
-            except (OSError, pyarrow.ArrowException) as error:
-                raise DataError(f"cannot read the data file {self.path}: {error}. Correct data_path.") from error
-        return self._file[1]
+        if self._reader is None:
+            self._arrow = self._arrow or _pyarrow(self.path)
+            if self._content is None:
+                try:
+                    self._content = self._index.content("rows", self._convert)
+                except self._arrow.ArrowException as error:
+                    raise DataError(f"{self.path} cannot be read ({error}). Fetch the file again.") from error
+                except OSError as error:
+                    raise DataError(
+                        f"cannot read the data file {self.path}, or store it in Arrow's format: {error}. Correct "
+                        "data_path, fetch the file again, or set index_folder to a folder with room for its content."
+                    ) from error
+            self._reader = self._arrow.ipc.open_file(self._arrow.py_buffer(self._content))
+        return self._reader
+
+    def _convert(self, target: BinaryIO) -> None:
+        """Write the rows to `target` in Arrow's file format, BATCH_ROWS at a time."""
+        arrow = self._arrow
+        with arrow.parquet.ParquetFile(self.path, buffer_size=2**20, pre_buffer=False) as source:
+            with (
+                arrow.ipc.new_file(_Sink(target), source.schema_arrow) as writer,
+                progress_bar(f"converting {self.path.name}", source.metadata.num_rows) as advance,
+            ):
+                rest = source.schema_arrow.empty_table()
+                for batch in source.iter_batches(batch_size=BATCH_ROWS):
+                    # Batches end where row groups do; the rows that are left over wait for the next ones.
+                    rest = arrow.concat_tables([rest, arrow.Table.from_batches([batch])]).combine_chunks()
+                    whole = rest.num_rows // BATCH_ROWS * BATCH_ROWS
+                    if whole:
+                        writer.write_table(rest.slice(0, whole), max_chunksize=BATCH_ROWS)
+                        rest = rest.slice(whole)
+                    advance(batch.num_rows)
+                if rest.num_rows:
+                    writer.write_table(rest)
+
+
+class _Sink:
+    """A file to write to whose positions count from where it stands: Arrow's format notes them."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._written = file, 0
+
+    def write(self, data: Any) -> int:
+        self._written += self._file.write(data)
+        return len(data)
+
+    def tell(self) -> int:
+        return self._written
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            f"{path} is parquet, which needs pyarrow: pip install mindspeed-mm[parquet], or convert it to JSONL."
+        ) from error
+    return pyarrow

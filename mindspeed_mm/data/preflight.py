@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,10 +15,11 @@ from PIL import Image, UnidentifiedImageError
 
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.expand import Encoding
+from mindspeed_mm.data.facts import longest_text, unanswered
 from mindspeed_mm.data.image import FORMATS, ImageError, load_image, other_suffix
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
-from mindspeed_mm.data.sample import ImageBytes, Sample
+from mindspeed_mm.data.sample import Picture, Sample
 from mindspeed_mm.errors import DataError
 
 SHOWN = 100
@@ -29,8 +31,8 @@ WORST = 20
 ERROR, WARNING = "error", "warning"
 
 KINDS = {
-    "file": (ERROR, "the file is damaged"),
-    "record": (ERROR, "a record has the wrong shape"),
+    "file": (ERROR, "the file cannot be read, or not to its end"),
+    "record": (ERROR, "a record is damaged or has the wrong shape"),
     "template": (ERROR, "a conversation does not fit the template"),
     "missing image": (ERROR, "an image is missing"),
     "broken image": (ERROR, "an image cannot be decoded"),
@@ -41,6 +43,11 @@ KINDS = {
     "orientation": (WARNING, "an image has an EXIF rotation, which training ignores as the original LLaVA does"),
     "duplicate id": (WARNING, "an id is used more than once"),
     "duplicate record": (WARNING, "a conversation with its images is there more than once"),
+    "shared record": (WARNING, "a conversation with its images is in an earlier set, too"),
+}
+DUPLICATE_ADVICE = {
+    "duplicate id": 'Expected an "id" of its own for each record; messages cannot tell these apart.',
+    "duplicate record": "It counts as often in training; remove it where that is not meant.",
 }
 FORMAT_SUFFIXES = {
     "JPEG": (".jpg", ".jpeg"),
@@ -159,9 +166,9 @@ class Check:
         found.contents.append(_hash("\0".join(content)))
         found.turns[len(sample.turns)] += 1
         found.images_per_sample[len(sample.images)] += 1
-        for index, turn in enumerate(sample.turns):
-            if turn.role == "gpt" and not turn.text.strip():
-                found.problem("empty answer", f"{sample.where}: turn {index} is empty; write an answer or remove it.")
+        reason = unanswered(sample)
+        if reason:
+            found.problem("empty answer", f"{reason} Write the answer, or remove the record.")
         self._tokens(sample, found)
         for image in sample.images:
             found.images += 1
@@ -188,15 +195,23 @@ class Check:
                 found.lengths.setdefault(f"{template}, rejected", []).append(len(other))
                 ids = max(ids, other, key=len)
             if len(ids) > self.max_length and self.overlong == "error":
-                found.problem("too long", f"{sample.where}: {len(ids)} tokens, the maximum is {self.max_length}.")
+                found.problem(
+                    "too long",
+                    f"{sample.where}: {len(ids)} tokens, the maximum is {self.max_length}. {longest_text(sample)} "
+                    'Shorten it, raise --seq-length, or set "overlong": "truncate" or "drop".',
+                )
             if not supervised:
-                found.problem("no supervision", f"{sample.where}: no token within the maximum length is supervised.")
+                found.problem(
+                    "no supervision",
+                    f"{sample.where}: no token within the maximum length of {self.max_length} is supervised; expected "
+                    "an answer that begins before.",
+                )
 
-    def _image(self, image: Path | ImageBytes, where: str, found: Found) -> None:
+    def _image(self, image: str | Picture, where: str, found: Found) -> None:
         try:
             picture = load_image(image)
         except ImageError as error:
-            missing = isinstance(image, Path) and not image.exists()
+            missing = isinstance(image, str) and not os.path.exists(image)
             found.problem("missing image" if missing else "broken image", f"{where}: {error}")
             other = other_suffix(image) if missing else None
             if other is not None:
@@ -205,8 +220,8 @@ class Check:
         found.sizes.append(picture.size)
         found.largest = sorted([*found.largest, (picture.width * picture.height, f"{where}: {image}")], reverse=True)
         del found.largest[WORST:]
-        if isinstance(image, Path):
-            self._file(image, where, found)
+        if isinstance(image, str):
+            self._file(Path(image), where, found)
 
     def _file(self, path: Path, where: str, found: Found) -> None:
         """The header once more, for what decoding does not tell."""
@@ -233,10 +248,22 @@ class Check:
         if not extra:
             return
         repeated = np.flatnonzero(counts > 1)
-        for index in repeated[:SHOWN]:
-            where = source[int(first[index])].where
-            whole.problem(kind, f"{where}: {counts[index]} times")
+        for index in repeated[np.argsort(first[repeated])][:SHOWN]:
+            others = np.flatnonzero(values == values[first[index]])[1:]
+            again = ", ".join(str(number) for number in others[:5]) + (", ..." if len(others) > 5 else "")
+            whole.problem(kind, f"{source[int(first[index])].where}: again in record {again}. {DUPLICATE_ADVICE[kind]}")
         whole.problems[kind] = extra
+
+
+def shared_records(earlier: Sequence[Found], found: Found, source: Any) -> None:
+    """Note the records of a set that an earlier one holds, too, such as training records among those of validation."""
+    known = np.concatenate([np.asarray(other.contents, dtype=np.int64) for other in earlier]) if earlier else []
+    values = np.asarray(found.contents, dtype=np.int64)
+    numbers = np.flatnonzero(np.isin(values, known) & (values >= 0))
+    for number in numbers[:SHOWN]:
+        found.problem("shared record", f"{source[int(number)].where}: an earlier set of the config holds it, too.")
+    if len(numbers):
+        found.problems["shared record"] = len(numbers)
 
 
 def _hash(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import html
 import json
 import os
@@ -20,6 +21,8 @@ from mindspeed_mm.errors import DataError
 
 BARS = 40
 PERCENTILES = (1, 50, 90, 99, 100)
+MOST_COUNTS = 8
+"""Different values shown in a line of the table."""
 
 
 def summary(name: str, found: Found) -> dict[str, Any]:
@@ -68,6 +71,8 @@ def print_table(sets: Sequence[dict[str, Any]], console: Console) -> None:
         for template, values in account["lengths"].items():
             table.add_row(f"tokens ({template})", _line(values))
         table.add_row("supervised tokens", _line(account["supervised_tokens"]))
+        table.add_row("turns of a record", _counts(account["turns"]))
+        table.add_row("images of a record", _counts(account["images_per_sample"]))
         if account["image_width"]:
             table.add_row("image width", _line(account["image_width"]))
             table.add_row("image height", _line(account["image_height"]))
@@ -81,6 +86,11 @@ def print_table(sets: Sequence[dict[str, Any]], console: Console) -> None:
         if not account["problems"]:
             table.add_row("[green]problems[/]", "none")
         console.print(table)
+
+
+def _counts(histogram: dict[str, int]) -> str:
+    shown = [f"{value}: {count}" for value, count in list(histogram.items())[:MOST_COUNTS]]
+    return ", ".join(shown) + (", ..." if len(histogram) > MOST_COUNTS else "") or "-"
 
 
 def _escaped(text: str) -> str:
@@ -160,16 +170,14 @@ def fix_suffixes(data_path: Path, folder: str, suffixes: dict[str, str]) -> Path
     """Write a copy of a data file whose image names have the right suffixes; the file itself stays as it is.
 
     `suffixes` are found by check-data: path of an image -> suffix. Where no file of the new name exists, the image is
-    linked (or copied) to it, so that other data files keep working. Returns the copy's path.
+    linked (or copied) to it, so that other data files keep working; where another picture has that name already, the
+    suffix is put behind the whole name. Returns the copy's path. Raises DataError for a file that is no JSON or JSONL,
+    and for a damaged record.
     """
+    if data_path.suffix == ".parquet":
+        raise DataError(f"--fix-suffix rewrites JSON and JSONL, not {data_path}. Convert it to JSONL first.")
     target = data_path.with_name(f"{data_path.stem}.fixed{data_path.suffix}")
-    for image, suffix in suffixes.items():
-        old, new = Path(image), Path(image).with_suffix(suffix)
-        if not new.exists():
-            try:
-                os.link(old, new)
-            except OSError:  # another file system, or one without links
-                shutil.copyfile(old, new)
+    names = {image: _fixed_name(Path(image), suffix) for image, suffix in suffixes.items()}
     records = RecordFile(data_path)
     with data_path.open("rb") as file:
         as_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
@@ -177,20 +185,35 @@ def fix_suffixes(data_path: Path, folder: str, suffixes: dict[str, str]) -> Path
     with beside.open("w", encoding="utf-8") as file:
         file.write("[\n" if as_list else "")
         for number in range(len(records)):
-            line = json.dumps(_renamed(records[number], folder, suffixes), ensure_ascii=False)
+            line = json.dumps(_renamed(records.verified(number), folder, names), ensure_ascii=False)
             file.write(line + (",\n" if as_list and number < len(records) - 1 else "\n"))
         file.write("]\n" if as_list else "")
     os.replace(beside, target)
     return target
 
 
-def _renamed(value: Any, folder: str, suffixes: dict[str, str]) -> Any:
+def _fixed_name(image: Path, suffix: str) -> str:
+    """The name (without its folder) under which an image is found with the right suffix; it is linked there."""
+    new = image.with_suffix(suffix)
+    if not image.exists():
+        return new.name  # check-data has found the image under that name
+    if new.exists() and not filecmp.cmp(image, new, shallow=False):
+        new = image.with_name(image.name + suffix)
+    if not new.exists():
+        try:
+            os.link(image, new)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(image, new)
+    return new.name
+
+
+def _renamed(value: Any, folder: str, names: dict[str, str]) -> Any:
     """A record with new image names, under whatever keys they stand."""
     if isinstance(value, dict):
-        return {key: _renamed(inner, folder, suffixes) for key, inner in value.items()}
+        return {key: _renamed(inner, folder, names) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_renamed(inner, folder, suffixes) for inner in value]
+        return [_renamed(inner, folder, names) for inner in value]
     if isinstance(value, str) and "." in value and len(value) < 4096:
-        suffix = suffixes.get(os.path.normpath(os.path.join(os.path.abspath(folder), value)))
-        return value if suffix is None else str(Path(value).with_suffix(suffix))
+        name = names.get(os.path.normpath(os.path.join(os.path.abspath(folder), value)))
+        return value if name is None else str(Path(value).with_name(name))
     return value

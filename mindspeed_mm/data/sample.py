@@ -1,8 +1,9 @@
 """The forms a training sample takes on its way from a record to the model."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -19,9 +20,22 @@ class Turn:
     """Where in the text `<image>` begins that is meant as these seven characters."""
 
 
+class Picture(Protocol):
+    """An encoded picture that is no file of its own."""
+
+    @property
+    def size(self) -> int:
+        """Number of its bytes."""
+        ...
+
+    def read(self) -> bytes:
+        """Its bytes."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageBytes:
-    """An encoded picture that is no file of its own (a member of a tar or parquet file)."""
+    """An encoded picture in memory (a value of a parquet file, an upload)."""
 
     name: str
     """For messages."""
@@ -30,6 +44,36 @@ class ImageBytes:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read(self) -> bytes:
+        return self.data
+
+
+@dataclass(frozen=True)
+class ImageMember:
+    """An encoded picture inside a larger file (a member of a tar file); read when it is needed."""
+
+    name: str
+    """For messages."""
+    file: Path
+    place: int
+    """Byte of the file at which it begins."""
+    size: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        """Raises OSError where the file has become shorter."""
+        with self.file.open("rb") as file:
+            content = os.pread(file.fileno(), self.size, self.place)
+        if len(content) != self.size:
+            raise OSError(f"{self.file} ends within it; the file has changed since it was indexed")
+        return content
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -37,7 +81,9 @@ class Sample:
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[Path | ImageBytes, ...]
+    images: tuple[str | Picture, ...]
+    """Paths, or pictures inside of other files."""
+
     where: str
     """File and record number, for messages."""
 

@@ -7,7 +7,8 @@ from PIL import Image
 
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.data.preflight import KINDS
-from mindspeed_mm.data.preflight_report import histogram
+from mindspeed_mm.data.preflight_report import fix_suffixes, histogram
+from mindspeed_mm.errors import DataError
 
 
 def record(number, image=None, answer="It is it."):
@@ -81,8 +82,7 @@ def test_everything_that_is_wrong_is_found(check):
     code, report, output = check("\n".join(lines), "--seq-length", "512")
     problems = report["sets"][0]["problems"]
     assert code == 1 and problems == {
-        "file": 2,
-        "record": 2,
+        "record": 4,
         "missing image": 1,
         "broken image": 1,
         "too long": 1,
@@ -93,9 +93,13 @@ def test_everything_that_is_wrong_is_found(check):
         "duplicate id": 1,
         "duplicate record": 1,
     }
-    assert set(problems) | {"template"} == set(KINDS)
-    assert "problems in 10 records" in output.err and "Traceback" not in output.err
-    assert "(line 4) cannot be parsed" in report["sets"][0]["examples"]["file"][0]
+    assert set(problems) | {"template", "file", "shared record"} == set(KINDS)
+    assert "problems and 4 warnings in 12 records" in output.err and "Traceback" not in output.err
+    examples = report["sets"][0]["examples"]
+    assert "(line 4, byte 18) cannot be parsed" in examples["record"][0]
+    assert "record 0 (id r0): again in record 1. Expected" in examples["duplicate id"][0]
+    assert 'the answer in turn 1 is empty; expected a text, such as {"from": "gpt"' in examples["empty answer"][0]
+    assert "The longest text is that of turn 1, 4500 characters" in examples["too long"][0]
     assert "error: missing image" in output.out
 
 
@@ -124,6 +128,53 @@ def test_suffixes_are_fixed(check, tmp_path):
     code, report, _ = check(fixed.read_text())
     assert code == 0 and not report["sets"][0]["problems"]
     assert (tmp_path / "images" / "wrong.gif").exists()
+
+
+def test_a_name_that_is_taken_is_not_taken_again(check, tmp_path):
+    Image.new("RGB", (20, 10), "blue").save(tmp_path / "images" / "wrong.jpg")
+    check([record(0, "wrong.gif"), record(1, "wrong.jpg")], "--fix-suffix")
+    names = [json.loads(line)["image"] for line in (tmp_path / "records.fixed.jsonl").read_text().splitlines()]
+    assert names == ["wrong.gif.jpg", "wrong.jpg"]
+    assert Image.open(tmp_path / "images" / "wrong.gif.jpg").getpixel((5, 5))[0] > 200
+
+
+def test_what_cannot_be_fixed(check, tmp_path):
+    code, _, output = check([record(0, "wrong.gif"), "x"], "--fix-suffix")
+    assert code == 1 and "record 1 is 'x'; expected an object" in output.err
+    with pytest.raises(DataError, match="rewrites JSON and JSONL, not"):
+        fix_suffixes(tmp_path / "a.parquet", "", {})
+
+
+def test_files_that_cannot_be_read_are_reported(check, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps(record(0)))
+    sets = [{"data_path": str(tmp_path / "none.json")}, {"data_path": str(other)}]
+    code, report, _ = check("", basic_parameters=sets)
+    assert code == 1 and [account["problems"] for account in report["sets"]] == [{"file": 1}, {}]
+    code, report, _ = check("[" + json.dumps(record(0)) + ", {")
+    assert code == 1 and report["sets"][0]["problems"] == {"file": 1} and report["records"] == 1
+
+
+def test_warnings_may_fail_the_check(check, tmp_path):
+    records = [record(0), record(0, answer="Another.")]
+    code, report, _ = check(records)
+    assert code == 0 and report["sets"][0]["problems"] == {"duplicate id": 1}
+    code, _, output = check(records, "--strict")
+    assert code == 1 and "0 problems and 1 warnings in 2 records" in output.err
+
+
+def test_records_that_two_sets_share(check, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(record(7, answer="New.")) + "\n" + json.dumps(record(1)))
+    code, report, _ = check([record(0)], validation_parameters={"data_path": str(held_out)})
+    (_, second) = report["sets"]
+    assert code == 0 and second["problems"] == {"shared record": 1}
+    assert "record 1 (id r1): an earlier set" in second["examples"]["shared record"][0]
+
+
+def test_names_that_no_file_can_have(check):
+    code, report, _ = check([record(0, "a" * 5000 + ".jpg"), record(1, "\ud800.jpg"), record("\ud800")])
+    assert code == 1 and report["sets"][0]["problems"] == {"record": 2, "missing image": 1}
 
 
 def test_a_list_stays_a_list(check, tmp_path):

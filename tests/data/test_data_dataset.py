@@ -87,7 +87,12 @@ TWO_TURNS = [ASK, ANSWER, ASK, ANSWER]
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"id": "x"}, '"conversations" is None'),
+        ({"id": "x"}, '"conversations" is missing .the record has .id.'),
+        ({"id": "x", "messages": []}, 'the dataset_type "messages" reads records with "messages"'),
+        ({"id": "x", "conversations": "Hi"}, "\"conversations\" is 'Hi'; expected a list of turns"),
+        ({"id": "\ud800", "conversations": TWO_TURNS}, "id holds half of a surrogate pair"),
+        (make_record(1, "a\0b.jpg"), "with a NUL character"),
+        (make_record(1, "\ud800.jpg"), "image holds half of a surrogate pair"),
         (make_record(1, "red.png") | {"image": ["red.png", "red.png"]}, "1 <image> placeholders .* names 2; expected"),
         ({**make_record(1, "red.png"), "image": None}, "1 <image> placeholders .* names 0"),
         ({"id": "y", "image": "red.png", "conversations": TWO_TURNS}, "2 <image> placeholders .* names 1"),
@@ -97,7 +102,7 @@ TWO_TURNS = [ASK, ANSWER, ASK, ANSWER]
     ],
 )
 def test_broken_records_are_found_at_the_start(make_dataset, record, message):
-    with pytest.raises(DataError, match=rf"records.json: record 1 \(id \w+\): .*{message}"):
+    with pytest.raises(DataError, match=rf"records.json: record 1( \(id \w+\))?: .*{message}"):
         make_dataset([make_record(0), record])
 
 

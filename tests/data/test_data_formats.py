@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from data_helpers import make_record
@@ -50,7 +51,7 @@ def test_messages(read):
         },
     )
     assert [len(sample.images) for sample in samples] == [0, 1, 1, 1, 1]
-    assert [sample.images[0].name for sample in samples[1:]] == ["red.png", "blue.png", "green.png", "red.png"]
+    assert [Path(sample.images[0]).name for sample in samples[1:]] == ["red.png", "blue.png", "green.png", "red.png"]
     assert render_turns(samples[0].turns, "v1") == "Be brief. USER: Hi <image> ASSISTANT: Ho</s>"
     assert samples[2].turns[0].text == "A <image> tag:<image>\nseen?" and samples[2].turns[0].literal == (2,)
     assert samples[3].turns[0].text == "<image>"
@@ -117,7 +118,7 @@ def test_preference_records_are_not_trained(make_config, tokenizer):
         ("messages", {"messages": [USER, {"role": "system", "content": "x"}]}, r"messages\[1\].role is 'system'"),
         ("messages", {"messages": [USER, USER]}, r'messages\[1\] is from "human", expected "gpt"'),
         ("messages", {"messages": [ASSISTANT]}, "holds only a gpt turn"),
-        ("messages", {"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content is 3; expected a string"),
+        ("messages", {"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content is 3; expected a text"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, r"content\[0\] is .*video"),
         ("messages", {"messages": [USER, ASSISTANT], "images": ["a", "b"]}, '1 image parts .* lists 2'),
         ("messages", {"messages": [USER, ASSISTANT], "images": ["https://x/y.png"]}, "nothing is downloaded"),

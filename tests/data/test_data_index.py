@@ -25,10 +25,15 @@ def write(path, count=20):
 
 
 def scanned(path, folder):
-    """(file, whether its records were read)"""
-    seen = []
-    file = RecordFile(path, check=lambda record, where: seen.append(where), index=Index(path, folder))
-    return file, bool(seen)
+    """(file, whether it was read for the places of its records)"""
+    scans = []
+
+    class Watched(RecordFile):
+        def _index(self):
+            scans.append(self.path)
+            return super()._index()
+
+    return Watched(path, index=Index(path, folder)), bool(scans)
 
 
 def test_a_stored_index_is_taken(tmp_path):

@@ -104,8 +104,9 @@ def test_what_is_too_long(make_config, tokenizer, long_records, caplog):
         build("error")
     kept = build("drop")
     assert [kept[i].sample_id for i in range(len(kept))] == ["r0"] and kept.sets[0].dropped == 3
-    assert "3 of 4 records are over 180 tokens and left out (overlong: drop)" in caplog.text
+    assert "of 4 records, 3 are over 180 tokens and left out, 0 are cut to that length (overlong: drop)" in caplog.text
     cut = build("truncate")
+    assert cut.sets[0].truncated == 2 and "1 are over 180 tokens and left out, 2 are cut" in caplog.text
     samples = [cut[i] for i in range(len(cut))]
     assert [sample.sample_id for sample in samples] == ["r0", "r1", "r2"]  # r3 would lose its image
     assert [len(sample.input_ids) for sample in samples[1:]] == [180, 180]
@@ -115,8 +116,34 @@ def test_what_is_too_long(make_config, tokenizer, long_records, caplog):
 
 def test_an_answer_of_200_000_characters(make_config, tokenizer):
     records = [make_record(0), make_record(1, text="word " * 40_000)]
-    with pytest.raises(DataError, match=r"records.json: record 1 \(id r1\): has \d{5,} tokens"):
+    with pytest.raises(
+        DataError, match=r"record 1 \(id r1\): has \d{5,} tokens.*longest text is that of turn 1, 200000 "
+    ):
         build_dataset(make_config(records), tokenizer, None, 4, 2048)
+
+
+@pytest.mark.parametrize("no_answer", ["empty", "blank", "none"])
+def test_empty_answers(make_config, tokenizer, caplog, no_answer):
+    bad = make_record(1)
+    bad["conversations"] = bad["conversations"][: 1 if no_answer == "none" else 2]
+    if no_answer != "none":
+        bad["conversations"][1]["value"] = "" if no_answer == "empty" else " \n"
+
+    def build(policy, records=None):
+        records = records or [make_record(0), bad, make_record(2)]
+        return build_dataset(make_config(records, **policy), tokenizer, None, 4, 180)
+
+    what = "there is no answer" if no_answer == "none" else "the answer in turn 1 is empty"
+    assert len(build({})) == 3
+    assert "1 records with an empty answer are kept" in caplog.text and what in caplog.text
+    dropped = build({"empty_answer": "drop"})
+    assert [dropped[i].sample_id for i in range(2)] == ["r0", "r2"] and len(dropped) == 2
+    assert len(build({"empty_answer": "drop", "overlong": "drop"})) == 2
+    with pytest.raises(DataError, match=rf'record 1 \(id r1\): {what}; expected .* "value": "A cat.".*"mask"'):
+        build({"empty_answer": "error"})
+    caplog.clear()
+    build({"empty_answer": "error"}, [make_record(0)])
+    assert not caplog.text
 
 
 def test_nothing_is_left(make_config, tokenizer, long_records):

@@ -7,7 +7,9 @@ import tarfile
 import pytest
 from PIL import Image
 
+from mindspeed_mm.data import index
 from mindspeed_mm.data.build import build_dataset
+from mindspeed_mm.data.sample import ImageMember
 from mindspeed_mm.errors import DataError
 
 
@@ -23,6 +25,9 @@ def write(path, members):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+
+
+TEXT_ONLY = b'{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}'
 
 
 def pair(name, text="A caption."):
@@ -64,10 +69,13 @@ def test_shards(build, tmp_path, tokenizer):
     ("members", "message"),
     [
         (pair("a")[:1], r"record 0 \(a\) has 1 images and 0 texts"),
-        ([*pair("a"), ("a.json", b"{}")], "has 1 images and 2 texts"),
+        ([*pair("a"), ("a.caption", b"x")], "has 1 images and 2 texts.*such as 000001.jpg, 000001.txt"),
         ([pair("a")[0], ("a.json", b"{")], "the text cannot be read"),
         ([pair("a")[0], ("a.json", b"[]")], r"the .json is '\[\]'; expected an object"),
-        ([pair("a")[0], ("a.json", b"{}")], "caption is None; expected a string"),
+        ([pair("a")[0], ("a.json", b"{}")], 'the .json has no "conversations" and no "caption"; expected such as'),
+        ([pair("a")[0], ("a.json", b'{"caption": 3}')], "caption is 3; expected a text"),
+        ([pair("a")[0], ("a.json", b'{"conversations": []}')], r'"conversations" is \[\]; expected a list'),
+        ([pair("a")[0], ("a.json", TEXT_ONLY)], '"conversations" holds 0 <image> placeholders; expected one, as in'),
         ([pair("a")[0], ("a.txt", b"\xff")], "the text cannot be read"),
         ([], "holds no samples"),
     ],
@@ -76,6 +84,37 @@ def test_damage(build, tmp_path, members, message):
     write(tmp_path / "shards" / "a.tar", members)
     with pytest.raises(DataError, match=message):
         build()
+
+
+def test_metadata_beside_a_caption_is_ignored(build, tmp_path):
+    """As img2dataset writes its shards."""
+    write(tmp_path / "shards" / "a.tar", [*pair("0"), ("0.json", b'{"caption": "x", "url": "y"}'), *pair("1")])
+    assert len(build()) == 2
+
+
+def test_lengths_do_not_need_the_pictures(build, tmp_path, monkeypatch):
+    write(tmp_path / "shards" / "a.tar", [*pair("0"), *pair("1")])
+    monkeypatch.setattr(ImageMember, "read", lambda self: pytest.fail("a picture was read"))
+    assert build(overlong="drop").lengths.tolist()
+
+
+def test_a_shard_that_became_shorter(build, tmp_path):
+    write(tmp_path / "shards" / "a.tar", pair("0"))
+    dataset = build()
+    (tmp_path / "shards" / "a.tar").write_bytes(b"x" * 520)
+    with pytest.raises(DataError, match="ends within a member; the file has changed"):
+        dataset[0]
+    with pytest.raises(OSError, match="ends within it; the file has changed"):
+        ImageMember("x", tmp_path / "shards" / "a.tar", 500, 100).read()
+
+
+def test_stored_shards_are_mapped(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "SMALL_BYTES", 0)
+    for number in range(3):
+        write(tmp_path / "shards" / f"{number}.tar", pair("0"))
+    for _ in range(2):
+        dataset = build(index_folder=str(tmp_path / "index"))
+        assert len(dataset) == 3 and dataset[2].images
 
 
 def test_no_tar(build, tmp_path):

@@ -175,13 +175,13 @@ HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}
 @pytest.mark.parametrize(
     ("conversation", "template", "message"),
     [
-        ({"id": 1}, "v1", '"conversations" is None; expected a list'),
+        ({"id": 1}, "v1", '"conversations" is missing .the record has'),
         ({"conversations": []}, "v1", r'"conversations" is \[\]; expected a list'),
         ("text", "v1", "\"conversations\" is 'text'; expected a list"),
         ([GPT], "v1", "holds only a gpt turn"),
         (["Hi"], "v1", r"conversations\[0\] is 'Hi'; expected an object"),
         ([{"from": "human"}], "v1", r"conversations\[0\] is .* expected an object with"),
-        ([{"from": "human", "value": 3}], "v1", r"conversations\[0\].value is 3; expected a string"),
+        ([{"from": "human", "value": 3}], "v1", r"conversations\[0\].value is 3; expected a text"),
         ([{"from": "bot", "value": "x"}], "v1", r"conversations\[0\].from is 'bot'; expected"),
         ([HUMAN, HUMAN], "v1", r'conversations\[1\] is from "human", expected "gpt"'),
         ([GPT, HUMAN, HUMAN], "v1", r'conversations\[2\] is from "human", expected "gpt"'),

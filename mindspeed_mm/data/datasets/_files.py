@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindspeed_mm.data.config import BasicParameters
-from mindspeed_mm.data.conversation import count_images
+from mindspeed_mm.data.conversation import EXAMPLE, checked_text, count_images, shown
+from mindspeed_mm.data.facts import facts_of_all, sample_facts
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.parquet import ParquetFile
 from mindspeed_mm.data.records import RecordFile
-from mindspeed_mm.data.sample import ImageBytes, Sample, Turn
-from mindspeed_mm.data.template import Template, render_turns
+from mindspeed_mm.data.sample import Picture, Sample, Turn
+from mindspeed_mm.data.template import Template
 from mindspeed_mm.errors import DataError
+
+NAME = '"coco/train2017/000000000009.jpg"'
+PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]*/)*[\w-][\w.-]*", re.ASCII)
+"""A name that surely stays in its folder, as nearly all do; the others are looked at closely."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Parsed(NamedTuple):
     """A record's content, its format understood."""
 
     turns: tuple[Turn, ...]
-    images: Sequence[str | ImageBytes]
+    images: Sequence[str | Picture]
     """Names relative to the data folder, or encoded pictures, in reading order."""
 
     rejected: tuple[Turn, ...] | None = None
@@ -52,60 +58,74 @@ Parser = Callable[[dict[str, Any], ReadOptions], Parsed]
 class FileRecords:
     """The samples of one JSON, JSONL or parquet file, read on demand; images are not opened.
 
-    All records are checked when the file's index is built.
+    All records are checked when the file is seen for the first time, and `facts` are kept of them.
     """
 
     def __init__(self, parameters: BasicParameters, options: ReadOptions, parse: Parser):
         """`parse` knows the format. Raises DataError naming file and record for the first that cannot be used."""
+        path = parameters.data_path
         self._folder = os.path.abspath(parameters.data_folder)
         self._shown_folder = parameters.data_folder
         self._options = options
         self._parse = parse
+        is_parquet = path.endswith(".parquet")
+        # Where records are depends on the file alone; whether they can be used depends on more.
+        # What is found of a damaged file is not stored.
+        places = Index(path, options.index_folder if is_parquet or options.problems is None else None)
+        self.records = (ParquetFile if is_parquet else RecordFile)(path, index=places, problems=options.problems)
         key = {"format": parse.__module__, "images_first": options.images_first, "folder": parameters.data_folder}
-        self.index = Index(parameters.data_path, options.index_folder, key | {"template": options.template.digest})
-        kind = ParquetFile if parameters.data_path.endswith(".parquet") else RecordFile
-        check = self._checked if options.problems is None else None
-        self.records = kind(parameters.data_path, check=check, index=self.index, problems=options.problems)
+        self.index = Index(path, options.index_folder, key | {"template": options.template.digest})
+        if options.problems is None:
+            self.facts = facts_of_all(self, path)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, number: int) -> Sample:
-        return self._sample(self.records[number], self.records.where(number))
+        read = self.records.__getitem__ if self._options.problems is None else self.records.verified
+        return self._sample(read(number), self.records.where(number))
 
-    def _checked(self, record: dict[str, Any], where: str) -> None:
-        """Everything that can be wrong with a record, found once, when the file is indexed."""
-        sample = self._sample(record, where)
+    def look(self, number: int) -> tuple[int, int, int]:
+        """Everything that can be wrong with a record, found once; returns its facts."""
+        sample = self._sample(self.records.verified(number), self.records.where(number))
         try:
-            render_turns(sample.turns, self._options.template)
+            return sample_facts(sample, self._options.template)
         except DataError as error:
             raise type(error)(f"{sample.where}: {error}") from error
 
     def _sample(self, record: dict[str, Any], where: str) -> Sample:
         identity = record.get("id")
-        named = where if identity is None else f"{where} (id {identity})"
+        if identity is not None:
+            identity = str(identity)
+            where = f"{where} (id {identity})" if identity.isprintable() else where
         try:
+            if identity is not None:
+                checked_text(identity, "id")
             turns, images, rejected = self._parse(record, self._options)
             found = count_images(turns)
             if found != len(images):
                 raise DataError(
                     f'"conversations" holds {found} <image> placeholders (several in one turn count once, unless '
-                    f'"image" is a list), but "image" names {len(images)}; expected one placeholder per image. Correct '
-                    "the record."
+                    f'"image" is a list), but "image" names {len(images)}; expected one placeholder per image, as in '
+                    f"{EXAMPLE}. Correct the record."
                 )
             paths = tuple(self._inside_folder(image) for image in images)
         except DataError as error:
-            raise type(error)(f"{named}: {error}") from error
-        return Sample(str(where if identity is None else identity), turns, paths, named, rejected)
+            raise type(error)(f"{where}: {error}") from error
+        return Sample(where if identity is None else identity, turns, paths, where, rejected)
 
-    def _inside_folder(self, name: str | ImageBytes) -> Path | ImageBytes:
+    def _inside_folder(self, name: str | Picture) -> str | Picture:
         """The path of an image, which may not leave the data folder (links inside it may, they are the user's own)."""
-        if isinstance(name, ImageBytes):
+        if not isinstance(name, str):
             return name
+        if PLAIN_NAME.fullmatch(name):
+            return f"{self._folder}/{name}"
+        if "\0" in checked_text(name, "image"):
+            raise DataError(f'"image" is {shown(name)}, with a NUL character; expected a name such as {NAME}.')
         path = os.path.normpath(os.path.join(self._folder, name))
         if not path.startswith(os.path.join(self._folder, "")):
             raise DataError(
                 f'"image" is {name!r}, which lies outside data_folder {self._shown_folder!r}; expected a path inside '
-                'it, such as "coco/train2017/000000000009.jpg".'
+                f"it, such as {NAME}."
             )
-        return Path(path)
+        return path

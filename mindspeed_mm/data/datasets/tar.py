@@ -1,8 +1,9 @@
 """Tar shards in WebDataset's layout: members that share a name up to the first dot are one sample.
 
 `data_path` is a .tar file, a folder of them, or a pattern with * and [0-9]. A sample has one image and either a text
-(.txt, .caption: the answer of a caption template) or a record (.json in LLaVA's format, or with a "caption"). The
-places of all members are indexed, so shards are read at random like any other file, and resuming is exact.
+(.txt, .caption: the answer of a caption template) or a record (.json in LLaVA's format, or with a "caption"); a .json
+beside a text is taken for metadata. The places of all members are indexed, so shards are read at random like any other
+file, and resuming is exact.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import glob
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import numpy as np
 
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.config import BasicParameters
-from mindspeed_mm.data.conversation import checked_text, conversation_turns, count_images, literal_turn
+from mindspeed_mm.data.conversation import TURNS, checked_text, conversation_turns, count_images, literal_turn, shown
 from mindspeed_mm.data.datasets._files import ReadOptions
+from mindspeed_mm.data.facts import facts_of_all, sample_facts
 from mindspeed_mm.data.index import Index
+from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
-from mindspeed_mm.data.records import MAX_RECORD_BYTES
-from mindspeed_mm.data.sample import ImageBytes, Sample, Turn
-from mindspeed_mm.data.template import render_turns
+from mindspeed_mm.data.record_starts import MAX_RECORD_BYTES
+from mindspeed_mm.data.sample import ImageMember, Sample, Turn
 from mindspeed_mm.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -36,25 +38,23 @@ COLUMNS = 5
 record."""
 
 MAX_IMAGE_BYTES = 512 * 2**20
+CAPTION = '{"caption": "A cat on a mat."}'
 
 
 class Shard:
     """The samples of one tar file. Safe to use from several processes; can be pickled."""
 
     def __init__(self, path: Path, options: ReadOptions):
+        """Find the members. Raises DataError for a file that is no tar, or samples that are not whole."""
         self.path = path
-        self._options = options
+        self._images_first = options.images_first
         self._descriptor: int | None = None
-        key = {"format": __name__, "images_first": options.images_first, "template": options.template.digest}
-        self.index = Index(path, options.index_folder, key)
-        self._places = self.index.array("members", np.int64, self._index).reshape(-1, COLUMNS)
+        index = Index(path, options.index_folder, {"format": __name__})
+        self.is_stored = index.stores
+        self._places = index.array("members", np.int64, self._index).reshape(-1, COLUMNS)
 
     def __len__(self) -> int:
         return len(self._places)
-
-    def __getitem__(self, number: int) -> Sample:
-        places = self._places[number].tolist()
-        return self._sample(places, f"{self.path}: record {number}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descriptor": None}
@@ -65,43 +65,40 @@ class Shard:
 
     def _index(self) -> np.ndarray:
         rows: list[int] = []
-        with progress_bar(f"indexing {self.path.name}", self.path.stat().st_size) as advance:
-            for number, (name, members) in enumerate(self._groups(advance)):
-                where = f"{self.path}: record {number} ({name})"
-                images = [member for suffix, member in members.items() if suffix in IMAGES]
-                texts = [(suffix, member) for suffix, member in members.items() if suffix in TEXTS + RECORDS]
-                if len(images) != 1 or len(texts) != 1:
-                    raise DataError(
-                        f"{where} has {len(images)} images and {len(texts)} texts ({', '.join(members)}); expected one "
-                        "image and one .txt, .caption or .json of the same name, next to each other."
-                    )
-                (suffix, text), image = texts[0], images[0]
-                self._bound(where, image, text)
-                row = [image.offset_data, image.size, text.offset_data, text.size, int(suffix in RECORDS)]
-                sample = self._sample(row, where)
-                try:
-                    render_turns(sample.turns, self._options.template)
-                except DataError as error:
-                    raise type(error)(f"{where}: {error}") from error
-                rows += row
+        for number, (name, members) in enumerate(self._groups()):
+            image, text, is_record = self._pair(f"{self.path}: record {number} ({name})", members)
+            rows += [image.offset_data, image.size, text.offset_data, text.size, int(is_record)]
         if not rows:
             raise DataError(f"{self.path} holds no samples; expected images with .txt or .json members.")
         return np.asarray(rows, dtype=np.int64)
 
-    def _bound(self, where: str, image: tarfile.TarInfo, text: tarfile.TarInfo) -> None:
+    @staticmethod
+    def _pair(where: str, members: dict[str, tarfile.TarInfo]) -> tuple[tarfile.TarInfo, tarfile.TarInfo, bool]:
+        """The image and the text of a sample, and whether the text is a record."""
+        images = [member for suffix, member in members.items() if suffix in IMAGES]
+        texts = [member for suffix, member in members.items() if suffix in TEXTS]
+        records = [member for suffix, member in members.items() if suffix in RECORDS]
+        # img2dataset writes a .json of metadata beside each caption.
+        is_record = not texts
+        texts = texts or records
+        if len(images) != 1 or len(texts) != 1:
+            raise DataError(
+                f"{where} has {len(images)} images and {len(texts)} texts ({', '.join(members)}); expected one image "
+                "and one .txt, .caption or .json of the same name, next to each other, such as 000001.jpg, 000001.txt."
+            )
+        image, text = images[0], texts[0]
         if image.size > MAX_IMAGE_BYTES or text.size > MAX_RECORD_BYTES:
             raise DataError(
                 f"{where} has {image.size} bytes of image and {text.size} of text; no sample is that large."
             )
+        return image, text, is_record
 
-    def _groups(self, advance) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    def _groups(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
         """(name, members by suffix) of runs of members with one name."""
-        current, members, last = None, {}, 0
+        current, members = None, {}
         try:
             with tarfile.open(self.path, "r:") as archive:
                 for member in archive:
-                    advance(member.offset_data + member.size - last)
-                    last = member.offset_data + member.size
                     archive.members = []  # tarfile would keep them all
                     folder, base = os.path.split(member.name)
                     stem, _, suffix = base.partition(".")
@@ -126,27 +123,32 @@ class Shard:
             raise DataError(f"{self.path} ends within a member; the file has changed since it was indexed.")
         return content
 
-    def _sample(self, places: list[int], where: str) -> Sample:
-        image_place, image_size, text_place, text_size, is_record = places
+    def __getitem__(self, number: int) -> Sample:
+        where = f"{self.path}: record {number}"
+        image_place, image_size, text_place, text_size, is_record = self._places[number].tolist()
         try:
             text = self._read(text_place, text_size).decode("utf-8")
             record = json.loads(text) if is_record else {"caption": text.strip()}
             if not isinstance(record, dict):
-                raise DataError(f"the .json is {text[:80]!r}; expected an object.")
+                raise DataError(f"the .json is {shown(text)}; expected an object, such as {CAPTION}.")
             if "conversations" in record:
-                turns = conversation_turns(record, images_first=self._options.images_first)
-            else:
-                caption = checked_text(record.get("caption"), "caption")
+                turns = conversation_turns(record, images_first=self._images_first)
+            elif "caption" in record:
+                caption = checked_text(record["caption"], "caption")
                 turns = (Turn("human", IMAGE_TOKEN), literal_turn("gpt", caption))
+            else:
+                raise DataError(f'the .json has no "conversations" and no "caption"; expected such as {CAPTION}.')
             if count_images(turns) != 1:
-                raise DataError(f"the conversation has {count_images(turns)} <image> placeholders; expected one.")
+                raise DataError(
+                    f'"conversations" holds {count_images(turns)} <image> placeholders; expected one, as in {TURNS}.'
+                )
         except DataError as error:
             raise type(error)(f"{where}: {error}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{where}: the text cannot be read ({error}); expected UTF-8, and JSON in .json."
+                f"{where}: the text cannot be read ({error}); expected UTF-8, and in .json such as {CAPTION}."
             ) from error
-        picture = ImageBytes(f"{where}: image", self._read(image_place, image_size))
+        picture = ImageMember(f"{where}: image", self.path, image_place, image_size)
         return Sample(str(record.get("id", where)), turns, (picture,), where)
 
 
@@ -160,12 +162,15 @@ class TarShards:
         paths = sorted(Path(path) for path in glob.glob(pattern))
         if not paths:
             raise DataError(f"no tar files at {given}; expected a .tar file, a folder of them, or a pattern.")
-        self._shards = [Shard(path, options) for path in paths]
+        self._shards = _open_all(paths, options)
         self._ends = np.cumsum([len(shard) for shard in self._shards])
-        # Lengths of all samples are kept under the first shard; the key names the others.
+        self._template = options.template
+        # What is known of all samples is kept under the first shard; the key names the others.
         sizes = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        key = {"shards": sizes, "template": options.template.digest}
+        key = {"shards": sizes, "template": options.template.digest, "images_first": options.images_first}
         self.index = Index(paths[0], options.index_folder, key)
+        if options.problems is None:
+            self.facts = facts_of_all(self, parameters.data_path)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -173,6 +178,38 @@ class TarShards:
     def __getitem__(self, number: int) -> Sample:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return self._shards[shard][number - (int(self._ends[shard - 1]) if shard else 0)]
+
+    def look(self, number: int) -> tuple[int, int, int]:
+        """Everything that can be wrong with a sample's text, found once; returns its facts."""
+        sample = self[number]
+        try:
+            return sample_facts(sample, self._template)
+        except DataError as error:
+            raise type(error)(f"{sample.where}: {error}") from error
+
+
+def _open_all(paths: Sequence[Path], options: ReadOptions) -> list[Shard]:
+    """All shards, indexed by all cores. Raises the first DataError."""
+
+    def opened(numbers: range) -> Shard | DataError | None:
+        try:
+            shard = Shard(paths[numbers[0]], options)
+        except DataError as error:
+            error.__cause__ = error.__context__ = None  # may not survive pickling
+            return error
+        return None if shard.is_stored else shard  # what is stored is mapped by the process that uses it
+
+    shards: list[Shard] = []
+    with (
+        progress_bar(f"indexing {len(paths)} tar files", len(paths)) as advance,
+        ordered(opened, len(paths), alone_below=2, chunk=1) as parts,
+    ):
+        for path, shard in zip(paths, parts, strict=True):
+            if isinstance(shard, DataError):
+                raise shard
+            shards.append(shard or Shard(path, options))
+            advance(1)
+    return shards
 
 
 DATASET = TarShards

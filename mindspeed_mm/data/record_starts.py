@@ -1,0 +1,158 @@
+"""Where the records of a JSON list or of a JSONL file begin, found in one pass at constant memory.
+
+Both scans work on bytes. Lines are found by their ends alone. Elements of a list are found by the C scanner of Python's
+json on a window of the file decoded as Latin-1: a byte is then a character, and what JSON is made of is ASCII, which no
+byte of a longer UTF-8 character can be.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+BLOCK_BYTES = 4 * 2**20
+MAX_RECORD_BYTES = 64 * 2**20
+"""A longer record is taken for damage (an unclosed bracket would swallow the rest of the file)."""
+
+JSON_SPACE = b" \t\r\n"
+DECODER = json.JSONDecoder()
+
+
+class Damage(NamedTuple):
+    """Where a list cannot be read on."""
+
+    number: int
+    """Records before it."""
+    position: int
+    """Byte of the file."""
+    reason: str
+
+
+def line_starts(file: BinaryIO, position: int, advance: Callable[[int], None]) -> np.ndarray:
+    """Bytes at which the lines behind `position` begin that are not blank, then the end of the file; int64.
+
+    A line ends with LF, CR LF or CR, in any mixture: no string of JSON holds one of them.
+    """
+    starts, indented = [], []
+    file.seek(position)
+    at_start = True
+    while block := file.read(BLOCK_BYTES):
+        values = np.frombuffer(block, dtype=np.uint8)
+        is_end = values == ord("\n")
+        if b"\r" in block:
+            is_end |= values == ord("\r")
+        behind = np.flatnonzero(is_end) + 1
+        ends_here = bool(len(behind)) and int(behind[-1]) == len(block)
+        begins = behind[:-1] if ends_here else behind
+        if at_start:
+            begins = np.concatenate([np.zeros(1, dtype=begins.dtype), begins])
+        begins = begins[~is_end[begins]]
+        starts.append(begins + position)
+        firsts = values[begins]
+        indented.append((firsts == ord(" ")) | (firsts == ord("\t")))
+        at_start = ends_here
+        position += len(block)
+        advance(len(block))
+    found = np.concatenate([*starts, np.full(1, position)]).astype(np.int64)
+    kept = np.ones(len(found), dtype=bool)
+    for number in np.flatnonzero(np.concatenate([*indented, np.zeros(1, dtype=bool)])):
+        file.seek(int(found[number]))
+        kept[number] = bool(file.read(int(found[number + 1] - found[number])).strip(JSON_SPACE))
+    return found[kept]
+
+
+def list_starts(file: BinaryIO, position: int, advance: Callable[[int], None]) -> tuple[np.ndarray, Damage | None]:
+    """Bytes at which the elements of the list begin whose bracket is at `position`, then the byte behind the last one;
+    int64. With the damage at which reading ended, if there is some.
+    """
+    window = _Window(file, position + 1)
+    starts, end = array("q"), position + 1
+    damage = None
+    if window.next_mark() != "]":
+        while damage is None:
+            start = window.position
+            try:
+                window.skip_value()
+            except (ValueError, RecursionError) as error:
+                damage = Damage(len(starts), window.failed_at, getattr(error, "msg", str(error)))
+                break
+            starts.append(start)
+            advance(window.position - end)
+            end = window.position
+            mark = window.next_mark()
+            if mark == "]":
+                break
+            if mark != ",":
+                damage = Damage(len(starts), window.position, f"expected a comma or the list's end, found {mark!r}")
+            else:
+                window.offset += 1
+                if window.next_mark() == "]":
+                    damage = Damage(len(starts), window.position, "expected a record behind the comma")
+    if damage is None:
+        window.offset += 1
+        rest = window.next_mark()
+        if rest:
+            damage = Damage(len(starts), window.position, f"the list has ended, yet {rest!r} follows")
+    starts.append(end)
+    return np.frombuffer(starts, dtype=np.int64), damage
+
+
+class _Window:
+    """A stretch of the file that grows while a JSON value does not fit into it."""
+
+    def __init__(self, file: BinaryIO, position: int):
+        self._file = file
+        self._text = ""
+        self.base = position
+        """Byte of the file at which the stretch begins."""
+        self.offset = 0
+        """Where in the stretch the unread part begins."""
+        self.failed_at = position
+        """Byte of the file at which a value could not be read."""
+
+        file.seek(position)
+
+    @property
+    def position(self) -> int:
+        """Byte of the file at which the unread part begins."""
+        return self.base + self.offset
+
+    def _more(self) -> bool:
+        block = self._file.read(BLOCK_BYTES)
+        self._text = self._text[self.offset :] + block.decode("latin-1")
+        self.base += self.offset
+        self.offset = 0
+        return bool(block)
+
+    def next_mark(self) -> str:
+        """Move to the next character that is not white space and return it; empty at the end of the file."""
+        while True:
+            while self.offset < len(self._text):
+                mark = self._text[self.offset]
+                if mark not in " \t\r\n":
+                    return mark
+                self.offset += 1
+            if not self._more():
+                return ""
+
+    def skip_value(self) -> None:
+        """Move behind the value at the current position. Raises ValueError or RecursionError, having set
+        `failed_at`."""
+        self.failed_at = self.position
+        while True:
+            try:
+                _, end = DECODER.raw_decode(self._text, self.offset)
+            except json.JSONDecodeError as error:
+                self.failed_at = self.base + error.pos
+                # Either damage or a value that the window cuts off: only more text can tell.
+                if len(self._text) - self.offset > MAX_RECORD_BYTES or not self._more():
+                    raise
+                continue
+            if end == len(self._text) and self._more():
+                continue  # a number may go on
+            self.offset = end
+            return
