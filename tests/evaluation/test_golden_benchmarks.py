@@ -14,7 +14,7 @@ from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.questions import read_questions
 from evaluation.scorers import choice_compat, circular, relaxed, vqa
 from evaluation.scorers.cells import strict_answers
-from mindspeed_mm.data.template import generation_prompt
+from mindspeed_mm.data.rendering import generation_prompt
 
 CHOICE = ("AI2D_TEST", "CCBench", "ScienceQA_TEST", "MMMU_DEV_VAL", "MMBench_DEV_EN", "MMBench_DEV_CN")
 OPEN = ("ChartQA_TEST", "DocVQA_VAL", "TextVQA_VAL")

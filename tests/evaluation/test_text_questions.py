@@ -48,9 +48,7 @@ def test_scores_with_and_without_a_picture_are_told(mixed_path, tmp_path):
 def test_a_table_of_text_only(tmp_path):
     rows = [row | {"image": ""} for row in choice_rows()]
     path = write_table(tmp_path / "t.tsv", rows)
-    with pytest.raises(
-        DataError, match="none of the 6 rows has a picture; fill column image, or ask for text"
-    ):
+    with pytest.raises(DataError, match="none of the 6 rows has a picture; fill column image, or ask for text"):
         read_table(path)
     assert mm.score("toy", ANSWERS, path, text_questions=True).notes == {}
 

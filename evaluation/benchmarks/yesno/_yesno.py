@@ -64,10 +64,14 @@ class YesNo:
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
         """Official: question and LLaVA's short-answer instruction; vlmevalkit: the question alone."""
         if style == "official":
-            texts = {row.index: with_short_instruction(row.cells["question"]) for row in table.rows}
+            texts = {row.index: self.official_text(row.cells["question"]) for row in table.rows}
         else:
             texts = {index: view.get("question", seen(None)) for index, view in views_of_kit(table).items()}
         return {row.index: pictures_first(texts[row.index], row, style, table) for row in table.rows}
+
+    def official_text(self, question: str) -> str:
+        """The text behind the picture."""
+        return with_short_instruction(question)
 
     def strict_reader(self) -> Callable[[str], str]:
         """How strict scoring reads an answer."""

@@ -15,6 +15,8 @@ PERCEPTION = (
 )
 REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
 """The categories of MME's paper; 100 + 100 points each."""
+OWN_INSTRUCTION = "Please answer yes or no."
+"""Ends every question of MME's tables; LLaVA's question file does without, its conversion for MME's tool adds it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class MME(YesNo):
                 f"{table.path} lacks column {', '.join(missing)}, which MME needs: points are given per category, and "
                 f"image_path tells which questions share a picture; found {', '.join(table.columns)}."
             )
+
+    def official_text(self, question: str) -> str:
+        """LLaVA's question file: its short-answer instruction stands in place of MME's own."""
+        return super().official_text(question.removesuffix(OWN_INSTRUCTION).rstrip())
 
     def combine(
         self, readings: Sequence[Reading], mode: Mode, table: Table
