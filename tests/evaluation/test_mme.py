@@ -1,4 +1,4 @@
-"""MME: points of pairs of questions on a picture; VLMEvalKit 0.2rc1 gave the same numbers on this table."""
+"""MME: points of pairs of questions on a picture."""
 
 import pytest
 from evaluation_helpers import FakeEngine, picture, write_table
