@@ -203,6 +203,10 @@ def _option(name: str) -> str:
 
 
 def _flags() -> list[dataclasses.Field]:
+_ALIASES = {"num_virtual_stages_per_pipeline_rank": ("--virtual-pipeline-model-parallel-size",)}
+"""Further names of flags: this one is the ancestor's."""
+
+
     return [f for f in dataclasses.fields(DriverArguments) if f.metadata]
 
 
@@ -224,6 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=None if flag.metadata["choices"] else flag.metadata["kind"].__name__.upper(),
             help=text,
         )
+            *_ALIASES.get(flag.name, ()),
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
@@ -246,6 +251,9 @@ def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
 
 
 def from_namespace(namespace: argparse.Namespace, world_size: int | None = None) -> DriverArguments:
+        if name.startswith("--recompute-"):
+            problems.append(f"unknown flag {name}: recompute_* are keys of each part in the model config")
+            continue
     """Validate what argparse read.
 
     Args:

@@ -196,6 +196,16 @@ def test_virtual_stages_by_their_layers():
         initialize(args, get_platform("cpu"))
 
 
+def test_the_ancestors_name_of_virtual_stages():
+    args = parse(*PIPELINE, "--virtual-pipeline-model-parallel-size", "2", "--global-batch-size", "2", world_size=2)
+    assert args.num_virtual_stages_per_pipeline_rank == 2
+
+
+def test_recomputation_is_in_the_model_config():
+    with pytest.raises(ConfigError, match="unknown flag --recompute-method: .* keys of each part in the model config"):
+        parse(*REQUIRED, "--recompute-method", "uniform")
+
+
 def test_one_virtual_stage_is_none():
     args = parse(*PIPELINE, "--num-virtual-stages-per-pipeline-rank", "1", world_size=2)
     assert args.num_virtual_stages_per_pipeline_rank is None

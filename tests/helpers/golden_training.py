@@ -68,18 +68,36 @@ class Layout(NamedTuple):
 
 def train_golden(golden: Path, layout: Layout, save: str, flags: str = "", steps: int = STEPS) -> int:
     """Train golden steps on this rank into `save`; the iteration that was reached."""
+    state, args, batches, hooks = begin(golden, layout, f"--save {save} {flags}", steps)
+    from megatron.driver import loop
+    from mindspeed_mm.training.step import forward_step
+
+    return loop.train(state, args, forward_step, batches, hooks).iteration
+
+
+def validate_golden(golden: Path, layout: Layout, batches: int) -> float:
+    """Loss of the first golden batches, without training."""
+    state, args, data, hooks = begin(golden, layout, "", STEPS)
+    from megatron.driver import validation
+    from mindspeed_mm.training.step import forward_step
+
+    return validation.evaluate(state, args, forward_step, data, batches, hooks)
+
+
+def begin(golden: Path, layout: Layout, flags: str, steps: int) -> tuple:
+    """(state, args, micro-batches of this rank from the state's step on, hooks)."""
     from mindspeed_mm.platform import get_platform
 
     platform = get_platform("cpu")
-    from megatron.driver import initialize, loop, setup
+    from megatron.driver import initialize, setup
     from megatron.driver.state import Hooks
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.parallel import layout_problems
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.training.step import forward_step, level
+    from mindspeed_mm.training.step import level
 
-    args = driver_arguments(layout, f"{FLAGS[layout.trained]} --save {save} {flags}", steps)
+    args = driver_arguments(layout, f"{FLAGS[layout.trained]} {flags}", steps)
     runtime = Runtime(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -97,7 +115,7 @@ def train_golden(golden: Path, layout: Layout, save: str, flags: str = "", steps
 
     state = setup.setup(args, provide, platform)
     batches = micro_batches(golden, layout, state.data_parallel_rank, runtime.sequence_multiple, state.iteration)
-    return loop.train(state, args, forward_step, batches, Hooks(level=lambda batches: level(batches, 0))).iteration
+    return state, args, batches, Hooks(level=lambda batches: level(batches, 0))
 
 
 def driver_arguments(layout: Layout, flags: str, steps: int):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.golden_training import Layout, full_tensors, records, train_golden
+from tests.helpers.golden_training import Layout, begin, full_tensors, records, train_golden, validate_golden
 from tests.parallel.comparison import compare
 
 LAYOUTS = {
@@ -35,3 +35,28 @@ def test_steps_without_pictures(ranks, golden, text_steps, tmp_path, name):
     layout = LAYOUTS[name]._replace(text_steps=True, trained="c")
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path))
     compare((records(tmp_path), full_tensors(tmp_path)), text_steps)
+
+
+def test_validation_at_every_layout(ranks, golden):
+    (wanted,) = ranks(1).run(validate_golden, golden, Layout(), 3)
+    for name, layout in LAYOUTS.items():
+        for loss in ranks(layout.ranks).run(validate_golden, golden, layout, 3):
+            assert loss == pytest.approx(wanted, rel=1e-6), name
+
+
+def pictures_encoded(golden, layout):
+    """How many pictures the tower of this rank sees in the first micro-batch."""
+    state, args, data, hooks = begin(golden, layout, "", 5)
+    from megatron.driver import validation
+    from mindspeed_mm.training.step import forward_step
+
+    seen = []
+    state.modules[0].image_encoder.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    validation.evaluate(state, args, forward_step, data, 1, hooks)
+    return seen
+
+
+@pytest.mark.parametrize(("micro_batch", "share"), [(4, [2]), (1, [1, 1, 1, 1])])
+def test_context_parallel_ranks_share_the_pictures(ranks, golden, micro_batch, share):
+    """Four rows with a picture each; where there is one for two ranks, one of them gets a blank one."""
+    assert ranks(2).run(pictures_encoded, golden, Layout(context=2, micro_batch=micro_batch)) == [share, share]

@@ -15,6 +15,7 @@ COMMON = (
 )
 LAYOUTS = {
     "PP2": "--pipeline-model-parallel-size 2",
+    "PP2 VPP2": "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
     "TP2 SP": "--tensor-model-parallel-size 2 --sequence-parallel",
     "CP2": "--context-parallel-size 2",
     "DP2": "--use-distributed-optimizer",

@@ -11,6 +11,7 @@ LAYOUTS = {
     "one rank": Layout(flags=BF16, trained="c"),
     "TP2": Layout(tensor=2, flags=BF16, trained="c"),
     "PP2": Layout(pipeline=2, flags=BF16, trained="c"),
+    "PP2 VPP2": Layout(pipeline=2, virtual=2, flags=BF16, trained="c"),
     "CP2": Layout(context=2, flags=BF16, trained="c"),
     "DP2 distributed": Layout(data=2, flags=SHARED, trained="c"),
     "CP2 distributed": Layout(context=2, flags=SHARED, trained="c"),
@@ -32,20 +33,21 @@ def held(golden, layout):
     runtime = Runtime(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual,
         context_parallel_size=layout.context,
         params_dtype=torch.bfloat16,
     )
     spec = load_model_spec(description(golden, layout))
     initialize.initialize(args, platform)
 
-    def provide(pre_process, post_process):
-        return build_vlm(spec, runtime, torch.device("cpu"), pre_process=pre_process, post_process=post_process)[0]
+    def provide(pre_process, post_process, vp_stage=None):
+        stage = {"pre_process": pre_process, "post_process": post_process, "vp_stage": vp_stage}
+        return build_vlm(spec, runtime, torch.device("cpu"), **stage)[0]
 
     state = setup.setup(args, provide, platform)
-    (module,) = state.modules
-    parameters = list(module.parameters())
+    parameters = [parameter for module in state.modules for parameter in module.parameters()]
     total = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    for buffer in state.model[0].buffers:
+    for buffer in (buffer for chunk in state.model for buffer in chunk.buffers):
         total += buffer.grad_data.numel() * buffer.grad_data.element_size()
     inner = state.optimizer.optimizer
     for group in inner.param_groups:
