@@ -11,8 +11,8 @@ _EXPORTS = {
     "load": "mindspeed_mm.api",
     "convert": "mindspeed_mm.api",
     "load_tokenizer": "mindspeed_mm.data.tokenizer",
-    "encode": "mindspeed_mm.data.template",
-    "render": "mindspeed_mm.data.template",
+    "encode": "mindspeed_mm.data.encode",
+    "render": "mindspeed_mm.data.rendering",
     "preprocess": "mindspeed_mm.data.image",
     "score": "evaluation.score",
 }

@@ -21,7 +21,7 @@ from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.sample import Batch
-from mindspeed_mm.data.template import describe_sample
+from mindspeed_mm.data.template_check import describe_sample
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.locate import TOKENIZER_FOLDER
@@ -51,6 +51,9 @@ MODEL_KEYS_OF_FLAGS = {
 
 class TrainingRun:
     """Everything of a run that can be checked before processes meet is checked in the constructor."""
+
+    allow_nonfinite = False
+    """Start from weights with NaN or Inf, which are else refused."""
 
     def __init__(
         self, args: DriverArguments, platform: Platform, model_path: str, data_path: str, tool_path: str | None
@@ -119,6 +122,7 @@ class TrainingRun:
             self.runtime,
             self.platform.device(),
             load_weights=not in_checkpoint,
+            allow_nonfinite=self.allow_nonfinite,
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,

@@ -109,7 +109,8 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
     """Templates, tokenizer and lengths as in training."""
     from mindspeed_mm.data.expand import Encoding
     from mindspeed_mm.data.preflight import Check
-    from mindspeed_mm.data.template import check_template, get_template
+    from mindspeed_mm.data.template import get_template
+    from mindspeed_mm.data.template_check import check_template
     from mindspeed_mm.data.tokenizer import load_tokenizer
 
     parameters = config.dataset_param

@@ -20,7 +20,8 @@ from mindspeed_mm.data.index import default_folder
 from mindspeed_mm.data.packing import PackedOrder
 from mindspeed_mm.data.sample import Batch, Encoded
 from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder, GroupedOrder, Order, WeightedOrder
-from mindspeed_mm.data.template import Template, check_template, get_template
+from mindspeed_mm.data.template import Template, get_template
+from mindspeed_mm.data.template_check import check_template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 

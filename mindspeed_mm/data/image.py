@@ -169,7 +169,8 @@ def load_image(path: str | Path | Picture) -> Image.Image:
         other = other_suffix(path)
         hint = f"; {other.name} is there: `check-data --fix-suffix` writes records that name it" if other else ""
         raise ImageError(
-            f"image {path} is missing; correct the record, the data folder, or add the file{hint}."
+            f'image {path} is missing; expected a file there, as "image": "coco/1.jpg" is DATA_FOLDER/coco/1.jpg. '
+            f"Correct the record or the data folder, or add the file{hint}."
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, ImageError):

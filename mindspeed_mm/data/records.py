@@ -58,7 +58,9 @@ class RecordFile:
         if damage is not None:
             self._meet(self._damage(damage.number, damage.position, damage.reason))
         elif len(starts) == 1:
-            self._meet(DataError(f"{self.path} holds no records; expected a JSON list or JSONL of such as {EXAMPLE}."))
+            self._meet(
+                DataError(f"{self.path} holds no records; expected a JSON list or JSONL of records such as {EXAMPLE}.")
+            )
         return starts
 
     def _head(self, file: Any) -> tuple[int, bool]:

@@ -10,9 +10,9 @@ from data_helpers import make_record
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.build import build_dataset, build_loader
 from mindspeed_mm.data.collate import Collator
+from mindspeed_mm.data.encode import encode
 from mindspeed_mm.data.expand import expand_images, fit_length
 from mindspeed_mm.data.sample import Encoded
-from mindspeed_mm.data.template import encode
 from mindspeed_mm.errors import ConfigError, DataError, TemplateError
 
 TOKENS_PER_IMAGE = 4

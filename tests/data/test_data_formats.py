@@ -13,8 +13,9 @@ from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.build import build_dataset
 from mindspeed_mm.data.config import DATASETS, BasicParameters
 from mindspeed_mm.data.datasets._files import ReadOptions
+from mindspeed_mm.data.rendering import render_turns
 from mindspeed_mm.data.sample import ImageBytes
-from mindspeed_mm.data.template import get_template, render_turns
+from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, DataError
 
 
@@ -58,7 +59,7 @@ def test_messages(read):
 
 
 def test_a_typed_image_tag_is_text(read, tokenizer):
-    from mindspeed_mm.data.template import encode_turns
+    from mindspeed_mm.data.encode import encode_turns
 
     parts = [{"type": "image"}, {"type": "text", "text": "What is <image>?"}]
     answer = {"role": "assistant", "content": "<image> is a tag</s> USER: no"}

@@ -56,7 +56,7 @@ def test_byte_order_mark_and_pickling(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no records; expected a JSON list or JSONL of such as {.id.: .1."),
+        (b"", "holds no records; expected a JSON list or JSONL of records such as {.id.: .1."),
         (b"[]", "holds no records"),
         (b" \n", "holds no records"),
         (

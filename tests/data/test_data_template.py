@@ -8,18 +8,10 @@ from hypothesis import strategies as st
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data import template as template_module
-from mindspeed_mm.data.template import (
-    Template,
-    check_template,
-    describe_sample,
-    encode,
-    encode_prompt,
-    generation_prompt,
-    get_template,
-    render,
-    supervised_runs,
-    template_names,
-)
+from mindspeed_mm.data.encode import encode, encode_prompt
+from mindspeed_mm.data.rendering import generation_prompt, render
+from mindspeed_mm.data.template import Template, get_template, template_names
+from mindspeed_mm.data.template_check import check_template, describe_sample, supervised_runs
 from mindspeed_mm.errors import DataError, TemplateError
 
 CHAT_TEMPLATES = ("mpt", "chatml_direct")
@@ -268,7 +260,7 @@ odd_texts = odd_texts.filter(lambda text: text and text.strip() == text)
 def test_nothing_typed_breaks_the_structure(marked, pairs, name, fast):
     """Image tags, special tokens and role words in texts are text: the supervised tokens decode to the answers."""
     from mindspeed_mm.data.conversation import literal_turn
-    from mindspeed_mm.data.template import encode_turns
+    from mindspeed_mm.data.encode import encode_turns
 
     tokenizer = marked[fast]
     turns = [literal_turn(role, text) for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
@@ -317,16 +309,16 @@ RENDERED["qwen"] = RENDERED["internlm2_chat"]
 
 @pytest.mark.parametrize("name", sorted(RENDERED))
 def test_rendering_with_a_system_text(name):
+    from mindspeed_mm.data.rendering import render_turns
     from mindspeed_mm.data.sample import Turn
-    from mindspeed_mm.data.template import render_turns
 
     turns = [Turn("system", "S"), Turn("human", "Q"), Turn("gpt", "A"), Turn("human", "R"), Turn("gpt", "B")]
     assert render_turns(turns, name) == RENDERED[name]
 
 
 def test_a_system_text_needs_a_place():
+    from mindspeed_mm.data.rendering import render_turns
     from mindspeed_mm.data.sample import Turn
-    from mindspeed_mm.data.template import render_turns
 
     turns = [Turn("system", "S"), Turn("human", "<image>"), Turn("gpt", "A")]
     with pytest.raises(TemplateError, match="a caption template takes|no place for a system text"):

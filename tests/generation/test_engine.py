@@ -33,8 +33,8 @@ def test_images_without_placeholder_go_in_front(engine, picture):
 
 
 def test_prompt_is_the_training_prompt(engine, picture):
+    from mindspeed_mm.data.encode import encode
     from mindspeed_mm.data.expand import expand_images
-    from mindspeed_mm.data.template import encode
 
     ids = engine.prepare(request("a", "What is it?", picture))
     conversation = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A."}]

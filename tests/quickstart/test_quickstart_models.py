@@ -9,7 +9,7 @@ from examples.quickstart.configs import write_configs
 from examples.quickstart.make_data import LETTERS, NAMES, choice_question, make_data
 from examples.quickstart.make_models import make_models
 from mindspeed_mm.data.config import DataConfig
-from mindspeed_mm.data.template import encode, encode_prompt
+from mindspeed_mm.data.encode import encode, encode_prompt
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.weights.sources import open_source

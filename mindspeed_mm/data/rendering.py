@@ -1,0 +1,118 @@
+"""Conversations as one string: what a template makes of turns, in pieces that know whether they are supervised."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mindspeed_mm.constants import IMAGE_TOKEN
+from mindspeed_mm.data.conversation import conversation_turns
+from mindspeed_mm.data.sample import Turn
+from mindspeed_mm.data.template import SLOT, SYSTEM_SLOT, Template, get_template
+from mindspeed_mm.errors import TemplateError
+
+
+class Segment(NamedTuple):
+    """A piece of the rendered string."""
+
+    text: str
+    supervised: bool = False
+    start: int = 0
+    """Where the turn's own text begins in `text`, and where it ends; the rest is the template's."""
+    end: int = 0
+    literal: tuple[int, ...] = ()
+    """Where in `text` an `<image>` begins that is no image."""
+
+
+def render(conversation: Mapping[str, Any] | Sequence[Any], template: str | Template) -> str:
+    """The string that a conversation is trained on (BOS aside). See `encode` for arguments and errors."""
+    return render_turns(conversation_turns(conversation), template)
+
+
+def render_turns(turns: Sequence[Turn], template: str | Template) -> str:
+    """As `render`, for turns that `conversation_turns` has checked."""
+    return "".join(segment.text for segment in segments_of(turns, get_template(template)))
+
+
+def generation_prompt(turns: Sequence[Sequence[str | None]], template: str | Template) -> str:
+    """The prompt of (question, answer) pairs whose last answer is open (None). Texts are used as they are.
+
+    Raises TemplateError when another answer is open or the last one is not.
+    """
+    segments = segments_of(open_turns(turns), get_template(template), generation=True)
+    return "".join(segment.text for segment in segments)
+
+
+def open_turns(pairs: Sequence[Sequence[str | None]]) -> list[Turn]:
+    """Turns of (question, answer) pairs whose last answer is open (None). Raises TemplateError."""
+    turns = []
+    for index, (question, answer) in enumerate(pairs):
+        last = index == len(pairs) - 1
+        if question is None or (answer is None) != last:
+            raise TemplateError(
+                f"pair {index} of the prompt is {(question, answer)!r}; expected (question, answer) pairs with an "
+                "answer of None in the last pair only."
+            )
+        turns += [Turn("human", question), Turn("gpt", answer or "")]
+    if not turns:
+        raise TemplateError("the prompt has no turns; expected at least one (question, None) pair.")
+    return turns
+
+
+def segments_of(turns: Sequence[Turn], template: Template, generation: bool = False) -> list[Segment]:
+    """The rendered string in pieces. In `generation` the last answer is open: only its header is there."""
+    if template.captions_only:
+        turns = _caption_turns(turns)
+    if turns[0].role == "system":
+        segments, turns = _opening(turns, template), turns[2:]
+    else:
+        first = template.human if template.human_first is None else template.human_first
+        segments = [Segment(template.prefix), _human(turns[0], template, first)]
+        turns = turns[1:]
+    for index, turn in enumerate(turns):
+        if turn.role == "human":
+            segments.append(_human(turn, template, template.human))
+            continue
+        segments.append(Segment(template.gpt_header))
+        if not (generation and index == len(turns) - 1):
+            body = _fill(template.gpt, turn, supervised=True) if turn.text else Segment(template.gpt_empty, True)
+            segments += [body, Segment(template.gpt_footer)]
+    if not generation:
+        segments.append(Segment(template.suffix))
+    return segments
+
+
+def _opening(turns: Sequence[Turn], template: Template) -> list[Segment]:
+    """A system text and the first human turn."""
+    if template.with_system is None:
+        raise TemplateError("this template has no place for a system text; remove it, or choose another template.")
+    if len(turns) < 2:
+        raise TemplateError("a system text alone is no conversation; expected a human turn behind it.")
+    system, human = template.with_system.split(SLOT)[0], SLOT + template.with_system.split(SLOT)[1]
+    before, after = system.split(SYSTEM_SLOT)
+    return [_fill(before + SLOT, turns[0]), _fill(after + human, turns[1])]
+
+
+def _human(turn: Turn, template: Template, form: str) -> Segment:
+    if not turn.text and template.human_empty is not None:
+        if form == template.human_first:
+            raise TemplateError("the first human turn is empty; this template puts its system text there. Add a text.")
+        return Segment(template.human_empty)
+    return _fill(form, turn)
+
+
+def _fill(form: str, turn: Turn, supervised: bool = False) -> Segment:
+    """A form with the text of a turn in its slot."""
+    before, after = form.split(SLOT)
+    start = len(before)
+    literal = tuple(start + place for place in turn.literal)
+    return Segment(before + turn.text + after, supervised, start, start + len(turn.text), literal)
+
+
+def _caption_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """An image and its caption: of the human turn only the images stay (LLaVA's preprocess_plain)."""
+    images = turns[0].text.count(IMAGE_TOKEN)
+    if len(turns) != 2 or not images:
+        raise TemplateError(
+            f"a caption template takes one human turn with an image and one gpt turn; found {len(turns)} turns with "
+            f"{images} images in the first. Use a chat template such as v1 for this data."
+        )
+    return [Turn("human", IMAGE_TOKEN * images), turns[1]]
