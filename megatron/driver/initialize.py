@@ -95,20 +95,14 @@ def _meeting(args: DriverArguments) -> Iterator[Store]:
     preflight.sign_in(store, rank, ranks, limit)
     if ranks > 1:
         watch.start(preflight.open_store(args), rank, ranks, args.distributed_timeout_minutes)
-    with reach.naming_unreachable(store, rank, ranks, limit):
+    with reach.naming_unreachable(preflight.open_store(args), rank, ranks, limit):
         yield store
 
 
 def _init_process_group(args: DriverArguments, platform: Platform, store: Store) -> None:
-    """Make the process group; gloo connects the ranks here, so the preflight's time limit holds for it."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    seconds = 60 * args.distributed_timeout_minutes
-    limit = min(seconds, args.preflight_timeout_seconds) if platform.backend == "gloo" else seconds
-    torch.distributed.init_process_group(
-        platform.backend, store=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=limit)
-    )
-    if limit != seconds:
-        reach.raise_limit(seconds)
+    timeout = datetime.timedelta(minutes=args.distributed_timeout_minutes)
+    torch.distributed.init_process_group(platform.backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
 def shutdown() -> None:

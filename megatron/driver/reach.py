@@ -8,17 +8,20 @@ way to it is down.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
+import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
-import torch
 from torch.distributed import Store
 
+from megatron.driver.watch import EXIT_CODE
 from mindspeed_mm.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 KNOCK_SECONDS = 3.0
 """How long one rank waits for another one's port."""
@@ -32,25 +35,37 @@ EVERY_RANK = 64
 
 @contextlib.contextmanager
 def naming_unreachable(store: Store, rank: int, ranks: int, seconds: float) -> Iterator[None]:
-    """Turn the error of a run's first collectives into one that names who cannot be reached, from where.
+    """Turn the failure of a run's first collectives into one that names who cannot be reached, from where.
 
     Args:
-        store: of torch; here/<rank> holds the name of each rank's host.
-        seconds: the time limit, for the message.
+        store: of torch, on a connection that nobody else uses; here/<rank> holds the name of each rank's host.
+        seconds: the time limit. gloo keeps trying for a multiple of it, so the process is ended a little later.
 
     Raises:
         TrainingError: names them, or the interface where all can be reached.
     """
+
+    def give_up() -> None:
+        logger.error(_message(store, rank, ranks, f"did not end within {seconds:g} s"))
+        os._exit(EXIT_CODE)
+
+    limit = threading.Timer(seconds + KNOCK_SECONDS, give_up)
+    limit.daemon = True
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_open_door(store, rank))
+            limit.start()
             yield
         except RuntimeError as error:  # DistBackendError, and what gloo raises
+            limit.cancel()
             first = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-            raise TrainingError(
-                f"rank {rank} on {socket.gethostname()}: the first collectives failed (limit {seconds:g} s): {first}. "
-                f"{_findings(store, rank, ranks)}"
-            ) from error
+            raise TrainingError(_message(store, rank, ranks, f"failed (limit {seconds:g} s): {first}")) from error
+        finally:
+            limit.cancel()
+
+
+def _message(store: Store, rank: int, ranks: int, what: str) -> str:
+    return f"rank {rank} on {socket.gethostname()}: the first collectives {what}. {_findings(store, rank, ranks)}"
 
 
 @contextlib.contextmanager
@@ -76,11 +91,11 @@ def _findings(store: Store, rank: int, ranks: int) -> str:
     try:
         own = [f"{socket.gethostname()} (rank {rank}) -> {line}" for line in _knock(store, rank, ranks)]
         store.set(f"knocked/{rank}", json.dumps(own))
-        names = [f"knocked/{number}" for number in range(ranks)]
-        end = time.monotonic() + 2 * KNOCK_SECONDS
-        while not store.check(names) and time.monotonic() < end:
-            time.sleep(0.05)
-        lines = [line for name in names if store.check([name]) for line in json.loads(store.get(name))]
+        knocked = _wait_for("knocked", store, ranks)
+        lines = [line for number in knocked for line in json.loads(store.get(f"knocked/{number}"))]
+        store.set(f"read/{rank}", "yes")
+        if rank == 0:  # which may keep the store
+            _wait_for("read", store, ranks)
     except RuntimeError as error:
         return f"Out of reach: rank 0, which keeps the list of ranks: {str(error).splitlines()[0][:200]}"
     if lines:
@@ -89,6 +104,15 @@ def _findings(store: Store, rank: int, ranks: int) -> str:
         "All ranks answer on the network of MASTER_ADDR, so the interface that the backend chose is at fault: set "
         "GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME or HCCL_SOCKET_IFNAME to that network's"
     )
+
+
+def _wait_for(word: str, store: Store, ranks: int) -> list[int]:
+    """The ranks that have written the word; all of them, or those that did so in time."""
+    names = {number: f"{word}/{number}" for number in range(ranks)}
+    end = time.monotonic() + 2 * KNOCK_SECONDS
+    while not store.check(list(names.values())) and time.monotonic() < end:
+        time.sleep(0.05)
+    return [number for number, name in names.items() if store.check([name])]
 
 
 def _knock(store: Store, rank: int, ranks: int) -> list[str]:
@@ -113,9 +137,3 @@ def _knock(store: Store, rank: int, ranks: int) -> list[str]:
         except OSError as error:
             lines.append(f"rank {other} on {hosts[other]} ({address}: {error})")
     return lines
-
-
-def raise_limit(seconds: float) -> None:
-    """Give gloo's group of all ranks another time limit than the one that it was made with."""
-    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
-    group._set_default_timeout(datetime.timedelta(seconds=seconds))
