@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.driver.profile_checks import profile_problems
 from mindspeed_mm.errors import ConfigError
 
 _GROUPS = {
@@ -138,6 +139,11 @@ class DriverArguments:
     num_workers: int = _flag(int, 2, "run", "processes per rank that prepare data; 0 prepares in the training process")
     exit_interval: int | None = _flag(int, None, "run", "save and stop at a step divisible by this")
     log_interval: int = _flag(int, 100, "run", "steps between log lines")
+    profile: bool = _switch("run", "trace some steps with torch's profiler and show where their time goes")
+    profile_step_start: int = _flag(int, 10, "run", "first step that --profile traces")
+    profile_step_end: int = _flag(int, 12, "run", "step before which --profile ends")
+    profile_dir: str | None = _flag(str, None, "run", "folder for traces; default SAVE/profile")
+    profile_ranks: tuple = _flag(int, (0,), "run", "ranks that --profile traces, -1 for all")
     tensorboard_dir: str | None = _flag(str, None, "run", "folder for TensorBoard curves")
     eval_interval: int | None = _flag(
         int, None, "run", "steps between losses on the validation set, where there is one"
@@ -145,6 +151,7 @@ class DriverArguments:
     eval_iters: int | None = _flag(int, None, "run", "global batches of a validation; at most, and by default, the set")
 
     log_throughput: bool = _switch("kept", "throughput is always logged")
+    use_pytorch_profiler: bool = _switch("kept", "--profile always is torch's profiler")
     use_mcore_models: bool = _switch("kept", "models always are megatron.core's")
     use_dist_ckpt: bool = _switch("kept", "checkpoints always are torch_dist")
     use_flash_attn: bool = _switch("kept", "the platform picks its fastest exact attention kernel")
@@ -198,15 +205,15 @@ class DriverArguments:
         return notes
 
 
+_ALIASES = {"num_virtual_stages_per_pipeline_rank": ("--virtual-pipeline-model-parallel-size",)}
+"""Further names of flags: this one is the ancestor's."""
+
+
 def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def _flags() -> list[dataclasses.Field]:
-_ALIASES = {"num_virtual_stages_per_pipeline_rank": ("--virtual-pipeline-model-parallel-size",)}
-"""Further names of flags: this one is the ancestor's."""
-
-
     return [f for f in dataclasses.fields(DriverArguments) if f.metadata]
 
 
@@ -219,16 +226,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(_option(flag.name), action="store_true", help=text)
             continue
         if flag.default is not None:
-            text = f"{text} (default {flag.default})"
+            default = flag.default[0] if isinstance(flag.default, tuple) else flag.default
+            text = f"{text} (default {default})"
         group.add_argument(
             _option(flag.name),
+            *_ALIASES.get(flag.name, ()),
             type=flag.metadata["kind"],
             default=flag.default,
+            nargs="+" if isinstance(flag.default, tuple) else None,
             choices=flag.metadata["choices"],
             metavar=None if flag.metadata["choices"] else flag.metadata["kind"].__name__.upper(),
             help=text,
         )
-            *_ALIASES.get(flag.name, ()),
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
@@ -244,6 +253,9 @@ def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
             problems.append(f"{word!r} belongs to no flag")
             continue
         name = word.split("=", 1)[0]
+        if name.startswith("--recompute-"):
+            problems.append(f"unknown flag {name}: recompute_* are keys of each part in the model config")
+            continue
         near = difflib.get_close_matches(name, known, n=3)
         problems.append(f"unknown flag {name}" + (f": did you mean {' or '.join(near)}?" if near else ": see --help"))
     if problems:
@@ -251,9 +263,6 @@ def refuse_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> None:
 
 
 def from_namespace(namespace: argparse.Namespace, world_size: int | None = None) -> DriverArguments:
-        if name.startswith("--recompute-"):
-            problems.append(f"unknown flag {name}: recompute_* are keys of each part in the model config")
-            continue
     """Validate what argparse read.
 
     Args:
@@ -392,6 +401,7 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         problems.append(f"{' and '.join(given)} are both given: keep one of them")
     if given and args.pipeline_model_parallel_size == 1:
         problems.append(f"{given[0]} needs --pipeline-model-parallel-size above 1: it cuts pipeline stages into chunks")
+    problems += profile_problems(args)
     if args.load is None:
         needing = ("finetune", "ckpt_step", "exit_on_missing_checkpoint")
         problems += [f"{_option(name)} needs --load" for name in needing if getattr(args, name) not in (None, False)]

@@ -20,9 +20,11 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder, StepMetrics
+from megatron.driver.profiling import Profiler
 from megatron.driver.saver import SaveClock, Saver
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.errors import DataError, TrainingError
+from mindspeed_mm.platform.regions import region
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +177,15 @@ def train(
     data = MeteredIterator(data_iterator, hooks.describe, hooks.level if interleaved() else None)
     step = None
     clock = SaveClock(args)
-    with StopRequest() as stop, Recorder(state, args) as recorder, Saver(state, args, hooks) as saver:
+    with (
+        StopRequest() as stop,
+        Recorder(state, args) as recorder,
+        Saver(state, args, hooks) as saver,
+        Profiler(args, state.platform) as profiler,
+    ):
         while state.iteration < args.train_iters:
-            step, totals = train_step(state, args, forward_step, data, stop, saver)
+            with profiler.step(state.iteration + 1):
+                step, totals = train_step(state, args, forward_step, data, stop, saver)
             recorder.add(step)
             hooks.after_step(state)
             if totals.save_failed:
@@ -220,11 +228,13 @@ def train_step(
         The step's metrics; and sums over the ranks, which also say whether one was asked to stop or failed to save.
     """
     start = time.perf_counter()
-    data.fetch(get_num_microbatches(), state.platform.device())
+    with region("data wait"):
+        data.fetch(get_num_microbatches(), state.platform.device())
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    reported = forward_backward(state, args, forward_step, data.batches)
+    with region("backward"):  # what the model does not name inside
+        reported = forward_backward(state, args, forward_step, data.batches)
     totals = _reduce(state, reported, data, stop, saver)
     if totals.supervised == 0:
         _refuse(
@@ -235,7 +245,8 @@ def train_step(
         _refuse(state, data, f"the loss is {loss}: check the data and weights, or lower --lr")
     learning_rate = next((group["lr"] for group in state.optimizer.param_groups), 0.0)
     loss_scale = state.optimizer.get_loss_scale().item()
-    updated, grad_norm, _ = state.optimizer.step()
+    with region("optimizer"):
+        updated, grad_norm, _ = state.optimizer.step()
     if updated:
         _check_gradient(state, data, grad_norm, totals.gradient_expected > 0)
         state.scheduler.step(1)

@@ -17,6 +17,7 @@ from mindspeed_mm.models.layers.context import sequence_slice
 from mindspeed_mm.models.loss import token_losses
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
+from mindspeed_mm.platform.regions import region
 
 
 class ImageEncoder(MegatronModule):
@@ -33,7 +34,7 @@ class ImageEncoder(MegatronModule):
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, h, w] -> [N, P, Hv]"""
-        with torch.no_grad() if self.encoder_frozen else contextlib.nullcontext():
+        with region("tower"), torch.no_grad() if self.encoder_frozen else contextlib.nullcontext():
             return self.encoder(pixel_values.to(self.encoder.conv1.weight.dtype))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -59,7 +60,9 @@ class ImageEncoder(MegatronModule):
         then runs the same backward pass, and the gradients of the blank picture are exact zeros.
         """
         if pixel_values.shape[0] > 0:
-            return self.projector(self.features(pixel_values))
+            features = self.features(pixel_values)
+            with region("projector"):
+                return self.projector(features)
         spec = self.encoder.spec
         if self.encoder_frozen:
             weight = self.projector.encoder.linear_fc1.weight
@@ -151,12 +154,15 @@ class VLM(MegatronModule):
             [B, S, V] float32. Other stages: hidden states [S, B, H]. Under context parallelism all of them are those of
             this rank's slice of the sequence, while the arguments are whole.
         """
-        hidden = self.embed(input_ids, pixel_values) if self.pre_process else None
-        hidden = self.text_decoder(hidden, position_ids, attention_mask)
+        with region("embedding"):
+            hidden = self.embed(input_ids, pixel_values) if self.pre_process else None
+        with region("decoder"):
+            hidden = self.text_decoder(hidden, position_ids, attention_mask)
         if not self.post_process:
             return hidden
         if labels is not None:
-            return token_losses(self.text_decoder, hidden, sequence_slice(labels, 1))
+            with region("head and loss"):
+                return token_losses(self.text_decoder, hidden, sequence_slice(labels, 1))
         return self.logits(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

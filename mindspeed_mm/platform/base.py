@@ -11,6 +11,7 @@ import os
 import random
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy
 import torch
@@ -72,6 +73,14 @@ class Platform(abc.ABC):
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense matrix peak of the device in FLOP/s for `dtype`, or None where it is not known."""
         return None
+
+    def profiler(self) -> torch.profiler.profile:
+        """A profiler of host and device, as a context manager with `export_chrome_trace`."""
+        return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def memory_snapshot(self, path: Path) -> bool:
+        """Write what the allocator holds to `path`; False where this device's cannot tell."""
+        return False
 
     def seed(self, seed: int) -> None:
         """Seed python, numpy and torch (all devices)."""

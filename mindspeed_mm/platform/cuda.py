@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from mindspeed_mm.platform.base import MemoryStats, Platform, local_rank
@@ -55,6 +57,15 @@ class CudaPlatform(Platform):
             return None
         name = torch.cuda.get_device_name()
         return next((peak for key, peak in BF16_PEAK.items() if key in name), None)
+
+    def profiler(self) -> torch.profiler.profile:
+        activities = torch.profiler.ProfilerActivity
+        return torch.profiler.profile(activities=[activities.CPU, activities.CUDA])
+
+    def memory_snapshot(self, path: Path) -> bool:
+        """A pickle for https://pytorch.org/memory_viz."""
+        torch.cuda.memory._dump_snapshot(str(path))
+        return True
 
 
 PLATFORM = CudaPlatform

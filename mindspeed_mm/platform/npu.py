@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -80,6 +81,15 @@ class NpuPlatform(Platform):
             keep_prob=1.0 - dropout,
             sparse_mode=CAUSAL_MODE if causal else DENSE_MASK_MODE,
         )[0]
+
+    def profiler(self):
+        profiler = self._torch_npu.profiler
+        return profiler.profile(activities=[profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU])
+
+    def memory_snapshot(self, path: Path) -> bool:
+        """torch_npu mirrors torch.cuda.memory from 2.1 on."""
+        torch.npu.memory._dump_snapshot(str(path))
+        return True
 
 
 PLATFORM = NpuPlatform

@@ -9,6 +9,7 @@ where its weights are trained.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 def transformer_flops(
@@ -20,7 +21,7 @@ def transformer_flops(
     head_size: int,
     ffn: int,
     gated: bool,
-    lengths: Iterable[int],
+    lengths: Iterable[float],
     causal: bool,
 ) -> float:
     """Forward operations of a stack of transformer layers over sequences of the given lengths."""
@@ -28,19 +29,28 @@ def transformer_flops(
     attention_weights = hidden * head_size * (heads + 2 * groups) + heads * head_size * hidden
     mlp_weights = hidden * ffn * (3 if gated else 2)
     products = 2.0 * sum(lengths) * (attention_weights + mlp_weights)
-    scores = 4.0 * heads * head_size * sum(length * length for length in lengths) * (0.5 if causal else 1.0)
-    return layers * (products + scores)
+    return layers * (products + score_flops(heads=heads, head_size=head_size, lengths=lengths, causal=causal))
 
 
-def step_flops(spec, *, lengths: Iterable[int], images: int, supervised: int) -> float:
-    """Forward and backward operations of a micro-batch.
+def score_flops(*, heads: int, head_size: int, lengths: Iterable[float], causal: bool) -> float:
+    """Forward operations of one layer's attention itself: QK^T and the product with V."""
+    return 4.0 * heads * head_size * sum(length * length for length in lengths) * (0.5 if causal else 1.0)
 
-    Args:
-        spec: ModelSpec; its freeze flags decide what the backward pass costs.
-        lengths: real tokens of each row, image positions included, padding not.
-        images: pictures.
-        supervised: positions with a label (the head runs on these only).
-    """
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Forward operations of a micro-batch, by part."""
+
+    patches: float
+    """The tower's patch embedding, whose input needs no gradient."""
+    tower: float
+    projector: float
+    decoder: float
+    head: float
+
+
+def forward_flops(spec, *, lengths: Iterable[float], images: float, supervised: float) -> ForwardFlops:
+    """Forward operations of a micro-batch, by part; arguments as for `step_flops`."""
     text, tower, projector = spec.text_decoder, spec.vision_encoder, spec.vision_projector
     decoder = transformer_flops(
         layers=text.num_layers,
@@ -53,8 +63,7 @@ def step_flops(spec, *, lengths: Iterable[int], images: int, supervised: int) ->
         lengths=lengths,
         causal=True,
     )
-    head = 2.0 * supervised * text.hidden_size * text.language_vocab_size
-    vision = transformer_flops(
+    one_picture = transformer_flops(
         layers=tower.num_built_layers,
         hidden=tower.hidden_size,
         heads=tower.num_attention_heads,
@@ -62,17 +71,36 @@ def step_flops(spec, *, lengths: Iterable[int], images: int, supervised: int) ->
         head_size=tower.kv_channels,
         ffn=tower.ffn_hidden_size,
         gated=False,
-        lengths=[tower.num_positions] * images,
+        lengths=[tower.num_positions],
         causal=False,
     )
     patches = (tower.image_size // tower.patch_size) ** 2
-    vision += 2.0 * images * patches * 3 * tower.patch_size**2 * tower.hidden_size
-    projection_weights = sum(inputs * outputs for inputs, outputs in projector.sizes)
-    projection = 2.0 * images * tower.num_image_tokens * projection_weights
-    trained = {"tower": not tower.freeze, "projector": not projector.freeze, "decoder": not text.freeze}
-    through_projector = trained["tower"] or trained["projector"]
+    return ForwardFlops(
+        patches=2.0 * images * patches * 3 * tower.patch_size**2 * tower.hidden_size,
+        tower=images * one_picture,
+        projector=2.0 * images * tower.num_image_tokens * sum(inputs * outputs for inputs, outputs in projector.sizes),
+        decoder=decoder,
+        head=2.0 * supervised * text.hidden_size * text.language_vocab_size,
+    )
+
+
+def step_flops(spec, *, lengths: Iterable[float], images: float, supervised: float) -> float:
+    """Forward and backward operations of a micro-batch.
+
+    Args:
+        spec: ModelSpec; its freeze flags decide what the backward pass costs: nothing in a frozen tower, no weight
+            gradients in a frozen decoder behind a trained projector.
+        lengths: real tokens of each sample, image positions included, padding not. Samples that share a packed row
+            count each by itself: attention stays inside a sample.
+        images: pictures.
+        supervised: positions with a label (the head runs on these only).
+    """
+    forward = forward_flops(spec, lengths=lengths, images=images, supervised=supervised)
+    tower = not spec.vision_encoder.freeze
+    projector, decoder = not spec.vision_projector.freeze, not spec.text_decoder.freeze
     return (
-        vision * (3 if trained["tower"] else 1)
-        + projection * (1 + trained["tower"] + trained["projector"])
-        + (decoder + head) * (1 + (through_projector or trained["decoder"]) + trained["decoder"])
+        forward.patches * (1 + tower)
+        + forward.tower * (3 if tower else 1)
+        + forward.projector * (1 + tower + projector)
+        + (forward.decoder + forward.head) * (1 + (tower or projector or decoder) + decoder)
     )

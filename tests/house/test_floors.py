@@ -12,8 +12,9 @@ FLOORS = (
     ("mindspeed_mm.config",),
     ("mindspeed_mm.models", "mindspeed_mm.data"),
     ("mindspeed_mm.training", "mindspeed_mm.generation", "checkpoint_converters", "megatron.driver"),
+    ("mindspeed_mm.planning",),
     # The Python API, part by part: a checkpoint as a weight source, where things lie, the loaded model, mm.load.
-    ("mindspeed_mm.checkpoint_source",),
+    ("mindspeed_mm.checkpoint_source", "mindspeed_mm.checkpoint_target"),
     ("mindspeed_mm.locate",),
     ("mindspeed_mm.loaded",),
     ("mindspeed_mm.api",),
@@ -26,7 +27,8 @@ FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 LIGHT = ("mindspeed_mm.constants", "mindspeed_mm.errors", "mindspeed_mm.registry", "mindspeed_mm.config")
 HEAVY = ("torch", "transformers", "megatron")
 DRIVER_MAY = ("mindspeed_mm.platform", "mindspeed_mm.errors", "megatron.core", "megatron.driver")
-GLUE = ("mindspeed_mm.cli", "mindspeed_mm.checkpoint_source", "evaluation", "megatron.driver")
+CHECKPOINT_LAYOUT = ("mindspeed_mm.checkpoint_source", "mindspeed_mm.checkpoint_target")
+GLUE = ("mindspeed_mm.cli", *CHECKPOINT_LAYOUT, "evaluation", "megatron.driver")
 
 
 def unit_of(module: str) -> str | None:

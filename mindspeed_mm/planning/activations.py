@@ -1,0 +1,239 @@
+"""Bytes that one micro-batch keeps for its backward pass, operation by operation as our layers run them.
+
+What an operation saves follows from its derivative; which tensors share memory (a tensor saved twice counts once) was
+read off the running model with torch's saved-tensor hooks, which the tests repeat. Korthikanti et al. 2022 count the
+same for a GPT layer. Frozen linears save no input (megatron.core's LinearWithFrozenWeight).
+
+Legend: n tokens on this rank, m tokens where sequence parallelism splits norms and residuals, e bytes of an element,
+H width, h heads, g key/value heads, D head size, F MLP width, T tensor-, C context-parallel size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mindspeed_mm.models.part import PartSpec
+from mindspeed_mm.planning.job import Job
+from mindspeed_mm.planning.kernels import Kernels, kernels_of
+
+INDEX = 8
+"""Bytes of an int64."""
+SINGLE = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What the formulas below need to know of a layer and its input on one rank."""
+
+    spec: PartSpec
+    tokens: float
+    norm_tokens: float
+    element: int
+    tensor: int
+    context: int
+    trained: bool
+    rotary: bool
+    kernels: Kernels
+    mask: float = 0.0
+    """Elements of the attention mask of packed rows; 0 where attention is plainly causal or complete."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of H elements."""
+        return self.element * self.spec.hidden_size
+
+
+def norm(sizes: LayerSizes, *, trained: bool | None = None) -> float:
+    """RMSNorm or LayerNorm, m rows.
+
+    A fused kernel keeps its input and the statistics. The composite RMSNorm keeps the input in float32, and the
+    normalised input too where the weight is trained.
+    """
+    trained = sizes.trained if trained is None else trained
+    rows, hidden = sizes.norm_tokens, sizes.spec.hidden_size
+    if sizes.spec.normalization == "LayerNorm":
+        return rows * (sizes.width + 2 * SINGLE)
+    if sizes.kernels.fused_rms_norm:
+        return rows * (sizes.width + SINGLE)
+    return rows * SINGLE * (hidden * (2 if trained else 1) + 1)
+
+
+def attention_core(sizes: LayerSizes) -> float:
+    """softmax(QK^T)V: the output and the log-sum of each row and head. What it takes: `attention_inputs`."""
+    heads = sizes.spec.num_attention_heads / sizes.tensor
+    output = sizes.tokens * heads * (sizes.element * sizes.spec.kv_channels + SINGLE)
+    return output + sizes.element * sizes.mask  # the kernel turns the mask into numbers to add
+
+
+def attention_inputs(sizes: LayerSizes) -> float:
+    """Query, key and value as the kernel takes them.
+
+    Without rotation all three are views of the fused projection. With it, query and key are tensors of their own, and
+    the projection stays for the value's sake, unless context parallelism sends copies of all three. The angles' sines
+    and cosines are made once for the query and once for the key.
+    """
+    spec, tokens = sizes.spec, sizes.tokens
+    heads, groups = spec.num_attention_heads / sizes.tensor, spec.num_query_groups / sizes.tensor
+    channels = sizes.element * spec.kv_channels
+    fused = tokens * channels * (heads + 2 * groups)
+    if not sizes.rotary:
+        return fused
+    if sizes.context > 1:
+        groups *= sizes.context // math.gcd(int(groups), sizes.context)
+        kept = tokens * channels * (heads + 2 * groups)
+    else:
+        kept = fused + tokens * channels * (heads + groups)
+    return kept + sizes.kernels.rotary_tables * tokens * channels
+
+
+def mlp(sizes: LayerSizes) -> float:
+    """Between the two linears: gated, gate and up in one tensor, silu(gate) and up + 0; plain, what the activation
+    saves. The second linear's input comes on top where it is trained."""
+    spec = sizes.spec
+    inner = sizes.element * spec.ffn_hidden_size / sizes.tensor * sizes.tokens
+    if spec.gated_linear_unit:
+        kept = sizes.kernels.gated_mlp * inner
+    else:
+        kept = inner * (2 if spec.activation_func == "quick_gelu" else 1)
+    return kept + (inner if sizes.trained else 0)
+
+
+def layer(sizes: LayerSizes, *, without_core: bool = False) -> float:
+    """One transformer layer; `without_core`: the attention kernel is run again instead (selective recomputation)."""
+    linear_inputs = 2 * sizes.norm_tokens * sizes.width if sizes.trained else 0
+    own_output = sizes.tokens * sizes.element * sizes.spec.num_attention_heads * sizes.spec.kv_channels / sizes.tensor
+    core = attention_core(sizes)
+    if without_core:
+        core = own_output if sizes.trained else 0
+    elif sizes.context > 1 and sizes.trained:
+        core += own_output  # the exchange back to sequence slices made a copy, which the output linear keeps
+    return 2 * norm(sizes) + linear_inputs + attention_inputs(sizes) + core + mlp(sizes)
+
+
+def decoder_sizes(job: Job) -> LayerSizes:
+    """The text decoder's layers."""
+    return LayerSizes(
+        spec=job.spec.text_decoder,
+        tokens=job.tokens,
+        norm_tokens=job.sequence_tokens,
+        element=job.element,
+        tensor=job.tensor,
+        context=job.context,
+        trained=job.trained("text_decoder"),
+        rotary=True,
+        kernels=kernels_of(job.device),
+        mask=job.micro_batch_size * job.positions**2 if job.row.packed else 0.0,
+    )
+
+
+def tower_sizes(job: Job) -> LayerSizes:
+    """The tower's layers, on the pictures of this rank, without sequence parallelism."""
+    tower = job.spec.vision_encoder
+    tokens = job.images * tower.num_positions
+    return LayerSizes(
+        spec=tower,
+        tokens=tokens,
+        norm_tokens=tokens,
+        element=job.element,
+        tensor=job.tensor,
+        context=1,
+        trained=job.trained("vision_encoder"),
+        rotary=False,
+        kernels=kernels_of(job.device),
+    )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Bytes of a stack of layers under its recomputation."""
+
+    kept: float
+    at_work: float
+    """More in the backward pass of a layer: the gradients inside it, and what is run again for it."""
+
+
+def stack(sizes: LayerSizes, layers: int) -> Stack:
+    """`layers` layers with the spec's recompute_* applied."""
+    spec = sizes.spec
+    boundary = sizes.norm_tokens * sizes.width
+    # In a layer's backward pass the gated product, both its factors and the first linear's output have gradients, as
+    # has the residual, while what is no longer needed of the forward pass is given back.
+    inner = sizes.element * spec.ffn_hidden_size / sizes.tensor * sizes.tokens * (2 if sizes.trained else 3)
+    gradients = inner + boundary
+    if spec.recompute_granularity == "selective":
+        return Stack(layers * layer(sizes, without_core=True), gradients)
+    whole = layer(sizes)
+    if spec.recompute_granularity is None or layers == 0:
+        return Stack(layers * whole, gradients if layers else 0.0)
+    # Full: the layer's input, and once for the stack the rotary angles.
+    angles = sizes.tokens * SINGLE * spec.kv_channels if sizes.rotary else 0.0
+    if spec.recompute_method == "uniform":
+        group = spec.recompute_num_layers
+        return Stack(-(-layers // group) * boundary + angles, group * whole + gradients)
+    # The layers that are not run again come first in the backward pass: their memory is free by then.
+    again = min(spec.recompute_num_layers, layers)
+    others = (layers - again) * whole
+    return Stack(again * boundary + angles + others, max(gradients, whole + gradients - others))
+
+
+def tower(job: Job) -> Stack:
+    """A trained tower; a frozen one runs without autograd and keeps nothing."""
+    if not job.trained("vision_encoder") or job.images == 0:
+        return Stack(0.0, 0.0)
+    spec, sizes = job.spec.vision_encoder, tower_sizes(job)
+    layers = stack(sizes, spec.num_built_layers)
+    pixels = job.images * spec.num_channels * spec.image_size**2 * job.element
+    return Stack(layers.kept + pixels + norm(sizes), layers.at_work)
+
+
+def projector(job: Job) -> float:
+    """The tower's features, and around each activation its input and output, as far as their linears are trained."""
+    if not job.gradients_flow("vision_projector") or job.images == 0:
+        return 0.0
+    spec, rows = job.spec.vision_encoder, job.images * job.spec.vision_encoder.num_positions
+    trained = job.trained("vision_projector")
+    kept = 0.0
+    for number, (inputs, _) in enumerate(job.spec.vision_projector.sizes):
+        if number == 0:
+            kept += rows * inputs * job.element if trained else 0
+            continue
+        split = job.tensor if number % 2 else 1
+        patches = job.images * spec.num_image_tokens
+        kept += patches * inputs / split * job.element * (2 if trained else 1)
+    return kept
+
+
+def embedding(job: Job) -> float:
+    """Ids of the embedding's gradient, and the places that image features take."""
+    ids = job.micro_batch_size * job.positions * INDEX if job.trained("text_decoder") else 0
+    places = job.micro_batch_size * job.row.images * job.spec.vision_encoder.num_image_tokens * 2 * INDEX
+    return ids + places
+
+
+@dataclass(frozen=True)
+class Head:
+    """Bytes of the head and the loss, which run on supervised positions alone."""
+
+    kept: float
+    forward: float
+    """More at the end of the forward pass: the logits in the type of the model beside those in float32."""
+    backward: float
+    """More, or less, in the first moments of the backward pass: gradients of logits and of the head's weight."""
+
+
+def head(job: Job) -> Head:
+    """Final norm, head, and cross-entropy."""
+    if not job.gradients_flow("text_decoder"):
+        return Head(0.0, 0.0, 0.0)
+    sizes, decoder = decoder_sizes(job), job.spec.text_decoder
+    vocabulary = decoder.language_vocab_size / job.tensor
+    rows = job.supervised
+    softmax = rows * vocabulary * SINGLE
+    kept = norm(sizes) + softmax + rows * INDEX
+    kept += rows * sizes.width if sizes.trained else 0
+    logits = rows * vocabulary * job.element if job.mixed else 0.0
+    weight = vocabulary * decoder.hidden_size * job.element if sizes.trained else 0.0
+    gradients = logits + weight - (softmax if job.mixed else 0.0)
+    return Head(kept, logits, gradients)

@@ -1,0 +1,136 @@
+"""What is planned: a layout, a batch, and the shape of its rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mindspeed_mm.models.runtime import Runtime
+from mindspeed_mm.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of a micro-batch: its positions, and the samples that share it."""
+
+    positions: int
+    """Length of the row, padding included."""
+    lengths: tuple[float, ...]
+    """Real positions of each sample in it, image positions included."""
+    images: float = 1.0
+    """Pictures in the row."""
+    supervised: float | None = None
+    """Positions with a label; None: all real ones that are no image position."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether several samples share the row."""
+        return len(self.lengths) > 1
+
+    def supervised_positions(self, tokens_per_image: int) -> float:
+        """`supervised`, or everything that is text."""
+        if self.supervised is not None:
+            return self.supervised
+        return max(0.0, sum(self.lengths) - self.images * tokens_per_image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run as the planner sees it."""
+
+    spec: ModelSpec
+    runtime: Runtime
+    data_parallel_size: int = 1
+    micro_batch_size: int = 1
+    num_micro_batches: int = 1
+    """Micro-batches of a step on each data-parallel rank."""
+    use_distributed_optimizer: bool = False
+    row: Row
+    device: str = "cuda"
+    """cuda, npu or cpu: its kernels decide what is kept for the backward pass."""
+    num_workers: int = 2
+    prefetch_factor: int = 2
+
+    @property
+    def element(self) -> int:
+        """Bytes of an element in the type that the model computes in."""
+        return self.runtime.params_dtype.itemsize
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the optimizer keeps float32 copies of the parameters."""
+        return self.runtime.params_dtype != torch.float32
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel size."""
+        return self.runtime.tensor_model_parallel_size
+
+    @property
+    def pipeline(self) -> int:
+        """Pipeline-parallel size."""
+        return self.runtime.pipeline_model_parallel_size
+
+    @property
+    def context(self) -> int:
+        """Context-parallel size."""
+        return self.runtime.context_parallel_size
+
+    @property
+    def virtual(self) -> int:
+        """Chunks of layers on each stage."""
+        return self.runtime.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def world_size(self) -> int:
+        """Devices of the run."""
+        return self.tensor * self.pipeline * self.context * self.data_parallel_size
+
+    @property
+    def sharing_ranks(self) -> int:
+        """Ranks whose gradients are summed, and which share optimizer state under the distributed optimizer."""
+        return self.data_parallel_size * self.context
+
+    @property
+    def global_batch_size(self) -> int:
+        """Rows of a step."""
+        return self.micro_batch_size * self.num_micro_batches * self.data_parallel_size
+
+    @property
+    def positions(self) -> int:
+        """Positions of a row as the model sees it: padded so that every rank gets an equal slice."""
+        multiple = self.runtime.sequence_multiple
+        return -(-self.row.positions // multiple) * multiple
+
+    @property
+    def tokens(self) -> float:
+        """Positions of a micro-batch on one rank (a slice of each row under context parallelism)."""
+        return self.micro_batch_size * self.positions / self.context
+
+    @property
+    def sequence_tokens(self) -> float:
+        """The same where norms and residuals are; sequence parallelism splits those once more."""
+        return self.tokens / (self.tensor if self.runtime.sequence_parallel else 1)
+
+    @property
+    def images(self) -> float:
+        """Pictures of a micro-batch that one rank encodes: context-parallel ranks share them, blank ones filling up."""
+        pictures = self.micro_batch_size * self.row.images
+        return pictures if self.context == 1 else math.ceil(pictures / self.context)
+
+    @property
+    def supervised(self) -> float:
+        """Labels of a micro-batch on the rank that has most of them (labels stand at the end of a row)."""
+        positions = self.row.supervised_positions(self.spec.vision_encoder.num_image_tokens)
+        return self.micro_batch_size * min(positions, self.positions / self.context)
+
+    def gradients_flow(self, kind: str) -> bool:
+        """Whether the backward pass goes through a part: it is trained, or stands behind a trained one."""
+        order = ("vision_encoder", "vision_projector", "text_decoder")
+        return any(not self.spec.part(before).freeze for before in order[: order.index(kind) + 1])
+
+    def trained(self, kind: str) -> bool:
+        """Whether a part's weights are trained."""
+        return not self.spec.part(kind).freeze

@@ -1,0 +1,178 @@
+"""Bytes that each rank holds: parameters, gradients, optimizer state, activations, temporaries; and on the host."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from mindspeed_mm.planning import activations
+from mindspeed_mm.planning.job import Job
+from mindspeed_mm.planning.kernels import kernels_of
+from mindspeed_mm.planning.parameters import held_layers, stage_parameters
+
+SINGLE = 4
+PROCESS_BYTES = 600 * 10**6
+"""Resident memory of a process with torch and megatron.core imported, before it builds a model (docs/planning.md)."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank of a pipeline stage."""
+
+    stage: int
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Kept for the backward pass, over all micro-batches that are under way at once."""
+    temporaries: float
+    """What comes on top at the highest point of a step: logits, gradients under way, a layer that is run again, or the
+    optimizer's buffers, whichever is highest."""
+    batch: float
+    """Ids and pictures of the micro-batches at hand."""
+
+    @property
+    def static(self) -> float:
+        """What is held between two steps."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        """The highest sum during a step."""
+        return self.static + self.activations + self.temporaries + self.batch
+
+    def as_dict(self) -> dict[str, float]:
+        """All figures, the sums included."""
+        return asdict(self) | {"static": self.static, "peak": self.peak}
+
+
+def rank_memory(job: Job, stage: int) -> RankMemory:
+    """Memory of a rank of one pipeline stage."""
+    counts = stage_parameters(job, stage)
+    shared = job.sharing_ranks if job.use_distributed_optimizer else 1
+    # A float32 copy of the parameters, where they are not float32 themselves, and AdamW's two moments.
+    state = SINGLE * (3 if job.mixed else 2)
+    kept, forward, backward, again = _stage_activations(job, stage)
+    under_way = micro_batches_under_way(job, stage)
+    in_step = max(forward, backward, again)
+    optimizer_buffers = _optimizer_buffers(job, counts.trained / shared, counts.largest)
+    # The optimizer runs when the activations are gone; what counts is which of the two moments is the higher.
+    temporaries = max(in_step, optimizer_buffers - under_way * kept)
+    return RankMemory(
+        stage=stage,
+        parameters=counts.total * job.element,
+        gradients=counts.trained * SINGLE,
+        optimizer=state * counts.trained / shared,
+        activations=under_way * kept,
+        temporaries=temporaries,
+        batch=_batch_bytes(job),
+    )
+
+
+def peak_memory(job: Job) -> RankMemory:
+    """The rank that needs most."""
+    return max((rank_memory(job, stage) for stage in range(job.pipeline)), key=lambda rank: rank.peak)
+
+
+def micro_batches_under_way(job: Job, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once (Narayanan et al. 2021, plain and interleaved)."""
+    behind = job.pipeline - stage - 1
+    if job.virtual == 1:
+        return min(behind + 1, job.num_micro_batches)
+    chunks = 2 * behind + (job.virtual - 1) * job.pipeline + 1
+    return min(chunks / job.virtual, job.num_micro_batches)
+
+
+def _stage_activations(job: Job, stage: int) -> tuple[float, float, float, float]:
+    """Kept for one micro-batch; more: at the forward pass's end, in the head's backward, while layers run again."""
+    first, last = stage == 0, stage == job.pipeline - 1
+    kept = again = forward = backward = 0.0
+    if job.gradients_flow("text_decoder"):
+        layers = activations.stack(activations.decoder_sizes(job), held_layers(job, stage))
+        kept, again = layers.kept, layers.at_work
+    if first:
+        tower = activations.tower(job)
+        kept += tower.kept + activations.projector(job) + activations.embedding(job)
+        again = max(again, tower.at_work)
+    hidden = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element
+    if job.pipeline > 1:  # the schedule keeps what a stage receives and what it sends
+        kept += hidden * ((not first) + (not last))
+    if last:
+        head = activations.head(job)
+        kept, forward, backward = kept + head.kept, head.forward, head.backward
+        again -= head.kept if again else 0.0  # the head's part is gone when the layers' turn comes
+    return kept, forward, backward, again
+
+
+def _optimizer_buffers(job: Job, parameters: float, largest: int) -> float:
+    """AdamW's denominator: of all parameters at once, or of one tensor and its quotient."""
+    if kernels_of(job.device).foreach_optimizer:
+        return SINGLE * parameters
+    return 2 * SINGLE * min(largest, parameters)
+
+
+def _batch_bytes(job: Job) -> float:
+    """A micro-batch: three tensors of int64, and the pictures in float32. Every stage reads all of it."""
+    ids = 3 * 8 * job.micro_batch_size * job.positions
+    tower = job.spec.vision_encoder
+    pictures = SINGLE * job.micro_batch_size * job.row.images * tower.num_channels * tower.image_size**2
+    return ids + pictures
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of host memory of one rank, beside the device's."""
+
+    process: float
+    batches: float
+    """All micro-batches of a step, which are fetched before it begins, and what worker processes hold ready."""
+    checkpoint: float
+    """What this rank writes at a save, copied to the host first."""
+
+    @property
+    def total(self) -> float:
+        """Sum of all."""
+        return self.process + self.batches + self.checkpoint
+
+
+def host_memory(job: Job) -> HostMemory:
+    """Host memory of a rank; worker processes count as one process each."""
+    ready = job.num_micro_batches + job.num_workers * job.prefetch_factor
+    # Copies of a parameter are written by one of the ranks that hold it; shared optimizer state by all of them.
+    writers = job.world_size if job.use_distributed_optimizer else job.tensor * job.pipeline
+    return HostMemory(
+        process=PROCESS_BYTES * (1 + job.num_workers),
+        batches=ready * _batch_bytes(job),
+        checkpoint=checkpoint_bytes(job).each / writers,
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointBytes:
+    """Bytes on the disk."""
+
+    each: float
+    """Every save: trained parameters and their optimizer state."""
+    once: float
+    """Frozen parameters, stored once for a run."""
+
+
+def checkpoint_bytes(job: Job) -> CheckpointBytes:
+    """Sizes of a run's checkpoints, whatever the layout."""
+    whole = stage_parameters(_whole(job), 0)
+    state = SINGLE * (3 if job.mixed else 2)
+    return CheckpointBytes((job.element + state) * whole.trained, job.element * (whole.total - whole.trained))
+
+
+def _whole(job: Job) -> Job:
+    """The job on one rank."""
+    runtime = replace(
+        job.runtime,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1,
+        sequence_parallel=False,
+    )
+    text = job.spec.text_decoder.model_copy(update={"pipeline_num_layers": None})
+    spec = job.spec.model_copy(update={"text_decoder": text})
+    return replace(job, runtime=runtime, spec=spec)

@@ -1,0 +1,70 @@
+"""The planner's view of a real run (real_run.Work), and the small models that are compared."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from tests.planning.real_run import Work
+
+TEXT = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 8,
+    "ffn_hidden_size": 352,
+    "language_vocab_size": 1024,
+    "max_position_embeddings": 2048,
+}
+TOWER = {
+    "num_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 256,
+    "patch_size": 14,
+    "image_size": 112,
+}
+STAGE_1 = ("vision_projector",)
+STAGE_2 = ("text_decoder", "vision_projector")
+EVERYTHING = (*STAGE_2, "vision_encoder")
+
+
+def model(trained: tuple[str, ...] = STAGE_2, **decoder: Any) -> dict:
+    """A model.json of random weights; `decoder` are further keys of its text_decoder."""
+
+    def block(kind: str, shape: dict) -> dict:
+        return shape | {"freeze": kind not in trained, "fresh": True}
+
+    projector = {"input_size": TOWER["hidden_size"], "hidden_size": TEXT["hidden_size"]}
+    return {
+        "text_decoder": block("text_decoder", TEXT | decoder),
+        "image_encoder": {
+            "vision_encoder": block("vision_encoder", TOWER),
+            "vision_projector": block("vision_projector", projector),
+        },
+    }
+
+
+def planned(work: Work):
+    """The Job of a real run."""
+    from mindspeed_mm.platform import get_platform
+
+    get_platform("cpu")
+    from megatron.driver import arguments
+    from mindspeed_mm.cli._planning import job_of
+    from mindspeed_mm.models.spec import load_model_spec
+    from mindspeed_mm.planning.job import Row
+
+    parser = argparse.ArgumentParser()
+    arguments.add_arguments(parser)
+    together = max(1, work.packed)
+    line = f"--lr 1e-4 --train-iters 9 --seq-length {work.tokens * together} {work.flags}"
+    args = arguments.from_namespace(parser.parse_args(line.split()), world_size=work.world_size)
+    row = Row(
+        positions=work.tokens * together,
+        lengths=(work.tokens,) * together,
+        images=together,
+        supervised=work.supervised * together,
+    )
+    return job_of(args, load_model_spec(work.model), row, torch.device("cpu").type)
