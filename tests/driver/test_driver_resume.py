@@ -1,6 +1,9 @@
 """One process: saving, resuming, beginning from other weights."""
 
+import errno
+import itertools
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +19,7 @@ from tests.helpers.tiny_training import whole_run as run
 
 get_platform("cpu")
 
-from megatron.driver import checkpointing, saver, storage  # noqa: E402
+from megatron.driver import checkpointing, locks, saver, storage  # noqa: E402
 from megatron.driver.reading import read_checkpoint  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
 
@@ -180,6 +183,36 @@ def test_two_runs_in_one_folder(tmp_path):
         process.communicate()
     _, report, _ = run("--save", tmp_path)
     assert report.iteration == 4
+
+
+def test_a_host_that_died_keeps_no_lock(tmp_path, caplog):
+    """What the file says about another host's process is no lock."""
+    (tmp_path / ".lock").write_text('{"host": "host-that-burnt-down", "process": 1}')
+    _, report, _ = run("--save", tmp_path)
+    assert report.iteration == 4
+    assert socket.gethostname() in (tmp_path / ".lock").read_text()
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def refuse(*_args):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    _, report, _ = run("--save", tmp_path)
+    assert report.iteration == 4
+    assert "knows no locks" in caplog.text and "that no second run writes there" in caplog.text
+
+
+def test_the_calendar_may_jump(tmp_path, monkeypatch):
+    """Hours back and forth between the steps: nothing is waited for, saved, deleted or lost because of it."""
+    jumps = itertools.cycle([0.0, -1e5, 3e7])
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 + next(jumps))
+    flags = ["--save", tmp_path, "--save-interval-minutes", "60", "--save-interval", "2", "--keep-last", "2"]
+    whole, _, _ = run(*flags, train_iters=9)
+    assert storage.iterations(tmp_path) == [8, 9]
+    resumed, _, _ = run(*flags, "--load", tmp_path, "--ckpt-step", "8", train_iters=9)
+    assert_equal(whole, resumed)
+    assert all(record["seconds"] > 0 for record in tiny.records(tmp_path))
 
 
 def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path):
