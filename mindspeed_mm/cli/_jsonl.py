@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,20 @@ from mindspeed_mm.errors import ConfigError, DataError
 MAX_BYTES = 2**30
 """A larger file of requests is refused: all of it is held in memory."""
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".distcp", ".model")
+WEIGHT_NAMES = (
+    "config.json",
+    "latest_checkpointed_iteration.txt",
+    "model.json",
+    "preprocessor_config.json",
+    "run.json",
+    "tokenizer.json",
+)
+"""What decides a model's answers; other files may lie in its folder."""
+
+DIGITS = 16
+"""Hexadecimal digits of a digest."""
+
 
 class Line(StrictModel):
     """One request. `image` is a path (relative ones start at the file's folder) or several."""
@@ -28,6 +43,11 @@ class Line(StrictModel):
     system: str | None = None
     options: dict[str, Any] = {}
     """Generation options of this request, on top of the command's."""
+
+    def digest(self, folder: Path) -> str:
+        """Name of all that an answer depends on: the line, and size and time of change of its pictures' files."""
+        pictures = [_stamp(folder / image) for image in self.image]
+        return _hash([self.prompt, self.image, self.system, self.options, pictures])
 
     @pydantic.field_validator("image")
     @classmethod
@@ -63,6 +83,33 @@ def read_requests(path: Path) -> dict[str, Line | DataError]:
     return requests
 
 
+def weights_stamp(path: Path) -> str:
+    """Name of the state of a model's files by their sizes and times of change: a folder's, or those that a JSON file
+    names."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES or file.name in WEIGHT_NAMES)
+        return _hash([(str(file.relative_to(path)), _stamp(file)) for file in files])
+    named = [] if path.suffix != ".json" else [weights_stamp(Path(text)) for text in _paths(read_json(path))]
+    return _hash([_stamp(path), named])
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Existing files and folders among the texts of a JSON value."""
+    if isinstance(value, str) and "/" in value and Path(value).exists():
+        yield value
+    for below in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _paths(below)
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and time of the last change in nanoseconds; None for what is no file."""
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGITS]
+
+
 def _line(text: str, where: str) -> Line | DataError:
     try:
         data = json.loads(text)
@@ -91,11 +138,12 @@ class Answers:
         """Answers of earlier runs by id, failed ones left out (they are tried again)."""
         if not self._path.exists():
             return {}
-        found = read_json(self._facts_path) if self._facts_path.exists() else None
-        if found != self._facts:
+        found = read_json(self._facts_path) if self._facts_path.exists() else {}
+        differ = [name for name, value in self._facts.items() if name not in found or found[name] != value]
+        if differ:
             raise ConfigError(
-                f"{self._path} holds answers of another model, template or other options: choose another --output, or "
-                "delete it"
+                f"{self._path} holds answers of another model, template or other options (different: "
+                f"{', '.join(differ)}): choose another --output, or delete it"
             )
         done = {}
         for number, line in enumerate(self._path.read_bytes().split(b"\n")[:-1], start=1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from typing import Any
 
 from mindspeed_mm.errors import ConfigError
@@ -21,6 +22,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16")
     parser.add_argument("--quantize", choices=("int8", "nf4", "fp4"), help="decoder in 8 or 4 bits (bitsandbytes)")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="also load weights with NaN or Inf")
     parser.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
 
 
@@ -29,6 +31,16 @@ def add_parallel_arguments(parser: argparse.ArgumentParser) -> None:
     for kind in ("tensor", "pipeline"):
         parser.add_argument(
             f"--{kind}-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun with N processes"
+        )
+
+
+def refuse_idle_processes(namespace: argparse.Namespace) -> None:
+    """Raise ConfigError where several processes were started for a model that lives in one."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and namespace.tensor_model_parallel_size == namespace.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            f"{processes} processes would all do the same: spread the model over them with "
+            f"--tensor-model-parallel-size {processes}, or start one"
         )
 
 
@@ -49,7 +61,7 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def given_options(namespace: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with the flags on top; a temperature alone says whether to sample."""
+    """`values` with the flags on top; those of sampling switch it on, and a temperature of 0 off."""
     values = dict(values)
     for text in namespace.option:
         name, equals, value = text.partition("=")
@@ -61,6 +73,10 @@ def given_options(namespace: argparse.Namespace, values: dict[str, Any]) -> dict
             values[name] = getattr(namespace, name)
     if namespace.temperature is not None:
         values["do_sample"] = namespace.temperature > 0
+    elif namespace.top_p is not None or namespace.top_k is not None:
+        values["do_sample"] = True
+    if namespace.temperature == 0:  # greedy, whatever a file says of drawing
+        values = {name: value for name, value in values.items() if name not in ("top_p", "top_k", "min_p")}
     return values
 
 
@@ -88,6 +104,7 @@ def load_model(namespace: argparse.Namespace, path: str, **defaults: str | None)
     return api.load(
         path,
         quantize=namespace.quantize,
+        allow_nonfinite=namespace.allow_nonfinite,
         tensor_model_parallel_size=getattr(namespace, "tensor_model_parallel_size", 1),
         pipeline_model_parallel_size=getattr(namespace, "pipeline_model_parallel_size", 1),
         **chosen,

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from mindspeed_mm.cli._loading import add_model_arguments, add_option_arguments, given_options, load_model, model_path
+from mindspeed_mm.cli._loading import (
+    add_model_arguments,
+    add_option_arguments,
+    add_parallel_arguments,
+    given_options,
+    load_model,
+    model_path,
+    refuse_idle_processes,
+)
 from mindspeed_mm.errors import ConfigError, DataError
 
 HELP = "talk about pictures in the terminal; reads questions from a pipe as well"
@@ -39,14 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system text in place of the template's")
     add_option_arguments(parser)
+    add_parallel_arguments(parser)
 
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
     """Talk until the input ends. Answers go to stdout, everything else to stderr."""
     from mindspeed_mm.generation.options import generation_options
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("chat runs in one process: start it without torchrun, or use infer for several")
+    refuse_idle_processes(namespace)
     options = generation_options(given_options(namespace, {}))
     if options.num_beams > 1 or options.num_return_sequences > 1:
         raise ConfigError("chat gives one answer as it is written: leave num_beams and num_return_sequences at 1")
@@ -64,18 +74,21 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 class Terminal:
-    """Lines in, answers out, around a ChatSession."""
+    """Lines in, answers out, around a ChatSession. Of several ranks, the first one reads, tells and writes."""
 
     def __init__(self, session: Any) -> None:
+        from mindspeed_mm.cli.main import is_first_rank
+
         self._session = session
-        self._interactive = sys.stdin.isatty()
+        self._first, self._alone = is_first_rank(), int(os.environ.get("WORLD_SIZE", "1")) == 1
+        self._interactive = self._first and sys.stdin.isatty()
         self._failed: list[str] = []
 
     def run(self) -> dict[str, Any]:
         """Read lines until the end. Over a pipe, raises DataError at the end where a line has failed."""
         if self._interactive:
             self._tell("Ask about your pictures; /help lists the commands.")
-        for line in self._lines():
+        for line in self._lines() if self._alone else shared(self._lines() if self._first else iter(())):
             if line in ("/exit", "/quit"):
                 break
             try:
@@ -83,7 +96,7 @@ class Terminal:
             except (DataError, ConfigError, OSError) as error:
                 self._tell(f"error: {error}")
                 self._failed.append(str(error))
-        if self._failed and not self._interactive:
+        if self._failed and self._first and not self._interactive:
             raise DataError(f"{len(self._failed)} of the lines failed; the first: {self._failed[0]}")
         return {"turns": len(self._session.turns), "conversation": self._session.as_record()}
 
@@ -96,6 +109,11 @@ class Terminal:
         while True:
             try:
                 line = input("USER: ").strip()
+            except KeyboardInterrupt:
+                if not self._alone:
+                    raise
+                self._tell(" (Ctrl-D leaves)")
+                continue
             except EOFError:
                 self._tell("")
                 return
@@ -144,35 +162,66 @@ class Terminal:
         self._tell(f"[picture {len(self._session.images)}: {path}]")
 
     def _answer(self, question: str) -> None:
-        pieces = self._session.ask(question)
         if self._interactive:
-            sys.stdout.write("ASSISTANT: ")
+            self._say("ASSISTANT: ")
+        with self._ctrl_c_ends_the_answer():
+            for piece in self._session.ask(question):
+                self._say(piece)
+        ended = self._session.result.sequences[0].finish_reason == "cancelled"
+        self._say(" [ended]\n" if ended else "\n")
+
+    @contextlib.contextmanager
+    def _ctrl_c_ends_the_answer(self) -> Iterator[None]:
+        """Inside, Ctrl-C ends the answer between two tokens, so that the engine is ready for the next one; a second
+        Ctrl-C interrupts as ever. Of several processes each would end at another token: there it always interrupts."""
+        if not (self._interactive and self._alone):
+            yield
+            return
+
+        def end(signal_number: int, frame: Any) -> None:
+            self._session.cancel()
+            signal.signal(signal.SIGINT, before)
+
+        before = signal.signal(signal.SIGINT, end)
         try:
-            for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            sys.stdout.write("\n")
-        except KeyboardInterrupt:
-            if not self._interactive:
-                raise
-            sys.stdout.write(" [ended]\n")
+            yield
         finally:
-            pieces.close()
-            sys.stdout.flush()
+            signal.signal(signal.SIGINT, before)
 
     def _save(self, rest: str) -> None:
         files = words(rest) or []
         if len(files) != 1:
             raise ConfigError("/save needs one file: /save chat.json")
+        if not self._first:
+            return
         with open(local_path(files[0]), "x", encoding="utf-8") as file:
             json.dump([self._session.as_record()], file, ensure_ascii=False, indent=2)
             file.write("\n")
         self._tell(f"[saved {files[0]}]")
 
-    @staticmethod
-    def _tell(text: str) -> None:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
+    def _say(self, text: str) -> None:
+        if self._first:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def _tell(self, text: str) -> None:
+        if self._first:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+
+def shared(lines: Iterator[str]) -> Iterator[str]:
+    """The lines of the first rank, on every rank."""
+    import torch
+
+    # A person may think for hours; collectives of the default group give up after minutes.
+    group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+    while True:
+        line = [next(lines, None)]
+        torch.distributed.broadcast_object_list(line, src=0, group=group)
+        if line[0] is None:
+            return
+        yield line[0]
 
 
 def words(text: str) -> list[str] | None:

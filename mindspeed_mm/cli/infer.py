@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import sys
 import time
@@ -18,6 +19,7 @@ from mindspeed_mm.cli._loading import (
     given_options,
     load_model,
     model_path,
+    refuse_idle_processes,
 )
 from mindspeed_mm.errors import ConfigError, DataError
 
@@ -25,6 +27,9 @@ HELP = "answer prompts about pictures, from flags alone, an inference_llava.json
 EXAMPLE = 'mindspeed-mm infer --model llava-1.5-7b-hf --image view.jpg --prompt "What is in the picture?"'
 
 BATCH_SIZE = 8
+
+AHEAD = 16
+"""Requests of a file in flight per sequence that runs: enough to choose from, however long the file is."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.models.spec import MODEL_KEYS
 
     check_launcher_flags(namespace)
+    refuse_idle_processes(namespace)
     if namespace.batch_size < 1:
         raise ConfigError(f"--batch-size is {namespace.batch_size}; expected at least 1")
     if (namespace.input is None) != (namespace.output is None):
@@ -118,24 +124,27 @@ def _answer(engine, questions, options: dict[str, Any], batch_size: int) -> dict
 
 def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict[str, Any]) -> dict[str, Any]:
     """Answers of the file --input into the file --output."""
-    from mindspeed_mm.cli._jsonl import Answers, read_requests
+    from mindspeed_mm.cli._jsonl import Answers, read_requests, weights_stamp
     from mindspeed_mm.cli.main import is_first_rank
     from mindspeed_mm.data.progress import progress_bar
 
-    requests = read_requests(Path(namespace.input))
+    requests, folder = read_requests(Path(namespace.input)), Path(namespace.input).parent
     facts = {
         "model": str(Path(path).resolve()),
+        "weights": weights_stamp(Path(path)),
         "template": namespace.template,
         "options": options,
         "dtype": namespace.dtype or config.dtype,
         "tokenizer": namespace.tokenizer,
         "image_processor": namespace.image_processor,
+        "quantize": namespace.quantize,
     }
     answers = Answers(Path(namespace.output), facts, writes=is_first_rank())
+    digests = {name: line.digest(folder) for name, line in requests.items() if not isinstance(line, DataError)}
     waiting = {
         name: line
         for name, line in requests.items()
-        if isinstance(line, DataError) or answers.done.get(name, {}).get("prompt") != line.prompt
+        if name not in digests or answers.done.get(name, {}).get("request") != digests[name]
     }
     if len(waiting) < len(requests):
         logger.info("%d of %d requests are answered already", len(requests) - len(waiting), len(requests))
@@ -143,8 +152,8 @@ def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict
     with answers.open(list(requests)), progress_bar("answers", len(waiting)) as advance:
         if waiting:
             engine = _engine(namespace, config, path)
-            for record in _records(engine, waiting, options, Path(namespace.input).parent):
-                answers.append(record)
+            for record in _records(engine, waiting, options, folder, AHEAD * namespace.batch_size):
+                answers.append(record if "error" in record else record | {"request": digests[record["id"]]})
                 advance(1)
     failed = [name for name in waiting if "error" in answers.done[name]]
     if failed:
@@ -155,8 +164,10 @@ def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict
     return {"output": namespace.output, "requests": len(requests), "resumed": resumed}
 
 
-def _records(engine, waiting: dict[str, Any], options: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    """One record a request, as they end."""
+def _records(
+    engine, waiting: dict[str, Any], options: dict[str, Any], folder: Path, ahead: int
+) -> Iterator[dict[str, Any]]:
+    """One record a request, as they end; so many of them are in flight."""
     from mindspeed_mm.generation.engine import GenerationRequest
     from mindspeed_mm.generation.pictures import refuse_url
 
@@ -176,23 +187,30 @@ def _records(engine, waiting: dict[str, Any], options: dict[str, Any], folder: P
             record["logprobs"] = [round(value, 6) for value in first.logprobs]
         ended.append(record)
 
-    for name, line in waiting.items():
+    def submit(name: str, line: Any) -> None:
         if isinstance(line, DataError):
             ended.append({"id": name, "error": str(line)})
-            continue
+            return
         try:
             for image in line.image:
                 refuse_url(image)
         except DataError as error:
             ended.append({"id": name, "error": str(error)})
-            continue
+            return
         images = tuple(str(folder / image) for image in line.image)
         request = GenerationRequest(name, turns=((line.prompt, None),), images=images, system=line.system)
         engine.submit(request, options | line.options, on_end=note)
-    while engine.busy or ended:
+
+    left, submitted, answered = iter(waiting.items()), 0, 0
+    while answered < len(waiting):
+        for name, line in itertools.islice(left, max(0, answered + ahead - submitted)):
+            submit(name, line)
+            submitted += 1
+        if not ended:
+            engine.step()
+        answered += len(ended)
         yield from ended
         ended.clear()
-        engine.step()
 
 
 def _device(name: str | None) -> str | None:

@@ -6,15 +6,44 @@ Legend: K beams, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from mindspeed_mm.generation.jobs import Generated, Step
 from mindspeed_mm.generation.options import GenerationOptions
 from mindspeed_mm.generation.sampling import process
+from mindspeed_mm.generation.text import TextStream
 
 OUT = -1.0e9
 """Score of what is no candidate (transformers' constant, which decides ties)."""
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """A continuation; extending it makes a new one."""
+
+    ids: list[int] = field(default_factory=list)
+    stream: TextStream | None = None
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+
+    def extended(self, token: int, logprobs: torch.Tensor, stop_ids: Sequence[int], tops: int | None) -> _Beam:
+        """With one more token, whose log-probability stands in `logprobs` [V]."""
+        stream = self.stream
+        if stream is not None and token not in stop_ids:
+            stream = stream.fork()
+            stream.add(token)
+        own, top = self.logprobs, self.top_logprobs
+        if tops is not None:
+            best = logprobs.topk(min(tops, logprobs.numel()))
+            own = [*own, float(logprobs[token])]
+            top = [*top, dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))]
+        return _Beam([*self.ids, token], stream, own, top)
+
+    def ends(self, stop_ids: Sequence[int]) -> bool:
+        """Whether its last token is a stop id or completes a stop string."""
+        return self.ids[-1] in stop_ids or (self.stream is not None and self.stream.stopped)
 
 
 class BeamJob:
@@ -22,13 +51,20 @@ class BeamJob:
 
     needs_logits = True
 
-    def __init__(self, prompt: Sequence[int], options: GenerationOptions, stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        stop_ids: Sequence[int],
+        stream: TextStream | None = None,
+    ) -> None:
+        """`stream` knows the stop strings and is needed for them only."""
         self._prompt, self._options, self._stop_ids = list(prompt), options, sorted(set(stop_ids))
         self.width = options.num_beams
-        self._running: list[list[int]] = [[] for _ in range(self.width)]
+        self._running = [_Beam(stream=stream)] * self.width
         self._running_scores = torch.full((self.width,), OUT)
         self._running_scores[0] = 0.0  # all beams are the prompt: only one may be continued
-        self._finished: list[list[int]] = [[] for _ in range(self.width)]
+        self._finished = [_Beam(stream=stream)] * self.width
         self._finished_scores = torch.full((self.width,), OUT)
         self._is_finished = torch.zeros(self.width, dtype=torch.bool)
         self._improvable = True
@@ -37,18 +73,26 @@ class BeamJob:
     def sequences(self) -> list[Generated]:
         """The num_return_sequences best finished beams, best first."""
         best = []
-        for ids, score in zip(self._finished, self._finished_scores.tolist(), strict=True):
-            reason = "stop" if ids and ids[-1] in self._stop_ids else "length" if ids else "cancelled"
-            best.append(Generated(list(ids), reason, score))
+        for beam, score in zip(self._finished, self._finished_scores.tolist(), strict=True):
+            reason = "cancelled" if not beam.ids else "stop" if beam.ends(self._stop_ids) else "length"
+            stream = beam.stream.fork() if beam.stream is not None else None
+            if stream is not None:
+                stream.finish()
+            best.append(Generated(list(beam.ids), reason, score, beam.logprobs, beam.top_logprobs, stream))
         return best[: self._options.num_return_sequences]
 
     def advance(self, logits: torch.Tensor | None, likeliest: Sequence[int]) -> Step:
         """See Job."""
-        scores, parents, tokens = self._candidates(logits)
-        length = len(self._running[0]) + 1
-        candidates = [[*self._running[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        logprobs = logits.log_softmax(-1)
+        scores, origins, tokens = self._candidates(logprobs)
+        parents = [0 if len(logprobs) == 1 else origin for origin in origins]
+        candidates = [
+            self._running[origin].extended(token, logprobs[parent], self._stop_ids, self._options.logprobs)
+            for origin, parent, token in zip(origins, parents, tokens, strict=True)
+        ]
+        length = len(candidates[0].ids)
         full = length == self._options.max_new_tokens
-        hits = torch.tensor([full or token in self._stop_ids for token in tokens])
+        hits = torch.tensor([full or beam.ends(self._stop_ids) for beam in candidates])
         running = scores + hits * OUT
         chosen = running.topk(self.width).indices
         self._update_finished(candidates, scores, hits, length)
@@ -60,24 +104,19 @@ class BeamJob:
             return Step([], [])
         return Step([parents[i] for i in chosen.tolist()], [tokens[i] for i in chosen.tolist()])
 
-    def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
-        """Scores, parent rows and tokens of the likeliest continuations, enough that K of them cannot end."""
-        logprobs = logits.log_softmax(-1)
-        first = len(logits) == 1
+    def _candidates(self, logprobs: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+        """Scores, beams and tokens of the likeliest continuations, enough that stop ids cannot end all of them."""
         rows = []
-        for index, ids in enumerate(self._running):
-            row = logprobs[0 if first else index]
-            rows.append(process(row, [*self._prompt, *ids], len(ids), self._options, self._stop_ids))
+        for index, beam in enumerate(self._running):
+            row = logprobs[0 if len(logprobs) == 1 else index]
+            rows.append(process(row, [*self._prompt, *beam.ids], len(beam.ids), self._options, self._stop_ids))
         total = (torch.stack(rows) + self._running_scores[:, None]).flatten()
         keep = min(max(2, 1 + len(self._stop_ids)) * self.width, total.numel())
         best = total.topk(keep)
-        vocabulary = logits.shape[-1]
-        parents = (best.indices // vocabulary).tolist()
-        return best.values, [0 if first else p for p in parents], (best.indices % vocabulary).tolist()
+        vocabulary = logprobs.shape[-1]
+        return best.values, (best.indices // vocabulary).tolist(), (best.indices % vocabulary).tolist()
 
-    def _update_finished(
-        self, candidates: list[list[int]], scores: torch.Tensor, hits: torch.Tensor, length: int
-    ) -> None:
+    def _update_finished(self, candidates: list[_Beam], scores: torch.Tensor, hits: torch.Tensor, length: int) -> None:
         """Keep the K best finished beams; only the K likeliest candidates may finish."""
         done = hits.clone()
         done[self.width :] = False
@@ -89,8 +128,8 @@ class BeamJob:
         final = final + (~done) * OUT
         merged = torch.cat((self._finished_scores, final))
         best = merged.topk(self.width).indices
-        sequences = self._finished + candidates
-        self._finished = [sequences[i] for i in best.tolist()]
+        beams = self._finished + candidates
+        self._finished = [beams[i] for i in best.tolist()]
         self._finished_scores = merged[best]
         self._is_finished = torch.cat((self._is_finished, done))[best]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.errors import TemplateError
-from mindspeed_mm.generation.engine import GenerationEngine, GenerationRequest, GenerationResult
+from mindspeed_mm.generation.engine import GenerationEngine, GenerationHandle, GenerationRequest, GenerationResult
 from mindspeed_mm.generation.options import GenerationOptions
 
 
@@ -24,6 +24,8 @@ class ChatSession:
         self.images: list[tuple[str, Image.Image]] = []
         """(name, picture) of the whole conversation in reading order."""
         self.result: GenerationResult | None = None
+        """Of the last question."""
+        self._handle: GenerationHandle | None = None
         self._pending = 0
 
     def add_image(self, name: str, image: Image.Image) -> None:
@@ -44,7 +46,7 @@ class ChatSession:
 
     def ask(self, question: str) -> Iterator[str]:
         """Pieces of the answer. The turn is kept once the answer is complete, or as far as it came when the iterator is
-        closed early; a question that fails (DataError, ConfigError) leaves the conversation as it was."""
+        closed or cancelled early; a question that fails (DataError, ConfigError) leaves the conversation as it was."""
         asked = f"{IMAGE_TOKEN}\n" * self._pending + question
         request = GenerationRequest(
             "chat",
@@ -52,7 +54,7 @@ class ChatSession:
             images=tuple(image for _, image in self.images),
             system=self.system,
         )
-        handle = self._engine.submit(request, self._options)
+        handle = self._handle = self._engine.submit(request, self._options)
         try:
             yield from handle
         finally:
@@ -63,6 +65,11 @@ class ChatSession:
             if handle.error is None:
                 self.turns.append((asked, handle.result.text))
                 self._pending = 0
+
+    def cancel(self) -> None:
+        """End the answer that is being given; what was said is kept. May be called from a signal handler."""
+        if self._handle is not None:
+            self._handle.cancel()
 
     def as_record(self) -> dict[str, Any]:
         """The conversation as a LLaVA record."""

@@ -27,6 +27,9 @@ from mindspeed_mm.generation.scheduler import Entry, Scheduler
 from mindspeed_mm.generation.text import TextStream
 from mindspeed_mm.models.vlm import VLM
 
+AHEAD = 16
+"""Requests of a list that wait per sequence that runs: enough to choose from, however long the list is."""
+
 __all__ = ["GenerationEngine", "GenerationHandle", "GenerationRequest", "GenerationResult"]
 
 
@@ -200,20 +203,28 @@ class GenerationEngine:
             on_error: "raise" the first request's error, or "return" a result with `error` and go on.
             ordered: in the order of `requests`, or as they end.
         """
+        started: deque[GenerationHandle] = deque()
         ended: deque[GenerationHandle] = deque()
+        in_flight: set[GenerationHandle] = set()
         before, self._scheduler.max_rows = self._scheduler.max_rows, batch_size
-        handles = [self.submit(request, options, on_end=ended.append) for request in requests]
-        ready = deque(handles) if ordered else ended
+        ready, left = started if ordered else ended, deque(requests)
         try:
-            for _ in handles:
+            for _ in requests:
                 while not ready or ready[0].result is None:
-                    self.step()
+                    while left and self._scheduler.waiting < AHEAD * batch_size:
+                        handle = self.submit(left.popleft(), options, on_end=ended.append)
+                        in_flight.add(handle)
+                        if ordered:
+                            started.append(handle)
+                    if not ready or ready[0].result is None:
+                        self.step()
                 handle = ready.popleft()
+                in_flight.discard(handle)
                 if handle.error is not None and on_error == "raise":
                     raise handle.error
                 yield handle.result
         finally:
-            for handle in handles:
+            for handle in in_flight:
                 handle.cancel()
             self._scheduler.max_rows = before
 
@@ -237,33 +248,26 @@ class GenerationEngine:
         stop_ids = (*(options.eos_token_ids or (self.tokenizer.eos_token_id,)), *ids)
         history = [self._image_token_id if i == IMAGE_TOKEN_INDEX else i for i in prompt]
         history = [i for i in history if i is not None]
+        streams = [TextStream(self.tokenizer, (*texts, *options.stops)) for _ in range(options.num_return_sequences)]
         if options.num_beams > 1:
-            job = BeamJob(history, options, stop_ids)
+            job = BeamJob(history, options, stop_ids, streams[0])
         else:
-            streams = [
-                TextStream(self.tokenizer, (*texts, *options.stops)) for _ in range(options.num_return_sequences)
-            ]
             job = SampleJob(history, options, stop_ids, streams, text)
         return Entry(job, prompt, len(prompt) + options.max_new_tokens, request.images, end)
 
     def _result(self, request: GenerationRequest, entry: Entry | None, error: ValueError | None) -> GenerationResult:
         if error is not None or entry is None:
             return GenerationResult(request.id, error=str(error))
-        sequences = tuple(map(self._sequence, entry.job.sequences))
+        sequences = tuple(map(_sequence, entry.job.sequences))
         return GenerationResult(request.id, sequences, len(entry.prompt), entry.start)
 
-    def _sequence(self, found: Generated) -> GeneratedSequence:
-        stream = found.stream
-        if stream is None:  # beam search: the text is there at the end only
-            stream = TextStream(self.tokenizer, self._template_stops[1])
-            for token in found.token_ids:
-                stream.add(token)
-            stream.finish()
-        return GeneratedSequence(
-            stream.text,
-            tuple(found.token_ids),
-            found.finish_reason,
-            found.score,
-            tuple(found.logprobs),
-            tuple(found.top_logprobs),
-        )
+
+def _sequence(found: Generated) -> GeneratedSequence:
+    return GeneratedSequence(
+        found.stream.text,
+        tuple(found.token_ids),
+        found.finish_reason,
+        found.score,
+        tuple(found.logprobs),
+        tuple(found.top_logprobs),
+    )

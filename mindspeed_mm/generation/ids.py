@@ -59,10 +59,10 @@ def continue_ids(
         history = [token for token in history if token is not None]
         own = images[first : first + list(prompt).count(IMAGE_TOKEN_INDEX) // size]
         first += len(own)
+        streams = [TextStream(tokenizer, options.stops) for _ in range(count)] if options.stops else None
         if options.num_beams > 1:
-            job = BeamJob(history, options, stop_ids)
+            job = BeamJob(history, options, stop_ids, streams[0] if streams else None)
         else:
-            streams = [TextStream(tokenizer, options.stops) for _ in range(count)] if options.stops else None
             job = SampleJob(history, options, stop_ids, streams)
         length = len(prompt) + options.max_new_tokens
         entries.append(Entry(job, prompt, length, own, errors.append))

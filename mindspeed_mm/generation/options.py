@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm.config.load import StrictModel, load_config
+from mindspeed_mm.errors import ConfigError
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "num_beam_groups": (1,),
@@ -71,6 +72,15 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 does).
 `max_length` is always superseded by max_new_tokens, and the cache is always used: it changes no token."""
 
+SAMPLING: dict[str, tuple[Any, ...]] = {
+    "temperature": (None, 0, 1),
+    "top_k": (None, 0, 50),
+    "top_p": (None, 1),
+    "min_p": (None, 0),
+}
+"""Options that are for sampling only, with the values that greedy decoding may carry: those that change nothing, and
+transformers' defaults, which many files state."""
+
 NOTES = ("_from_model_config", "transformers_version")
 """Keys that say where a GenerationConfig comes from; any value."""
 
@@ -133,18 +143,21 @@ class GenerationOptions(StrictModel):
     def _check(self) -> GenerationOptions:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
+        if not self.do_sample:
+            for name, neutral in SAMPLING.items():
+                value = getattr(self, name)
+                if value not in neutral:
+                    raise ValueError(
+                        f"{name} {value} asks for sampling, and do_sample is False: set do_sample, or leave {name} out"
+                    )
         if not all(self.stops):
             raise ValueError("stop_strings: found an empty text, which would end every answer at once; remove it")
         if self.num_beams > 1:
-            for name, wrong in (
-                ("do_sample", self.do_sample),
-                ("logprobs", self.logprobs is not None),
-                ("stop_strings", bool(self.stops)),
-            ):
-                if wrong:
-                    raise ValueError(
-                        f"num_beams {self.num_beams} does not go with {name}: beam search has no such option"
-                    )
+            if self.do_sample:
+                raise ValueError(
+                    f"num_beams {self.num_beams} does not go with do_sample: beams are the likeliest continuations and "
+                    "are not drawn. Use one of the two"
+                )
         elif self.greedy and self.num_return_sequences > 1:
             raise ValueError(
                 f"num_return_sequences {self.num_return_sequences} of greedy decoding would be equal: set do_sample, "
@@ -175,4 +188,8 @@ class GenerationOptions(StrictModel):
 
 def generation_options(values: Mapping[str, Any], *, context: str | None = None) -> GenerationOptions:
     """Check option names and values; ConfigError lists every problem with the nearest known name."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"generation options: found a {type(values).__name__}; expected an object of names and values"
+        )
     return load_config(GenerationOptions, dict(values), what="generation options", context=context)

@@ -79,6 +79,11 @@ class Scheduler:
         """True while any request waits or runs."""
         return bool(self._waiting or self._active)
 
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait."""
+        return len(self._waiting)
+
     def submit(self, entry: Entry) -> None:
         """Append a request to the queue."""
         self._waiting.append(entry)

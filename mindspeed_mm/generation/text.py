@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from mindspeed_mm.data.tokenizer_base import Tokenizer
@@ -27,6 +28,12 @@ class TextStream:
         self._text = ""
         self._sent = 0
         self.stopped = False
+
+    def fork(self) -> TextStream:
+        """A stream that has seen the same tokens and goes its own way from here."""
+        other = copy.copy(self)
+        other._ids = list(self._ids)
+        return other
 
     @property
     def text(self) -> str:

@@ -1,6 +1,8 @@
 """`mindspeed-mm infer` with a file of requests: answers, errors of single lines, resuming."""
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -70,10 +72,58 @@ def test_interrupted_run_goes_on(command, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["resumed"] == 1
     assert answers(tmp_path) == first
     assert command("--temperature", "1") == 1
-    assert "holds answers of another model, template or other options" in capsys.readouterr().err
+    assert "holds answers of another model, template or other options (different: options)" in capsys.readouterr().err
     file.write_text("[]\n")
     assert command() == 1
     assert "line 1 is no answer" in capsys.readouterr().err
+
+
+def test_only_what_has_changed_is_answered_again(golden, command, tmp_path, capsys):
+    """A picture's file, a request's options, its system text and its pictures count as its prompt does."""
+    sources = [golden / "images" / "src" / name for name in ("gray.png", "landscape.png")]
+    for number in range(2):
+        shutil.copy(sources[0], tmp_path / f"{number}.png")
+    lines = [{"prompt": "Hi", "image": f"{number}.png"} for number in range(2)] + [{"prompt": "a"}, {"prompt": "b"}]
+
+    def resumed():
+        assert command("--json", lines=lines) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])["resumed"]
+
+    assert [resumed(), resumed()] == [0, 4]
+    before = answers(tmp_path)
+    shutil.copy(sources[1], tmp_path / "1.png")
+    assert resumed() == 3
+    after = answers(tmp_path)
+    assert [a["request"] == b["request"] for a, b in zip(before, after, strict=True)] == [True, False, True, True]
+    lines[2]["options"] = {"max_new_tokens": 2}
+    lines[3]["system"] = "Be brief."
+    assert resumed() == 2 and answers(tmp_path)[2]["tokens"] == 2
+
+
+def test_other_weights_are_told(golden, tmp_path, capsys):
+    """Files of the same name that changed are another model; other files may come and go."""
+    folder = shutil.copytree(golden / "models" / "llava_hf", tmp_path / "model")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Hi"}\n')
+    line = ["infer", "--model", str(folder), "--device", "cpu", "--max-new-tokens", "2"]
+    line += ["--input", str(tmp_path / "in.jsonl"), "--output", str(folder / "answers.jsonl")]
+    assert main(line) == 0
+    (folder / "README.txt").write_text("x")
+    assert main(line) == 0
+    shard = next(folder.glob("*.safetensors"))
+    os.utime(shard, ns=(0, 0))
+    assert main(line) == 1
+    assert "(different: weights)" in capsys.readouterr().err
+
+
+def test_weights_that_a_file_names_count(tmp_path):
+    from mindspeed_mm.cli._jsonl import weights_stamp
+
+    (tmp_path / "a.bin").write_text("x")
+    (tmp_path / "spec.json").write_text(json.dumps({"part": [{"ckpt_path": str(tmp_path / "a.bin")}]}))
+    before = weights_stamp(tmp_path / "spec.json")
+    assert before == weights_stamp(tmp_path / "spec.json")
+    (tmp_path / "a.bin").write_text("longer")
+    assert before != weights_stamp(tmp_path / "spec.json")
 
 
 @pytest.mark.parametrize(
@@ -118,3 +168,27 @@ def test_several_pictures_for_one_prompt():
 
     config = InferenceConfig(prompts="<image> or <image>?", image_path=["a.png", "b.png"])
     assert config.questions == [("<image> or <image>?", ("a.png", "b.png"))]
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--top-p", "0.9"], {"top_p": 0.9, "do_sample": True, "max_new_tokens": 7}),
+        (["--top-k", "5", "--temperature", "0.5"], {"top_k": 5, "temperature": 0.5, "do_sample": True}),
+        (["--temperature", "0"], {"temperature": 0.0, "do_sample": False}),
+        (["--option", "num_beams=4", "--option", "stop_strings=###"], {"num_beams": 4, "stop_strings": "###"}),
+    ],
+)
+def test_flags_say_whether_to_sample(flags, found):
+    """On top of a file that draws with top_p."""
+    import argparse
+
+    from mindspeed_mm.cli._loading import add_option_arguments, given_options
+    from mindspeed_mm.generation.options import generation_options
+
+    parser = argparse.ArgumentParser()
+    add_option_arguments(parser)
+    file = {"max_new_tokens": 7} | ({} if "--option" in flags else {"do_sample": True, "top_p": 0.7})
+    given = given_options(parser.parse_args(flags), file)
+    assert {name: given[name] for name in found} == found
+    assert generation_options(given).greedy == (not found.get("do_sample", False))

@@ -47,11 +47,11 @@ def test_unsupported_value_says_what_is_possible():
     ("values", "message"),
     [
         ({"num_beams": 2, "do_sample": True}, "num_beams 2 does not go with do_sample"),
-        ({"num_beams": 2, "logprobs": 1}, "num_beams 2 does not go with logprobs"),
-        ({"num_beams": 2, "stop_strings": "x"}, "num_beams 2 does not go with stop_strings"),
         ({"num_beams": 2, "num_return_sequences": 3}, "num_return_sequences 3 exceeds num_beams 2"),
         ({"num_return_sequences": 2}, "num_return_sequences 2 of greedy decoding would be equal"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens 5 exceeds max_new_tokens 4"),
+        ({"temperature": 0.7}, "temperature 0.7 asks for sampling, and do_sample is False: set do_sample"),
+        ({"top_p": 0.9, "do_sample": False}, "top_p 0.9 asks for sampling"),
         ({"stop_strings": ["a", ""]}, "stop_strings: found an empty text"),
     ],
 )
@@ -76,6 +76,17 @@ def test_unknown_name_gets_the_nearest():
 def test_impossible_values_are_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         generation_options(values)
+
+
+def test_options_must_be_an_object():
+    with pytest.raises(ConfigError, match="generation options: found a list; expected an object"):
+        generation_options(["max_new_tokens"])
+
+
+@pytest.mark.parametrize("name", ["max_new_token", "num_beam", "stop_string", "top_pp", "min_new_token"])
+def test_misspelt_names_are_told_the_right_one(name):
+    with pytest.raises(ConfigError, match=f'{name}: unknown key; did you mean "{name[:5]}'):
+        generation_options({name: 1})
 
 
 def pick(logits, **options):

@@ -25,7 +25,21 @@ def tokens(golden, tensor: int, pipeline: int):
     torch.manual_seed(0)
     picture = torch.randn(1, 3, 56, 56)
     found = [vlm.generate(images=picture if index == 0 else None, **request) for index, request in enumerate(REQUESTS)]
-    return [*found, vlm.generate("What is it?", max_new_tokens=6)]
+    return [*found, vlm.generate("What is it?", max_new_tokens=6), shared_beginnings(vlm)]
+
+
+def shared_beginnings(vlm):
+    """Tokens of requests that begin alike and come one after the other, and how much each took from another one."""
+    from PIL import Image
+
+    from mindspeed_mm.generation.engine import GenerationRequest
+
+    engine, shown = vlm.engine(batch_size=2), Image.new("RGB", (30, 20), (200, 30, 90))
+    texts = ("What is it?", "What is it, and where?", "Why?", "What is it?")
+    requests = [GenerationRequest(text, turns=((text, None),), images=(shown,)) for text in texts]
+    results = list(engine.generate(requests, {"max_new_tokens": 5}, 2))
+    assert all(result.cached_tokens > 16 for result in results[1:])
+    return [(result.token_ids, result.cached_tokens) for result in results]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
