@@ -79,6 +79,8 @@ class MeteredIterator:
             self.facts = [self._describe(batch) for batch in self.batches]
         except (DataError, TrainingError) as caught:
             error = caught
+        # A call of its own: all others of a step come in or after its forward pass, where the ranks with good data
+        # would wait for this one already.
         failed = torch.tensor(float(error is not None), device=device)
         torch.distributed.all_reduce(failed)
         if error is not None:
