@@ -26,6 +26,9 @@ TOKENIZER_FILES = (
 GENERATION_FILES = ("generation_config.json",)
 PROCESSOR_FILES = ("preprocessor_config.json",)
 
+SAVED_TOKENIZER = "tokenizer"
+"""Folder beside training checkpoints that keeps the run's tokenizer."""
+
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 """Tokens that the llava-hf layout adds to the vocabulary, in this order."""
 
@@ -72,6 +75,8 @@ def companions_of(
     folders += [source.path, *(part.path for part in source.part_sources.values())]
     if source.layout == "llava" and isinstance(config.get("mm_vision_tower"), str):
         folders.append(source.path / config["mm_vision_tower"])
+    if source.layout == "checkpoint":
+        folders.append(source.path.parent / SAVED_TOKENIZER)
     data = config.get("data") if source.layout == "checkpoint" else None
     data = data if isinstance(data, dict) else {}
     folders += [Path(value) for key in ("tokenizer", "image_processor") if isinstance(value := data.get(key), str)]

@@ -33,6 +33,9 @@ from mindspeed_mm.weights.sources import PartSource, Source, open_source
 
 logger = logging.getLogger(__name__)
 
+WHOLE = ("llava", "llava-hf", "checkpoint")
+"""Layouts that hold whole models alone."""
+
 FILE_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 
 RUN_KEYS = (
@@ -76,7 +79,7 @@ def convert(
         target: folder to write; it must not exist or be empty. "projector" also takes the name of one file.
         to: layout to write: "mindspeed-mm" (converted_clip.pt, converted_vicuna.pt, mlp.pt, and for a whole model
             model.json; may join other files of a folder), "llava-hf", "llava", "hf" (the decoder), "clip" (the tower),
-            "projector".
+            "projector", "checkpoint" (weights alone, as the folder that training and inference start from).
         dtype: type to store (fp32, fp16, bf16 or torch's); None and "keep" keep each tensor's own.
         num_attention_heads: heads of a vision encoder whose source does not say (None: width / 64).
         parts: kinds to convert, None for all that source and target have.
@@ -184,7 +187,7 @@ def _chosen(source: Source, to: str, parts: Sequence[str] | None) -> list[str]:
     unknown = sorted(set(parts or ()) - set(offered))
     if unknown:
         raise WeightError(f"layout {to} has no {', '.join(unknown)}; expected {', '.join(offered)}.")
-    if to in ("llava", "llava-hf") and parts and set(parts) != set(offered):
+    if to in WHOLE and parts and set(parts) != set(offered):
         raise WeightError(f"layout {to} holds a whole model; expected no choice of parts. Choose another layout.")
     needed = parts or (offered if to != "mindspeed-mm" else source.parts)
     for kind in needed:
@@ -211,6 +214,9 @@ def _convert_to_file(files: WeightFiles, target: Path, runner: Runner, *, overwr
 
 def _write(files: WeightFiles, folder: Path, runner: Runner, shard_size: int, advance) -> None:
     where = folder / files.where
+    if files.write is not None:
+        files.write(where, files.jobs, runner, advance=advance)
+        return
     if files.kind == "torch":
         write_torch(where, files.jobs, runner, record=files.record, advance=advance)
         return

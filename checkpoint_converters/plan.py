@@ -60,13 +60,15 @@ class Wanted:
     """How one part is written.
 
     dialect, prefix: names; dtype: None keeps each tensor's own; rows: of the two vocabulary matrices, None keeps them
-    (further rows are the mean row: the score of such a token is the mean of all scores and never the highest).
+    (further rows are the mean row: the score of such a token is the mean of all scores and never the highest);
+    built_only: leave out what our modules do not build (a tower's layers behind the feature).
     """
 
     dialect: str
     prefix: str = ""
     dtype: torch.dtype | None = None
     rows: int | None = None
+    built_only: bool = False
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -90,7 +92,8 @@ def part_jobs(source: PartSource, spec: PartSpec, wanted: Wanted) -> tuple[list[
     match = reading.match(source.names, geometry, where=f"{source.path} ({source.part})")
     check_tied_copy(reading, geometry, source)
     stored = describe_part(source).geometry if source.assumed else geometry
-    targets = {step.target: step for step in writing.steps(geometry)}
+    steps = [step for step in writing.steps(geometry) if not (step.unused and wanted.built_only)]
+    targets = {step.target: step for step in steps}
     jobs, made, shapes = [], set(), part.shapes(spec)
     for step in match.steps:
         check_shapes(source, step, shapes.get(step.target) or shapes[step.rule.target], geometry)

@@ -22,6 +22,7 @@ from checkpoint_converters.companions import (
 )
 from checkpoint_converters.plan import Job, Wanted, part_jobs, renamed, stored_dtype
 from checkpoint_converters.write import TOWER_FOLDER, write_json
+from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import model_block
 from mindspeed_mm.models.part import PartSpec
 from mindspeed_mm.models.spec import PART_KINDS
@@ -55,7 +56,9 @@ class Conversion:
         """Jobs of one part in the names of a layout."""
         dialect, prefix = WRITTEN[layout][kind]
         jobs, filled = part_jobs(
-            self.parts[kind], self.specs[kind], Wanted(dialect, prefix, self.dtype, rows if kind == TEXT else None)
+            self.parts[kind],
+            self.specs[kind],
+            Wanted(dialect, prefix, self.dtype, rows if kind == TEXT else None, built_only=layout == "checkpoint"),
         )
         if kind == PROJECTOR and dialect == "llava" and self.specs[kind].num_layers == 1:
             jobs = [renamed(job, prefix + "0.", prefix) for job in jobs]  # LLaVA's linear is no sequence of modules
@@ -75,6 +78,8 @@ class WeightFiles:
     kind: str
     jobs: list[Job]
     record: dict[str, Any] | None = None
+    write: Callable[..., None] | None = None
+    """Writes jobs to `where`, in place of the writers of these kinds."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,14 @@ class TargetPlan:
 
 def plan_target(conversion: Conversion, to: str) -> TargetPlan:
     """The plan of one layout of TARGETS. Raises WeightError where the source cannot be written in it."""
-    plans = {
-        "mindspeed-mm": _plan_ours,
-        "llava-hf": _plan_llava_hf,
-        "llava": _plan_llava,
-        "hf": _plan_hf,
-        "clip": _plan_clip,
-        "projector": _plan_projector,
-    }
-    return plans[to](conversion)
+    if to not in _PLANS:
+        raise WeightError(f"layout {to} is written by a module that was not imported; use mm.convert or the command.")
+    return _PLANS[to](conversion)
+
+
+def register_target(to: str, plan: Callable[[Conversion], TargetPlan]) -> None:
+    """Add what plans a further layout of TARGETS (the training checkpoint)."""
+    _PLANS[to] = plan
 
 
 def own_record(source: PartSource, spec: PartSpec, *, stated_heads: bool) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -208,3 +212,13 @@ def _plan_llava(conversion: Conversion) -> TargetPlan:
         write_json(folder / "config.json", config)
 
     return TargetPlan(files, finish)
+
+
+_PLANS: dict[str, Callable[[Conversion], TargetPlan]] = {
+    "mindspeed-mm": _plan_ours,
+    "llava-hf": _plan_llava_hf,
+    "llava": _plan_llava,
+    "hf": _plan_hf,
+    "clip": _plan_clip,
+    "projector": _plan_projector,
+}

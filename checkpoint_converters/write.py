@@ -1,7 +1,9 @@
 """Write weights: beside the target first, then renamed, so that what has its final name is complete."""
 
 import contextlib
+import glob
 import json
+import logging
 import os
 import shutil
 import struct
@@ -9,11 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from checkpoint_converters.plan import Job, total_bytes
 from checkpoint_converters.stream import Runner
 from checkpoint_converters.torch_zip import write_all, write_torch_zip
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights.files import SAFETENSORS_DTYPES
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 5 * 10**9
 """Largest shard of an export, as Hugging Face writes them."""
@@ -22,6 +28,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 OWN_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja")
 TOWER_FOLDER = "vision_tower"
+OWN_FOLDERS = (TOWER_FOLDER, "release", "tokenizer")
 """What a converted folder holds: --overwrite removes nothing else."""
 
 Advance = Callable[[int], None]
@@ -58,6 +65,7 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     With `overwrite` an earlier conversion there is removed after its successor is complete.
     Raises WeightError when the target is a symbolic link, exists, or holds what no conversion writes.
     """
+    recover(target)
     check_target(target, overwrite=overwrite)
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     with beside(target) as temporary:
@@ -67,6 +75,22 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
             os.rename(target, old)
     if old.is_dir():
         shutil.rmtree(old)
+
+
+def recover(target: Path) -> None:
+    """Tidy up after conversions to `target` that were killed: half-written results go, and an earlier target that was
+    moved aside to be replaced comes back where its successor did not arrive."""
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}.*")):
+        number, _, kind = left.name.removeprefix(f".{target.name}.").partition(".")
+        if not number.isdigit() or kind not in ("part", "old") or psutil.pid_exists(int(number)):
+            continue
+        if kind == "old" and not target.exists():
+            os.rename(left, target)
+            logger.warning("%s is back: a conversion that was to replace it was interrupted", target)
+        elif left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -82,7 +106,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             f"{target} exists; expected a new folder or file. Give --overwrite (overwrite=True), or another target."
         )
     entries = [target] if target.is_file() else list(target.iterdir())
-    foreign = [entry.name for entry in entries if entry.name != TOWER_FOLDER and entry.suffix not in OWN_SUFFIXES]
+    foreign = [entry.name for entry in entries if entry.name not in OWN_FOLDERS and entry.suffix not in OWN_SUFFIXES]
     if foreign:
         raise WeightError(
             f"{target} holds {', '.join(sorted(foreign)[:4])}, which no conversion writes; it is not removed. "

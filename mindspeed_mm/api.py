@@ -37,6 +37,7 @@ def load(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     quantize: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> LoadedVLM:
     """Load a whole model for inference.
 
@@ -49,8 +50,8 @@ def load(
         tensor_model_parallel_size, pipeline_model_parallel_size: spread the model over the processes of a torchrun
             launch, which must be as many as their product; every process then makes the same calls and gets the same
             answers. `logits`, `vision_features` and `project` need the whole model on each stage.
-
         quantize: "int8", "nf4" or "fp4": keep the decoder's linears in 8 or 4 bits (needs bitsandbytes, one process).
+        allow_nonfinite: load weights with NaN or Inf, which are else refused.
 
     Raises:
         WeightError: the path holds no whole model, or a damaged one.
@@ -87,6 +88,7 @@ def load(
         runtime,
         platform.device(),
         sources=located.sources,
+        allow_nonfinite=allow_nonfinite,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
+import mindspeed_mm.checkpoint_target  # noqa: F401  and as a target of conversions
+from checkpoint_converters.companions import SAVED_TOKENIZER
 from checkpoint_converters.configs import image_processor_config
 from mindspeed_mm.config.load import read_json
 from mindspeed_mm.data.template import get_template
@@ -20,8 +22,7 @@ logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-TOKENIZER_FOLDER = "tokenizer"
-"""Folder inside a save folder that keeps the run's tokenizer, so that checkpoints can be moved."""
+TOKENIZER_FOLDER = SAVED_TOKENIZER
 
 DEFAULT_TEMPLATE = "v1"
 """The template that LLaVA-1.5 is tuned with."""
@@ -145,7 +146,7 @@ def _checkpoint(path: Path, source: Source, sources: dict[str, Source]) -> Locat
         path,
         load_model_spec(extra["model"], context=f"{source.path}: model in run.json"),
         sources,
-        tokenizer=_holding(source.path.parent / TOKENIZER_FOLDER, TOKENIZER_FILES) or Path(data["tokenizer"]),
+        tokenizer=_holding(source.path.parent / TOKENIZER_FOLDER, TOKENIZER_FILES) or _path(data.get("tokenizer")),
         image_processor=data.get("image_processor"),
         template=_chat_template(data.get("template")),
         pad=bool(data.get("pad", True)),
@@ -156,6 +157,10 @@ def _config(path: Path, source: Source) -> dict[str, Any]:
     if not source.config:
         raise ConfigError(f"{path}: config.json is missing; copy it from where the weights come from")
     return source.config
+
+
+def _path(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 def _holding(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -16,7 +16,7 @@ EXAMPLE = (
     "      --projector mm_projector.bin llava-7b --to llava"
 )
 
-LAYOUTS = ("mindspeed-mm", "llava-hf", "llava", "hf", "clip", "projector")
+LAYOUTS = ("mindspeed-mm", "llava-hf", "llava", "hf", "clip", "projector", "checkpoint")
 PART_FLAGS = {"text_decoder": "--text-decoder", "vision_encoder": "--vision-encoder", "vision_projector": "--projector"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -57,9 +57,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+    _accept_paths_anywhere(parser)
+
+
+def _accept_paths_anywhere(parser: argparse.ArgumentParser) -> None:
+    """Let paths stand before and behind flags (`SRC --to X DST`); argparse alone takes them in one place."""
+    original = parser.parse_known_args
+
+    def parse(args=None, namespace=None):
+        found, rest = original(args, namespace)
+        found.paths += [word for word in rest if not word.startswith("-")]
+        return found, [word for word in rest if word.startswith("-")]
+
+    parser.parse_known_args = parse
+
+
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
     """Convert. Returns the written files for --json."""
     import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
+    import mindspeed_mm.checkpoint_target  # noqa: F401
     from checkpoint_converters.convert import convert
 
     source, target = _source(namespace)

@@ -23,6 +23,7 @@ def build_vlm(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[VLM, list[LoadReport]]:
     """Build this pipeline stage's part of the model in `runtime.params_dtype` on `device`.
 
@@ -30,6 +31,7 @@ def build_vlm(
         vp_stage: which of this stage's chunks, where it has several.
         load_weights: fill each part from its ckpt_path, strictly; False where a training checkpoint follows.
         sources: opened sources by part kind, instead of the specs' ckpt_path.
+        allow_nonfinite: load weights with NaN or Inf, which are else refused.
 
     Returns:
         The model and one report for each part that was loaded or declared fresh.
@@ -56,6 +58,7 @@ def build_vlm(
                 source,
                 tp_rank=parallel_state.get_tensor_model_parallel_rank(),
                 tp_size=runtime.tensor_model_parallel_size,
+                allow_nonfinite=allow_nonfinite,
                 **_place(module, runtime, kind),
             )
         )

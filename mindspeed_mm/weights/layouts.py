@@ -180,6 +180,11 @@ WRITTEN = {
     "clip": {VISION: ("hf", "vision_model.")},
     "projector": {PROJECTOR: ("llava", "model.mm_projector.")},
     "mindspeed-mm": {TEXT: ("ours", ""), VISION: ("ours", ""), PROJECTOR: ("ours", "")},
+    "checkpoint": {
+        TEXT: ("ours", "text_decoder."),
+        VISION: ("ours", "image_encoder.encoder."),
+        PROJECTOR: ("ours", "image_encoder.projector."),
+    },
 }
 """Layouts that are written: the dialect of each part and the prefix of its names. Those of llava-hf are the hub's,
 which transformers of every version reads."""

@@ -1,5 +1,6 @@
 """Open weights in any public layout: recognised from their contents, never from their name."""
 
+import glob
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +137,9 @@ def _open(path: Path) -> Source:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
-        raise WeightError(f"{path}: no such file or folder; expected weights. Correct ckpt_path.")
+        aside = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old"))
+        hint = f" A conversion that was to replace it was interrupted: rename {aside[0]} to {path}." if aside else ""
+        raise WeightError(f"{path}: no such file or folder; expected weights.{hint or ' Correct ckpt_path.'}")
     return _classify(path, TensorFiles(path, [open_file(path)]), None)
 
 

@@ -59,15 +59,17 @@ def clip_state(config, seed=1):
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def projector_state(text, vision, seed=2):
-    """Random tensors of mlp2x_gelu under LLaVA's names."""
+def projector_state(text, vision, seed=2, kind="mlp2x_gelu"):
+    """Random tensors of a projector under LLaVA's names."""
     generator = torch.Generator().manual_seed(seed)
     wide, narrow = text["hidden_size"], vision["hidden_size"]
-    shapes = {"0.weight": (wide, narrow), "0.bias": (wide,), "2.weight": (wide, wide), "2.bias": (wide,)}
+    names = [""] if kind == "linear" else [f"{2 * number}." for number in range(int(kind[3]))]
+    shapes = {f"{name}weight": (wide, wide if number else narrow) for number, name in enumerate(names)}
+    shapes |= {f"{name}bias": (wide,) for name in names}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def write_llava(folder, golden, *, text=None, vision=None, dtype=torch.float32):
+def write_llava(folder, golden, *, text=None, vision=None, dtype=torch.float32, projector="mlp2x_gelu"):
     """A whole model in the liuhaotian layout with the golden tokenizer; returns its folder."""
     text, vision = TEXT | (text or {}), VISION | (vision or {})
     spec = llama.from_hf(text)
@@ -76,10 +78,11 @@ def write_llava(folder, golden, *, text=None, vision=None, dtype=torch.float32):
         state.pop("lm_head.weight", None)
     tower = "model.vision_tower.vision_tower.vision_model."
     state |= {tower + name: tensor for name, tensor in clip_state(vision).items()}
-    state |= {"model.mm_projector." + name: tensor for name, tensor in projector_state(text, vision).items()}
+    linears = projector_state(text, vision, kind=projector)
+    state |= {"model.mm_projector." + name: tensor for name, tensor in linears.items()}
     folder.mkdir(parents=True)
     save_file({name: tensor.to(dtype) for name, tensor in state.items()}, folder / "model.safetensors")
-    config = text | {"mm_hidden_size": vision["hidden_size"], "mm_projector_type": "mlp2x_gelu"}
+    config = text | {"mm_hidden_size": vision["hidden_size"], "mm_projector_type": projector}
     config |= {"mm_vision_tower": "tower", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tower").mkdir()
