@@ -62,7 +62,8 @@ def collect(content: ShardedStateDict, *, copy: bool) -> Content:
     Args:
         copy: take them to host memory, so that what is written does not change with the model.
     """
-    sharded, common = save_preprocess(content, True)
+    # Rank 0's common part counts. It may well differ from that of a rank that trains nothing, and is not compared.
+    sharded, common = save_preprocess(content, True, lambda _: {})
     packed = io.BytesIO()
     torch.save(common, packed)
     tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
