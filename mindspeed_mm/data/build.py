@@ -27,6 +27,9 @@ from mindspeed_mm.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+WELL_FILLED = 0.97
+"""Share of the positions of packed rows; below it, longer rows are suggested."""
+
 LEAST_JUDGED = 1000
 """max_skip_percent counts from so many samples, so that one bad image in the first batch stops no run."""
 
@@ -141,7 +144,11 @@ def build_order(
         return order
     length = _row_length(dataset, options)
     packed = PackedOrder(order, dataset.lengths, capacity=length, window=options.packing_window, seed=seed)
-    logger.info("packing: %.1f%% of the positions of the first rows are used", 100 * packed.fill())
+    fill = packed.fill()
+    logger.info("packing: %.1f%% of the positions of the first rows are used", 100 * fill)
+    if fill < WELL_FILLED:
+        longer = PackedOrder(order, dataset.lengths, capacity=2 * length, window=options.packing_window, seed=seed)
+        logger.info('"packing_length": %d would use %.1f%% of them', 2 * length, 100 * longer.fill())
     return packed
 
 

@@ -1,7 +1,9 @@
 """Several samples in one row of fixed length: which samples share a row.
 
-Windows of the endless sample sequence are sorted into rows by first-fit decreasing (Johnson 1973), each window by
-itself, so that rows depend on the sequence alone and any row can be found again.
+Windows of the endless sample sequence are sorted into rows, each window by itself, so that rows depend on the sequence
+alone and any row can be found again. Two ways are tried on each window and the one with fewer rows is taken: first-fit
+decreasing (Johnson 1973), and rows that are opened by the longest sample left and filled up as well as a search over
+sums can (in the manner of Gupta and Ho's minimum bin slack, 1999).
 """
 
 from __future__ import annotations
@@ -14,6 +16,17 @@ from mindspeed_mm.data.sampler import Order
 from mindspeed_mm.errors import ConfigError
 
 KEPT_WINDOWS = 2
+
+CANDIDATES = 48
+"""Samples among which the rest of a row is searched, spread evenly over the lengths that are left."""
+
+
+def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Rows of indices into `lengths` [n]; the lengths of a row sum up to `capacity` at most.
+
+    Raises ConfigError for a length over the capacity.
+    """
+    return min(first_fit_decreasing(lengths, capacity), fill_up(lengths, capacity), key=len)
 
 
 def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
@@ -36,6 +49,39 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
         rows[row].append(index)
         room[row] -= size
     return rows
+
+
+def fill_up(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """As first_fit_decreasing, for lengths that fit: the longest sample left opens a row, and those of the candidates
+    join it whose sum comes closest to the room that is left."""
+    sizes = lengths.tolist()
+    left = np.argsort(-lengths, kind="stable").tolist()
+    rows: list[list[int]] = []
+    while left:
+        row = [left.pop(0)]
+        room = capacity - sizes[row[0]]
+        count = min(CANDIDATES, len(left))
+        places = [place for place in (i * len(left) // count for i in range(count)) if sizes[left[place]] <= room]
+        for place in reversed(_best_sum([sizes[left[place]] for place in places], room)):
+            row.append(left.pop(places[place]))
+        rows.append(row)
+    return rows
+
+
+def _best_sum(sizes: list[int], room: int) -> list[int]:
+    """Positions of the sizes whose sum is the largest up to `room`, in ascending order."""
+    # Bit s of an entry: the sum s can be reached with the sizes before it.
+    reachable, mask = [1], (1 << (room + 1)) - 1
+    for size in sizes:
+        reachable.append((reachable[-1] | reachable[-1] << size) & mask)
+        if reachable[-1] >> room:
+            break
+    rest, chosen = reachable[-1].bit_length() - 1, []
+    for position in range(len(reachable) - 2, -1, -1):
+        if not reachable[position] >> rest & 1:
+            chosen.append(position)
+            rest -= sizes[position]
+    return chosen[::-1]
 
 
 class PackedOrder:
@@ -67,7 +113,7 @@ class PackedOrder:
         if number not in self._windows:
             self._windows = {known: rows for known, rows in self._windows.items() if known > number - KEPT_WINDOWS}
             members = [self._order.at(number * self._window + i) for i in range(self._window)]
-            rows = first_fit_decreasing(np.abs(self._lengths[members]), self._capacity)
+            rows = pack(np.abs(self._lengths[members]), self._capacity)
             places = np.random.default_rng([self._seed, number]).permutation(len(rows))
             # Inside a row the samples keep the order of the sequence.
             self._windows[number] = [tuple(members[i] for i in sorted(rows[place])) for place in places]
