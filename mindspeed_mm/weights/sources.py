@@ -109,12 +109,16 @@ class Source:
         """The tensors of one part. Raises WeightError when they are not here."""
         if part in self.part_sources:
             return self.part_sources[part]
-        hint = ""
+        cure = f"Give the {part}'s own weights as ckpt_path."
         if part == VISION and self.config and self.config.get("mm_vision_tower"):
-            hint = f" Its config names the tower {self.config['mm_vision_tower']!r}, which is not a path here."
+            cure = (
+                f"Its config names the tower {self.config['mm_vision_tower']!r}, which is not a path here. Put "
+                "the path of the tower's folder or file into mm_vision_tower of config.json, or join them by `mindspeed-mm "
+                f"convert --text-decoder {self.path} --projector {self.path} --vision-encoder TOWER`, or by "
+                "ckpt_path in a model.json."
+            )
         raise WeightError(
-            f"{self.path}: found layout {self.layout} with {', '.join(self.parts)}; expected a {part}.{hint} "
-            f"Give the {part}'s own weights as ckpt_path."
+            f"{self.path}: found layout {self.layout} with {', '.join(self.parts)}; expected a {part}. {cure}"
         )
 
 
