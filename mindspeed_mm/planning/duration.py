@@ -15,7 +15,7 @@ from mindspeed_mm.planning.communication import stage_traffic
 from mindspeed_mm.planning.hardware import Hardware
 from mindspeed_mm.planning.job import Job
 from mindspeed_mm.planning.parameters import held_layers, stage_parameters
-from mindspeed_mm.training.flops import forward_flops, score_flops, step_flops
+from mindspeed_mm.training.flops import forward_flops, step_flops
 
 PASSES_OVER_ACTIVATIONS = 5
 """What a layer keeps is written and read in the forward pass, read in the backward pass, and its gradient written and
@@ -63,12 +63,14 @@ def stage_flops(job: Job, stage: int) -> float:
     trained = {kind: job.trained(kind) for kind in job.spec.part_specs()}
     share = held_layers(job, stage) / job.spec.text_decoder.num_layers
     text = 1 + flow["text_decoder"] + trained["text_decoder"]
-    total = forward.decoder * share * (text + _again(job, "text_decoder", stage)) / job.context
-    total += held_layers(job, stage) * _scores_again(job, lengths) / job.context
+    decoder = forward.decoder * (text + _again(job, "text_decoder", stage))
+    decoder += forward.scores * (flow["text_decoder"] - trained["text_decoder"] + _scores_again(job))
+    total = share * decoder / job.context
     if stage == 0 and job.images:
         again = _again(job, "vision_encoder", 0)
         image = (forward.tower + forward.patches) * (3 + again if trained["vision_encoder"] else 1)
-        image += forward.projector * (1 + trained["vision_encoder"] + trained["vision_projector"])
+        # megatron.core's linears compute the gradient of their input, whether it is needed or not.
+        image += forward.projector * (1 + flow["vision_projector"] + trained["vision_projector"])
         total += image * job.images / (job.micro_batch_size * job.row.images)
     if stage == job.pipeline - 1:
         total += forward.head * text / job.context
@@ -86,12 +88,9 @@ def _again(job: Job, kind: str, stage: int) -> float:
     return min(1.0, part.recompute_num_layers / max(1, layers))
 
 
-def _scores_again(job: Job, lengths: list[float]) -> float:
-    """Operations of a decoder layer's attention where selective recomputation runs it again."""
-    spec = job.spec.text_decoder
-    if spec.recompute_granularity != "selective" or not job.gradients_flow("text_decoder"):
-        return 0.0
-    return score_flops(heads=spec.num_attention_heads, head_size=spec.kv_channels, lengths=lengths, causal=True)
+def _scores_again(job: Job) -> bool:
+    """Whether selective recomputation runs the decoder's attention again."""
+    return job.spec.text_decoder.recompute_granularity == "selective" and job.gradients_flow("text_decoder")
 
 
 def step_time(job: Job, hardware: Hardware) -> StepTime:

@@ -3,7 +3,7 @@
 A multiply-add counts as two. Matrix products and attention are counted, norms, activations and softmax are not
 (the usual model-FLOP convention of PaLM, appendix B, and Megatron-LM). Recomputation is not counted. Causal attention
 counts half the square. The backward pass costs one forward pass where gradients flow through a part and another one
-where its weights are trained.
+where its weights are trained; attention itself, which has no weights, costs two wherever gradients flow.
 """
 
 from __future__ import annotations
@@ -45,13 +45,21 @@ class ForwardFlops:
     """The tower's patch embedding, whose input needs no gradient."""
     tower: float
     projector: float
+    """All its linears."""
+    projector_first: float
+    """The first of them, whose input needs no gradient while the tower is frozen."""
     decoder: float
+    """Layers, attention included."""
+    scores: float
+    """The attention in them: QK^T and the product with V."""
     head: float
 
 
 def forward_flops(spec, *, lengths: Iterable[float], images: float, supervised: float) -> ForwardFlops:
     """Forward operations of a micro-batch, by part; arguments as for `step_flops`."""
     text, tower, projector = spec.text_decoder, spec.vision_encoder, spec.vision_projector
+    lengths = list(lengths)
+    scores = score_flops(heads=text.num_attention_heads, head_size=text.kv_channels, lengths=lengths, causal=True)
     decoder = transformer_flops(
         layers=text.num_layers,
         hidden=text.hidden_size,
@@ -75,11 +83,14 @@ def forward_flops(spec, *, lengths: Iterable[float], images: float, supervised: 
         causal=False,
     )
     patches = (tower.image_size // tower.patch_size) ** 2
+    linears = [2.0 * images * tower.num_image_tokens * inputs * outputs for inputs, outputs in projector.sizes]
     return ForwardFlops(
         patches=2.0 * images * patches * 3 * tower.patch_size**2 * tower.hidden_size,
         tower=images * one_picture,
-        projector=2.0 * images * tower.num_image_tokens * sum(inputs * outputs for inputs, outputs in projector.sizes),
+        projector=sum(linears),
+        projector_first=linears[0],
         decoder=decoder,
+        scores=text.num_layers * scores,
         head=2.0 * supervised * text.hidden_size * text.language_vocab_size,
     )
 
@@ -98,9 +109,12 @@ def step_flops(spec, *, lengths: Iterable[float], images: float, supervised: flo
     forward = forward_flops(spec, lengths=lengths, images=images, supervised=supervised)
     tower = not spec.vision_encoder.freeze
     projector, decoder = not spec.vision_projector.freeze, not spec.text_decoder.freeze
+    flow = tower or projector or decoder
     return (
         forward.patches * (1 + tower)
         + forward.tower * (3 if tower else 1)
-        + forward.projector * (1 + tower + projector)
-        + (forward.decoder + forward.head) * (1 + (tower or projector or decoder) + decoder)
+        + forward.projector * (1 + (tower or projector) + projector)
+        - forward.projector_first * (projector and not tower)
+        + (forward.decoder - forward.scores + forward.head) * (1 + flow + decoder)
+        + forward.scores * (1 + 2 * flow)
     )

@@ -1,7 +1,7 @@
 """What a rank really holds and allocates: static bytes, bytes saved for the backward pass, the allocator's peak.
 
 Everything is counted while the real model trains on the CPU: static memory from the tensors themselves, saved
-activations with torch's saved-tensor hooks (each storage once), the peak from the allocator's events in torch's profiler.
+activations with torch's saved-tensor hooks (each storage once), the peak from the allocator's events in its profiler.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measure(work: Work) -> Measured:
         return build_vlm(spec, runtime, torch.device("cpu"), pre_process=pre_process, post_process=post_process)[0]
 
     state = setup.setup(args, provide, platform)
-    batches = _batches(work, spec, args.micro_batch_size, runtime.sequence_multiple)
+    batches = batches_of(work, spec, args.micro_batch_size, runtime.sequence_multiple)
     saved = _SavedBytes({p.untyped_storage().data_ptr() for m in state.modules for p in m.parameters()})
 
     def counted_step(iterator, model):
@@ -148,7 +148,7 @@ def _peak(profile: torch.profiler.profile) -> int:
     return highest
 
 
-def _batches(work: Work, spec, micro_batch: int, multiple: int) -> Iterator[Batch]:
+def batches_of(work: Work, spec, micro_batch: int, multiple: int) -> Iterator[Batch]:
     """Endless equal micro-batches: one picture a sample, then text, the last positions supervised."""
     pictures, side = spec.vision_encoder.num_image_tokens, spec.vision_encoder.image_size
     ids = [-200] * pictures + [5] * (work.tokens - pictures)
