@@ -1,6 +1,7 @@
 """A loaded model as the engine of an evaluation, and what identifies its answers."""
 
 import hashlib
+import logging
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,13 @@ import torch
 
 from evaluation.engine import GenerationRequest
 from mindspeed_mm.data.image import preprocess
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import ContextError, DataError
 from mindspeed_mm.generation import engine as generation
 from mindspeed_mm.generation.options import GenerationOptions
 from mindspeed_mm.generation.pictures import DIGEST_BYTES, Picture
 from mindspeed_mm.loaded import LoadedVLM
+
+logger = logging.getLogger(__name__)
 
 PROBE = "A chat. USER:  <x>\nWhat is 12.50 + 007? \u732b \u00e9 (A) B. ASSISTANT: None</s>"
 """Text whose ids tell tokenizers apart: spaces, digits, letters outside ASCII, special tokens."""
@@ -97,9 +100,14 @@ class ModelEngine:
 
 
 def _texts(ended: deque[tuple[GenerationRequest, generation.GenerationHandle]]) -> Iterator[tuple[int | str, str]]:
-    """Take the requests that have ended: (id, text). Raises DataError for one that failed."""
+    """Take the requests that have ended: (id, text). One that does not fit into the model's context (seven pictures of
+    MMMU) has no answer, "", and is told. Raises DataError for one that failed otherwise."""
     while ended:
         request, handle = ended.popleft()
+        if isinstance(handle.error, ContextError):
+            logger.warning("question %s has no answer and counts as wrong: %s", request.id, handle.error)
+            yield request.id, ""
+            continue
         if handle.error is not None:
             raise DataError(f"question {request.id} cannot be answered: {handle.error}") from handle.error
         yield request.id, handle.result.text

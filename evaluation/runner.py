@@ -228,6 +228,7 @@ def _summary(
         "rows_in_table": len(table.all_cells),
         "dropped_without_picture": len(table.dropped),
         "answered": len(answers),
+        "empty_answers": sum(not text for text in answers.values()),
         "limit": limit,
         **facts,
         "fingerprint": fingerprint(facts),

@@ -5,6 +5,10 @@ class ConfigError(ValueError):
     """A JSON file, flag or combination of settings is wrong. Lists every problem found, one per line."""
 
 
+class ContextError(ConfigError):
+    """A prompt and the answer asked for do not fit into the model's context."""
+
+
 class WeightError(ValueError):
     """A weight file is missing, damaged, unsafe, or does not hold exactly the tensors that are needed."""
 

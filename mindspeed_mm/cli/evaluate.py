@@ -221,6 +221,9 @@ def _print(result, scoring: str, seconds: float) -> None:
     for path in result.files.values():
         sys.stdout.write(f"  {path}\n")
     sys.stdout.flush()
+    empty = sum(not text for text in result.predictions.values())
+    if empty:
+        sys.stderr.write(f"empty answers: {empty}\n")
     new = len(result.predictions) - result.resumed
     sys.stderr.write(f"{new} questions in {seconds:.1f} s; {result.resumed} were answered by earlier runs\n")
 

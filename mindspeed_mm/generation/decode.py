@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from megatron.core import parallel_state
 
-from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.errors import ConfigError, ContextError
 from mindspeed_mm.generation.lean import LeanStep
 from mindspeed_mm.models.fusion import image_positions, scatter_features
 from mindspeed_mm.models.layers.kv_cache import KVCache
@@ -140,7 +140,7 @@ class Decoder:
         if prompt_tokens == 0:
             raise ConfigError("a prompt has no tokens: give it a text or an image")
         if prompt_tokens + new_tokens > self.max_length:
-            raise ConfigError(
+            raise ContextError(
                 f"a prompt of {prompt_tokens} tokens and max_new_tokens {new_tokens} exceed the model's context of "
                 f"{self.max_length} tokens: shorten the prompt or lower max_new_tokens"
             )

@@ -179,6 +179,18 @@ def test_copies_that_do_not_fit_the_number_of_processes(golden, table_path, tmp_
     assert "need a multiple of 2 processes, found 1: start with torchrun --nproc_per_node 2" in capsys.readouterr().err
 
 
+def test_a_question_beyond_the_context_has_an_empty_answer(golden, tmp_path, capsys):
+    rows = choice_rows(2)
+    rows[0]["question"] = "What is it? " * 2000
+    table = write_table(tmp_path / "t.tsv", rows)
+    assert main(command(golden, table, tmp_path / "o")) == 0
+    told = capsys.readouterr().err
+    assert "question 0 has no answer and counts as wrong: a prompt of" in told and "empty answers: 1" in told
+    report = json.loads((tmp_path / "o" / "llava_hf_toy_report.json").read_text())
+    assert report["empty_answers"] == 1 and report["rows"][0]["prediction"] == "" != report["rows"][1]["prediction"]
+    assert report["rows"][0]["strict"][1] == report["rows"][0]["compat"][1] == 0
+
+
 def kill_when_answered(line, journal, lines):
     """Start the command and kill it (SIGKILL) when its journal holds `lines` answers."""
     process = subprocess.Popen(
