@@ -120,7 +120,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise WeightError(
-            f"{folder}: the disk has {free / 1e9:.2f} GB left; expected {needed / 1e9:.2f} GB. "
+            f"{folder}: the disk has {free / 1e6:.1f} MB left; expected {needed / 1e6:.1f} MB. "
             "Free some space or choose another target."
         )
 

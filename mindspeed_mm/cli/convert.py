@@ -31,7 +31,11 @@ def size(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", nargs="+", metavar="[SRC] DST", help="weights in any readable layout or a training checkpoint; target"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="SRC DST: weights in any readable layout or a training checkpoint, and the target; DST alone beside flags "
+        "that name the parts",
     )
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout of the target")
     for kind, flag in PART_FLAGS.items():
@@ -55,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="compare tensors, and for whole models logits, afterwards"
     )
-
 
     _accept_paths_anywhere(parser)
 

@@ -109,13 +109,13 @@ class Source:
         """The tensors of one part. Raises WeightError when they are not here."""
         if part in self.part_sources:
             return self.part_sources[part]
-        cure = f"Give the {part}'s own weights as ckpt_path."
+        cure = f"Give the path of the {part}'s own weights."
         if part == VISION and self.config and self.config.get("mm_vision_tower"):
+            tower = self.config["mm_vision_tower"]
             cure = (
-                f"Its config names the tower {self.config['mm_vision_tower']!r}, which is not a path here. Put "
-                "the path of the tower's folder or file into mm_vision_tower of config.json, or join them by `mindspeed-mm "
-                f"convert --text-decoder {self.path} --projector {self.path} --vision-encoder TOWER`, or by "
-                "ckpt_path in a model.json."
+                f"Its config names the tower {tower!r}, which is not a path here. Put the path of the tower's folder "
+                "or file into mm_vision_tower of config.json; or join the parts, by ckpt_path in a model.json or by "
+                f"`mindspeed-mm convert --text-decoder {self.path} --projector {self.path} --vision-encoder TOWER`."
             )
         raise WeightError(
             f"{self.path}: found layout {self.layout} with {', '.join(self.parts)}; expected a {part}. {cure}"
@@ -143,7 +143,7 @@ def _open(path: Path) -> Source:
     if not path.exists():
         aside = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old"))
         hint = f" A conversion that was to replace it was interrupted: rename {aside[0]} to {path}." if aside else ""
-        raise WeightError(f"{path}: no such file or folder; expected weights.{hint or ' Correct ckpt_path.'}")
+        raise WeightError(f"{path}: no such file or folder; expected weights.{hint or ' Correct the path.'}")
     return _classify(path, TensorFiles(path, [open_file(path)]), None)
 
 

@@ -154,7 +154,7 @@ def test_a_folder_that_refuses_is_named(source, tmp_path, monkeypatch):
 
 def test_too_little_space_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
     monkeypatch.setattr(write.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(WeightError, match="the disk has 0.00 GB left"):
+    with pytest.raises(WeightError, match="the disk has 0.0 MB left"):
         convert(source, tmp_path / "out", to="llava")
     assert listing(tmp_path) == ["source"]
 
