@@ -48,7 +48,9 @@ def train(tmp_path, golden, single_process):
 
 def test_packing(train):
     code, run = train(loader={"packing": True, "packing_window": 8})
-    assert code == 0 and run["consumed_samples"] == 6
+    assert code == 0 and run["consumed_samples"] == 6  # rows
+    counts = run["extra"]["data_counts"]
+    assert counts["samples"] >= 6 and counts["skipped"] == counts["truncated_overlong"] == 0
 
 
 def test_weights_and_bad_images(train):

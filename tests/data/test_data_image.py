@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.data import image as image_module
-from mindspeed_mm.data.image import ImageProcessor, load_image, preprocess
+from mindspeed_mm.data.image import PROCESSOR_TYPES, ImageProcessor, load_image, preprocess
+from mindspeed_mm.data.sample import ImageBytes, ImageMember
 from mindspeed_mm.errors import ConfigError, DataError
 
 TOLERANCE = 2e-6
@@ -91,9 +92,30 @@ def test_a_nested_processor_config(tmp_path):
     assert ImageProcessor.from_config(tmp_path).size == {"shortest_edge": 30}
 
 
+@pytest.mark.parametrize("kind", PROCESSOR_TYPES)
+def test_processors_of_stock_exports(kind):
+    fast = {"data_format": "channels_first", "default_to_square": False, "device": None, "do_pad": None}
+    fields = {"image_processor_type": kind, "size": {"shortest_edge": 30}, "crop_size": 30}
+    assert ImageProcessor.from_config(fields | fast).output_size == (30, 30)
+
+
+def test_llavas_own_processor_pads(tmp_path):
+    fields = {"image_processor_type": "LlavaImageProcessor", "size": 30, "crop_size": 30, "do_pad": True}
+    processor = ImageProcessor.from_config(fields)
+    picture = Image.effect_noise((40, 20), 50).convert("RGB")
+    plain = ImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
+    assert torch.equal(preprocess(picture, processor, pad=False), preprocess(picture, plain, pad=True))
+    processor.save(tmp_path)
+    assert ImageProcessor.from_config(tmp_path) == processor
+    plain.save(tmp_path)
+    assert "do_pad" not in (tmp_path / "preprocessor_config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"data_format": "channels_last"}, "data_format is 'channels_last'; expected 'channels_first'"),
+        ({"default_to_square": True}, "default_to_square is True; expected False"),
         ({"image_processor_type": "ViTImageProcessor"}, 'image_processor_type is "ViTImageProcessor"; expected'),
         ({"sise": 3}, 'sise: unknown key; did you mean "size"'),
         ({"size": {"longest_edge": 3}}, "size has the keys"),
@@ -117,6 +139,10 @@ def test_bad_files(tmp_path, picture_folder):
     with pytest.raises(DataError, match="image .*none.png is missing"):
         load_image(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "zero.png").write_bytes(b"")
+    for empty in (tmp_path / "zero.png", ImageBytes("zero", b""), ImageMember("zero", tmp_path / "text.png", 3, 0)):
+        with pytest.raises(DataError, match=r"image .*zero.* is empty \(0 bytes\)"):
+            load_image(empty)
     with pytest.raises(DataError, match="image .*text.png cannot be decoded"):
         load_image(tmp_path / "text.png")
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
