@@ -51,7 +51,7 @@ def match_predictions(
     if missing and not allow_missing:
         raise DataError(
             f"{source}: {len(missing)} of {len(table.rows)} rows of {table.path.name} have no answer, for example "
-            f"index {missing[0]}; answer them, or allow missing answers."
+            f"index {missing[0]}; answer them, or score what is there with mm.score(..., allow_missing=True)."
         )
     found = {row.index: answers[str(row.index)] for row in table.rows if str(row.index) in answers}
     if not found:

@@ -70,11 +70,12 @@ def find_benchmark(name: str, table: Table) -> Benchmark:
         likely = difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=_TYPING_ERROR)
         own = None if likely else _own_benchmark(name, table)
         if own is None:
-            close = likely or difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=0.4) or sorted(_scan())
+            close = likely or difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=0.4)
+            known = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(sorted(_main_names()))}"
+            advice = "a name that is less like these, and columns" if likely else "columns"
             raise DataError(
-                f"no benchmark is called {name} (nearest: {', '.join(close)}). Correct the name; for a table of your "
-                f"own, give a name that is less like these, and columns question, A, B, ... or question and answer; "
-                f"{table.path} has {', '.join(table.columns)}."
+                f"no benchmark is called {name} ({known}). Correct the name; for a table of your own, give {advice} "
+                f"question, A, B, ... or question and answer; {table.path} has {', '.join(table.columns)}."
             )
         benchmark = own
     benchmark.check(table)
@@ -92,6 +93,10 @@ def _own_benchmark(name: str, table: Table) -> Benchmark | None:
     if "question" not in table.columns:
         return None
     return YesNo(name) if is_yes_no(table) else OWN_QUESTIONS(name)
+
+
+def _main_names() -> set[str]:
+    return {benchmark.name.lower() for benchmark in _scan().values()}
 
 
 @functools.cache

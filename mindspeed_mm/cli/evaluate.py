@@ -106,6 +106,11 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if communicator.rank == 0:
         _print(result, namespace.scoring, seconds)
+        if table.dropped:
+            sys.stderr.write(
+                f"left out, because they have no picture: {len(table.dropped)} rows, for example index "
+                f"{table.dropped[0]} (--text-questions asks them too)\n"
+            )
     return _summary(result, config, namespace, seconds)
 
 

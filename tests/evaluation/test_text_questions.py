@@ -69,6 +69,17 @@ def test_golden_prompts_and_accuracy_of_all_science_questions(golden_eval):
     assert report.n == public["count"] and 0 < report.notes["accuracy_text_only"] <= 1
 
 
+def test_the_command_tells_which_rows_it_leaves_out(golden, mixed_path, tmp_path, capsys):
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps([{"index": index, "prediction": text} for index, text in ANSWERS.items()]))
+    line = ["evaluate", "--predictions", str(answers), "--dataset-path", str(mixed_path)]
+    line += ["--evaluation-dataset", "toy", "--result-output-path", str(tmp_path / "o")]
+    assert main(line) == 0
+    assert "no picture: 2 rows, for example index 4 (--text-questions asks" in capsys.readouterr().err
+    assert main([*line, "--text-questions"]) == 0
+    assert "no picture" not in capsys.readouterr().err
+
+
 def test_the_command_asks_them(golden, mixed_path, tmp_path, capsys):
     line = [
         *("evaluate", "--model", str(golden / "models" / "llava_hf"), "--dataset-path", str(mixed_path), "--json"),
