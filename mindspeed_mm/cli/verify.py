@@ -75,6 +75,9 @@ def verify(
     sources = open_parts(a), open_parts(b)
     parts = compare(*sources, num_attention_heads=num_attention_heads)
     sys.stdout.write(_table(parts))
+    for one, other in (sources, sources[::-1]):
+        if missing := [kind for kind in one.parts if kind not in other.parts]:
+            sys.stdout.write(f"not compared, since {other.path} does not hold it: {', '.join(missing)}\n")
     result: dict[str, Any] = {"parts": [dataclasses.asdict(part) for part in parts], "logits": None}
     problems = [_problem(part) for part in parts if not part.within(atol)]
     whole = all(len(source.parts) == 3 for source in sources) and not isinstance(a, Mapping)

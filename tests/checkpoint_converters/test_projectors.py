@@ -19,6 +19,7 @@ from tests.checkpoint_converters.converter_helpers import (
     tensors,
     write_llava,
 )
+from tests.helpers.golden_training import full_tensors, records
 
 KINDS = ("linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp4x_gelu")
 
@@ -125,3 +126,31 @@ def test_the_module_computes_and_learns_as_torchs_own(ranks, tmp_path, kind, siz
             axis = 0 if number % 2 == 0 else (1 if kind_of == "weight" else None)
             found = torch.cat(shards, dim=axis) if axis is not None else shards[0]
             torch.testing.assert_close(found, full, rtol=1e-4, atol=1e-2)
+
+
+def train_through(golden, save, linears):
+    """Two golden steps on this rank with a fresh projector of so many linears."""
+    from tests.helpers import golden_training
+
+    original = golden_training.description
+
+    def changed(folder, layout):
+        model = original(folder, layout)
+        model["image_encoder"]["vision_projector"] |= {"num_layers": linears, "ckpt_path": None, "fresh": True}
+        return model
+
+    golden_training.description = changed
+    layout = golden_training.Layout(tensor=torch.distributed.get_world_size(), trained="a")
+    try:
+        return golden_training.train_golden(golden, layout, save, "--exit-interval 2")
+    finally:
+        golden_training.description = original
+
+
+@pytest.mark.parametrize("linears", [1, 3])
+def test_training_goes_through_it(golden, ranks, tmp_path, linears):
+    assert ranks(2).run(train_through, golden, str(tmp_path / "save"), linears) == [2, 2]
+    assert all(record["grad_norm"] > 0 for record in records(tmp_path / "save"))
+    names = {name for name in full_tensors(tmp_path / "save") if "projector" in name}
+    kinds = ("weight", "bias")
+    assert names == {f"image_encoder.projector.encoder.linear_fc{n + 1}.{k}" for n in range(linears) for k in kinds}

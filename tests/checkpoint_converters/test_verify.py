@@ -83,3 +83,9 @@ def test_the_command_compares_logits_and_fails_over_tolerance(golden, tmp_path, 
     assert "vision_projector: encoder.linear_fc1.bias differs by 1" in capsys.readouterr().err
     assert main(["verify", str(a), str(b), "--atol", "1.1"]) == 1
     assert "logits differ by" in capsys.readouterr().err
+
+
+def test_parts_that_one_side_lacks_are_named(golden, capsys):
+    models = golden / "models"
+    assert main(["verify", str(models / "llava_original"), str(models / "vicuna")]) == 0
+    assert "vicuna does not hold it: vision_encoder, vision_projector" in capsys.readouterr().out
