@@ -51,8 +51,6 @@ class Planner:
         self.samples = namespace.samples
         self.hardware = self._hardware()
         self.row = self._row()
-        if self.hardware.memory is None:
-            raise ConfigError("the memory of a device is not known: give --memory (such as 64GB) or --hardware")
         self.limit = self.hardware.memory * (1 - namespace.reserve / 100)
 
     def search(self) -> Result:
@@ -108,10 +106,15 @@ class Planner:
         if given.hardware is not None:
             hardware = find_hardware(given.hardware)
         else:
-            name = given.device or ("cuda" if given.memory is None else "npu")
-            hardware = Hardware(name="given", device=name, source="given")
+            # Of a device that is not named, the larger figures are assumed: those of the kernels that an NPU has.
+            hardware = Hardware(name="the given device", device="npu", source="given")
             if given.memory is None:
-                hardware = hardware.given(device=self.platform.name, memory=self.platform.memory().total * 2**20)
+                hardware = Hardware(
+                    name="this machine",
+                    device=self.platform.name,
+                    memory=self.platform.memory().total * 2**20,
+                    source="this process's device",
+                )
         scaled = {
             "peak_flops": (given.peak_tflops, 1e12),
             "memory_bandwidth": (given.memory_bandwidth, 1e9),

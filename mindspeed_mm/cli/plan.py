@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--hardware", metavar="NAME", help="a device of the table in docs/planning.md, such as H100")
     machine.add_argument("--memory", type=size, metavar="SIZE", help="memory of a device, such as 64GB")
     machine.add_argument("--reserve", type=float, default=10.0, metavar="%", help="kept free of it (default 10)")
-    machine.add_argument("--device", choices=("npu", "cuda", "cpu"), help="whose kernels (default: the hardware's)")
+    machine.add_argument(
+        "--device", choices=("npu", "cuda", "cpu"), help="whose kernels keep what (default: the hardware's, else npu)"
+    )
     machine.add_argument("--peak-tflops", type=float, metavar="N", help="matrix products, dense, in the run's type")
     machine.add_argument("--memory-bandwidth", type=float, metavar="GB/S")
     machine.add_argument("--interconnect", type=float, metavar="GB/S", help="sent by a device inside its host")
@@ -69,9 +71,7 @@ def size(text: str) -> float:
     """Bytes of "64GB", "80GiB", "64e9"."""
     match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].upper() not in UNITS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size: expected a number with KB, MB, GB or GiB, like 64GB"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number with KB, MB, GB or GiB, like 64GB")
     return float(match[1]) * UNITS[match[2].upper()]
 
 

@@ -56,14 +56,14 @@ def profiled(folder, world_size):
     import logging
 
     from megatron.driver import profiling
-    from tests.helpers.tiny_training import arguments, whole_run
+    from tests.helpers.tiny_training import arguments, run
 
     told = []
     profiling.logger.addHandler(handler := logging.Handler())
     handler.emit = lambda record: told.append(record.getMessage())
     profiling.logger.setLevel(logging.INFO)
     flags = ["--save", folder, "--profile", "--profile-step-start", "2", "--profile-step-end", "4"]
-    whole_run(arguments(*flags, world_size=world_size))
+    run(arguments(*flags, world_size=world_size))
     profiling.logger.removeHandler(handler)
     return told
 

@@ -1,0 +1,125 @@
+"""`mindspeed-mm plan` as its user sees it."""
+
+import json
+
+import pytest
+
+from mindspeed_mm.cli.main import main
+from tests.planning.planned_run import model
+
+MODEL = "examples/llava1.5/model_finetune.json"
+EIGHT = ["--devices", "8", "--memory", "64GB", "--bf16", "--seq-length", "2048", "--global-batch-size", "128"]
+LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1", "--context-parallel-size", "1"]
+
+
+def plan(capsys, *flags, code=0, path=MODEL):
+    assert main(["plan", "--mm-model", str(path), *flags, "--json"]) == code
+    out = capsys.readouterr()
+    return json.loads(out.out.splitlines()[-1]), out.err
+
+
+def test_seven_billion_on_eight_devices(capsys):
+    report, shown = plan(capsys, *EIGHT)
+    assert report["fitting"] > 0
+    assert "--peak-tflops" in shown  # no rates of this device are known, so no times are made up
+    assert all(layout["time"] is None for layout in report["layouts"])
+    assert all(layout["peak"] <= report["limit"] for layout in report["layouts"])
+
+
+def test_one_layout_agrees_with_the_arithmetic_of_the_parallelism_page(capsys):
+    """docs/parallelism.md: T2 D4 holds 7.1 + 13.5 + 10.1 GB for 7B."""
+    report, _ = plan(capsys, *EIGHT, *LAYOUT, "--micro-batch-size", "1", "--use-distributed-optimizer")
+    (layout,) = report["layouts"]
+    (stage,) = layout["stages"]
+    figures = [stage[name] / 1e9 for name in ("parameters", "gradients", "optimizer")]
+    assert figures == pytest.approx([7.1, 13.5, 10.1], abs=0.06)
+    assert layout["checkpoint"]["each"] == pytest.approx(6.76e9 * 14, rel=0.01)
+    assert layout["recompute"] == "model"
+
+
+def test_known_hardware_gives_times(capsys):
+    report, shown = plan(
+        capsys,
+        "--devices",
+        "8",
+        "--hardware",
+        "h100",
+        "--bf16",
+        "--global-batch-size",
+        "64",
+        "--seq-length",
+        "2048",
+        "--samples",
+        "6400",
+    )
+    first, second = report["layouts"][:2]
+    time = first["time"]
+    parts = ("matrix", "elementwise", "communication", "bubble", "optimizer")
+    assert time["step"] == pytest.approx(sum(time[part] for part in parts))
+    assert time["epoch"] == pytest.approx(100 * time["step"])
+    assert 0 < time["mfu"] < 1
+    assert first["time"]["step"] <= 1.01 * second["time"]["step"]
+    assert "lower bound" in shown
+
+
+def test_a_measured_run_gives_the_rate(capsys, tmp_path):
+    record = {"flops": 4e12, "seconds": 2.0}
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for _ in range(3)))
+    report, _ = plan(
+        capsys,
+        *EIGHT,
+        *LAYOUT,
+        "--micro-batch-size",
+        "1",
+        "--measured",
+        str(path),
+        "--measured-devices",
+        "2",
+        "--use-distributed-optimizer",
+    )
+    assert report["hardware"]["peak_flops"] == 1e12
+    assert report["layouts"][0]["time"]["elementwise"] == 0
+
+
+def test_nothing_fits(capsys):
+    report, shown = plan(capsys, "--devices", "1", "--memory", "8GB", "--bf16", "--micro-batch-size", "1", code=1)
+    assert "nothing fits into 7.2 GB a device" in report["error"]
+    assert report["layouts"][0]["fits"] is False
+    assert "DO NOT fit" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--memory", "64GB", "--devices", "0"], "--devices is 0: expected at least 1"),
+        (["--memory", "64GB", "--efficiency", "2"], "expected at most 1, a share of the peak"),
+        (["--memory", "64GB", "--reserve", "100"], "--reserve is 100: expected 0 to below 100"),
+        (["--memory", "64GB", "--sample-images", "-1"], "--sample-images is -1: expected at least 0"),
+        (["--memory", "64GB", "--sample-tokens", "9999"], "--sample-tokens 9999 exceeds --seq-length"),
+        (["--hardware", "H9000"], "--hardware H9000 is not in the table: expected one of A100"),
+        (["--memory", "64GB", "--measured", "no.jsonl"], "--measured no.jsonl cannot be read"),
+        (["--memory", "64GB", "--mm-data", "d.json", "--sample-tokens", "9"], "leave out --sample-tokens"),
+        (
+            ["--memory", "64GB", "--devices", "6", "--tensor-model-parallel-size", "3"],
+            "num_attention_heads 32 cannot be",
+        ),
+        (["--memory", "64GB", "--hidden-size", "7"], "--hidden-size is 7, but text_decoder.hidden_size is 4096"),
+    ],
+)
+def test_refused(capsys, flags, message):
+    report, _ = plan(capsys, *flags, code=1)
+    assert message in report["error"]
+
+
+def test_no_size(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--mm-model", MODEL, "--memory", "64 apples"])
+    assert "is no size" in capsys.readouterr().err
+
+
+def test_all_frozen(capsys, tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(model(())))
+    report, _ = plan(capsys, "--memory", "1GB", code=1, path=path)
+    assert "nothing to train" in report["error"]
