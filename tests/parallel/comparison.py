@@ -19,6 +19,11 @@ HUB_NAMES = {
 """Golden final tensors that are ours under another name; the others are slices of ours."""
 
 
+def names(layouts, *, slow=()):
+    """The names of layouts as test cases; `slow` are those whose parts other cases have, too."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in layouts]
+
+
 def relative(name, found, wanted):
     """Norm of the difference over the norm. The tower's key biases are left out: softmax does not see them, so their
     gradient is rounding noise, which Adam scales up to whole steps."""

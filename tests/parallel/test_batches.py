@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.golden_training import Layout, begin, full_tensors, records, train_golden, validate_golden
-from tests.parallel.comparison import compare
+from tests.parallel.comparison import compare, names
 
 LAYOUTS = {
     "one": Layout(),
@@ -15,7 +15,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(LAYOUTS, slow=("PP2",)))
 def test_packed_rows_train_like_plain_ones(ranks, golden, single, tmp_path, name):
     layout = LAYOUTS[name]._replace(packed=True)
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path))
@@ -30,7 +30,7 @@ def text_steps(ranks, golden, tmp_path_factory):
     return records(save), full_tensors(save)
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one"])
+@pytest.mark.parametrize("name", names([name for name in LAYOUTS if name != "one"], slow=("PP2", "TP2 SP")))
 def test_steps_without_pictures(ranks, golden, text_steps, tmp_path, name):
     layout = LAYOUTS[name]._replace(text_steps=True, trained="c")
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.golden_training import Layout, full_tensors, records, train_golden
-from tests.parallel.comparison import compare
+from tests.parallel.comparison import compare, names
 
 DISTRIBUTED = "--use-distributed-optimizer"
 OVERLAP = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"
@@ -27,7 +27,7 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("name", names(MOVES, slow=("DP2 distributed overlap -> CP2", "PP2 -> TP2 SP distributed")))
 def test_a_run_goes_on_at_another_layout(ranks, golden, single, tmp_path, name):
     first, second = MOVES[name]
     save = str(tmp_path)
@@ -39,8 +39,9 @@ def test_a_run_goes_on_at_another_layout(ranks, golden, single, tmp_path, name):
 SAME = {"PP2": PP2, "TP2": TP2, "CP2": CP2, "DP2": DP2, "PP2 uneven": UNEVEN, "PP2 VPP2": VPP2}
 
 
-@pytest.mark.parametrize("layout", SAME.values(), ids=SAME)
-def test_resumed_equals_uninterrupted_bit_for_bit(ranks, golden, tmp_path, layout):
+@pytest.mark.parametrize("name", names(SAME, slow=("PP2 uneven", "PP2")))
+def test_resumed_equals_uninterrupted_bit_for_bit(ranks, golden, tmp_path, name):
+    layout = SAME[name]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ranks(2).run(train_golden, golden, layout, str(whole))
     ranks(2).run(train_golden, golden, layout, str(cut), "--exit-interval 3")
@@ -52,9 +53,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ranks, golden, tmp_path, layou
     assert all(torch.equal(kept[key], found[key]) for key in kept)
 
 
-def test_stage_1_saves_the_projector_alone(ranks, golden, single, tmp_path):
-    """The first stage trains the projector, the second one nothing."""
-    layout = Layout(pipeline=2, trained="a", flags=DISTRIBUTED)
+@pytest.mark.parametrize("virtual", [None, 2], ids=["PP2", "PP2 VPP2"])
+def test_stage_1_saves_the_projector_alone(ranks, golden, single, tmp_path, virtual):
+    """The first stage trains the projector (in its first chunk), the second one nothing."""
+    layout = Layout(pipeline=2, virtual=virtual, trained="a", flags=OVERLAP)
     save = str(tmp_path)
     ranks(2).run(train_golden, golden, layout, save, "--exit-interval 3")
     ranks(2).run(train_golden, golden, layout, save, f"--load {save}")

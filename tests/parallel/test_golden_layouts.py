@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.golden_training import Layout, full_tensors, records, train_golden
-from tests.parallel.comparison import compare_final_with_transformers, compare_with_transformers
+from tests.parallel.comparison import compare_final_with_transformers, compare_with_transformers, names
 
 GOLDEN_STEPS = 8
 LAYOUTS = {
@@ -15,7 +15,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(LAYOUTS, slow=("PP2 VPP2, projector only", "CP2, clipped")))
 def test_trajectory_and_final_weights_equal_transformers(ranks, golden, tmp_path, name):
     layout = LAYOUTS[name]
     ranks(2).run(train_golden, golden, layout, str(tmp_path), "", GOLDEN_STEPS)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.golden_training import Layout, full_tensors, records, train_golden
-from tests.parallel.comparison import compare, compare_with_transformers
+from tests.parallel.comparison import compare, compare_with_transformers, names
 
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 LAYOUTS = {
@@ -69,7 +69,16 @@ RECOMPUTED = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    names(
+        LAYOUTS,
+        slow=(
+            *("PP2, projector only", "PP2 VPP2, projector only", "PP2, layers 1 + 3", "DP2 overlap", "TP2 DP2 SP"),
+            *("PP2 DP2 distributed overlap", "CP2, projector only"),
+        ),
+    ),
+)
 def test_every_layout_trains_alike(ranks, golden, single, tmp_path, name):
     layout = LAYOUTS[name]
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path))
@@ -78,7 +87,7 @@ def test_every_layout_trains_alike(ranks, golden, single, tmp_path, name):
     compare_with_transformers(golden, found, layout.trained)
 
 
-@pytest.mark.parametrize("name", RECOMPUTED)
+@pytest.mark.parametrize("name", names(RECOMPUTED, slow=("uniform, projector only", "block, PP2")))
 def test_recomputation_changes_no_number(ranks, golden, single, tmp_path, name):
     layout = RECOMPUTED[name]
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path))
