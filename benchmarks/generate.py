@@ -1,7 +1,9 @@
 """Generation speed: this suite's engine and transformers' generate, same random weights, same prompts, same run.
 
     python benchmarks/generate.py --size small --out generate.json
-    python benchmarks/generate.py --size 7b --device cuda --dtype bf16 --batch 1 8 64 --mixed 64 --out generate.json
+    python benchmarks/generate.py --size 7b --device cuda --out generate.json
+
+On a GPU the type is bf16, and batches of 1, 8, 64 and 64 mixed requests are measured unless told otherwise.
 
 A measurement of one is followed by one of the other, so that both see the same load of the machine; medians are shown.
 In the mixed batch, prompts and answers have different lengths and some prompts share a picture. transformers' generate
@@ -38,8 +40,14 @@ SIZES = {
 }
 PATCH = 14
 CONTEXT = 4096
+COPIED = 2**28
+"""Bytes that are copied to measure a memory's bandwidth."""
+
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.039e12}
 """Bytes/s of device memory, from NVIDIA's data sheets (SXM forms, A100 with 80 GB)."""
+
+
+SIDES = ("ours", "theirs")
 
 
 @dataclass(frozen=True)
@@ -192,26 +200,52 @@ def measure(ours: Callable, theirs: Callable, requests: list[Request], repeats: 
     }
 
 
-def bandwidth_share(result: dict, model: torch.nn.Module, cache_bytes: float, peak: float) -> float:
-    """Share of the memory bandwidth that decoding reaches: each step reads the decoder's weights and the cache once."""
-    weights = sum(p.numel() * p.element_size() for p in model.text_decoder.parameters())
-    new = result["tokens"] / result["requests"] - 1
-    seconds = statistics.median(result["seconds"]["ours"]) - result["ours"]["first_token_s"]
-    return (weights + cache_bytes) * new / seconds / peak
+def memory_bandwidth(device: torch.device, name: str, synchronize: Callable) -> dict:
+    """Bytes/s of a device's memory: the data sheet's where it is known, else the best of some copies (read and
+    written)."""
+    for known, value in PEAK_BANDWIDTH.items():
+        if known in name:
+            return {"bytes_per_s": value, "from": f"data sheet of {known}"}
+    source = torch.ones(COPIED // 4, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(8):
+        synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return {"bytes_per_s": 2 * COPIED / best, "from": "measured copy"}
+
+
+def decode_bandwidth(seconds: dict, requests: list[Request], model: torch.nn.Module, size: str) -> dict:
+    """Bytes/s that decoding reads on each side: a step reads the layers, the head and the cache once."""
+    weights = [p for name, p in model.text_decoder.named_parameters() if "word_embeddings" not in name]
+    width, layers = SIZES[size][0][:2]
+    length = len(requests[0].ids) + requests[0].new_tokens / 2
+    cache = 2 * layers * width * weights[0].element_size() * length * len(requests)
+    read = sum(p.numel() * p.element_size() for p in weights) + cache
+    steps = requests[0].new_tokens - 1
+    spent = {who: statistics.median(seconds[who]) - statistics.median(seconds[f"{who}_first"]) for who in SIDES}
+    return {who: read * steps / spent[who] for who in SIDES}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sizes of batches of equal requests")
-    parser.add_argument("--mixed", type=int, default=16, help="requests in the mixed batch")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: fp32 on the CPU, else bf16")
+    parser.add_argument("--batch", type=int, nargs="+", help="sizes of batches of equal requests (default: 1; 1 8 64)")
+    parser.add_argument("--mixed", type=int, help="requests in the mixed batch (default: 16 on the CPU, else 64)")
     parser.add_argument("--new-tokens", type=int, default=64, help="the longest answer")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", metavar="JSON", help="default: stdout")
-    return parser.parse_args()
+    args = parser.parse_args()
+    host_only = args.device == "cpu"
+    args.dtype = args.dtype or ("fp32" if host_only else "bf16")
+    args.batch = args.batch or ([1] if host_only else [1, 8, 64])
+    args.mixed = args.mixed or (16 if host_only else 64)
+    return args
 
 
 def main() -> None:
@@ -228,21 +262,19 @@ def main() -> None:
 
     platform = current_platform()
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{host.machine()}, {args.threads} threads"
-    peak = next((value for name, value in PEAK_BANDWIDTH.items() if name in device), None)
+    memory = memory_bandwidth(vlm.device, device, platform.synchronize)
     results: dict = {
         "settings": vars(args) | {"device_name": device, "torch": torch.__version__},
         "transformers_version": transformers.__version__,
         "load_average": os.getloadavg(),
+        "memory": memory,
     }
     for count in args.batch:
         pictures = [torch.randn(3, image, image) for _ in range(count)]
         requests = [make_request(32, [picture], args.new_tokens, args.size, draw) for picture in pictures]
         found = measure(Ours(vlm, count), theirs, requests, args.repeats, platform.synchronize)
-        if peak is not None:
-            width, layers = SIZES[args.size][0][:2]
-            length = len(requests[0].ids) + args.new_tokens / 2
-            cache = 2 * layers * width * dtype.itemsize * length * count
-            found["bandwidth_share"] = bandwidth_share(found, vlm.model, cache, peak)
+        reached = decode_bandwidth(found["seconds"], requests, vlm.model, args.size)
+        found["bandwidth_share"] = {who: value / memory["bytes_per_s"] for who, value in reached.items()}
         results[f"batch_{count}"] = found
     requests = mixed_requests(args.mixed, args.size, args.new_tokens)
     results[f"mixed_{args.mixed}"] = measure(

@@ -59,10 +59,10 @@ class ChatSession:
             yield from handle
         finally:
             handle.cancel()
-            while handle.result is None:
-                self._engine.step()
+            while handle.result is None and self._engine.step():
+                pass
             self.result = handle.result
-            if handle.error is None:
+            if handle.error is None and handle.result is not None:  # None: a step was interrupted
                 self.turns.append((asked, handle.result.text))
                 self._pending = 0
 

@@ -90,7 +90,8 @@ class GenerationHandle:
                 yield self._pieces.popleft()
             if self.result is not None:
                 break
-            self._engine.step()
+            if not self._engine.step() and self.result is None:
+                raise RuntimeError(f"request {self.id} is lost: an earlier step of the engine was interrupted")
         if self.error is not None:
             raise self.error
 

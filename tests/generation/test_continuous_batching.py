@@ -137,6 +137,21 @@ def test_cancelled_request_keeps_what_it_said(engine, alone):
     assert waiting.wait().token_ids == ()
 
 
+def test_interrupted_steps_lose_what_ran_and_nothing_else(vlm, alone):
+    """Ctrl-C in the middle of a step, or a callback that raises."""
+    engine = vlm.engine(batch_size=2)
+
+    def interrupt(piece, index):
+        raise KeyboardInterrupt
+
+    lost = engine.submit(request(4), options(4), on_text=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lost.wait()
+    with pytest.raises(RuntimeError, match="request 4 is lost: an earlier step of the engine was interrupted"):
+        lost.wait()
+    assert rows(engine.submit(request(0), options(0)).wait()) == rows(alone[0])
+
+
 def test_stop_string_ends_the_answer(engine):
     whole = engine.submit(request(2), {"max_new_tokens": 20}).wait()
     stop = whole.text[3:6]
