@@ -141,9 +141,10 @@ def write_snapshot(snapshot: Snapshot, args: DriverArguments, group: ProcessGrou
 
         deleted = agree(finish, group)
     except _SAVING_ERRORS as error:
+        left = storage.discard(final) if is_rank_0() else storage.free(save)
         raise CheckpointError(
-            f"iteration {snapshot.iteration} could not be saved to {save}: {first_line(error)}. Checkpoints written "
-            "before are whole"
+            f"iteration {snapshot.iteration} could not be saved to {save}: {first_line(error)} ({left}). "
+            "Checkpoints written before are whole"
         ) from error
     if is_rank_0():
         logger.info("saved checkpoint %s", final)

@@ -49,6 +49,21 @@ def begin(final: Path) -> Path:
     return work
 
 
+def discard(final: Path) -> str:
+    """Remove what was written beside `final`; a word about the space before."""
+    space = free(final.parent)
+    shutil.rmtree(_aside(final, SAVING), ignore_errors=True)
+    return space
+
+
+def free(save: Path) -> str:
+    """The space left on the file system, for the end of a message."""
+    try:
+        return f"{shutil.disk_usage(save).free / 1e9:.3g} GB are free there"
+    except OSError as error:
+        return str(error)
+
+
 def work_dir(final: Path) -> Path:
     """The folder that `begin` makes, for the other ranks."""
     return _aside(final, SAVING)

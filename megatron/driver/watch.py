@@ -46,7 +46,7 @@ class Watch:
 
     def __init__(self, store: Store, rank: int, ranks: int, patience: float) -> None:
         self._store, self.rank, self._ranks, self._patience = store, rank, ranks, patience
-        self._done = threading.Event()
+        self._done, self._lock = threading.Event(), threading.Lock()
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._answered = time.monotonic()
         self._leaving = False
@@ -66,10 +66,15 @@ class Watch:
             number += 1
             try:
                 self._store.set(f"alive/{self.rank}", str(number))
-                self.lost = self.lost or (self._watch_all() if self.rank == 0 else self._watch_first())
+                self._learn(self._watch_all() if self.rank == 0 else self._watch_first())
                 self._answered = time.monotonic()
             except RuntimeError as error:  # the store has gone, and with it whoever kept it
-                self.lost = self.lost or f"rank 0 or its host is lost: {str(error).splitlines()[0][:200]}"
+                self._learn(f"rank 0 or its host is lost: {str(error).splitlines()[0][:200]}")
+
+    def _learn(self, news: str | None) -> None:
+        """Keep the first news: what comes after them follows from them."""
+        with self._lock:
+            self.lost = self.lost or news
 
     def _judge(self) -> None:
         """End a process that cannot end by itself."""
@@ -79,7 +84,7 @@ class Watch:
             if now - before > self._patience:  # this process itself stood still, it knows nothing of the others
                 self._answered = now
             before = now
-            self.lost = self.lost or self._silent_store(now)
+            self._learn(self._silent_store(now))
             if self.lost and noticed is None:
                 noticed = now
             # An orderly end of the main thread comes first, where a collective lets it.

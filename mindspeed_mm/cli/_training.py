@@ -15,8 +15,6 @@ from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from megatron.driver.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.cli._validation import Validation, gather_counts
-from mindspeed_mm.cli.train import refuse_tools
-from mindspeed_mm.config.load import read_json
 from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.image import ImageProcessor
@@ -55,14 +53,10 @@ class TrainingRun:
     allow_nonfinite = False
     """Start from weights with NaN or Inf, which are else refused."""
 
-    def __init__(
-        self, args: DriverArguments, platform: Platform, model_path: str, data_path: str, tool_path: str | None
-    ) -> None:
+    def __init__(self, args: DriverArguments, platform: Platform, model_path: str, data_path: str) -> None:
         self.spec = load_model_spec(model_path)
         self.args, self.platform = with_virtual_stages(args, self.spec.text_decoder.num_layers), platform
         self.data_config = DataConfig.load(data_path)
-        if tool_path is not None:
-            refuse_tools(read_json(tool_path))
         self.runtime = runtime_of(self.args)
         check_flags(args, self.spec, self.runtime)
         parameters = self.data_config.dataset_param

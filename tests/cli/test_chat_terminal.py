@@ -89,7 +89,9 @@ def test_a_session(start, golden, tmp_path):
     terminal.type("\x03")
     assert "[ended]" in terminal.wait_for(PROMPT)
 
-    terminal.type("half a line\x03")  # Ctrl-C at the prompt drops the line
+    terminal.type("half a line")
+    terminal.wait_for("half a line")  # a Ctrl-C before the prompt listens would be noticed with the next key only
+    terminal.type("\x03")
     terminal.wait_for("Ctrl-D leaves")
     terminal.wait_for(PROMPT)
 

@@ -86,10 +86,16 @@ def test_missing_picture_stops_with_its_name(train):
     assert code == 1 and "gone.png is missing" in err and "Traceback" not in err
 
 
-def test_profiler_is_refused(train, tmp_path):
-    (tmp_path / "tools.json").write_text(json.dumps({"profile": {"enable": True}}))
-    code, _, err = train("--train-iters", "1", "--mm-tool", str(tmp_path / "tools.json"))
-    assert code == 1 and "--mm-tool switches on profile" in err
+def test_profile_of_tools_json(train, tmp_path):
+    tool = {"profile": {"enable": True, "static_param": {"start_step": 1, "end_step": 2}}}
+    tool["profile"]["static_param"]["save_path"] = str(tmp_path / "traces")
+    (tmp_path / "tools.json").write_text(json.dumps(tool))
+    code, _, err = train("--train-iters", "2", "--mm-tool", str(tmp_path / "tools.json"))
+    assert code == 0 and list((tmp_path / "traces").iterdir())
+    tool["memory_profile"] = {"enable": True}
+    (tmp_path / "tools.json").write_text(json.dumps(tool))
+    code, _, err = train("--train-iters", "2", "--mm-tool", str(tmp_path / "tools.json"))
+    assert code == 1 and "memory_profile.enable" in err
 
 
 def test_flags_must_agree_with_the_model(train):

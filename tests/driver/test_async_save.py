@@ -70,9 +70,7 @@ def test_what_is_written_later_is_the_state_of_then(tmp_path, slow_disk, flags):
     assert storage.iterations(later) == storage.iterations(at_once) == [2, 4, 6, 7]
     for number in (2, 4, 6, 7):
         assert tensors(later / f"iter_{number:07d}") == tensors(at_once / f"iter_{number:07d}"), number
-    resumed, _, _ = run(
-        *flags, "--load", later, "--ckpt-step", "2", train_iters=7, dropout=0.1, frozen=("embedding",)
-    )
+    resumed, _, _ = run(*flags, "--load", later, "--ckpt-step", "2", train_iters=7, dropout=0.1, frozen=("embedding",))
     assert_equal(whole, resumed)
     assert losses(later) == losses(at_once)
 
@@ -150,49 +148,46 @@ def test_both_errors_are_told(tmp_path, monkeypatch, caplog):
 
 
 class SmallDisk:
-    """From step 2 on the kernel refuses files above some bytes, until `free`; on one rank, or on all."""
+    """From the save of iteration 2 to that of 6 the kernel refuses files above some bytes, on one rank or on all."""
 
     def __init__(self, size, rank=None):
         self.size, self.rank, self.before = size, rank, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def after_step(self, state):
-        """A hook."""
-        if state.iteration == 2 and self.rank in (None, torch.distributed.get_rank()):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-        if state.iteration == 5:
-            self.free()
+    def __enter__(self):
+        self._snapshot = saver.take_snapshot
+        saver.take_snapshot = self._take_snapshot  # the save before has ended by then
+        return self
 
-    def free(self):
+    def __exit__(self, *_error):
+        saver.take_snapshot = self._snapshot
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
-
-@pytest.fixture
-def small_disk():
-    disk = SmallDisk(20_000)
-    yield disk
-    disk.free()
+    def _take_snapshot(self, state, *args, **kwargs):
+        if self.rank in (None, torch.distributed.get_rank()):
+            limit = self.size if 2 <= state.iteration < 6 else self.before[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, self.before[1]))
+        return self._snapshot(state, *args, **kwargs)
 
 
 @pytest.mark.parametrize("mode", [[], ["--async-save"]], ids=["at once", "background"])
-def test_a_full_disk_need_not_stop_the_run(tmp_path, small_disk, mode, caplog):
-    hooks = Hooks(after_step=small_disk.after_step)
+def test_a_full_disk_need_not_stop_the_run(tmp_path, mode, caplog):
     flags = ["--save", tmp_path, "--save-interval", "1", "--on-save-error", "continue", *mode]
-    _, report, _ = run(*flags, train_iters=7, hooks=hooks)
+    with SmallDisk(20_000):
+        _, report, _ = run(*flags, train_iters=7)
     assert report.checkpoint.name == "iter_0000007"
     assert "iteration 2 could not be saved" in caplog.text and "Training goes on" in caplog.text
-    kept = storage.iterations(tmp_path)
-    assert kept[0] == 1 and kept[-2:] == [6, 7] and 3 not in kept
-    for number in kept:
+    assert storage.iterations(tmp_path) == [1, 6, 7]
+    for number in (1, 6, 7):
         read_checkpoint(tmp_path, number)
     assert not list(tmp_path.glob(".*.saving"))
 
 
 @pytest.mark.parametrize("mode", [[], ["--async-save"]], ids=["at once", "background"])
-def test_a_full_disk_stops_the_run(tmp_path, small_disk, mode):
-    hooks = Hooks(after_step=small_disk.after_step)
-    with pytest.raises(CheckpointError, match="iteration 2 could not be saved .*File too large.*before are whole"):
-        run("--save", tmp_path, "--save-interval", "1", *mode, train_iters=50, hooks=hooks)
-    small_disk.free()
+def test_a_full_disk_stops_the_run(tmp_path, mode):
+    message = "iteration 2 could not be saved .*File too large.* GB are free there.*before are whole"
+    with SmallDisk(20_000), pytest.raises(CheckpointError, match=message):
+        run("--save", tmp_path, "--save-interval", "1", *mode, train_iters=50)
+    assert not list(tmp_path.glob(".*.saving"))
     assert read_checkpoint(tmp_path).run["iteration"] == 1
     whole, _, _ = run(train_iters=6)
     resumed, _, _ = run("--save", tmp_path, "--load", tmp_path, train_iters=6)
@@ -200,16 +195,14 @@ def test_a_full_disk_stops_the_run(tmp_path, small_disk, mode):
 
 
 def full_on_rank_1(save, mode):
-    """Train on this rank; (error text, iteration at the end)."""
-    disk = SmallDisk(2_000, rank=1)
+    """Train on this rank; the error's text."""
     flags = ["--save", save, "--save-interval", "1", "--tensor-model-parallel-size", "2", *mode]
     args = tiny.arguments(*flags, world_size=2, train_iters=50)
     try:
-        tiny.run(args, hooks=Hooks(after_step=disk.after_step))
+        with SmallDisk(2_000, rank=1):
+            tiny.run(args)
     except CheckpointError as error:
         return str(error)
-    finally:
-        disk.free()
 
 
 @pytest.mark.parametrize("mode", [[], ["--async-save"]], ids=["at once", "background"])

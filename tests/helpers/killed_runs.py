@@ -70,11 +70,12 @@ def _end(process: int) -> int:
 
 
 def _start(rank: int, plan: dict, number: int, port: int) -> int:
-    process = os.fork()
-    if process:
-        return process
     save = plan["save"]
     log = os.open(f"{save}.{number}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    process = os.fork()
+    if process:
+        os.close(log)
+        return process
     os.dup2(log, 1)
     os.dup2(log, 2)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -82,7 +83,9 @@ def _start(rank: int, plan: dict, number: int, port: int) -> int:
     flags = ["--save", save, "--load", save, "--save-interval", "2", "--keep-last", "2"]
     if number % 2:
         flags.append("--async-save")
-    timeout = ["--distributed-timeout-minutes", str(TIMEOUT_MINUTES), "--preflight-timeout-seconds", "20"]
+    timeout = ["--preflight-timeout-seconds", "60"]
+    if number < plan["kills"]:  # the last start has time, however busy the machine is
+        timeout = ["--distributed-timeout-minutes", str(TIMEOUT_MINUTES), "--preflight-timeout-seconds", "20"]
     code = 1
     try:
         code = _run([*plan["command"], *flags, *timeout])

@@ -112,33 +112,45 @@ class TestTools:
             profile=False, profile_ranks=(0,), profile_step_start=10, profile_step_end=12, profile_dir=None
         )
 
-    def test_static_profile(self):
-        from mindspeed_mm.cli.train import apply_tools
+    def apply(self, folder, tool):
+        from mindspeed_mm.config.tools import apply_tools
 
-        static = {"level": "level1", "with_stack": False, "start_step": 3, "end_step": 5, "save_path": "traces"}
+        (folder / "tools.json").write_text(json.dumps(tool))
         namespace = self.namespace()
-        apply_tools(namespace, {"profile": {"enable": True, "ranks": [-1], "static_param": static}})
+        apply_tools(namespace, folder / "tools.json")
+        return namespace
+
+    def test_static_profile(self, tmp_path, caplog):
+        caplog.set_level("INFO")
+        static = {"level": "level1", "with_stack": False, "start_step": 3, "end_step": 5, "save_path": "traces"}
+        namespace = self.apply(tmp_path, {"profile": {"enable": True, "ranks": [-1], "static_param": static}})
         assert (namespace.profile, namespace.profile_ranks) == (True, (-1,))
         assert (namespace.profile_step_start, namespace.profile_step_end) == (3, 5)
         assert namespace.profile_dir == "traces"
+        assert "--mm-tool: level choose counters" in caplog.text
 
-    def test_switched_off(self):
-        from mindspeed_mm.cli.train import apply_tools
+    def test_switched_off(self, tmp_path):
+        off = {"enable": False, "profile_type": "dynamic", "static_param": {"with_stack": True}}
+        assert not self.apply(tmp_path, {"profile": off, "memory_profile": {"enable": False}}).profile
+
+    def test_the_example(self):
+        from mindspeed_mm.config.tools import apply_tools
 
         namespace = self.namespace()
-        apply_tools(namespace, {"profile": {"enable": False}, "memory_profile": {"enable": False}})
+        apply_tools(namespace, "examples/llava1.5/tools.json")
         assert not namespace.profile
 
     @pytest.mark.parametrize(
         ("tool", "message"),
         [
-            ({"memory_profile": {"enable": True}}, "memory_profile.enable is true"),
-            ({"profile": {"enable": True, "profile_type": "dynamic"}}, "profile_type is 'dynamic'"),
-            ({"profile": {"enable": True, "static_param": {"with_stack": True}}}, "with_stack is True: expected false"),
+            ({"memory_profile": {"enable": True}}, "memory_profile.enable"),
+            ({"profile": {"enable": True, "profile_type": "dynamic"}}, 'profile_type is "dynamic"'),
+            ({"profile": {"enable": True, "static_param": {"with_stack": True}}}, "with_stack is true: expected false"),
+            ({"profile": {"enable": True, "static_param": {"with_cpu": False}}}, "with_cpu is false: expected true"),
+            ({"profile": {"ranks": "all"}}, "profile.ranks"),
+            ({"profiler": {}}, "profiler.*profile"),
         ],
     )
-    def test_refused(self, tool, message):
-        from mindspeed_mm.cli.train import apply_tools
-
+    def test_refused(self, tmp_path, tool, message):
         with pytest.raises(ConfigError, match=message):
-            apply_tools(self.namespace(), tool)
+            self.apply(tmp_path, tool)
