@@ -7,5 +7,6 @@ cd "$ROOT"
 bash scripts/setup_env.sh
 # The models of the tests are tiny and many tests start several ranks, more threads would only fight each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-if [[ $# -eq 0 ]]; then set -- -m "not slow"; fi
+# A file's tests stay together, so that each of the two processes loads its models and starts its ranks once.
+if [[ $# -eq 0 ]]; then set -- -m "not slow" -n 2 --dist loadfile; fi
 exec .venv/bin/python -m pytest "$@"

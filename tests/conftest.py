@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def one_thread() -> None:
     """Tiny tensors gain nothing from threads, and results do not depend on their number."""
     torch.set_num_threads(1)
+    gc.freeze()
 
 
 def _folder(name: str) -> Path:
@@ -58,3 +60,4 @@ def single_process() -> Iterator[None]:
     shutdown()  # an earlier test may have loaded a model
     yield
     shutdown()
+    gc.collect()  # see tests/helpers/pool.py

@@ -6,6 +6,7 @@ fresh process group. A worker that hangs is killed when the call's time is up, a
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import tempfile
 import time
@@ -102,6 +103,7 @@ def _serve(pipe: Connection) -> None:
     get_platform("cpu")
     from megatron.driver.initialize import shutdown
 
+    gc.freeze()  # what was imported stays, and is not looked at again
     while True:
         try:
             rank, size, store, function, args = pipe.recv()
@@ -116,3 +118,5 @@ def _serve(pipe: Connection) -> None:
             result, error = None, traceback.format_exc()
         shutdown()
         pipe.send((result, error))
+        del result, args
+        gc.collect()  # models lie in cycles, and their process groups keep dozens of gloo's threads awake
