@@ -44,7 +44,15 @@ EXTRAS = {
     "quickstart": QUICKSTART,
     "serve": [],  # reserved for the servers, which need nothing beyond the requirements so far
     "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN
-    "dev": [*QUICKSTART, "bitsandbytes>=0.45", "pyarrow>=14", "pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6"],
+    "dev": [
+        *QUICKSTART,
+        "bitsandbytes>=0.45",
+        "pyarrow>=14",
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "hypothesis>=6.100",
+        "ruff>=0.6",
+    ],
 }
 
 setup(
