@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield lambda size: pools.setdefault(size, RankPool(size))
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No file of tests meets the process groups of the file before it."""
+    yield
+    if "megatron.driver.initialize" in sys.modules:
+        sys.modules["megatron.driver.initialize"].shutdown()
+    gc.collect()  # see tests/helpers/pool.py
 
 
 @pytest.fixture
