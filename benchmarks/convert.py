@@ -3,8 +3,10 @@
     python benchmarks/convert.py --size 2.6GB --work /tmp/bench
 
 Writes one JSON object to stdout: for each target layout seconds, bytes per second, its share of cp's, and the peak
-resident memory of the converting process, with that of the idle one. The random checkpoint (liuhaotian layout, bf16)
-and all outputs are removed at the end. Linux only: peaks are read from the kernel's VmHWM.
+resident memory of the converting process, with that of the idle one. Neither side flushes to the disk, and Python's
+start (reported beside) does not count; with --cold both read a source that is not in the page cache, and the time goes
+on until everything is on the disk. The random checkpoint (liuhaotian layout, bf16) and all outputs are removed at the
+end. Linux only: peaks are read from the kernel's VmHWM.
 """
 
 import argparse
@@ -31,14 +33,16 @@ HEAD = 128
 """Channels per head of the decoder."""
 
 CHILD = """
-import json, sys, time
+import json, os, sys, time
 from checkpoint_converters.convert import convert
 def peak():
     text = open("/proc/self/status").read()
     return int(text.split("VmHWM:")[1].split()[0]) * 1024
-source, target, to, shard, tokenizer = sys.argv[1:6]
+source, target, to, shard, tokenizer, cold = sys.argv[1:7]
 idle, begin = peak(), time.perf_counter()
 convert(source, target, to=to, shard_size=int(shard), tokenizer=tokenizer or None, num_attention_heads=16)
+if cold:
+    os.sync()
 print(json.dumps({"seconds": time.perf_counter() - begin, "idle": idle, "peak": peak()}))
 """
 
@@ -102,11 +106,22 @@ def build(folder: Path, wanted: int, shard: int) -> int:
     return sum(entry.nbytes for entry in jobs)
 
 
-def copy(source: Path, target: Path) -> float:
-    """Seconds of cp -r. What others left to be written to the disk is written before."""
+def settle(source: Path, *, cold: bool) -> None:
+    """Let the disk finish what others left to be written; `cold` takes the source out of the page cache."""
     os.sync()
+    for path in source.iterdir() if cold else ():
+        handle = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def copy(source: Path, target: Path, *, cold: bool) -> float:
+    """Seconds of cp -r, with `cold` until all is on the disk."""
+    settle(source, cold=cold)
     begin = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    if cold:
+        os.sync()
     return time.perf_counter() - begin
 
 
@@ -118,6 +133,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder on the disk to measure (default: a temporary one)")
     parser.add_argument("--to", nargs="+", default=["llava-hf", "llava", "mindspeed-mm", "hf"])
     parser.add_argument("--repeat", type=int, default=2, help="rounds; the best of each counts (default: %(default)s)")
+    parser.add_argument("--cold", action="store_true", help="from disk to disk: no page cache before, flushed after")
     parser.add_argument("--tokenizer", default="", help="folder of a tokenizer, which llava-hf needs")
     namespace = parser.parse_args()
     if namespace.work:
@@ -147,12 +163,14 @@ def measure(work: Path, namespace: argparse.Namespace) -> dict:
     for to in namespace.to:
         best = None
         for _ in range(namespace.repeat):
-            copied = copy(work / "source", work / "copy")
+            copied = copy(work / "source", work / "copy", cold=namespace.cold)
             shutil.rmtree(work / "copy")
             command = [sys.executable, "-c", CHILD, str(work / "source"), str(work / "out"), to]
-            command += [str(namespace.shard_size), namespace.tokenizer]
-            os.sync()
+            command += [str(namespace.shard_size), namespace.tokenizer, "cold" if namespace.cold else ""]
+            settle(work / "source", cold=namespace.cold)
+            begin = time.perf_counter()
             done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+            process = time.perf_counter() - begin
             found = json.loads(done.splitlines()[-1])
             files = [path.stat().st_size for path in (work / "out").rglob("*") if path.is_file()]
             shutil.rmtree(work / "out")
@@ -160,6 +178,7 @@ def measure(work: Path, namespace: argparse.Namespace) -> dict:
             speed, cp_speed = written / found["seconds"], nbytes / copied
             row = {
                 "seconds": round(found["seconds"], 2),
+                "python_start_seconds": round(process - found["seconds"], 2),
                 "written": written,
                 "largest_file": max(files),
                 "MB_per_s": round(speed / 1e6),
