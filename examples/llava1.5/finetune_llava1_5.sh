@@ -42,7 +42,11 @@ if [[ -n "$PRETRAINED_PATH" ]]; then PRETRAINED_ARGS=(--pretrained-checkpoint "$
 PRECISION_ARGS=()
 if [[ "$PRECISION" != fp32 ]]; then PRECISION_ARGS=("--$PRECISION"); fi
 
-torchrun \
+# SIGTERM goes through torchrun to the ranks, which save and stop: it waits so long before it kills them. SIGUSR1 does the
+# same where it is sent to the ranks, or to every process as Slurm does, since torchrun itself takes no notice of it.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+trap '' USR1
+exec torchrun \
     --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
     -m mindspeed_mm train \

@@ -1,6 +1,8 @@
 """From a data config to an endless stream of batches."""
 
 import logging
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +211,7 @@ def build_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_CollateErrors(collator),
+        worker_init_fn=_leave_stop_signals,
         pin_memory=options.pin_memory and torch.cuda.is_available(),
         # An own generator seeds the workers, apart for every rank, and leaves the global one alone: drawing from that
         # would make a resumed run differ from a continued one.
@@ -216,6 +219,17 @@ def build_loader(
         **worker_options,
     )
     return _batches(loader, counts or DataCounts(), dataset.policies.max_skip_percent)
+
+
+def _leave_stop_signals(_worker: int) -> None:
+    """Leave SIGTERM and SIGUSR1, with which a run is told to save and stop, to the training process.
+
+    torchrun sends them to process groups, Slurm to everything; a worker that ended would take the run with it before it
+    has saved. A second SIGTERM ends the worker: that is how a DataLoader ends those that do not listen.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _batches(loader: DataLoader, counts: DataCounts, max_skip_percent: float) -> Iterator[Batch]:

@@ -14,8 +14,11 @@ from megatron.driver.arguments import add_arguments, from_namespace
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {name: ROOT / "examples" / "llava1.5" / f"{name}_llava1_5.sh" for name in ("pretrain", "finetune")}
 TORCHRUN = """#!/usr/bin/env python3
-import json, os, sys
-print(json.dumps({"arguments": sys.argv[1:], "folder": os.getcwd(), "ascend": os.environ.get("FROM_ASCEND")}))
+import json, os, signal, sys
+told = {"arguments": sys.argv[1:], "folder": os.getcwd(), "process": os.getpid()}
+told |= {"deaf": signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN}
+told |= {"ascend": os.environ.get("FROM_ASCEND"), "patience": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")}
+print(json.dumps(told))
 """
 
 
@@ -30,8 +33,10 @@ def launch(tmp_path):
     def run(name, *flags, **variables):
         environment = {"PATH": f"{stub.parent}:{os.environ['PATH']}", **variables}
         command = ["bash", str(SCRIPTS[name]), *flags]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-        return json.loads(done.stdout)
+        with subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+            told = json.loads(process.communicate()[0])
+        assert process.returncode == 0
+        return told | {"launcher": process.pid}
 
     return run
 
@@ -97,6 +102,14 @@ def test_the_ascend_toolkit_is_sourced_where_it_exists(launch, tmp_path):
     toolkit = tmp_path / "set_env.sh"
     toolkit.write_text('export FROM_ASCEND="yes$NOT_SET"\n')
     assert launch("pretrain", ASCEND_ENV=str(toolkit))["ascend"] == "yes"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_signals_that_stop_a_run_reach_the_ranks(launch, name):
+    """torchrun takes the launcher's place, so that none is left behind; SIGUSR1 must not end it before its ranks."""
+    told = launch(name)
+    assert told["process"] == told["launcher"]
+    assert told["deaf"] and told["patience"] == "600"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
