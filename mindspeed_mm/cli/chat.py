@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from mindspeed_mm.cli._loading import (
@@ -82,10 +82,18 @@ class Terminal:
         self._session = session
         self._first, self._alone = is_first_rank(), int(os.environ.get("WORLD_SIZE", "1")) == 1
         self._interactive = self._first and sys.stdin.isatty()
+        self._ctrl_c_is_for: Literal["line", "answer", "nothing"] = "nothing"
         self._failed: list[str] = []
 
     def run(self) -> dict[str, Any]:
         """Read lines until the end. Over a pipe, raises DataError at the end where a line has failed."""
+        with self._own_ctrl_c():
+            self._talk()
+        if self._failed and self._first and not self._interactive:
+            raise DataError(f"{len(self._failed)} of the lines failed; the first: {self._failed[0]}")
+        return {"turns": len(self._session.turns), "conversation": self._session.as_record()}
+
+    def _talk(self) -> None:
         if self._interactive:
             self._tell("Ask about your pictures; /help lists the commands.")
         for line in self._lines() if self._alone else shared(self._lines() if self._first else iter(())):
@@ -96,9 +104,6 @@ class Terminal:
             except (DataError, ConfigError, OSError) as error:
                 self._tell(f"error: {error}")
                 self._failed.append(str(error))
-        if self._failed and self._first and not self._interactive:
-            raise DataError(f"{len(self._failed)} of the lines failed; the first: {self._failed[0]}")
-        return {"turns": len(self._session.turns), "conversation": self._session.as_record()}
 
     def _lines(self) -> Iterator[str]:
         if not self._interactive:
@@ -108,7 +113,9 @@ class Terminal:
             import readline  # noqa: F401  gives input() its history and arrow keys, where the system has it
         while True:
             try:
+                self._ctrl_c_is_for = "line"
                 line = input("USER: ").strip()
+                self._ctrl_c_is_for = "nothing"
             except KeyboardInterrupt:
                 if not self._alone:
                     raise
@@ -164,25 +171,34 @@ class Terminal:
     def _answer(self, question: str) -> None:
         if self._interactive:
             self._say("ASSISTANT: ")
-        with self._ctrl_c_ends_the_answer():
+        self._ctrl_c_is_for = "answer"
+        try:
             for piece in self._session.ask(question):
                 self._say(piece)
+        finally:
+            self._ctrl_c_is_for = "nothing"
         ended = self._session.result.sequences[0].finish_reason == "cancelled"
         self._say(" [ended]\n" if ended else "\n")
 
     @contextlib.contextmanager
-    def _ctrl_c_ends_the_answer(self) -> Iterator[None]:
-        """Inside, Ctrl-C ends the answer between two tokens, so that the engine is ready for the next one; a second
-        Ctrl-C interrupts as ever. Of several processes each would end at another token: there it always interrupts."""
+    def _own_ctrl_c(self) -> Iterator[None]:
+        """Inside, Ctrl-C at the prompt drops the line. In an answer it ends the answer between two tokens, so that the
+        engine is ready for the next one; a second one interrupts as ever. One that comes a moment too late for either
+        does nothing: it was not meant to end the talk. Of several processes each would end an answer at another token:
+        there it always interrupts."""
         if not (self._interactive and self._alone):
             yield
             return
 
-        def end(signal_number: int, frame: Any) -> None:
-            self._session.cancel()
-            signal.signal(signal.SIGINT, before)
+        def interrupt(signal_number: int, frame: Any) -> None:
+            meant, self._ctrl_c_is_for = self._ctrl_c_is_for, "nothing"
+            if meant == "line":
+                raise KeyboardInterrupt
+            if meant == "answer":
+                self._session.cancel()
+                self._ctrl_c_is_for = "line"
 
-        before = signal.signal(signal.SIGINT, end)
+        before = signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:

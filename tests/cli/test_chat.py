@@ -1,7 +1,7 @@
 """`mindspeed-mm chat` over a pipe, its commands, dropped files."""
 
-import io
 import json
+import os
 import shutil
 
 import pytest
@@ -15,9 +15,13 @@ from mindspeed_mm.cli.main import main
 @pytest.fixture
 def chat(golden, monkeypatch, capsys):
     def run(*lines, flags=()):
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        end, start = os.pipe()
+        with open(start, "w") as file:
+            file.writelines(f"{line}\n" for line in lines)
         model = ["--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--max-new-tokens", "4"]
-        code = main(["chat", *model, *flags, "--json"])
+        with open(end) as file, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", file)
+            code = main(["chat", *model, *flags, "--json"])
         return code, capsys.readouterr()
 
     return run
@@ -31,8 +35,9 @@ def test_turns_pictures_and_save(chat, golden, tmp_path):
     picture = tmp_path / "my view.png"
     shutil.copy(golden / "images" / "src" / "gray.png", picture)
     saved = tmp_path / "chat.json"
-    code, output = chat("Hi", f"'{picture}' What is it?", "/help", "And now?", f"/save {saved}")
+    code, output = chat("Hi", "", f"'{picture}' What is it?", "/help", "And now?", f"/save {saved}")
     assert code == 0 and "/reset" in output.err
+    assert "USER" not in output.out and "ASSISTANT" not in output.out  # answers alone
     record = conversation(output)
     assert [turn["value"] for turn in record["conversations"][::2]] == ["Hi", "<image>\nWhat is it?", "And now?"]
     assert record["image"] == str(picture) and json.loads(saved.read_text()) == [record]

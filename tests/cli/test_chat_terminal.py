@@ -1,5 +1,6 @@
 """`mindspeed-mm chat` in a terminal: history by arrow keys, Ctrl-C, Ctrl-D, dropped files."""
 
+import codecs
 import contextlib
 import fcntl
 import json
@@ -8,91 +9,114 @@ import pty
 import re
 import select
 import shutil
-import subprocess
+import signal
 import sys
 import termios
-
-import pytest
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 PATIENCE = 120
-"""Seconds to wait for a text; a machine may be busy."""
+"""Seconds to wait for the next character; a machine may be busy."""
+
+AGAIN = 10
+"""Seconds after which Ctrl-C is pressed again. One that comes when the prompt is there and does not listen yet is not
+noticed before the next one or the end of the line (so does Python's readline)."""
 
 PROMPT = "USER: "
 
 
-class Terminal:
-    """A command in a terminal of its own."""
+def run_in_terminal(path, line):
+    """Exit code of a command in the terminal `path`, which sends its Ctrl-C to this process."""
+    from mindspeed_mm.cli.main import main
 
-    def __init__(self, *command: str) -> None:
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            command,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
-            env=os.environ | {"TERM": "xterm", "OMP_NUM_THREADS": "1"},
-        )
-        os.close(slave)
+    if os.getsid(0) != os.getpid():
+        os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # comes when the terminal is closed
+    kept, files = [os.dup(number) for number in range(3)], (sys.stdin, sys.stdout, sys.stderr)
+    terminal = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    for number in range(3):
+        os.dup2(terminal, number)
+    os.close(terminal)
+    sys.stdin, sys.stdout, sys.stderr = (open(number, mode, closefd=False) for number, mode in enumerate("rww"))
+    os.environ["TERM"] = "xterm"
+    try:
+        return main(line)
+    finally:
+        fcntl.ioctl(0, termios.TIOCNOTTY)
+        for number, old in enumerate(kept):
+            os.dup2(old, number)
+            os.close(old)
+        sys.stdin, sys.stdout, sys.stderr = files
+
+
+class Terminal:
+    """The other side of a command's terminal."""
+
+    def __init__(self) -> None:
+        self.master, self._slave = pty.openpty()
+        self.path = os.ttyname(self._slave)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
     def wait_for(self, pattern: str) -> str:
         """All that came up to and including the pattern."""
-        found = ""
-        while not re.search(pattern, found):
-            ready, _, _ = select.select([self.master], [], [], PATIENCE)
-            piece = os.read(self.master, 1).decode("utf-8", "replace") if ready else ""
-            assert piece, f"{pattern!r} did not come; found {found!r}"
-            found += piece
+        found = self._until(pattern, PATIENCE)
+        assert re.search(pattern, found), f"{pattern!r} did not come; found {found!r}"
         return found
 
-    def rest(self) -> str:
-        """What comes until the command ends."""
-        found = b""
-        with contextlib.suppress(OSError):  # Linux tells the end of a terminal as an error
-            while piece := os.read(self.master, 4096):
-                found += piece
-        return found.decode("utf-8", "replace")
+    def press_ctrl_c(self, pattern: str) -> str:
+        """Press it until the pattern comes; all that came up to it."""
+        found = ""
+        for _ in range(PATIENCE // AGAIN):
+            self.type("\x03")
+            found += self._until(pattern, AGAIN)
+            if re.search(pattern, found):
+                return found
+        raise AssertionError(f"{pattern!r} did not come; found {found!r}")
+
+    def _until(self, pattern: str, patience: float) -> str:
+        found = ""
+        while not re.search(pattern, found) and select.select([self.master], [], [], patience)[0]:
+            found += self._decoder.decode(os.read(self.master, 1))
+        return found
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        """The command then finds the end of its input."""
+        os.close(self._slave)
         os.close(self.master)
 
 
-@pytest.fixture
-def start(golden):
-    opened = []
-
-    def chat(*flags: str) -> Terminal:
-        line = [sys.executable, "-m", "mindspeed_mm", "chat", "--model", str(golden / "models" / "llava_hf")]
-        opened.append(Terminal(*line, "--device", "cpu", "--json", *flags))
-        return opened[-1]
-
-    yield chat
-    for terminal in opened:
-        terminal.close()
-
-
-def test_a_session(start, golden, tmp_path):
+def test_a_session(ranks, golden, tmp_path):
     picture = tmp_path / "my view.png"
     shutil.copy(golden / "images" / "src" / "gray.png", picture)
+    line = ["chat", "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--json"]
     # Every answer is long: it could not end by itself between two keys.
-    terminal = start("--max-new-tokens", "1700", "--option", "min_new_tokens=1700")
+    line += ["--max-new-tokens", "1700", "--option", "min_new_tokens=1700"]
+    with ThreadPoolExecutor(1) as thread, contextlib.closing(Terminal()) as terminal:
+        code = thread.submit(partial(ranks(1).run, run_in_terminal, terminal.path, line, timeout=5 * PATIENCE))
+        result = talk(terminal, picture)
+        assert code.result() == [0]
+    assert result["turns"] == 3
+    turns = result["conversation"]["conversations"]
+    assert [turn["value"] for turn in turns[::2]] == ["Hi", "<image>\nWhat is it?", "Hi"]
+    assert all(turn["value"] for turn in turns[1::2])
+
+
+def talk(terminal, picture):
+    """What the command tells at the end of a talk of three questions."""
+    begun = "ASSISTANT: [^\r\n]{8}"
     assert "/help lists the commands" in terminal.wait_for(PROMPT)
 
     terminal.type("Hi\n")
-    terminal.wait_for("ASSISTANT: [^\r\n]{8}")
-    terminal.type("\x03")
-    assert "[ended]" in terminal.wait_for(PROMPT)
+    terminal.wait_for(begun)
+    assert "[ended]" in terminal.press_ctrl_c(PROMPT)
 
     terminal.type("half a line")
-    terminal.wait_for("half a line")  # a Ctrl-C before the prompt listens would be noticed with the next key only
-    terminal.type("\x03")
-    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("half a line")
+    terminal.press_ctrl_c("Ctrl-D leaves")
     terminal.wait_for(PROMPT)
 
     terminal.type(f"'{picture}'\n")  # as a terminal pastes a dropped file
@@ -102,32 +126,11 @@ def test_a_session(start, golden, tmp_path):
     terminal.wait_for("is an address, and nothing is downloaded")
     terminal.wait_for(PROMPT)
     terminal.type("What is it?\n")
-    terminal.wait_for("ASSISTANT: [^\r\n]{8}")
-    terminal.type("\x03")
-    terminal.wait_for(PROMPT)
+    terminal.wait_for(begun)
+    terminal.press_ctrl_c(PROMPT)
 
     terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: the question, the address, the picture, "Hi"
-    terminal.wait_for("ASSISTANT: [^\r\n]{8}")
-    terminal.type("\x03")
-    terminal.wait_for(PROMPT)
+    terminal.wait_for(begun)
+    terminal.press_ctrl_c(PROMPT)
     terminal.type("\x04")
-    result = json.loads(terminal.rest().strip().splitlines()[-1])
-    assert terminal.process.wait() == 0 and result["turns"] == 3
-    turns = result["conversation"]["conversations"]
-    assert [turn["value"] for turn in turns[::2]] == ["Hi", "<image>\nWhat is it?", "Hi"]
-    assert all(len(turn["value"]) >= 8 for turn in turns[1::2])
-
-
-def test_a_pipe(golden):
-    """Questions from a real pipe, answers alone on stdout."""
-    line = [sys.executable, "-m", "mindspeed_mm", "chat", "--model", str(golden / "models" / "llava_hf")]
-    done = subprocess.run(
-        [*line, "--device", "cpu", "--max-new-tokens", "4"],
-        input="Hi\n\n/help\nAgain?\n",
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0 and "/reset" in done.stderr
-    assert done.stdout.strip() and PROMPT not in done.stdout and "ASSISTANT" not in done.stdout
+    return json.loads(re.search(r"\{.*\}", terminal.wait_for(r"\{.*\}\s*\n"))[0])
