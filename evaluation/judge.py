@@ -5,7 +5,10 @@ an unreachable judge never turns into a guess.
 """
 
 import hashlib
+import http.client
 import json
+import logging
+import os
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -14,6 +17,8 @@ from pathlib import Path
 
 from evaluation.journal import FINGERPRINT_DIGITS
 from mindspeed_mm.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "judge"
 TIMEOUT_SECONDS = 120
@@ -77,7 +82,7 @@ class HttpJudge:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
                 reply = json.loads(response.read(MAX_REPLY_BYTES))
             return str(reply["choices"][0]["message"]["content"])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise DataError(
                 f"the judge at {self._url} cannot be asked: {error}. Answers and replies so far are kept; start it and "
                 "run again, or leave out --judge."
@@ -91,14 +96,18 @@ class HttpJudge:
         if not self._cache_path.is_file():
             return {}
         replies = {}
-        for number, line in enumerate(self._cache_path.read_text(encoding="utf-8").splitlines(), start=1):
+        *lines, rest = self._cache_path.read_bytes().split(b"\n")
+        if rest:
+            logger.warning("%s: the last line is unfinished (a run was cut off); it is asked again", self._cache_path)
+            os.truncate(self._cache_path, self._cache_path.stat().st_size - len(rest))
+        for number, line in enumerate(lines, start=1):
             try:
                 name, reply = json.loads(line)
-            except ValueError as error:
+                replies[name] = reply
+            except (ValueError, TypeError) as error:
                 raise DataError(
                     f"{self._cache_path}, line {number} is damaged: {error}. Remove that line; it is asked again."
                 ) from error
-            replies[name] = reply
         return replies
 
     def _keep(self, name: str, reply: str) -> None:

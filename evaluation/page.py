@@ -16,6 +16,7 @@ import PIL.Image
 
 from evaluation.report import Report
 from evaluation.tsv import Row, Table
+from mindspeed_mm.errors import DataError
 
 MAX_ROWS = 500
 """Rows shown, wrong ones first; a page with every picture of a large table would not open."""
@@ -68,9 +69,15 @@ def _chart(report: Report) -> list[tuple[str, list[tuple[str, float, float]]]]:
 def _row(row: Row, table: Table, answer: str, report: Report | None) -> dict[str, Any]:
     score = report.rows[row.index] if report is not None else None
     cells = row.cells
+    pictures, problem = [], ""
+    try:
+        pictures = [_thumbnail(image) for image in table.images(row)]
+    except DataError as error:  # answers that were recorded elsewhere are scored all the same
+        problem = str(error)
     return {
         "index": row.index,
-        "pictures": [_thumbnail(image) for image in table.images(row)],
+        "pictures": pictures,
+        "problem": problem,
         "question": cells.get("question", cells.get("expression", ""))[:SHOWN],
         "options": [f"{letter}. {cells[letter][:SHOWN]}" for letter in "ABCDEFGHI" if cells.get(letter)],
         "truth": cells.get("answer", cells.get("bbox", ""))[:SHOWN],

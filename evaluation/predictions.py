@@ -92,7 +92,7 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: the form of the answers is not known; expected .json, .jsonl or .xlsx.")
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}. Correct the file there.") from error
@@ -118,7 +118,8 @@ def _read_sheet(path: Path) -> list[dict[str, str]]:
     if "index" not in header or "prediction" not in header:
         raise DataError(f"{path}: found columns {header}; expected index and prediction among them.")
     at = {name: header.index(name) for name in ("index", "prediction")}
-    return [{name: _cell_text(line[column]) for name, column in at.items()} for line in lines if any(line)]
+    rows = [line + (None,) * (len(header) - len(line)) for line in lines if set(line) - {None}]  # may end early
+    return [{name: _cell_text(line[column]) for name, column in at.items()} for line in rows]
 
 
 def _cell_text(value: Any) -> str:

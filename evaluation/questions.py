@@ -6,6 +6,7 @@ stand beside it.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def _records(path: Path) -> list[dict[str, str]]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise DataError(f"{path} is larger than {MAX_FILE_BYTES} bytes; expected questions without their pictures.")
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line ends may stand in a text
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; expected questions as JSON lines there.") from error
     except UnicodeDecodeError as error:
@@ -138,9 +139,9 @@ def _table(path: Path, files: list[Path], records: list[dict[str, str]], image_r
     first = records[0]["image_path"]
     root = next((root for root in candidates if (root / first).is_file()), candidates[0])
     texts = [record["index"] for record in records]
-    repeated = next((text for text in texts if texts.count(text) > 1), None) if len(set(texts)) < len(texts) else None
-    if repeated is not None:
-        raise DataError(f"{path}: index {repeated} is used more than once; make every index unique.")
+    (index, uses), *_ = Counter(texts).most_common(1)
+    if uses > 1:
+        raise DataError(f"{path}: index {index} is used more than once; make every index unique.")
     rows = tuple(
         Row(
             index,

@@ -91,6 +91,8 @@ def run(
         "prompts": _prompts_digest(prompts),
         **engine.describe(),
     }
+    if (sizes := table.picture_sizes()) is not None:
+        facts["picture_sizes"] = sizes
 
     stem = f"{model}_{benchmark}"
     journal = Journal(folder / f"{stem}.journal", facts, communicator.rank)

@@ -5,9 +5,11 @@ import threading
 
 import openpyxl
 import pytest
-from evaluation_helpers import FakeEngine, choice_rows, write_table
+from evaluation_helpers import FakeEngine, choice_rows, picture, write_table
 
+from evaluation.recorded import RecordedAnswers
 from evaluation.runner import run
+from evaluation.tsv import read_table
 from mindspeed_mm.errors import DataError
 
 ANSWERS = {0: "A", 1: "B", 2: "dog", 3: "None", 4: "=1+1", 5: "y" * 40_000}
@@ -143,6 +145,25 @@ def test_answers_of_another_model_style_or_table_are_not_used(table_path, tmp_pa
     assert evaluate(table_path, tmp_path, prompt_style="vlmevalkit").resumed == 0
     table_path.write_bytes(table_path.read_bytes().replace(b"Question 0", b"Question O"))
     assert evaluate(table_path, tmp_path).resumed == 0
+
+
+def test_answers_to_other_pictures_of_the_same_name_are_not_used(tmp_path):
+    (tmp_path / "a.png").write_bytes(base64.b64decode(picture()))
+    path = write_table(tmp_path / "t.tsv", [{"index": "0", "image_path": "a.png", "question": "?", "answer": "A"}])
+    assert evaluate(path, tmp_path).resumed == 0
+    assert evaluate(path, tmp_path).resumed == 1
+    (tmp_path / "a.png").write_bytes(base64.b64decode(picture(size=(90, 80))))
+    assert evaluate(path, tmp_path).resumed == 0
+
+
+def test_recorded_answers_to_a_damaged_picture_are_scored_and_the_page_tells(tmp_path):
+    damaged = base64.b64encode(b"no picture" * 9).decode()
+    path = write_table(tmp_path / "t.tsv", [{"index": "0", "image": damaged, "question": "?", "answer": "A"}])
+    (tmp_path / "answers.json").write_text('{"0": "A"}')
+    table = read_table(path)
+    result = evaluate(path, tmp_path, RecordedAnswers(tmp_path / "answers.json", table))
+    assert result.reports["strict"].overall == 1
+    assert "row with index 0: the picture cannot be decoded" in result.files["page"].read_text()
 
 
 def test_a_limited_run_is_continued_by_the_whole(table_path, tmp_path):

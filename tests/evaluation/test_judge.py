@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import threading
 
 import pytest
@@ -40,7 +41,7 @@ class Server:
 
         self.http = http.server.HTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
@@ -100,6 +101,30 @@ def test_servers_of_another_kind(server, tmp_path, body, message):
         HttpJudge(server.url, tmp_path / "j.jsonl").pick("?", OPTIONS, "x")
 
 
+def test_a_server_that_speaks_no_http(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def talk():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"220 mail ready\r\n")
+
+        threading.Thread(target=talk, daemon=True).start()
+        judge = HttpJudge(f"http://127.0.0.1:{listening.getsockname()[1]}", tmp_path / "j.jsonl")
+        with pytest.raises(DataError, match="cannot be asked: 220 mail ready"):
+            judge.pick("?", OPTIONS, "x")
+
+
+def test_an_unfinished_last_reply_is_asked_again(tmp_path, caplog):
+    path = tmp_path / "j.jsonl"
+    path.write_text('["a", "B"]\n["c", "')
+    judge = HttpJudge("http://x", path)
+    assert judge._cache == {"a": "B"} and "the last line is unfinished" in caplog.text
+    judge._keep("c", "A")
+    assert HttpJudge("http://x", path)._cache == {"a": "B", "c": "A"}
+
+
 def test_an_unreachable_judge_is_never_a_guess(table_path, tmp_path):
     judge = HttpJudge("http://127.0.0.1:9/v1", tmp_path / "j.jsonl")
     answers = dict.fromkeys(range(6), "who knows")
@@ -111,9 +136,10 @@ def test_an_unreachable_judge_is_never_a_guess(table_path, tmp_path):
 def test_wrong_addresses_and_damaged_caches(tmp_path):
     with pytest.raises(DataError, match="expected an address that begins with http"):
         HttpJudge("file:///etc", tmp_path / "j.jsonl")
-    (tmp_path / "j.jsonl").write_text("{\n")
-    with pytest.raises(DataError, match="line 1 is damaged"):
-        HttpJudge("http://x", tmp_path / "j.jsonl")
+    for line in ("{", "5", '[["a"], "B"]'):
+        (tmp_path / "j.jsonl").write_text(line + "\n")
+        with pytest.raises(DataError, match="line 1 is damaged"):
+            HttpJudge("http://x", tmp_path / "j.jsonl")
     (tmp_path / "file").write_text("")
     judge = HttpJudge("http://x", tmp_path / "file" / "j.jsonl")
     with pytest.raises(DataError, match="cannot write"):

@@ -240,4 +240,5 @@ def test_missing_rotations_fail_in_strict_only(tmp_path):
     rows = choice_rows(1)
     path = table_of(tmp_path, rows)
     assert evaluation.score("mmbench_dev_en", {0: "A"}, path, "compat").overall == 1.0
-    assert evaluation.score("mmbench_dev_en", {0: "A"}, path).overall == 0.0
+    report = evaluation.score("mmbench_dev_en", {0: "A"}, path)
+    assert (report.overall, report.notes) == (0.0, {"questions_without_all_rotations": 1})

@@ -3,8 +3,10 @@ import sys
 
 import openpyxl
 import pytest
+from evaluation_helpers import choice_rows, write_table
 
 from evaluation.predictions import match_predictions
+from evaluation.sheet import write_sheet
 from evaluation.tsv import read_table
 from mindspeed_mm.errors import DataError
 
@@ -38,6 +40,20 @@ def test_spreadsheet_of_another_tool(table, tmp_path):
     book.save(tmp_path / "answers.xlsx")
     found, _ = match_predictions(tmp_path / "answers.xlsx", table)
     assert list(found.values()) == ["A", "14", "", "x", "True", "0.5"]
+
+
+def test_spreadsheet_rows_that_end_early(tmp_path):
+    table = read_table(write_table(tmp_path / "t.tsv", choice_rows(2)))
+    write_sheet(tmp_path / "a.xlsx", ["index", "prediction"], [(0,), (1, "A"), (None, None)])
+    assert match_predictions(tmp_path / "a.xlsx", table)[0] == {0: "", 1: "A"}
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b"])
+def test_other_line_ends_stand_in_an_answer(tmp_path, separator):
+    table = read_table(write_table(tmp_path / "t.tsv", choice_rows(1)))
+    text = json.dumps({"index": 0, "prediction": f"A{separator}B"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(text + "\r\n", encoding="utf-8", newline="")
+    assert match_predictions(tmp_path / "a.jsonl", table)[0] == {0: f"A{separator}B"}
 
 
 def test_missing_answers_may_be_allowed(table):

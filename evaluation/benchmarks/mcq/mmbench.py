@@ -1,13 +1,16 @@
 """MMBench (Liu et al., ECCV 2024): each question in all rotations of its options, right only if all are right."""
 
+import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.benchmarks import Mode
 from evaluation.benchmarks.mcq._choice import MultipleChoice, Reading, options_of
+from evaluation.judge_protocol import Judge
 from evaluation.kit_view import views_of_kit
 from evaluation.prompts import LETTER_INSTRUCTION, LETTER_INSTRUCTION_CN
-from evaluation.report import mean_units
+from evaluation.report import Report, mean_units
 from evaluation.scorers.circular import ROTATION_OFFSET, kit_group, question_of, strict_group
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
@@ -48,6 +51,24 @@ class MMBench(MultipleChoice):
             lines.append(LETTER_INSTRUCTION_CN if self.chinese else LETTER_INSTRUCTION)
             texts[row.index] = "\n".join(lines)
         return texts
+
+    def score(
+        self,
+        table: Table,
+        predictions: Mapping[int | str, str],
+        mode: Mode,
+        missing: int = 0,
+        judge: Judge | None = None,
+    ) -> Report:
+        """As for multiple choice; also notes how many questions lack rotations (a first part of the table was asked),
+        which strict scoring counts as wrong."""
+        report = super().score(table, predictions, mode, missing, judge)
+        options = {row.index: len(options_of(row.cells)) for row in table.rows}
+        asked = Counter(question_of(index) for index in report.rows)
+        short = sum(asked[index] < options[index] for index in report.rows if index < ROTATION_OFFSET)
+        if not short:
+            return report
+        return dataclasses.replace(report, notes={**report.notes, "questions_without_all_rotations": short})
 
     def combine(
         self, readings: Sequence[Reading], mode: Mode
