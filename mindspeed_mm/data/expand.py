@@ -1,7 +1,7 @@
 """Expand each image placeholder to the number of image tokens, so that shapes are known before the model runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -22,8 +22,12 @@ class Encoding:
     special_text: SpecialText = "text"
 
     def of(self, sample: Sample) -> tuple[list[int], list[int]]:
-        """Expanded ids and labels of a sample, of any length."""
-        ids, labels = encode_turns(sample.turns, self.tokenizer, self.template, self.special_text)
+        """Expanded ids and labels of a sample, of any length.
+
+        An answer of white space alone counts as empty: nothing is learned from it.
+        """
+        turns = [turn if turn.role != "gpt" or turn.text.strip() else replace(turn, text="") for turn in sample.turns]
+        ids, labels = encode_turns(turns, self.tokenizer, self.template, self.special_text)
         return expand_images(ids, labels, self.tokens_per_image)
 
     @property

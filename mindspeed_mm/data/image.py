@@ -176,7 +176,10 @@ def load_image(path: str | Path | Picture) -> Image.Image:
         if isinstance(error, ImageError):
             raise
         if _is_empty(path):
-            raise ImageError(f"image {path} is empty (0 bytes). Fetch it again or remove the record.") from error
+            raise ImageError(
+                f"image {path} is empty (0 bytes); expected a whole {', '.join(FORMATS[:3])} or similar file. Fetch it "
+                "again or remove the record."
+            ) from error
         raise ImageError(
             f"image {path} cannot be decoded ({error}); expected a whole {', '.join(FORMATS[:3])} or similar file. "
             "Replace it or remove the record."

@@ -42,7 +42,12 @@ class ParquetFile:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         batch, row = divmod(number, BATCH_ROWS)
-        return self._open().get_batch(batch).slice(row, 1).to_pylist()[0]
+        try:
+            return self._open().get_batch(batch).slice(row, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:  # Arrow itself does not look at what texts hold
+            raise DataError(
+                f"{self.where(number)} holds a text that is not UTF-8 ({error}); expected one that is. Correct the row."
+            ) from error
 
     verified = __getitem__
 

@@ -234,7 +234,9 @@ class Check:
             return
         found.modes[f"{kind} {mode}"] += 1
         if rotated:
-            found.problem("orientation", f"{where}: {path}")
+            found.problem(
+                "orientation", f"{where}: {path} is stored turned; expected upright pixels. Turn them, or leave it so."
+            )
         expected = FORMAT_SUFFIXES.get(kind, ())
         if path.suffix.lower() not in expected:
             found.problem("suffix", f"{where}: {path} holds {kind}; its suffix should be {expected[0]}.")

@@ -160,7 +160,7 @@ def write_whole(path: Path, text: str) -> None:
     """Write beside, then rename."""
     beside = path.with_name(path.name + ".new")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be any bytes
         os.replace(beside, path)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}. Choose another place.") from error

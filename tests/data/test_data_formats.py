@@ -58,6 +58,15 @@ def test_messages(read):
     assert samples[3].turns[0].text == "<image>"
 
 
+def test_image_parts_may_give_places_in_the_list(read):
+    second, first = ({"type": "image", "index": place, "text": None} for place in (1, 0))
+    unnamed = {"type": "image", "index": None}
+    for parts, expected in (([second, first], ["blue.png", "red.png"]), ([unnamed, unnamed], ["red.png", "blue.png"])):
+        messages = [{"role": "user", "content": parts}, ASSISTANT]
+        (sample,) = read("messages", {"messages": messages, "images": ["red.png", "blue.png"]})
+        assert [Path(image).name for image in sample.images] == expected
+
+
 def test_a_typed_image_tag_is_text(read, tokenizer):
     from mindspeed_mm.data.encode import encode_turns
 
@@ -144,6 +153,10 @@ def test_preference_records_are_not_trained(make_config, tokenizer):
         ("preference", {"prompt": [USER, ASSISTANT], "chosen": "c", "rejected": "b"}, "must end with a question"),
         ("preference", {"chosen": [USER, ASSISTANT], "rejected": [USER | {"content": ""}, ASSISTANT]}, "differ"),
         ("llava", {"conversations": [{"from": "human", "value": "\udc00"}]}, r"conversations\[0\].value holds half"),
+        ("messages", {"image": "a", "messages": [{"role": "user", "content": [{"type": "image", "index": 1}]}, ASSISTANT]},
+         r'"index" of the image parts is \[1\] in turn; expected each of 0 to 0 once, such as'),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image", "index": "0"}]}, ASSISTANT]},
+         r"content\[0\].index is '0'; expected a place in \"images\", such as 0"),
     ],
 )  # fmt: skip
 def test_broken_records(read, kind, record, message):
@@ -189,6 +202,19 @@ def test_parquet(tmp_path, tokenizer, make_config):
     assert len(dataset) == 5
     assert isinstance(dataset.sample(3).images[0], ImageBytes)
     assert dataset[4].images[0].shape == (3, 28, 28)
+
+
+def test_a_parquet_row_that_is_no_text(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from mindspeed_mm.data.parquet import ParquetFile
+
+    texts = pyarrow.array([b"good", b"\xff"], pyarrow.binary()).cast(pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    rows = ParquetFile(tmp_path / "rows.parquet")
+    assert rows[0] == {"text": "good"}
+    with pytest.raises(DataError, match="rows.parquet: record 1 holds a text that is not UTF-8"):
+        rows[1]
 
 
 def test_parquet_needs_pyarrow(tmp_path, monkeypatch, make_config, tokenizer):

@@ -141,7 +141,7 @@ def test_bad_files(tmp_path, picture_folder):
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "zero.png").write_bytes(b"")
     for empty in (tmp_path / "zero.png", ImageBytes("zero", b""), ImageMember("zero", tmp_path / "text.png", 3, 0)):
-        with pytest.raises(DataError, match=r"image .*zero.* is empty \(0 bytes\)"):
+        with pytest.raises(DataError, match=r"image .*zero.* is empty \(0 bytes\); expected a whole JPEG"):
             load_image(empty)
     with pytest.raises(DataError, match="image .*text.png cannot be decoded"):
         load_image(tmp_path / "text.png")

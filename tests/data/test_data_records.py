@@ -25,10 +25,16 @@ def whole(path, **options):
     return [file.verified(number) for number in range(len(file))]
 
 
+@pytest.fixture(scope="module")
+def layout_path(tmp_path_factory):
+    """One file for all examples: a folder for each of them takes longer than the test."""
+    return tmp_path_factory.mktemp("records") / "data.json"
+
+
 @settings(max_examples=60, deadline=None)
 @given(records=objects, indent=st.sampled_from([None, 1]), ascii_only=st.booleans(), lines=st.booleans())
-def test_any_layout(tmp_path_factory, records, indent, ascii_only, lines):
-    path = tmp_path_factory.mktemp("records") / "data.json"
+def test_any_layout(layout_path, records, indent, ascii_only, lines):
+    path = layout_path
     if lines:
         text = "\n\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records)
     else:

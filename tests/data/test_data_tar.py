@@ -52,12 +52,15 @@ def build(make_config, tokenizer, tmp_path):
 def test_shards(build, tmp_path, tokenizer):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
     record = json.dumps({"id": "own", "conversations": turns}).encode()
-    write(tmp_path / "shards" / "b.tar", [*pair("x/000"), ("x/001.png", picture("blue")), ("x/001.json", record)])
+    unnamed = b'{"id": null, "caption": "x"}'
+    members = [(pair("x/000")[0]), ("x/000.json", unnamed), ("x/001.png", picture("blue")), ("x/001.json", record)]
+    write(tmp_path / "shards" / "b.tar", members)
     write(tmp_path / "shards" / "a.tar", pair("007", "First."))
     dataset = build()
     assert len(dataset) == 3
     samples = [dataset[number] for number in (2, 0, 1)]
     assert samples[0].sample_id == "own" and samples[1].sample_id.endswith("a.tar: record 0")
+    assert dataset[1].sample_id.endswith("b.tar: record 0")
     text = tokenizer.decode([label for label in samples[1].labels if label != -100])
     assert text.strip() == "First."
     assert all(sample.images[0].shape == (3, 28, 28) for sample in samples)
@@ -77,6 +80,10 @@ def test_shards(build, tmp_path, tokenizer):
         ([pair("a")[0], ("a.json", b'{"conversations": []}')], r'"conversations" is \[\]; expected a list'),
         ([pair("a")[0], ("a.json", TEXT_ONLY)], '"conversations" holds 0 <image> placeholders; expected one, as in'),
         ([pair("a")[0], ("a.txt", b"\xff")], "the text cannot be read"),
+        (
+            [pair("a")[0], ("a.json", b'{"id": "\\ud800", "caption": "x"}')],
+            "record 0: id holds half of a surrogate pair",
+        ),
         ([], "holds no samples"),
     ],
 )

@@ -1,8 +1,8 @@
 """Hugging Face "messages": {"messages": [{"role", "content"}, ...], "images": [...]} as JSON, JSONL or parquet.
 
 `content` is a text or a list of parts {"type": "text", "text": ..} and {"type": "image"}. An image part may name its
-picture (key image, path or url), else the pictures of "images" are taken in order. In a text, `<image>` stands for a
-picture only when no content is a list and the record has "images"; everywhere else it is text.
+picture (key image, path or url) or its place in "images" (key index), else those are taken in order. In a text,
+`<image>` stands for a picture only when no content is a list and the record has "images"; everywhere else it is text.
 """
 
 from collections.abc import Mapping
@@ -19,6 +19,8 @@ ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
 
 Image = str | ImageBytes
+Named = Image | int | None
+"""What an image part says of its picture: the picture itself, its place in "images", or nothing."""
 
 
 def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
@@ -28,15 +30,15 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
     return Parsed(turns, merged_images(listed, named))
 
 
-def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn, ...], list[Image | None]]:
-    """Turns of a list of messages, and the pictures that its parts name (None for an unnamed one), in order."""
+def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn, ...], list[Named]]:
+    """Turns of a list of messages, and what its image parts say of their pictures, in order."""
     if not isinstance(entries, list) or not entries:
         raise DataError(f'"{key}" is {entries!r:.80}; expected a list of messages, such as {EXAMPLE}.')
     # Who writes pictures as parts has no need of placeholders in texts.
     in_parts = any(isinstance(entry, Mapping) and isinstance(entry.get("content"), list) for entry in entries)
     placeholders = has_images and not in_parts
     turns: list[Turn] = []
-    named: list[Image | None] = []
+    named: list[Named] = []
     for index, entry in enumerate(entries):
         place = f"{key}[{index}]"
         if not isinstance(entry, Mapping) or "role" not in entry or "content" not in entry:
@@ -58,7 +60,7 @@ def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn
     return alternating(turns, key), named
 
 
-def _from_parts(role: Any, parts: list[Any], place: str) -> tuple[Turn, list[Image | None]]:
+def _from_parts(role: Any, parts: list[Any], place: str) -> tuple[Turn, list[Named]]:
     """A turn of parts; a picture is followed by a line feed, as in LLaVA's own data."""
     text, literal, images = "", [], []
     for index, part in enumerate(parts):
@@ -80,11 +82,16 @@ def _from_parts(role: Any, parts: list[Any], place: str) -> tuple[Turn, list[Ima
     return Turn(role, text, tuple(literal)), images
 
 
-def _picture(part: Mapping[str, Any], place: str) -> Image | None:
+def _picture(part: Mapping[str, Any], place: str) -> Named:
     value = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
     if isinstance(value, Mapping) and "url" in value:
         value = value["url"]
-    return None if value is None else image_source(value, place)
+    if value is not None:
+        return image_source(value, place)
+    position = part.get("index")
+    if position is not None and type(position) is not int:
+        raise DataError(f'{place}.index is {position!r:.80}; expected a place in "images", such as 0.')
+    return position
 
 
 def image_source(value: Any, place: str) -> Image:
@@ -110,16 +117,22 @@ def listed_images(record: Mapping[str, Any]) -> list[Image]:
     return [image_source(item, f"{key}[{index}]") for index, item in enumerate(values)]
 
 
-def merged_images(listed: list[Image], named: list[Image | None]) -> list[Image]:
-    """Pictures in reading order: those named in place, the unnamed ones from the list. Raises DataError."""
-    unnamed = sum(image is None for image in named)
-    if unnamed != len(listed):
+def merged_images(listed: list[Image], named: list[Named]) -> list[Image]:
+    """Pictures in reading order: those named in place, the others from the list. Raises DataError."""
+    places = [place for place in named if place is None or isinstance(place, int)]
+    if len(places) != len(listed):
         raise DataError(
-            f'the messages hold {unnamed} image parts or <image> placeholders without a name, but "images" lists '
+            f'the messages hold {len(places)} image parts or <image> placeholders without a name, but "images" lists '
             f"{len(listed)}; expected one each. Correct the record."
         )
-    rest = iter(listed)
-    return [next(rest) if image is None else image for image in named]
+    order = [position if place is None else place for position, place in enumerate(places)]
+    if sorted(order) != list(range(len(listed))):
+        raise DataError(
+            f'the "index" of the image parts is {order} in turn; expected each of 0 to {len(listed) - 1} once, such as '
+            '{"type": "image", "index": 0}, the places in "images".'
+        )
+    rest = iter(order)
+    return [listed[next(rest)] if place is None or isinstance(place, int) else place for place in named]
 
 
 DATASET = partial(FileRecords, parse=parse)

@@ -13,7 +13,7 @@ from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn
 from mindspeed_mm.data.datasets import sharegpt
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
-from mindspeed_mm.data.datasets.messages import Image, listed_images, merged_images, parse_messages
+from mindspeed_mm.data.datasets.messages import Named, listed_images, merged_images, parse_messages
 from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.errors import DataError
 
@@ -54,7 +54,7 @@ def _side(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return record[found[0]]
 
 
-def _prompt(record: Mapping[str, Any], has_images: bool) -> tuple[tuple[Turn, ...] | None, list[Image | None]]:
+def _prompt(record: Mapping[str, Any], has_images: bool) -> tuple[tuple[Turn, ...] | None, list[Named]]:
     """Turns of the prompt, None where chosen and rejected hold it, and the pictures in it."""
     found = [key for key in ("prompt", "question", "conversations") if key in record]
     if len(found) > 1:

@@ -131,6 +131,7 @@ class Shard:
             record = json.loads(text) if is_record else {"caption": text.strip()}
             if not isinstance(record, dict):
                 raise DataError(f"the .json is {shown(text)}; expected an object, such as {CAPTION}.")
+            identity = where if record.get("id") is None else checked_text(str(record["id"]), "id")
             if "conversations" in record:
                 turns = conversation_turns(record, images_first=self._images_first)
             elif "caption" in record:
@@ -149,7 +150,7 @@ class Shard:
                 f"{where}: the text cannot be read ({error}); expected UTF-8, and in .json such as {CAPTION}."
             ) from error
         picture = ImageMember(f"{where}: image", self.path, image_place, image_size)
-        return Sample(str(record.get("id", where)), turns, (picture,), where)
+        return Sample(identity, turns, (picture,), where)
 
 
 class TarShards:
