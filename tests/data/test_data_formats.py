@@ -153,7 +153,7 @@ def test_preference_records_are_not_trained(make_config, tokenizer):
         ("preference", {"prompt": [USER, ASSISTANT], "chosen": "c", "rejected": "b"}, "must end with a question"),
         ("preference", {"chosen": [USER, ASSISTANT], "rejected": [USER | {"content": ""}, ASSISTANT]}, "differ"),
         ("llava", {"conversations": [{"from": "human", "value": "\udc00"}]}, r"conversations\[0\].value holds half"),
-        ("messages", {"image": "a", "messages": [{"role": "user", "content": [{"type": "image", "index": 1}]}, ASSISTANT]},
+        ("messages", {"image": "a", "messages": [USER | {"content": [{"type": "image", "index": 1}]}, ASSISTANT]},
          r'"index" of the image parts is \[1\] in turn; expected each of 0 to 0 once, such as'),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image", "index": "0"}]}, ASSISTANT]},
          r"content\[0\].index is '0'; expected a place in \"images\", such as 0"),
