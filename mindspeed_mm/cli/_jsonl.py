@@ -64,7 +64,8 @@ def read_requests(path: Path) -> dict[str, Line | DataError]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path} is larger than {MAX_BYTES} bytes: split it")
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: it takes characters such as U+2028 for ends of lines, and texts may hold them.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; expected a JSONL file there") from error
     except UnicodeDecodeError as error:

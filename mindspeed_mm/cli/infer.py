@@ -31,6 +31,9 @@ BATCH_SIZE = 8
 AHEAD = 16
 """Requests of a file in flight per sequence that runs: enough to choose from, however long the file is."""
 
+DIGITS = 6
+"""Of log-probabilities that are written."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -112,14 +115,17 @@ def _answer(engine, questions, options: dict[str, Any], batch_size: int) -> dict
             continue
         for sequence in result.sequences:
             tokens += len(sequence.token_ids)
-            answers.append({"prompt": prompt, "answer": sequence.text})
+            answers.append({"prompt": prompt, "answer": sequence.text, **_logprobs(sequence)})
             if is_first_rank():
                 sys.stdout.write(f"USER: {prompt}\nASSISTANT: {sequence.text}\n")
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.2f s (%.1f tokens/s)", tokens, seconds, tokens / seconds)
+    found = {"answers": answers, "tokens": tokens, "seconds": round(seconds, 3)}
     if errors:
-        raise DataError("\n  ".join([f"{len(errors)} of {len(requests)} prompts could not be answered:", *errors]))
-    return {"answers": answers, "tokens": tokens, "seconds": round(seconds, 3)}
+        error = DataError("\n  ".join([f"{len(errors)} of {len(requests)} prompts could not be answered:", *errors]))
+        error.result = found
+        raise error
+    return found
 
 
 def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +189,7 @@ def _records(
             record["answers"] = [sequence.text for sequence in result.sequences]
         first = result.sequences[0]
         record |= {"finish_reason": first.finish_reason, "tokens": len(first.token_ids)}
-        if first.logprobs:
-            record["logprobs"] = [round(value, 6) for value in first.logprobs]
-        ended.append(record)
+        ended.append(record | _logprobs(first))
 
     def submit(name: str, line: Any) -> None:
         if isinstance(line, DataError):
@@ -211,6 +215,20 @@ def _records(
         answered += len(ended)
         yield from ended
         ended.clear()
+
+
+def _logprobs(sequence) -> dict[str, Any]:
+    """What the option `logprobs` asks for: the tokens' log-probabilities, and of each place the likeliest ids'."""
+    if not sequence.logprobs:
+        return {}
+    likeliest = [
+        {str(token): round(value, DIGITS) for token, value in place.items()} for place in sequence.top_logprobs
+    ]
+    return {
+        "token_ids": list(sequence.token_ids),
+        "logprobs": [round(value, DIGITS) for value in sequence.logprobs],
+        "top_logprobs": likeliest,
+    }
 
 
 def _device(name: str | None) -> str | None:

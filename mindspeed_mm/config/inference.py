@@ -47,8 +47,8 @@ class InferenceConfig(InferenceFile):
     @pydantic.field_validator("prompts")
     @classmethod
     def _not_empty(cls, value: str | list[str]) -> str | list[str]:
-        if not value or (isinstance(value, list) and not all(value)):
-            raise ValueError("a prompt is empty: give it a text")
+        if not value and isinstance(value, list):
+            raise ValueError("there is no prompt: give at least one")
         return value
 
     @property

@@ -73,7 +73,7 @@ class GenerationResult:
 
 class GenerationHandle:
     """A request in flight. Iterate it for the pieces of its (first) answer's text: whole characters, never a part of a
-    stop string; joined they are the result's text."""
+    stop string; joined they are the result's text. A beam search's text comes at the end, in one piece."""
 
     def __init__(self, engine: GenerationEngine, request_id: str) -> None:
         self._engine, self.id = engine, request_id
@@ -163,7 +163,11 @@ class GenerationEngine:
         def end(error: ValueError | None) -> None:
             entry = handle._entry
             handle.error = error
-            handle.result = self._result(request, entry, error)
+            result = self._result(request, entry, error)
+            if entry is not None and isinstance(entry.job, BeamJob):  # which beams win is known now
+                for index, sequence in enumerate(result.sequences):
+                    text(sequence.text, index)
+            handle.result = result
             if on_end is not None:
                 on_end(handle)
 

@@ -49,8 +49,10 @@ def prompt_ids(request: GenerationRequest, tokenizer: Tokenizer, template: Templ
         if not request.turns:
             raise DataError(f"request {request.id}: there are neither turns nor a prompt; give it a question")
         (question, answer), *rest = request.turns
-        if not any((text or "").strip() for text, _ in request.turns) and not images:
-            raise DataError(f"request {request.id}: the prompt is empty; give it a text or an image")
+        if not (request.turns[-1][0] or "").strip():
+            raise DataError(
+                f"request {request.id}: the prompt is empty; give it a text ({IMAGE_TOKEN} alone for a picture alone)"
+            )
         turns = [(_with_images(question, images, request.turns), answer), *rest]
         ids = encode_prompt(turns, tokenizer, template, system=request.system, special_text="text")
     found = ids.count(IMAGE_TOKEN_INDEX)

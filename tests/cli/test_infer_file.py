@@ -8,13 +8,16 @@ import pytest
 
 from mindspeed_mm.cli.main import main
 
+LOGPROBS = ("token_ids", "logprobs", "top_logprobs")
+
 
 @pytest.fixture
 def command(golden, tmp_path):
     def run(*flags, lines=None, output="answers.jsonl"):
         source = tmp_path / "requests.jsonl"
         if lines is not None:
-            source.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+            texts = [line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines]
+            source.write_text("".join(texts), encoding="utf-8")
         model = ["--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--max-new-tokens", "3"]
         return main(["infer", *model, "--input", str(source), "--output", str(tmp_path / output), *flags])
 
@@ -22,7 +25,7 @@ def command(golden, tmp_path):
 
 
 def answers(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (tmp_path / "answers.jsonl").open(encoding="utf-8")]
 
 
 def test_answers_stand_in_order_and_bad_lines_fail_alone(golden, command, tmp_path, capsys):
@@ -38,13 +41,17 @@ def test_answers_stand_in_order_and_bad_lines_fail_alone(golden, command, tmp_pa
         {"prompt": "<image> and <image>", "image": picture},
         {"prompt": "Hi", "extra": 1},
         {"id": 9, "prompt": "Hi", "system": "Be brief.", "options": {"max_new_tokens": 2, "num_beams": 2}},
+        '{"prompt": "one \u2028 line \x85", "options": {"logprobs": 2}}\n',
     ]
     assert command(lines=lines) == 1
-    assert "7 of 9 requests failed" in capsys.readouterr().err
+    assert "7 of 10 requests failed" in capsys.readouterr().err
     found = answers(tmp_path)
-    assert [record["id"] for record in found] == ["long", *map(str, range(2, 10))]
+    assert [record["id"] for record in found] == ["long", *map(str, range(2, 11))]
     errors = [record.get("error") for record in found]
     assert errors[0] is errors[8] is None and found[8]["tokens"] == 2 and found[0]["finish_reason"] == "length"
+    assert len(found[9]["logprobs"]) == found[9]["tokens"] == 3 and "logprobs" not in found[0]
+    for token, value, likeliest in zip(*(found[9][name] for name in LOGPROBS), strict=True):
+        assert likeliest[str(token)] == value == max(likeliest.values()) and len(likeliest) == 2
     for error, part in zip(
         errors[1:8],
         (

@@ -79,8 +79,18 @@ def test_lists_must_fit(golden, capsys):
     line = ["infer", "--model", model, "--image", picture, "--image", picture]
     assert main([*line, "--prompt", "a", "--prompt", "b", "--prompt", "c"]) == 1
     assert "2 pictures for 3 prompts" in capsys.readouterr().err
-    assert main(["infer", "--model", model, "--prompt", ""]) == 1
-    assert "a prompt is empty" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_fails_alone(golden, tmp_path, capsys):
+    line = ["infer", "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--max-new-tokens", "2"]
+    assert main([*line, "--prompt", "", "--prompt", "Hi", "--json"]) == 1
+    output = capsys.readouterr()
+    result = json.loads(output.out.splitlines()[-1])
+    assert [answer["prompt"] for answer in result["answers"]] == ["Hi"] and "1 of 2 prompts" in result["error"]
+    assert "request 1: the prompt is empty" in output.err
+    (tmp_path / "none.json").write_text('{"prompts": []}')
+    assert main([*line, "--mm-model", str(tmp_path / "none.json")]) == 1
+    assert "there is no prompt: give at least one" in capsys.readouterr().err
 
 
 def test_parser_is_filled_for_one_command_only():

@@ -69,6 +69,18 @@ def test_stop_strings_equal_transformers(engine, theirs, question, early):
         assert sequence.finish_reason == ("stop" if stop in whole or sequence.token_ids[-1] == 2 else "length")
 
 
+def test_the_text_comes_at_the_end(engine):
+    from mindspeed_mm.generation.engine import GenerationRequest
+
+    said = []
+    request = GenerationRequest("a", turns=(("Hi", None),))
+    options = {"max_new_tokens": 6, "num_beams": 3, "num_return_sequences": 2}
+    handle = engine.submit(request, options, on_text=lambda *piece: said.append(piece))
+    texts = [sequence.text for sequence in handle.wait().sequences]
+    assert said == [(text, index) for index, text in enumerate(texts)] and all(texts)
+    assert "".join(engine.submit(request, options)) == texts[0]
+
+
 def test_logprobs_are_the_models_and_sum_to_the_score(vlm, engine):
     from mindspeed_mm.generation.engine import GenerationRequest
 
