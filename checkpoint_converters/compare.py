@@ -23,7 +23,7 @@ from mindspeed_mm.weights.sources import PartSource, Source
 class PartComparison:
     """What became of one part.
 
-    equal: tensors with equal values; rounded: equal once the wider is rounded to the narrower type.
+    equal: tensors with equal values; rounded: equal once one is rounded to the other's type.
     max_difference: largest |a - b| in float32 of the others, at tensor `worst`; infinity for another shape, NaN in one.
     only: tensors that only one side holds and the model uses. rows: further vocabulary rows that one side has.
     """
@@ -87,7 +87,7 @@ def _compare_part(
             left, right = left[:shared], right[:shared]
         if _equal(left, right):
             equal += 1
-        elif _equal(*_narrowed(left, right)):
+        elif _equal(left.to(right.dtype), right) or _equal(left, right.to(left.dtype)):
             rounded += 1
         else:
             difference = _difference(left, right)
@@ -118,11 +118,6 @@ def _equal(left: Tensor, right: Tensor) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
-
-
-def _narrowed(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    narrow = min(left.dtype, right.dtype, key=lambda dtype: dtype.itemsize)
-    return left.to(narrow), right.to(narrow)
 
 
 def _difference(left: Tensor, right: Tensor) -> float:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from checkpoint_converters.write import (
     check_space,
     check_target,
     new_folder,
+    recover,
     write_folder,
     write_safetensors,
     write_torch,
@@ -231,17 +232,24 @@ def _joining(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises WeightError where weights of the same name are there, unless `overwrite`.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=".convert.", suffix=".part", dir=target) as name:
-            yield Path(name)
-            paths = sorted(Path(name).iterdir(), key=lambda path: path.name == "model.json")
+        recover(target / "convert")
+        temporary = target / f".convert.{os.getpid()}.part"
+        temporary.mkdir()
+        try:
+            yield temporary
+            paths = sorted(temporary.iterdir(), key=lambda path: path.name == "model.json")
             taken = [path.name for path in paths if (target / path.name).exists()]
             if taken and not overwrite:
                 raise WeightError(
                     f"{target} holds {', '.join(taken)} already; expected none of them. Give --overwrite "
                     "(overwrite=True), or another target."
                 )
+            if "model.json" in taken:
+                (target / "model.json").unlink()  # a folder with some parts of each model does not look whole
             for path in paths:
                 os.replace(path, target / path.name)
+        finally:
+            shutil.rmtree(temporary)
     except OSError as error:
         raise WeightError(
             f"cannot write {target}: {error.strerror or error}; expected a writable folder with enough space. "

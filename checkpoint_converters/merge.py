@@ -1,6 +1,7 @@
 """Put partial weights (a trained projector, a head, LLaVA's non_lora_trainables.bin) into a copy of a base folder."""
 
 import contextlib
+import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -24,9 +25,12 @@ from checkpoint_converters.write import (
 )
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_part, part_of_source
-from mindspeed_mm.weights.folders import TensorFiles, open_file
-from mindspeed_mm.weights.layouts import LLAVA, PROJECTOR, WRITTEN
+from mindspeed_mm.weights.files import read_json_object
+from mindspeed_mm.weights.folders import STANDARD_FILES, TensorFiles, open_file
+from mindspeed_mm.weights.layouts import LLAVA, PROJECTOR, VISION, WRITTEN
 from mindspeed_mm.weights.sources import PEFT_PREFIX, Source, open_source
+
+logger = logging.getLogger(__name__)
 
 MERGEABLE = ("hf", "llava", "llava-hf", "clip")
 """Layouts of a base folder."""
@@ -85,6 +89,7 @@ def merge(
     shards = _shards(base)
     places = {name: file for file, names in shards.items() for name in names}
     changes = _changes(source, places, [Path(path) for path in partial])
+    _check_tower(source, changes)
     last = list(shards)[-1]
     wanted = as_dtype(dtype)
     jobs = {
@@ -98,11 +103,12 @@ def merge(
     with contextlib.ExitStack() as stack:
         advance = stack.enter_context(bytes_bar("merge", total))
         folder = stack.enter_context(new_folder(target, overwrite=overwrite))
-        _copy_others(base, folder, set(jobs), advance)
+        stale = _other_formats(base, set(shards))
+        _copy_others(base, folder, set(jobs) | stale, advance)
         for file, shard in jobs.items():
             write = write_safetensors if file.endswith(".safetensors") else write_torch
             write(folder / file, shard, runner, advance=advance)
-        _write_index(base, folder, jobs, places)
+        _write_index(base, folder, jobs, places, stale)
     added = tuple(sorted(name for name in changes if name not in places))
     return Merged(tuple(sorted(name for name in changes if name in places)), added)
 
@@ -216,19 +222,46 @@ def _reading(file, name: str, change: _Change | None, dtype: torch.dtype):
     return make
 
 
-def _copy_others(base: Path, folder: Path, rewritten: set[str], advance) -> None:
-    """Everything of the base but the shards that change and its index."""
+def _check_tower(source: Source, changes: dict[str, _Change]) -> None:
+    """A liuhaotian folder that carries its tower twice must not get two different ones."""
+    tower = source.path / str((source.config or {}).get("mm_vision_tower"))
+    changed = [change for name, change in changes.items() if name.startswith(WRITTEN["llava"][VISION][1])]
+    if source.layout == "llava" and changed and tower.exists():
+        raise WeightError(
+            f"{changed[0].files.path}: tensor {changed[0].stored} changes the tower, which {tower} holds once more; "
+            "expected a base with one tower. Convert the base to llava-hf and merge into that."
+        )
+
+
+def _other_formats(base: Path, used: set[str]) -> set[str]:
+    """The base's weights in further formats beside the one that was read: they would be those before the merge."""
+    found: set[str] = set()
+    for name in STANDARD_FILES:
+        if not (base / name).is_file():
+            continue
+        table = read_json_object(base / name).get("weight_map") if name.endswith(".json") else None
+        files = {value for value in table.values() if isinstance(value, str)} if isinstance(table, dict) else {name}
+        if not files & used:
+            found |= files | {name}
+    if found:
+        logger.warning("left out, since they hold the weights before the merge: %s", ", ".join(sorted(found)))
+    return found
+
+
+def _copy_others(base: Path, folder: Path, left_out: set[str], advance) -> None:
+    """Everything of the base but some files, and the index, which is written anew."""
     for path in sorted(base.rglob("*")):
         name = str(path.relative_to(base))
-        if path.is_file() and name not in rewritten and not name.endswith(".index.json"):
+        index = name.endswith(".index.json") and path.parent == base
+        if path.is_file() and name not in left_out and not index:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
             advance(path.stat().st_size)
 
 
-def _write_index(base: Path, folder: Path, jobs: dict[str, list[Job]], places: dict[str, str]) -> None:
+def _write_index(base: Path, folder: Path, jobs: dict[str, list[Job]], places: dict[str, str], stale: set[str]) -> None:
     """The index of the base with new tensors and the new total."""
-    indexes = sorted(base.glob("*.index.json"))
+    indexes = sorted(path for path in base.glob("*.index.json") if path.name not in stale)
     if not indexes:
         return
     weight_map = dict(places)

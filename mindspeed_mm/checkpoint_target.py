@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_converters.companions import PROCESSOR_FILES, SAVED_TOKENIZER, TOKENIZER_FILES
 from checkpoint_converters.configs import image_processor_config
@@ -23,6 +24,7 @@ from checkpoint_converters.stream import Runner
 from checkpoint_converters.targets import Conversion, TargetPlan, WeightFiles, register_target
 from megatron.driver import integrity, storage
 from megatron.driver.reading import FORMAT
+from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.spec import PART_KINDS
 from mindspeed_mm.weights.files import read_json_object
 from mindspeed_mm.weights.layouts import VISION
@@ -60,14 +62,25 @@ def write_torch_dist(folder: Path, jobs: Sequence[Job], runner: Runner, *, advan
         name: torch.empty(job.outputs[0].shape, dtype=job.outputs[0].dtype, device="meta")
         for name, job in by_name.items()
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
-        dcp.save(
-            shapes,
-            storage_writer=dcp.FileSystemWriter(folder, thread_count=1, sync_files=False),
-            planner=_MakeWhenWritten(by_name, runner, advance),
-            no_dist=True,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what is meant
+            dcp.save(
+                shapes,
+                storage_writer=dcp.FileSystemWriter(folder, thread_count=1, sync_files=False),
+                planner=_MakeWhenWritten(by_name, runner, advance),
+                no_dist=True,
+            )
+    except CheckpointException as failure:
+        raise _cause(failure) from failure
+
+
+def _cause(failure: CheckpointException) -> BaseException:
+    """What went wrong in the one process that writes. A full disk hides behind an error of torch's zip writer."""
+    first = error = failure.failures[0][0]
+    while error is not None and not isinstance(error, OSError | WeightError):
+        error = error.__cause__ or error.__context__
+    return error or first
 
 
 class _MakeWhenWritten(dcp.DefaultSavePlanner):

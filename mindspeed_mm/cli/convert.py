@@ -48,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", action="append", choices=tuple(PART_FLAGS), help="convert this part alone; may be repeated"
     )
-    parser.add_argument("--shard-size", type=size, default="5GB", help="largest shard (default: %(default)s)")
+    parser.add_argument(
+        "--shard-size",
+        type=size,
+        default="5GB",
+        help="largest shard of a folder that has shards (default: %(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion")
     parser.add_argument("--allow-nonfinite", action="store_true", help="also write weights with NaN or Inf")
     parser.add_argument("--num-attention-heads", type=int, help="heads of a vision encoder whose weights do not say it")

@@ -24,8 +24,12 @@ TEXT_TOKENS = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", metavar="A", help="weights in any readable layout; computed with our model")
-    parser.add_argument("b", metavar="B", help="the same model in any layout; llava-hf is computed with transformers")
+    parser.add_argument("a", metavar="A", help="weights in any readable layout")
+    parser.add_argument(
+        "b",
+        metavar="B",
+        help="the same model in any layout; of two whole models, llava-hf is computed with transformers",
+    )
     parser.add_argument("--images", nargs="+", default=[], help="pictures, one for each prompt (default: a random one)")
     parser.add_argument("--prompts", nargs="+", default=[], help="questions (default: random tokens)")
     parser.add_argument("--atol", type=float, default=0.0, help="largest difference of a tensor (default: %(default)s)")
@@ -80,9 +84,11 @@ def verify(
             sys.stdout.write(f"not compared, since {other.path} does not hold it: {', '.join(missing)}\n")
     result: dict[str, Any] = {"parts": [dataclasses.asdict(part) for part in parts], "logits": None}
     problems = [_problem(part) for part in parts if not part.within(atol)]
-    whole = all(len(source.parts) == 3 for source in sources) and not isinstance(a, Mapping)
-    if logits and whole:
-        figures = _compare_logits(str(a), str(b), sources[1].layout, list(images or []), list(prompts or []))
+    pair = _models(a, b, sources)
+    if logits and pair is None:
+        sys.stdout.write("logits not compared: that takes a whole model on both sides\n")
+    elif logits:
+        figures = _compare_logits(*pair, list(images or []), list(prompts or []))
         sys.stdout.write(
             f"logits ({figures['positions']} positions, ours against {figures['against']}): "
             f"max |d| {figures['max']:.3g}, mean |d| {figures['mean']:.3g}, top-1 agreement {figures['top1']:.4f}\n"
@@ -113,12 +119,25 @@ def _problem(part) -> str:
     return f"{part.part}: {part.worst} differs by {part.max_difference:.3g}"
 
 
-def _compare_logits(a: str, b: str, layout: str, images: list[str], prompts: list[str]) -> dict[str, Any]:
+def _models(a: str | Mapping[str, str], b: str, sources) -> tuple[str, str, bool] | None:
+    """(path for our model, path of the other, whether transformers computes it), None without two whole models.
+
+    What was put together of several sources is no model of its own: then transformers judges ours on the result.
+    """
+    installed = importlib.util.find_spec("transformers") is not None
+    stock = [installed and source.layout == "llava-hf" for source in sources]
+    if any(len(source.parts) < 3 for source in sources) or (isinstance(a, Mapping) and not stock[1]):
+        return None
+    if isinstance(a, Mapping):
+        return str(b), str(b), True
+    return (str(b), str(a), True) if stock[0] and not stock[1] else (str(a), str(b), stock[1])
+
+
+def _compare_logits(a: str, b: str, foreign: bool, images: list[str], prompts: list[str]) -> dict[str, Any]:
     """max and mean |d logit| and the share of positions with the same best token, in float32 on the CPU."""
     from mindspeed_mm import api
 
     vlm = api.load(a, device="cpu", dtype="fp32")
-    foreign = layout == "llava-hf" and importlib.util.find_spec("transformers") is not None
     other = None if foreign else api.load(b, device="cpu", dtype="fp32")
     largest, total, count, agreed, positions = 0.0, 0.0, 0, 0, 0
     for ids, pixels in _inputs(vlm, images, prompts):

@@ -18,6 +18,9 @@ from mindspeed_mm.weights.sources import PartSource, Source, open_source
 
 logger = logging.getLogger(__name__)
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of weights. Narrower ones come with scales, without which their values mean nothing."""
+
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
@@ -215,13 +218,13 @@ def local_tensor(
 def check_step(step: Step, source: PartSource, geometry: Geometry) -> Tensor:
     """Our full tensor of one step without values, from the shapes and types of its sources alone.
 
-    Raises WeightError for a type that is not floating point, shapes that do not fit together, and another vocabulary.
+    Raises WeightError for a type that is not of FLOATS, shapes that do not fit together, and another vocabulary.
     """
     for name in step.sources:
-        if not source.dtype(name).is_floating_point:
+        if source.dtype(name) not in FLOATS:
             raise WeightError(
-                f"{source.path}: tensor {name} has type {source.dtype(name)}; expected floating point. "
-                "Quantised weights cannot be read; give the original ones."
+                f"{source.path}: tensor {name} has type {source.dtype(name)}; expected floating point of 16 bits or "
+                "more. Quantised weights cannot be read; give the original ones."
             )
     full = step.rule.to_ours([source.meta(name) for name in step.sources], geometry)
     if step.rule.padded and geometry.vocab_size and full.shape[0] != geometry.vocab_size:

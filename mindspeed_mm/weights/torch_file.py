@@ -32,7 +32,7 @@ MAX_PICKLE_BYTES = 16 * 2**20
 """data.pkl of ViT-L/14@336px is about 0.2 MiB, of a 7B model's shard less; tensors are not in it."""
 
 MAX_ATTRIBUTES = 1_000_000
-"""Attributes visited before an archive counts as malicious (records may refer to each other)."""
+"""Attributes visited, or entries copied, before a file counts as malicious (records may refer to each other)."""
 
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 """What the first two pickles of a file hold that torch.save wrote before version 1.6."""
@@ -145,14 +145,12 @@ class TorchFile(RawFile):
         if len(pickles) != 1:
             raise damaged(self.path, f"{len(pickles)} data.pkl in the archive, expected 1")
         self._root = pickles[0].removesuffix("data.pkl")
-        if self._archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
-            raise damaged(self.path, f"its data.pkl is larger than {MAX_PICKLE_BYTES} bytes")
         order = f"{self._root}byteorder"
-        if order in names and self._archive.read(order) != b"little":
+        if order in names and self._read_small(order, len("little")) != b"little":
             raise WeightError(f"{self.path}: stored in big-endian order; expected little. Save it on a common machine.")
         if self._root + RECORD_NAME in names:
             self.record = self._read_record()
-        data = self._archive.read(pickles[0])
+        data = self._read_small(pickles[0], MAX_PICKLE_BYTES)
         _check_memo(self.path, data)
         content = _Unpickler(io.BytesIO(data), self.path).load()
         if f"{self._root}constants.pkl" in names:  # a TorchScript program
@@ -160,13 +158,16 @@ class TorchFile(RawFile):
         return content
 
     def _read_record(self) -> dict[str, Any]:
-        info = self._archive.getinfo(self._root + RECORD_NAME)
-        if info.file_size > MAX_JSON_BYTES:
-            raise damaged(self.path, f"its {RECORD_NAME} is larger than {MAX_JSON_BYTES} bytes")
-        record = json.loads(self._archive.read(info))
+        record = json.loads(self._read_small(self._root + RECORD_NAME, MAX_JSON_BYTES))
         if not isinstance(record, dict):
             raise damaged(self.path, f"its {RECORD_NAME} is not an object")
         return record
+
+    def _read_small(self, member: str, largest: int) -> bytes:
+        """A member's content. It may be compressed, and a few bytes to any size; no more than stated is unpacked."""
+        if self._archive.getinfo(member).file_size > largest:
+            raise damaged(self.path, f"its {member.removeprefix(self._root)} is larger than {largest} bytes")
+        return self._archive.read(member)
 
     def _open_legacy(self) -> Any:
         """Five pickles (magic number, version, machine, content, keys of the storages), then storage by storage its
@@ -270,6 +271,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._path = path
         self._storages = storages
+        self._copied = 0
 
     def find_class(self, module: str, name: str) -> Any:
         """Called by pickle for each name the stream wants to use."""
@@ -277,15 +279,16 @@ class _Unpickler(pickle.Unpickler):
             return _Record
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        # New functions for each file: a pickle can set attributes of whatever it is handed.
+        # New functions for each name: a pickle can set attributes of whatever it is handed. None copies what it is
+        # given, since a few bytes of pickle can ask for the same copy a million times.
         known = {
-            ("collections", "OrderedDict"): OrderedDict,
+            ("collections", "OrderedDict"): lambda *pairs: self._ordered(*pairs),
             ("torch._utils", "_rebuild_tensor_v2"): lambda *arguments: _rebuild(*arguments),
             ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch.jit._pickle", "build_intlist"): list,
-            ("torch.jit._pickle", "build_doublelist"): list,
-            ("torch.jit._pickle", "build_boollist"): list,
-            ("torch.jit._pickle", "build_tensorlist"): list,
+            ("torch.jit._pickle", "build_intlist"): lambda values: values,
+            ("torch.jit._pickle", "build_doublelist"): lambda values: values,
+            ("torch.jit._pickle", "build_boollist"): lambda values: values,
+            ("torch.jit._pickle", "build_tensorlist"): lambda values: values,
             ("torch.jit._pickle", "restore_type_tag"): lambda value, _tag: value,
         }
         if (module, name) not in known:
@@ -294,6 +297,13 @@ class _Unpickler(pickle.Unpickler):
                 "Do not use this file unless you trust it; then save its state dict alone, best as safetensors."
             )
         return known[module, name]
+
+    def _ordered(self, pairs: Any = ()) -> "OrderedDict[Any, Any]":
+        """An OrderedDict, empty as Python 3 pickles it or of pairs as Python 2 did."""
+        self._copied += len(pairs)
+        if self._copied > MAX_ATTRIBUTES:
+            raise damaged(self._path, f"more than {MAX_ATTRIBUTES} entries")
+        return OrderedDict(pairs)
 
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype, int]:
         """("storage", type, key, device, numel[, None]) -> (key, dtype, numel). The device is where it was saved."""

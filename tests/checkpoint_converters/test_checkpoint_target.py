@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mindspeed_mm as mm
 from checkpoint_converters.convert import convert
+from checkpoint_converters.stream import Runner
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.weights.sources import open_source
@@ -59,6 +61,23 @@ def test_bf16_tied_and_grouped_go_there_and_back(golden, tmp_path):
 def test_a_part_alone_is_no_checkpoint(golden, tmp_path):
     with pytest.raises(WeightError, match="expected a vision_encoder"):
         mm.convert(golden / "models" / "vicuna", tmp_path / "out", to="checkpoint")
+
+
+def test_a_full_disk_and_damaged_weights_are_told_as_everywhere(golden, tmp_path, monkeypatch):
+    source = write_llava(tmp_path / "source", golden)
+    state = load_file(source / "model.safetensors")
+    state["model.norm.weight"][3] = torch.inf
+    save_file(state, source / "model.safetensors")
+    with pytest.raises(WeightError, match="final_layernorm.weight has 1 NaN or Inf of 16 values"):
+        mm.convert(source, tmp_path / "out", to="checkpoint")
+
+    def fill(_self, _job):  # torch's zip writer says this of a full disk
+        raise RuntimeError("unexpected pos 704 vs 598") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Runner, "make", fill)
+    with pytest.raises(WeightError, match="cannot write .*out: No space left on device"):
+        mm.convert(source, tmp_path / "out", to="checkpoint")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_without_the_module_that_writes_it_the_layout_is_refused(golden, tmp_path, monkeypatch):

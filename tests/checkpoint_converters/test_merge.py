@@ -79,6 +79,35 @@ def test_llavas_names_find_their_place_in_llava_hf(base, tmp_path):
     assert torch.equal(out.part("text_decoder").get("lm_head.weight"), head)
 
 
+def test_weights_in_a_second_format_do_not_stay_as_they_were(golden, tmp_path, caplog):
+    base = write_llava(tmp_path / "source", golden)  # one model.safetensors
+    convert(base, tmp_path / "bin", to="llava", shard_size=60_000)
+    for path in (tmp_path / "bin").glob("pytorch_model*"):
+        path.rename(base / path.name)
+    torch.save(projector(), tmp_path / "p.bin")
+    merge(base, [tmp_path / "p.bin"], tmp_path / "out")
+    assert "pytorch_model.bin.index.json" in caplog.text
+    weights = [path.name for path in (tmp_path / "out").iterdir() if "model" in path.name]
+    assert sorted(weights) == ["model.safetensors", "tokenizer.model"]
+    assert torch.equal(open_source(tmp_path / "out").part("vision_projector").get("0.bias"), projector("")["0.bias"])
+
+
+def test_a_tower_in_shards_stays_whole_and_is_not_changed_in_one_of_two_places(base, tmp_path):
+    torch.save(projector(), tmp_path / "p.bin")
+    convert(base, tmp_path / "small", to="llava", shard_size=5_000)
+    merge(tmp_path / "small", [tmp_path / "p.bin"], tmp_path / "out")
+    towers = [content(tmp_path / name / "vision_tower") for name in ("small", "out")]
+    assert towers[0] == towers[1] and any(path.name.endswith(".index.json") for path in towers[0])
+    name = "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding"
+    torch.save({name: torch.ones(8)}, tmp_path / "tower.bin")
+    with pytest.raises(WeightError, match="changes the tower, which .*vision_tower holds once more"):
+        merge(base, [tmp_path / "tower.bin"], tmp_path / "no")
+    convert(base, tmp_path / "hf", to="llava-hf")
+    merge(tmp_path / "hf", [tmp_path / "tower.bin"], tmp_path / "tuned")
+    part = open_source(tmp_path / "tuned").part("vision_encoder")
+    assert torch.equal(part.get("embeddings.class_embedding"), torch.ones(8))
+
+
 @pytest.mark.parametrize(
     ("partial", "message"),
     [

@@ -1,6 +1,7 @@
 """After a killed conversion; archives beyond 4 GB; the progress bar; the order of the command line."""
 
 import io
+import os
 import sys
 import zipfile
 
@@ -47,6 +48,31 @@ def test_rests_of_killed_conversions_are_removed_and_those_of_running_ones_kept(
     (tmp_path / ".out.1.part").mkdir()
     convert(source, tmp_path / "out", to="llava", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.1.part", "out", "source"]
+
+
+def test_rests_of_killed_conversions_into_a_folder_that_exists(source, tmp_path):
+    convert(source, tmp_path / "out", to="mindspeed-mm")
+    (tmp_path / "out" / f".convert.{DEAD}.part").mkdir()
+    before = sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
+    convert(source, tmp_path / "out", to="mindspeed-mm", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+
+
+def test_a_joined_folder_does_not_look_whole_while_parts_of_two_models_lie_in_it(source, tmp_path, monkeypatch):
+    convert(source, tmp_path / "out", to="mindspeed-mm")
+    original, moved = os.replace, []
+
+    def killed(old, new):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(new)
+        original(old, new)
+
+    monkeypatch.setattr(os, "replace", killed)
+    monkeypatch.setattr(write, "write_json", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", to="mindspeed-mm", overwrite=True)
+    assert not (tmp_path / "out" / "model.json").exists()
 
 
 def test_archives_beyond_four_gigabytes(tmp_path, monkeypatch):

@@ -36,6 +36,14 @@ def test_another_type_compares_equal_after_rounding(source, tmp_path):
         assert part.rounded == part.tensors and part.within(0.0)
 
 
+def test_half_types_compare_equal_after_rounding_in_both_orders(source, tmp_path):
+    convert(source, tmp_path / "fp16", to="llava", dtype="fp16")
+    convert(tmp_path / "fp16", tmp_path / "bf16", to="hf", dtype="bf16")
+    for pair in (("fp16", "bf16"), ("bf16", "fp16")):
+        part = compared(*(tmp_path / name for name in pair))["text_decoder"]
+        assert part.equal + part.rounded == part.tensors and part.rounded > 5
+
+
 def test_the_worst_tensor_is_named(source, tmp_path):
     convert(source, tmp_path / "out", to="hf")
     state = load_file(tmp_path / "out" / "model.safetensors")
@@ -88,4 +96,17 @@ def test_the_command_compares_logits_and_fails_over_tolerance(golden, tmp_path, 
 def test_parts_that_one_side_lacks_are_named(golden, capsys):
     models = golden / "models"
     assert main(["verify", str(models / "llava_original"), str(models / "vicuna")]) == 0
-    assert "vicuna does not hold it: vision_encoder, vision_projector" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "vicuna does not hold it: vision_encoder, vision_projector" in said
+    assert "logits not compared: that takes a whole model on both sides" in said
+
+
+def test_transformers_computes_llava_hf_on_either_side_and_a_model_put_together(golden, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    models = golden / "models"
+    a, b = str(models / "llava_hf"), str(models / "llava_original")
+    assert main(["verify", a, b]) == 0
+    assert "ours against transformers" in capsys.readouterr().out
+    parts = ["--text-decoder", b, "--projector", b, "--vision-encoder", str(models / "clip_hf")]
+    assert main(["convert", *parts, str(tmp_path / "out"), "--to", "llava-hf", "--verify"]) == 0
+    assert "ours against transformers" in capsys.readouterr().out
