@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
@@ -111,6 +112,7 @@ def shutdown() -> None:
     locks.release_all()
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
+    RotaryEmbedding.forward.cache_clear()  # it holds on to models, whose process groups keep their threads
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
