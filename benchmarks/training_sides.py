@@ -1,6 +1,6 @@
 """The two sides of the training benchmarks, each in a process of its own that waits until it is asked.
 
-Ours is the step of `mindspeed-mm train`: the driver's `train_step` with its checks and metrics. Theirs is what
+Ours is the step of `mindspeed-mm train`: the driver's loop with its checks and metrics. Theirs is what
 transformers' Trainer does in a step: forward, backward, clipping to norm 1, fused AdamW. Both end with the loss as a
 number.
 """
@@ -8,6 +8,7 @@ number.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import multiprocessing
 import os
@@ -61,7 +62,7 @@ class Ours:
 
         self.platform = get_platform(job.device)
         from megatron.driver import arguments, initialize, loop, setup
-        from megatron.driver.state import BatchFacts
+        from megatron.driver.state import BatchFacts, Hooks
         from mindspeed_mm.models.build import build_vlm
         from mindspeed_mm.models.runtime import Runtime
         from mindspeed_mm.models.spec import load_model_spec
@@ -88,13 +89,12 @@ class Ours:
             )
             return BatchFacts(batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops)
 
-        self.state = setup.setup(args, provide, self.platform)
-        stop = loop.StopRequest()
+        hooks = Hooks(describe)
+        self.state = setup.setup(args, provide, self.platform, hooks)
 
         def step(batch: Batch) -> float:
-            data = loop.MeteredIterator(iter([batch]), describe)
-            metrics, _ = loop.train_step(self.state, args, forward_step, data, stop)
-            return metrics.loss
+            once = dataclasses.replace(args, train_iters=self.state.iteration + 1)
+            return loop.train(self.state, once, forward_step, iter([batch]), hooks).loss
 
         self.step = step
 

@@ -42,8 +42,7 @@ class Work(NamedTuple):
 
 def make_work(kind: str, size: str, batch: int, steps: int) -> Work:
     """`steps` batches of `batch` samples; for "mixed" ours are packed into rows, spread evenly over as many steps."""
-    draw = random.Random(kind)
-    samples = [_sample(kind, number, size, draw) for number in range(batch * steps)]
+    samples = make_samples(kind, size, batch * steps)
     collate = Collator(PAD, (IMAGE_SIZE, IMAGE_SIZE))
     padded = [collate(samples[start : start + batch]) for start in range(0, len(samples), batch)]
     if kind != "mixed":
@@ -52,6 +51,12 @@ def make_work(kind: str, size: str, batch: int, steps: int) -> Work:
     rows = [[samples[index] for index in row] for row in first_fit_decreasing(lengths, ROW_LENGTH)]
     pack = Collator(PAD, (IMAGE_SIZE, IMAGE_SIZE), row_length=ROW_LENGTH)
     return Work([pack(rows[step::steps]) for step in range(steps)], padded)
+
+
+def make_samples(kind: str, size: str, count: int) -> list[Encoded]:
+    """The first `count` samples of a kind; always the same."""
+    draw = random.Random(kind)
+    return [_sample(kind, number, size, draw) for number in range(count)]
 
 
 def _sample(kind: str, number: int, size: str, draw: random.Random) -> Encoded:

@@ -25,17 +25,3 @@ def complete_mask(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> tor
     causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
     itself = torch.eye(length, dtype=torch.bool, device=ids.device)  # a padded query must attend to something
     return ((causal & keys[:, None, :]) | itself)[:, None]
-
-
-def segment_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Causal mask inside each segment of packed rows.
-
-    Args:
-        segment_ids: [B, S], equal where positions belong together (padding is a segment, too).
-
-    Returns:
-        bool [B, 1, S, S], True = may attend.
-    """
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    return (causal & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]

@@ -18,6 +18,7 @@ from mindspeed_mm.models.loss import token_losses
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.platform.regions import region
+from mindspeed_mm.platform.segments import Segments
 
 
 class ImageEncoder(MegatronModule):
@@ -37,13 +38,16 @@ class ImageEncoder(MegatronModule):
         with region("tower"), torch.no_grad() if self.encoder_frozen else contextlib.nullcontext():
             return self.encoder(pixel_values.to(self.encoder.conv1.weight.dtype))
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, 3, h, w] -> [N, P, H]; N may be 0.
+    def forward(self, pixel_values: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
+        """[N, 3, h, w] -> [N, P, H]; N may be 0. With the tower's features [N, P, Hv], pixels are not looked at.
 
         Context-parallel ranks share the pictures: each encodes an equal number of them, blank ones filling up, and all
         get all features. Backwards each picture's gradient is the sum over the ranks, whose slices of the sequence each
         hold some of its features.
         """
+        if features is not None:
+            with region("projector"):
+                return self.projector(features)
         pictures = pixel_values.shape[0]
         if self.context_group is None or pictures == 0:
             return self._encode(pixel_values)
@@ -122,14 +126,16 @@ class VLM(MegatronModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.text_decoder.set_input_tensor(tensor)
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings with image features, [B, S] and [N, 3, h, w] or None -> [S, B, H]."""
+    def embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embeddings with image features, [B, S] and [N, 3, h, w] or None -> [S, B, H]; see `forward`."""
         positions = image_positions(input_ids)
         embeddings = self.text_decoder.embed(input_ids.masked_fill(positions, 0))
         if pixel_values is None:
             size = self.spec.vision_encoder.image_size
             pixel_values = torch.empty(0, 3, size, size, device=input_ids.device)
-        return scatter_features(embeddings, self.image_encoder(pixel_values), positions)
+        return scatter_features(embeddings, self.image_encoder(pixel_values, image_features), positions)
 
     def forward(
         self,
@@ -138,6 +144,8 @@ class VLM(MegatronModule):
         labels: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        segments: Segments | None = None,
     ) -> torch.Tensor:
         """One pass over this pipeline stage.
 
@@ -148,6 +156,9 @@ class VLM(MegatronModule):
             pixel_values: [N, 3, h, w] float, pictures in reading order, N = 0 or None without pictures.
             attention_mask: complete bool mask [B, 1, S, S], True = may attend; None = causal, which is right for
                 right-padded rows.
+            image_features: [N, P, Hv], the tower's output for all pictures where it is known already (a feature cache);
+                `pixel_values` is not looked at then.
+            segments: the sequences of a single row (B is 1): causal attention inside each of them.
 
         Returns:
             Last stage: with labels the token losses [n] float32 of the n supervised positions; without, the logits
@@ -155,9 +166,9 @@ class VLM(MegatronModule):
             this rank's slice of the sequence, while the arguments are whole.
         """
         with region("embedding"):
-            hidden = self.embed(input_ids, pixel_values) if self.pre_process else None
+            hidden = self.embed(input_ids, pixel_values, image_features) if self.pre_process else None
         with region("decoder"):
-            hidden = self.text_decoder(hidden, position_ids, attention_mask)
+            hidden = self.text_decoder(hidden, position_ids, attention_mask, segments)
         if not self.post_process:
             return hidden
         if labels is not None:

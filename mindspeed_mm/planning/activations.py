@@ -2,7 +2,7 @@
 
 What an operation saves follows from its derivative; which tensors share memory (a tensor saved twice counts once) was
 read off the running model with torch's saved-tensor hooks, which the tests repeat. Korthikanti et al. 2022 count the
-same for a GPT layer. Frozen linears save no input (megatron.core's LinearWithFrozenWeight).
+same for a GPT layer. Frozen linears save no input.
 
 Legend: n tokens on this rank, m tokens where sequence parallelism splits norms and residuals, e bytes of an element,
 H width, h heads, g key/value heads, D head size, F MLP width, T tensor-, C context-parallel size.
@@ -21,6 +21,8 @@ INDEX = 8
 """Bytes of an int64."""
 SINGLE = 4
 """Bytes of a float32."""
+HEAD_CHUNK = 2048
+"""Supervised positions that go through the head at a time (models/loss.py)."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class LayerSizes:
     trained: bool
     rotary: bool
     kernels: Kernels
-    mask: float = 0.0
-    """Elements of the attention mask of packed rows; 0 where attention is plainly causal or complete."""
+    sequences: int = 1
+    """Sequences that stand one behind the other in the row; attention puts its outputs for them together."""
 
     @property
     def width(self) -> int:
@@ -45,70 +47,53 @@ class LayerSizes:
         return self.element * self.spec.hidden_size
 
 
-def norm(sizes: LayerSizes, *, trained: bool | None = None) -> float:
-    """RMSNorm or LayerNorm, m rows.
-
-    A fused kernel keeps its input and the statistics. The composite RMSNorm keeps the input in float32, and the
-    normalised input too where the weight is trained.
-    """
-    trained = sizes.trained if trained is None else trained
-    rows, hidden = sizes.norm_tokens, sizes.spec.hidden_size
-    if sizes.spec.normalization == "LayerNorm":
-        return rows * (sizes.width + 2 * SINGLE)
-    if sizes.kernels.fused_rms_norm:
-        return rows * (sizes.width + SINGLE)
-    return rows * SINGLE * (hidden * (2 if trained else 1) + 1)
+def norm(sizes: LayerSizes) -> float:
+    """RMSNorm or LayerNorm, m rows: the input and the statistics."""
+    statistics = 2 if sizes.spec.normalization == "LayerNorm" else 1
+    return sizes.norm_tokens * (sizes.width + statistics * SINGLE)
 
 
 def attention_core(sizes: LayerSizes) -> float:
     """softmax(QK^T)V: the output and the log-sum of each row and head. What it takes: `attention_inputs`."""
     heads = sizes.spec.num_attention_heads / sizes.tensor
-    output = sizes.tokens * heads * (sizes.element * sizes.spec.kv_channels + SINGLE)
-    return output + sizes.element * sizes.mask  # the kernel turns the mask into numbers to add
+    return sizes.tokens * heads * (sizes.element * sizes.spec.kv_channels + SINGLE)
 
 
 def attention_inputs(sizes: LayerSizes) -> float:
     """Query, key and value as the kernel takes them.
 
-    Without rotation all three are views of the fused projection. With it, query and key are tensors of their own, and
-    the projection stays for the value's sake, unless context parallelism sends copies of all three. The angles' sines
-    and cosines are made once for the query and once for the key.
+    All three are views of the (rotated) fused projection, but for queries that share keys, which are copied together.
+    Context parallelism sends copies of all three.
     """
     spec, tokens = sizes.spec, sizes.tokens
     heads, groups = spec.num_attention_heads / sizes.tensor, spec.num_query_groups / sizes.tensor
     channels = sizes.element * spec.kv_channels
-    fused = tokens * channels * (heads + 2 * groups)
-    if not sizes.rotary:
-        return fused
     if sizes.context > 1:
         groups *= sizes.context // math.gcd(int(groups), sizes.context)
-        kept = tokens * channels * (heads + 2 * groups)
-    else:
-        kept = fused + tokens * channels * (heads + groups)
-    return kept + sizes.kernels.rotary_tables * tokens * channels
+        return tokens * channels * (heads + 2 * groups)
+    copied = heads if heads != groups else 0
+    return tokens * channels * (heads + 2 * groups + copied)
 
 
 def mlp(sizes: LayerSizes) -> float:
-    """Between the two linears: gated, gate and up in one tensor, silu(gate) and up + 0; plain, what the activation
-    saves. The second linear's input comes on top where it is trained."""
+    """Between the two linears: gated, gate and up in one tensor; plain, what the activation saves. The second linear's
+    input comes on top where it is trained."""
     spec = sizes.spec
     inner = sizes.element * spec.ffn_hidden_size / sizes.tensor * sizes.tokens
-    if spec.gated_linear_unit:
-        kept = sizes.kernels.gated_mlp * inner
-    else:
-        kept = inner * (2 if spec.activation_func == "quick_gelu" else 1)
+    kept = inner * (2 if spec.gated_linear_unit or spec.activation_func == "quick_gelu" else 1)
     return kept + (inner if sizes.trained else 0)
 
 
 def layer(sizes: LayerSizes, *, without_core: bool = False) -> float:
     """One transformer layer; `without_core`: the attention kernel is run again instead (selective recomputation)."""
-    linear_inputs = 2 * sizes.norm_tokens * sizes.width if sizes.trained else 0
+    input_rows = sizes.tokens if sizes.kernels.keeps_gathered else sizes.norm_tokens
+    linear_inputs = 2 * input_rows * sizes.width if sizes.trained else 0
     own_output = sizes.tokens * sizes.element * sizes.spec.num_attention_heads * sizes.spec.kv_channels / sizes.tensor
     core = attention_core(sizes)
     if without_core:
         core = own_output if sizes.trained else 0
-    elif sizes.context > 1 and sizes.trained:
-        core += own_output  # the exchange back to sequence slices made a copy, which the output linear keeps
+    elif (sizes.context > 1 or sizes.sequences > 1) and sizes.trained:
+        core += own_output  # what was put together, or came back from the exchange of slices, is the output linear's
     return 2 * norm(sizes) + linear_inputs + attention_inputs(sizes) + core + mlp(sizes)
 
 
@@ -124,7 +109,7 @@ def decoder_sizes(job: Job) -> LayerSizes:
         trained=job.trained("text_decoder"),
         rotary=True,
         kernels=kernels_of(job.device),
-        mask=job.micro_batch_size * job.positions**2 if job.row.packed else 0.0,
+        sequences=job.micro_batch_size * len(job.row.lengths),
     )
 
 
@@ -158,17 +143,18 @@ def stack(sizes: LayerSizes, layers: int) -> Stack:
     """`layers` layers with the spec's recompute_* applied."""
     spec = sizes.spec
     boundary = sizes.norm_tokens * sizes.width
-    # In a layer's backward pass the gated product, both its factors and the first linear's output have gradients, as
-    # has the residual, while what is no longer needed of the forward pass is given back.
-    inner = sizes.element * spec.ffn_hidden_size / sizes.tensor * sizes.tokens * (2 if sizes.trained else 3)
+    # In a layer's backward pass the gated product and the first linear's output have gradients, as has the residual,
+    # beside one factor on the way, while what is no longer needed of the forward pass is given back.
+    inner = sizes.element * spec.ffn_hidden_size / sizes.tensor * sizes.tokens * (3 if sizes.trained else 4)
     gradients = inner + boundary
+    # Once for the stack: cosines and sines of half a head each.
+    angles = sizes.tokens * sizes.element * spec.kv_channels if sizes.rotary else 0.0
     if spec.recompute_granularity == "selective":
-        return Stack(layers * layer(sizes, without_core=True), gradients)
+        return Stack(layers * layer(sizes, without_core=True) + angles, gradients)
     whole = layer(sizes)
     if spec.recompute_granularity is None or layers == 0:
-        return Stack(layers * whole, gradients if layers else 0.0)
-    # Full: the layer's input, and once for the stack the rotary angles.
-    angles = sizes.tokens * SINGLE * spec.kv_channels if sizes.rotary else 0.0
+        return Stack(layers * whole + (angles if layers else 0.0), gradients if layers else 0.0)
+    # Full: the layer's input.
     if spec.recompute_method == "uniform":
         group = spec.recompute_num_layers
         return Stack(-(-layers // group) * boundary + angles, group * whole + gradients)
@@ -229,11 +215,12 @@ def head(job: Job) -> Head:
         return Head(0.0, 0.0, 0.0)
     sizes, decoder = decoder_sizes(job), job.spec.text_decoder
     vocabulary = decoder.language_vocab_size / job.tensor
-    rows = job.supervised
+    rows = min(job.supervised, HEAD_CHUNK)
     softmax = rows * vocabulary * SINGLE
-    kept = norm(sizes) + softmax + rows * INDEX
-    kept += rows * sizes.width if sizes.trained else 0
+    kept = norm(sizes) + job.supervised * INDEX
     logits = rows * vocabulary * job.element if job.mixed else 0.0
     weight = vocabulary * decoder.hidden_size * job.element if sizes.trained else 0.0
     gradients = logits + weight - (softmax if job.mixed else 0.0)
-    return Head(kept, logits, gradients)
+    if job.supervised > HEAD_CHUNK:  # chunks keep the hidden states that they are run again from
+        return Head(kept + job.supervised * sizes.width, logits + softmax, gradients + softmax)
+    return Head(kept + softmax + (rows * sizes.width if sizes.trained else 0), logits, gradients)

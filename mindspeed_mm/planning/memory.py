@@ -55,7 +55,7 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     kept, forward, backward, again = _stage_activations(job, stage)
     under_way = micro_batches_under_way(job, stage)
     in_step = max(forward, backward, again)
-    optimizer_buffers = _optimizer_buffers(job, counts.trained / shared, counts.largest)
+    optimizer_buffers = _optimizer_buffers(job, counts.trained / shared)
     # The optimizer runs when the activations are gone; what counts is which of the two moments is the higher.
     temporaries = max(in_step, optimizer_buffers - under_way * kept)
     return RankMemory(
@@ -104,11 +104,9 @@ def _stage_activations(job: Job, stage: int) -> tuple[float, float, float, float
     return kept, forward, backward, again
 
 
-def _optimizer_buffers(job: Job, parameters: float, largest: int) -> float:
-    """AdamW's denominator: of all parameters at once, or of one tensor and its quotient."""
-    if kernels_of(job.device).foreach_optimizer:
-        return SINGLE * parameters
-    return 2 * SINGLE * min(largest, parameters)
+def _optimizer_buffers(job: Job, parameters: float) -> float:
+    """AdamW's denominator of all parameters at once; the fused AdamW of the CPU needs no memory."""
+    return SINGLE * parameters if kernels_of(job.device).foreach_optimizer else 0.0
 
 
 def _batch_bytes(job: Job) -> float:

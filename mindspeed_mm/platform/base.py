@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.platform import fused
+from mindspeed_mm.platform.segments import Segments
 
 PLATFORM_ORDER = ("npu", "cuda", "cpu")
 """Order of choice when no device is named: the accelerators first, then the CPU that is always there."""
@@ -114,6 +116,49 @@ class Platform(abc.ABC):
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=grouped
         )
+
+    def segment_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Causal attention inside each of the sequences of a row.
+
+        Args:
+            query: [T, H, D]; key, value: [T, G, D] with H a multiple of G; T is where the last segment ends.
+
+        Returns:
+            [T, H, D] in the dtype of `query`.
+        """
+        outputs = []
+        for place in segments.slices:
+            rows = (x[place].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+            output = self.attention(*rows, mask=None, causal=True, scale=scale, dropout=dropout)
+            outputs.append(output.squeeze(0).transpose(0, 1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., H] and [H] -> [..., H]."""
+        return fused.RMSNorm.apply(x, weight, eps)
+
+    def swiglu(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half of the last dimension, [..., 2F] -> [..., F]."""
+        return fused.SwiGLU.apply(x)
+
+    def rotate_qk(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int) -> torch.Tensor:
+        """Rotate queries and keys of a joint projection, [S, B, G (A + 2) D] -> the same shape.
+
+        Args:
+            qkv: [S, B, G (A + 2) D]: A query heads, the key head and the value head of each group.
+            cos, sin: [S, B or 1, 1, 1, D / 2] in the dtype of `qkv`.
+            groups: G.
+        """
+        return fused.RotateQK.apply(qkv, cos, sin, groups)
 
 
 def local_rank() -> int:

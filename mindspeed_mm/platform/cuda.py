@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from mindspeed_mm.platform.base import MemoryStats, Platform, local_rank
 
@@ -51,6 +52,29 @@ class CudaPlatform(Platform):
 
     def set_device_rng_state(self, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state)
+
+    def segment_attention(self, query, key, value, segments, *, scale, dropout):
+        """See Platform. One call of torch's variable-length flash attention, which has half precision, no dropout."""
+        from torch.nn.attention.varlen import varlen_attn  # torch 2.10 on
+
+        if dropout or query.dtype not in (torch.bfloat16, torch.float16):
+            return super().segment_attention(query, key, value, segments, scale=scale, dropout=dropout)
+        return varlen_attn(
+            query,
+            key,
+            value,
+            segments.offsets,
+            segments.offsets,
+            segments.longest,
+            segments.longest,
+            scale=scale,
+            window_size=(-1, 0),  # causal
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """torch has a fused CUDA kernel."""
+        return F.rms_norm(x, weight.shape, weight, eps)
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         if dtype not in (torch.bfloat16, torch.float16):

@@ -10,6 +10,7 @@ What `torch.cpu` lacks is added to it below, once, and only where it is missing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.abc
 import importlib.machinery
 import logging
@@ -17,6 +18,8 @@ import sys
 import types
 
 import torch
+
+from mindspeed_mm.platform.host_linear import linear
 
 PACKAGE = "megatron.core"
 TYPE_NAMES = {
@@ -86,9 +89,32 @@ def _adapt_grad_scaler(module: types.ModuleType) -> None:
     module.DynamicGradScaler.load_state_dict = load_state_dict
 
 
+def _adapt_linear(module: types.ModuleType) -> None:
+    """Core's linear layers multiply by our kernel, its mappings communicate: on the CPU the two never overlap."""
+
+    def product(
+        input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel, tp_group=None, **_unused
+    ):
+        if sequence_parallel:
+            input = module.gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
+        elif allreduce_dgrad:
+            input = module.copy_to_tensor_model_parallel_region(input, group=tp_group)
+        return linear(input, weight, bias)
+
+    module.linear_with_grad_accumulation_and_async_allreduce = product
+    module.linear_with_frozen_weight = product
+
+
+def _adapt_optimizer(module: types.ModuleType) -> None:
+    """One pass over memory for each parameter instead of ten."""
+    module.Adam = functools.partial(module.Adam, fused=True)
+
+
 _AFTER_IMPORT = {
     f"{PACKAGE}.tensor_parallel.random": _adapt_random,
     f"{PACKAGE}.optimizer.grad_scaler": _adapt_grad_scaler,
+    f"{PACKAGE}.tensor_parallel.layers": _adapt_linear,
+    f"{PACKAGE}.optimizer": _adapt_optimizer,
 }
 
 

@@ -1,7 +1,8 @@
 """Ascend NPUs with HCCL, through torch_npu's documented interface.
 
 Sources: Ascend Extension for PyTorch documentation of `torch_npu.contrib.transfer_to_npu` (redirects torch.cuda and
-the nccl backend to the NPU) and of `torch_npu.npu_fusion_attention` (flash attention forward and backward).
+the nccl backend to the NPU), `torch_npu.npu_fusion_attention` (flash attention forward and backward),
+`torch_npu.npu_rms_norm` and `torch_npu.npu_swiglu`.
 Not run by us: no NPU was at hand. Every torch_npu import stays inside this file's functions.
 """
 
@@ -66,10 +67,7 @@ class NpuPlatform(Platform):
 
     def attention(self, query, key, value, *, mask, causal, scale, dropout):
         """See Platform.attention. The operator's masks say True = hidden, the reverse of ours."""
-        if causal and self._causal_mask is None:
-            ones = torch.ones(COMPRESSED_MASK_SIZE, COMPRESSED_MASK_SIZE, dtype=torch.bool, device=query.device)
-            self._causal_mask = ones.triu(1)
-        hidden = self._causal_mask if causal else None if mask is None else ~mask
+        hidden = self._compressed_mask(query.device) if causal else None if mask is None else ~mask
         return self._torch_npu.npu_fusion_attention(
             query,
             key,
@@ -81,6 +79,36 @@ class NpuPlatform(Platform):
             keep_prob=1.0 - dropout,
             sparse_mode=CAUSAL_MODE if causal else DENSE_MASK_MODE,
         )[0]
+
+    def segment_attention(self, query, key, value, segments, *, scale, dropout):
+        """See Platform. The operator's layout TND takes the ends of the sequences."""
+        return self._torch_npu.npu_fusion_attention(
+            query,
+            key,
+            value,
+            head_num=query.shape[1],
+            input_layout="TND",
+            atten_mask=self._compressed_mask(query.device),
+            scale=scale,
+            keep_prob=1.0 - dropout,
+            sparse_mode=CAUSAL_MODE,
+            actual_seq_qlen=segments.ends,
+            actual_seq_kvlen=segments.ends,
+        )[0]
+
+    def _compressed_mask(self, device: torch.device) -> torch.Tensor:
+        if self._causal_mask is None:
+            ones = torch.ones(COMPRESSED_MASK_SIZE, COMPRESSED_MASK_SIZE, dtype=torch.bool, device=device)
+            self._causal_mask = ones.triu(1)
+        return self._causal_mask
+
+    def rms_norm(self, x, weight, eps):
+        """See Platform; torch_npu.npu_rms_norm."""
+        return self._torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+
+    def swiglu(self, x):
+        """See Platform; torch_npu.npu_swiglu."""
+        return self._torch_npu.npu_swiglu(x, dim=-1)
 
     def profiler(self):
         profiler = self._torch_npu.profiler

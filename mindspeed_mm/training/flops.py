@@ -55,10 +55,13 @@ class ForwardFlops:
     head: float
 
 
-def forward_flops(spec, *, lengths: Iterable[float], images: float, supervised: float) -> ForwardFlops:
+def forward_flops(
+    spec, *, lengths: Iterable[float], images: float, supervised: float, encoded: float | None = None
+) -> ForwardFlops:
     """Forward operations of a micro-batch, by part; arguments as for `step_flops`."""
     text, tower, projector = spec.text_decoder, spec.vision_encoder, spec.vision_projector
     lengths = list(lengths)
+    encoded = images if encoded is None else encoded
     scores = score_flops(heads=text.num_attention_heads, head_size=text.kv_channels, lengths=lengths, causal=True)
     decoder = transformer_flops(
         layers=text.num_layers,
@@ -85,8 +88,8 @@ def forward_flops(spec, *, lengths: Iterable[float], images: float, supervised: 
     patches = (tower.image_size // tower.patch_size) ** 2
     linears = [2.0 * images * tower.num_image_tokens * inputs * outputs for inputs, outputs in projector.sizes]
     return ForwardFlops(
-        patches=2.0 * images * patches * 3 * tower.patch_size**2 * tower.hidden_size,
-        tower=images * one_picture,
+        patches=2.0 * encoded * patches * 3 * tower.patch_size**2 * tower.hidden_size,
+        tower=encoded * one_picture,
         projector=sum(linears),
         projector_first=linears[0],
         decoder=decoder,
@@ -95,7 +98,9 @@ def forward_flops(spec, *, lengths: Iterable[float], images: float, supervised: 
     )
 
 
-def step_flops(spec, *, lengths: Iterable[float], images: float, supervised: float) -> float:
+def step_flops(
+    spec, *, lengths: Iterable[float], images: float, supervised: float, encoded: float | None = None
+) -> float:
     """Forward and backward operations of a micro-batch.
 
     Args:
@@ -105,8 +110,9 @@ def step_flops(spec, *, lengths: Iterable[float], images: float, supervised: flo
             count each by itself: attention stays inside a sample.
         images: pictures.
         supervised: positions with a label (the head runs on these only).
+        encoded: pictures that the tower runs on; None: all. The features of the others come from a cache.
     """
-    forward = forward_flops(spec, lengths=lengths, images=images, supervised=supervised)
+    forward = forward_flops(spec, lengths=lengths, images=images, supervised=supervised, encoded=encoded)
     tower = not spec.vision_encoder.freeze
     projector, decoder = not spec.vision_projector.freeze, not spec.text_decoder.freeze
     flow = tower or projector or decoder

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.sample import Batch
-from mindspeed_mm.models.masks import segment_mask
 from mindspeed_mm.platform import current_platform
+from mindspeed_mm.platform.segments import Segments
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]]
 
@@ -53,6 +55,51 @@ def _lengthen(batch: Batch, extra: int, pad_token_id: int) -> Batch:
     return dataclasses.replace(batch, **changes, position_ids=torch.cat((batch.position_ids, positions), dim=1))
 
 
+def one_row(batch: Batch, config: Any) -> tuple[Batch, list[int] | None]:
+    """All rows of a micro-batch one behind the other, without their padding, so that none of it is computed.
+
+    Virtual pipeline stages want micro-batches of one length and keep the padding. A batch that does not say how long
+    its rows are stays as it is.
+
+    Args:
+        config: the model's TransformerConfig.
+
+    Returns:
+        The batch with rows [1, T], and the lengths of its sequences, whose sum is T; or the batch as it was, and None.
+    """
+    fixed = config.virtual_pipeline_model_parallel_size is not None
+    real = None if fixed and batch.segment_ids is None else _real_positions(batch)
+    if real is None:
+        return batch, None
+    if fixed:
+        real, multiple = torch.ones_like(real), 1
+    else:
+        multiple = config.context_parallel_size
+        multiple *= config.tensor_model_parallel_size if config.sequence_parallel else 1
+    starts = (batch.position_ids == 0)[real]
+    tokens = starts.numel()
+    surplus = -tokens % multiple
+    bounds = [*starts.nonzero().flatten().tolist(), tokens] + ([tokens + surplus] if surplus else [])
+    rows = {
+        "input_ids": F.pad(batch.input_ids[real], (0, surplus)),
+        "labels": F.pad(batch.labels[real], (0, surplus), value=IGNORE_INDEX),
+        "position_ids": torch.cat((batch.position_ids[real], torch.arange(surplus))),
+    }
+    row = dataclasses.replace(batch, segment_ids=None, **{name: x.unsqueeze(0) for name, x in rows.items()})
+    return row, [end - start for start, end in itertools.pairwise(bounds)]
+
+
+def _real_positions(batch: Batch) -> torch.Tensor | None:
+    """[B, S] bool, True where a sample stands; None where the batch does not say."""
+    if batch.segment_ids is not None:
+        real = batch.segment_ids > 0
+    elif len(batch.lengths) == len(batch.input_ids):
+        real = torch.arange(batch.input_ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
+    else:
+        return None
+    return real if real.any() else None
+
+
 def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
     """One micro-batch through the model (megatron.core's forward_step_func).
 
@@ -60,16 +107,21 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
         data_iterator: yields data.sample.Batch.
         model: VLM, possibly wrapped.
     """
-    batch = next(data_iterator)
+    return forward_batch(next(data_iterator), model)
+
+
+def forward_batch(
+    batch: Batch, model: torch.nn.Module, features: torch.Tensor | None = None
+) -> tuple[torch.Tensor, LossFunction]:
+    """`forward_step` of a given micro-batch; `features` [N, P, Hv] of its pictures stand in for the tower."""
     device = current_platform().device()
-    mask = None
-    if batch.segment_ids is not None:
-        mask = segment_mask(batch.segment_ids.to(device, non_blocking=True))
+    batch, lengths = one_row(batch, model.config)
     output = model(
         batch.input_ids.to(device, non_blocking=True),
         batch.position_ids.to(device, non_blocking=True),
         labels=batch.labels.to(device, non_blocking=True),
         pixel_values=batch.pixel_values.to(device, non_blocking=True),
-        attention_mask=mask,
+        segments=None if lengths is None else Segments.of_lengths(lengths, device),
+        image_features=features,
     )
     return output, sum_losses

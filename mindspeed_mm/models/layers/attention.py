@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from mindspeed_mm.models.layers.context import heads_to_sequence, repeat_groups, sequence_to_heads
 from mindspeed_mm.models.layers.kv_cache import KVCache
 from mindspeed_mm.platform import current_platform
+from mindspeed_mm.platform.segments import Segments
 
 
 class CoreAttention(MegatronModule):
@@ -48,7 +49,7 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: object | None = None,
+        packed_seq_params: Segments | None = None,
     ) -> torch.Tensor:
         """Attend.
 
@@ -57,16 +58,24 @@ class CoreAttention(MegatronModule):
                 of S and K, while the mask is that of the whole sequence.
             attention_mask: bool [B or 1, 1, S, K], True = may attend, complete (causality included), or None: causal
                 for a decoder, everything for a tower.
+            packed_seq_params: the sequences of the only row (B is 1): causal attention inside each; None: rows are
+                sequences. The name is megatron.core's.
 
         Returns:
             [S, B, H * D]
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("attention_bias and packed_seq_params are not supported by this attention module")
+        if attention_bias is not None:
+            raise ValueError("attention_bias is not supported by this attention module")
         group = self.context_group
         if group is not None:
             key, value = (repeat_groups(x, group.size()) for x in (key, value))
             query, key, value = (heads_to_sequence(x, group) for x in (query, key, value))
+        dropout = self.dropout if self.training else 0.0
+        if packed_seq_params is not None:
+            rows = (x.squeeze(1) for x in (query, key, value))
+            output = self.platform.segment_attention(*rows, packed_seq_params, scale=self.scale, dropout=dropout)
+            output = output.unsqueeze(1)
+            return (output if group is None else sequence_to_heads(output, group)).flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = attention_mask
         if self.cache is not None:
@@ -79,7 +88,7 @@ class CoreAttention(MegatronModule):
             # A single new token behind a cache may see all of it.
             causal=self.causal and mask is None and query.shape[2] == key.shape[2],
             scale=self.scale,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
         )
         output = output.permute(2, 0, 1, 3)
         return (output if group is None else sequence_to_heads(output, group)).flatten(2)

@@ -7,8 +7,9 @@ megatron.core sums their gradients over the tensor-parallel ranks.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+
+from mindspeed_mm.platform import current_platform
 
 
 class RMSNorm(torch.nn.Module):
@@ -17,10 +18,11 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.platform = current_platform()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.platform.rms_norm(x, self.weight, self.eps)
 
 
 class Norm:

@@ -58,7 +58,15 @@ class RotaryEmbedding:
         Returns:
             [S, B, 1, D] float32, both halves of D equal (half-split rotation).
         """
-        if self._frequencies.device != position_ids.device:
-            self._frequencies = self._frequencies.to(position_ids.device)
-        angles = position_ids.t().unsqueeze(-1).float() * self._frequencies
+        angles = position_ids.t().unsqueeze(-1).float() * self._frequencies_on(position_ids.device)
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
+
+    def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What `layers/self_attention.py` rotates by, computed once for all layers: [2, S, B, 1, 1, D / 2]."""
+        angles = position_ids.t().float()[:, :, None, None, None] * self._frequencies_on(position_ids.device)
+        return torch.stack((angles.cos(), angles.sin())).to(dtype)
+
+    def _frequencies_on(self, device: torch.device) -> torch.Tensor:
+        if self._frequencies.device != device:
+            self._frequencies = self._frequencies.to(device)
+        return self._frequencies

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mindspeed_mm.models.layers.attention import CoreAttention
+from mindspeed_mm.models.layers.mlp import MLP
 from mindspeed_mm.models.layers.norm import Norm
-
-MLP_SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+from mindspeed_mm.models.layers.self_attention import SelfAttention
 
 
 def layer_spec(*, causal: bool) -> ModuleSpec:
@@ -41,7 +40,7 @@ def layer_spec(*, causal: bool) -> ModuleSpec:
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLP_SUBMODULES),
+            mlp=MLP,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -16,6 +16,7 @@ from mindspeed_mm.models.layers.kv_cache import KVCache
 from mindspeed_mm.models.layers.rotary import RotaryEmbedding
 from mindspeed_mm.models.layers.specs import block_spec
 from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
+from mindspeed_mm.platform.segments import Segments
 from mindspeed_mm.weights.layout import padded_vocab_size
 
 HIDDEN_LOGIT = -1e30
@@ -80,7 +81,11 @@ class LlamaDecoder(LanguageModule):
         return self.embedding(input_ids, None)
 
     def forward(
-        self, hidden: torch.Tensor | None, position_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        hidden: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        segments: Segments | None = None,
     ) -> torch.Tensor:
         """Transformer layers of this stage.
 
@@ -88,6 +93,7 @@ class LlamaDecoder(LanguageModule):
             hidden: [S, B, H] embeddings (first stage) or None (later stages, see set_input_tensor).
             position_ids: [B or 1, S] int64, of the whole sequence like `hidden` and the mask.
             attention_mask: complete bool mask [B or 1, 1, S, S], True = may attend; None = causal.
+            segments: the sequences of a single row (B is 1), instead of a mask.
 
         Returns:
             [S, B, H], split along S over the context-parallel ranks and, under sequence parallelism, over the
@@ -100,7 +106,8 @@ class LlamaDecoder(LanguageModule):
         return self.decoder(
             hidden_states=hidden,
             attention_mask=attention_mask,
-            rotary_pos_emb=self.rotary(sequence_slice(position_ids, 1)),
+            rotary_pos_emb=self.rotary.cos_sin(sequence_slice(position_ids, 1), self.config.params_dtype),
+            packed_seq_params=segments,
         )
 
     def gather_sequence(self, hidden: torch.Tensor) -> torch.Tensor:

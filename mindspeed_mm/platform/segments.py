@@ -1,0 +1,34 @@
+"""Sequences that stand one behind the other in one row, for attention that stays inside each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the sequences of a row end. Attention over them takes memory of order T, a mask would take T^2."""
+
+    ends: tuple[int, ...]
+    """Position behind the last token of each sequence, on the host; the last one is the row's length T."""
+    offsets: torch.Tensor
+    """[number + 1] int32 on the device: 0 and the ends (cu_seqlens of the attention kernels)."""
+    longest: int
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int], device: torch.device) -> Segments:
+        """Segments of the given lengths, each at least 1."""
+        ends, end = [], 0
+        for length in lengths:
+            end += length
+            ends.append(end)
+        offsets = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
+        return cls(tuple(ends), offsets, max(lengths))
+
+    @property
+    def slices(self) -> list[slice]:
+        """One for each sequence."""
+        return [slice(start, end) for start, end in zip((0, *self.ends), self.ends, strict=False)]
