@@ -28,6 +28,8 @@ class Encoding:
         """
         turns = [turn if turn.role != "gpt" or turn.text.strip() else replace(turn, text="") for turn in sample.turns]
         ids, labels = encode_turns(turns, self.tokenizer, self.template, self.special_text)
+        if not any(turn.text for turn in turns if turn.role == "gpt"):  # the line feed behind an empty caption
+            labels = [IGNORE_INDEX] * len(ids)
         return expand_images(ids, labels, self.tokens_per_image)
 
     @property

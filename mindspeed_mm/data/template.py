@@ -47,7 +47,7 @@ class Template(StrictModel):
     """An answer behind its header, end marker included; supervised."""
 
     gpt_empty: str = ""
-    """An answer without text (LLaVA leaves the end marker out)."""
+    """An answer without text (LLaVA leaves the end marker out); not supervised (except for captions, as in LLaVA)."""
 
     gpt_footer: str = ""
     """What follows an answer; not supervised."""

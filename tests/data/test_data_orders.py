@@ -147,6 +147,13 @@ def test_empty_answers(make_config, tokenizer, caplog, no_answer):
     assert not caplog.text
 
 
+def test_an_empty_caption_teaches_nothing(make_config, tokenizer):
+    dataset = build_dataset(
+        make_config([make_record(0, "red.png", text="\n")], template_name="plain"), tokenizer, None, 4, 9
+    )
+    assert set(dataset[0].labels) == {IGNORE_INDEX}
+
+
 def test_nothing_is_left(make_config, tokenizer, long_records):
     with pytest.raises(DataError, match="of 0 records is none"):
         build_dataset(make_config(long_records[1:], overlong="drop"), tokenizer, None, 4, 180)

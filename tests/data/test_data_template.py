@@ -316,6 +316,13 @@ def test_rendering_with_a_system_text(name):
     assert render_turns(turns, name) == RENDERED[name]
 
 
+@pytest.mark.parametrize("name", SLOW_NAMES)
+def test_an_answer_without_text_teaches_nothing(marked, name):
+    """Not even the end marker that some templates put behind it."""
+    _, labels = encode([HUMAN, GPT | {"value": ""}], marked[0], name)
+    assert set(labels) == {IGNORE_INDEX}
+
+
 def test_a_system_text_needs_a_place():
     from mindspeed_mm.data.rendering import render_turns
     from mindspeed_mm.data.sample import Turn
