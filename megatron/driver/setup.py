@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -148,9 +149,12 @@ def _optimizer_config(args: DriverArguments) -> OptimizerConfig:
 
 def _connect(args: DriverArguments, model: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Tell the schedules of megatron.core how gradients are scaled, synchronised and finished."""
+    # Weakly: the distributed optimizer's parameters are views, whose autograd nodes lead back to the model where
+    # Python's collector does not look. Model, optimizer and process groups of a run would never be freed.
+    held = weakref.ref(optimizer)
     for chunk in model:
         config = chunk.config
-        config.grad_scale_func = optimizer.scale_loss
+        config.grad_scale_func = lambda loss: held().scale_loss(loss)
         config.finalize_model_grads_func = finalize_model_grads
         if args.overlap_grad_reduce:
             # The interleaved schedule holds back the reduction of all chunks with what the first one names.

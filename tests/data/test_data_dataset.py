@@ -1,6 +1,9 @@
 """From records to batches: images, lengths, policies, collation, the loader."""
 
 import logging
+import multiprocessing
+import os
+import signal
 from itertools import islice
 
 import pytest
@@ -228,6 +231,23 @@ def test_workers_give_the_same_and_leave_the_global_generator_alone(mixed):
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours.labels, theirs.labels) and torch.equal(ours.pixel_values, theirs.pixel_values)
         assert ours.input_ids.shape[1] % 8 == 0
+
+
+def test_signals_that_stop_a_run_do_not_stop_its_workers(mixed):
+    """torchrun and Slurm send them to every process; the training process decides, and still reads its last step."""
+    before = set(multiprocessing.active_children())
+    batches = loader(mixed, mbs=3, multiple=8, workers=2)
+    first = next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        assert os.getpgid(worker.pid) == worker.pid  # out of reach of what is sent to the training process's group
+        os.kill(worker.pid, signal.SIGUSR1)
+        os.kill(worker.pid, signal.SIGTERM)
+    found = [first, *islice(batches, 7)]
+    wanted = list(islice(loader(mixed, mbs=3, multiple=8), 8))
+    assert all(torch.equal(one.input_ids, other.input_ids) for one, other in zip(found, wanted, strict=True))
+    assert all(worker.is_alive() for worker in workers)
 
 
 def test_the_dataset_can_be_sent_to_spawned_workers(mixed):

@@ -1,8 +1,10 @@
 """One process: schedules, precision, steps that must not go on."""
 
+import gc
 import math
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -263,3 +265,13 @@ def test_exit_interval_saves_and_stops(tmp_path):
     _, report = tiny.run(tiny.arguments("--save", str(tmp_path), "--exit-interval", "3"))
     assert report.iteration == 3
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_run_that_has_ended_is_freed(distributed):
+    """Models, and with them the process groups and their threads: also with the distributed optimizer's views."""
+    flags = ["--use-distributed-optimizer", "--overlap-grad-reduce"]
+    model = weakref.ref(tiny.whole_run(*flags * distributed)[2].model[0])
+    gc.collect()
+    gc.collect()
+    assert model() is None

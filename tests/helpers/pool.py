@@ -101,6 +101,9 @@ def _serve(pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     get_platform("cpu")
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    from megatron.driver import locks
     from megatron.driver.initialize import shutdown
 
     gc.freeze()  # what was imported stays, and is not looked at again
@@ -116,7 +119,16 @@ def _serve(pipe: Connection) -> None:
                 torch.distributed.barrier()
         except BaseException:  # noqa: B036 - whatever a test does, its traceback goes to the caller
             result, error = None, traceback.format_exc()
-        shutdown()
-        pipe.send((result, error))
+        if error is None:
+            shutdown()
+            pipe.send((result, error))
+        else:  # first the news: taking down a process group whose other ranks are stuck may take long
+            locks.release_all()
+            pipe.send((result, error))
+            shutdown()
         del result, args
-        gc.collect()  # models lie in cycles, and their process groups keep dozens of gloo's threads awake
+        RotaryEmbedding.forward.cache_clear()  # it holds modules, and through their hooks whole models
+        # Models lie in cycles, and their process groups keep dozens of gloo's threads awake. A second time, since the
+        # distributed optimizer's views hold the model's autograd nodes until they are freed themselves.
+        gc.collect()
+        gc.collect()
