@@ -14,6 +14,7 @@ from megatron.driver import initialize, loop, setup
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from megatron.driver.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
+from mindspeed_mm.cli._feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.cli._validation import Validation, gather_counts
 from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
 from mindspeed_mm.data.config import DataConfig
@@ -30,7 +31,7 @@ from mindspeed_mm.models.spec import ModelSpec, load_model_spec
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.training.flops import step_flops
-from mindspeed_mm.training.step import forward_step, level
+from mindspeed_mm.training.step import level
 from mindspeed_mm.weights.loading import table
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,8 @@ class TrainingRun:
 
     allow_nonfinite = False
     """Start from weights with NaN or Inf, which are else refused."""
+    feature_cache: CacheOptions | None = None
+    """Where features of a frozen tower are kept."""
 
     def __init__(self, args: DriverArguments, platform: Platform, model_path: str, data_path: str) -> None:
         self.spec = load_model_spec(model_path)
@@ -88,7 +91,8 @@ class TrainingRun:
             "first sample, supervised tokens in [[ ]]:\n%s",
             describe_sample(first.input_ids, first.labels, self.tokenizer),
         )
-        report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
+        with forward_steps(self, state, self.feature_cache) as forward_step:
+            report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
         checkpoint = report.checkpoint or (find_checkpoint(self.args.save) if self.args.save else None)
         return {
             "iteration": report.iteration,
@@ -153,10 +157,13 @@ class TrainingRun:
     def _describe(self, batch: Batch) -> BatchFacts:
         self._check_ids(batch)
         flops = step_flops(
-            self.spec, lengths=batch.lengths, images=batch.pixel_values.shape[0], supervised=batch.supervised
+            self.spec,
+            lengths=batch.lengths,
+            images=batch.num_images,
+            supervised=batch.supervised,
+            encoded=batch.pixel_values.shape[0],
         )
-        images = batch.pixel_values.shape[0]
-        trained = not self.spec.text_decoder.freeze or images > 0
+        trained = not self.spec.text_decoder.freeze or batch.num_images > 0
         return BatchFacts(
             batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops, gradient_expected=trained
         )

@@ -6,6 +6,8 @@ import argparse
 import logging
 from typing import Any
 
+from mindspeed_mm.cli.plan import size
+
 HELP = "pretrain or fine-tune from --mm-model, --mm-data and Megatron's flags"
 EXAMPLE = (
     "torchrun --nproc_per_node 8 -m mindspeed_mm train --mm-model examples/llava1.5/model.json "
@@ -24,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mm-data", required=True, metavar="JSON", help="data sets, template, tokenizer")
     group.add_argument("--mm-tool", metavar="JSON", help="tools.json of the ancestor: its profile block")
     group.add_argument("--allow-nonfinite", action="store_true", help="also start from weights with NaN or Inf")
+    group.add_argument(
+        "--feature-cache", metavar="DIR", help="keep the features of a frozen tower here: later epochs skip the tower"
+    )
+    group.add_argument(
+        "--feature-cache-size", type=size, metavar="SIZE", help="at most so much in that folder (default 50GB)"
+    )
     group.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
     arguments.add_arguments(parser)
 
@@ -35,6 +43,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
 
     platform = get_platform(namespace.device)
     from megatron.driver import arguments, initialize, watch
+    from mindspeed_mm.cli._feature_cache import options_of
     from mindspeed_mm.cli._out_of_memory import explaining_out_of_memory
     from mindspeed_mm.cli._training import TrainingRun
 
@@ -42,7 +51,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         apply_tools(namespace, namespace.mm_tool)
     args = arguments.from_namespace(namespace)
     training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data)
-    training.allow_nonfinite = namespace.allow_nonfinite
+    training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
     try:
         initialize.initialize(training.args, platform)
         with watch.naming_lost_ranks(), explaining_out_of_memory(training):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mindspeed_mm.constants import IGNORE_INDEX
-from mindspeed_mm.data.sample import Batch, Encoded
+from mindspeed_mm.data.sample import Batch, CachedPictures, Encoded
 
 
 @dataclass(frozen=True)
@@ -60,4 +60,18 @@ class Collator:
             lengths=tuple(len(sample.input_ids) for sample in used),
             skipped=tuple(reason for sample in samples for reason in sample.skipped),
             segment_ids=segment_ids if packed else None,
+            cached=_cached(samples),
         )
+
+
+def _cached(samples: Sequence[Encoded]) -> CachedPictures | None:
+    """What a feature cache knows of the pictures; None without one."""
+    pictures = [picture for sample in samples for picture in sample.features]
+    if not pictures:
+        return None
+    known = [picture.values for picture in pictures if picture.values is not None]
+    return CachedPictures(
+        keys=tuple(picture.key for picture in pictures),
+        known=tuple(picture.values is not None for picture in pictures),
+        features=torch.stack(known) if known else torch.empty(0),
+    )

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,11 @@ from torch.utils.data import Dataset
 
 from mindspeed_mm.data.expand import Encoding, fit_length
 from mindspeed_mm.data.facts import unanswered
-from mindspeed_mm.data.image import ImageError, ImageProcessor, preprocess
+from mindspeed_mm.data.feature_cache import FeatureCache
+from mindspeed_mm.data.image import ImageError, ImageProcessor, load_image, preprocess
 from mindspeed_mm.data.lengths import UNUSABLE, usable_length
 from mindspeed_mm.data.parallel import count_all
-from mindspeed_mm.data.sample import Encoded, Sample
+from mindspeed_mm.data.sample import Encoded, Picture, PictureFeatures, Sample
 from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -166,6 +168,8 @@ class MultimodalDataset(Dataset[Encoded]):
         self.policies = policies
         self.max_length = max_length
         self._pad, self._fast_resize = pad, fast_resize
+        self.feature_cache: FeatureCache | None = None
+        """Where features of pictures are looked up, once the tower is there."""
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
             data_set.meet_empty_answers(policies.empty_answer)
@@ -237,7 +241,17 @@ class MultimodalDataset(Dataset[Encoded]):
             ids, labels = fit_length(ids, labels, self.max_length, self.policies.overlong)
         except DataError as error:
             raise type(error)(f"{sample.where}: {error}") from error
-        images = tuple(
-            preprocess(image, self.image_processor, self._pad, fast=self._fast_resize) for image in sample.images
-        )
-        return Encoded(sample.id, ids, labels, images, skipped)
+        features = tuple(self._known_features(image) for image in sample.images) if self.feature_cache else ()
+        unknown = [image for image, known in zip_longest(sample.images, features) if not known or known.values is None]
+        images = tuple(preprocess(image, self.image_processor, self._pad, fast=self._fast_resize) for image in unknown)
+        return Encoded(sample.id, ids, labels, images, skipped, features)
+
+    def _known_features(self, image: str | Picture) -> PictureFeatures:
+        """What the feature cache has of a picture. Raises ImageError where its bytes cannot be read."""
+        assert self.feature_cache is not None
+        try:
+            key = self.feature_cache.key(image)
+        except OSError as error:
+            load_image(image)  # says what is wrong with a missing file
+            raise ImageError(f"image {image} cannot be read ({error}).") from error
+        return PictureFeatures(key, self.feature_cache.read(key))

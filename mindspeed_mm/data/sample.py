@@ -92,6 +92,17 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class PictureFeatures:
+    """One picture of a sample, as a feature cache sees it."""
+
+    key: str
+    """Its name there."""
+
+    values: torch.Tensor | None
+    """[P, Hv]; None where they are not stored yet."""
+
+
+@dataclass(frozen=True)
 class Encoded:
     """One sample as the model will see it: every image is expanded to its number of image tokens."""
 
@@ -108,6 +119,23 @@ class Encoded:
     skipped: tuple[str, ...] = ()
     """Why records before this one were left out (image_error policy "skip"); empty otherwise."""
 
+    features: tuple[PictureFeatures, ...] = ()
+    """With a feature cache: an entry for each picture. `images` then holds only those whose features are not known."""
+
+
+@dataclass(frozen=True)
+class CachedPictures:
+    """What a feature cache knows of the N pictures of a batch."""
+
+    keys: tuple[str, ...]
+    """[N] names in the cache."""
+
+    known: tuple[bool, ...]
+    """[N] whether the features are here."""
+
+    features: torch.Tensor
+    """[K, P, Hv] of the K known ones, in reading order."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -123,7 +151,7 @@ class Batch:
     """[B, S] int64; 0, 1, 2, ... in every row; packed: from 0 again at the start of each sample."""
 
     pixel_values: torch.Tensor
-    """[N, 3, H, W] float32 in reading order; N is 0 for a text-only batch."""
+    """[N, 3, H, W] float32 in reading order; N is 0 for a text-only batch. Only the unknown ones of `cached`."""
 
     sample_ids: list[str]
     tokens: int
@@ -142,8 +170,19 @@ class Batch:
     """[B, S] int64 of packed rows: 1, 2, ... for the samples of a row, 0 for padding. Attention stays inside a segment.
     None: one sample a row, causal attention is right."""
 
+    cached: CachedPictures | None = None
+    """Which features of the pictures are known; None: no feature cache, or no pictures."""
+
+    @property
+    def num_images(self) -> int:
+        """Pictures of the batch, with features or pixels."""
+        return self.pixel_values.shape[0] if self.cached is None else len(self.cached.keys)
+
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (DataLoader calls this under pin_memory)."""
         names = ["input_ids", "labels", "position_ids", "pixel_values"]
         names += ["segment_ids"] if self.segment_ids is not None else []
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        pinned = {name: getattr(self, name).pin_memory() for name in names}
+        if self.cached is not None:
+            pinned["cached"] = replace(self.cached, features=self.cached.features.pin_memory())
+        return replace(self, **pinned)
