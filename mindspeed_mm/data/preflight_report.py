@@ -21,6 +21,9 @@ from mindspeed_mm.errors import DataError
 
 BARS = 40
 PERCENTILES = (1, 50, 90, 99, 100)
+IMAGE_KEYS = ("image", "images", "path", "url", "image_url")
+"""Keys under which records of any format name images."""
+
 MOST_COUNTS = 8
 """Different values shown in a line of the table."""
 
@@ -207,13 +210,13 @@ def _fixed_name(image: Path, suffix: str) -> str:
     return new.name
 
 
-def _renamed(value: Any, folder: str, names: dict[str, str]) -> Any:
-    """A record with new image names, under whatever keys they stand."""
+def _renamed(value: Any, folder: str, names: dict[str, str], is_name: bool = False) -> Any:
+    """A record with new image names; texts that happen to read like one stay as they are."""
     if isinstance(value, dict):
-        return {key: _renamed(inner, folder, names) for key, inner in value.items()}
+        return {key: _renamed(inner, folder, names, key in IMAGE_KEYS) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_renamed(inner, folder, names) for inner in value]
-    if isinstance(value, str) and "." in value and len(value) < 4096:
+        return [_renamed(inner, folder, names, is_name) for inner in value]
+    if is_name and isinstance(value, str) and len(value) < 4096:
         name = names.get(os.path.normpath(os.path.join(os.path.abspath(folder), value)))
         return value if name is None else str(Path(value).with_name(name))
     return value

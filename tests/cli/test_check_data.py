@@ -133,13 +133,14 @@ def test_the_number_of_processes_changes_nothing(check):
 
 
 def test_suffixes_are_fixed(check, tmp_path):
-    records = [record(0, "wrong.gif"), record(1, "renamed.jpg"), record(2, "good.jpg")]
+    records = [record(0, "wrong.gif", answer="wrong.gif"), record(1, "renamed.jpg"), record(2, "good.jpg")]
     code, report, _ = check(records, "--fix-suffix")
     assert code == 1  # renamed.jpg is missing in the file as it is
     fixed = tmp_path / "records.fixed.jsonl"
     assert report["fixed"] == [str(fixed)]
-    names = [json.loads(line)["image"] for line in fixed.read_text().splitlines()]
-    assert names == ["wrong.jpg", "renamed.gif", "good.jpg"]
+    rows = [json.loads(line) for line in fixed.read_text().splitlines()]
+    assert [row["image"] for row in rows] == ["wrong.jpg", "renamed.gif", "good.jpg"]
+    assert rows[0]["conversations"] == records[0]["conversations"]  # an answer that reads like the name
     code, report, _ = check(fixed.read_text())
     assert code == 0 and not report["sets"][0]["problems"]
     assert (tmp_path / "images" / "wrong.gif").exists()
