@@ -17,6 +17,9 @@ MASTER_ADDR="${MASTER_ADDR:-localhost}"
 MASTER_PORT="${MASTER_PORT:-29501}"
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
+# The cores of this host shared by its ranks; torchrun alone would give each rank one.
+CORES="$(nproc)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > NPUS_PER_NODE ? CORES / NPUS_PER_NODE : 1))}"
 
 MM_MODEL="${MM_MODEL:-examples/llava1.5/evaluate_llava1_5.json}"
 LOAD_PATH="${LOAD_PATH:-}" # a training checkpoint to evaluate, instead of the ckpt_path entries of MM_MODEL

@@ -15,6 +15,9 @@ MASTER_PORT="${MASTER_PORT:-29501}"
 TP="${TP:-1}"
 PP="${PP:-1}"
 NPUS_PER_NODE="${NPUS_PER_NODE:-$((TP * PP))}"
+# The cores of this host shared by its ranks; torchrun alone would give each rank one.
+CORES="$(nproc)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > NPUS_PER_NODE ? CORES / NPUS_PER_NODE : 1))}"
 
 MM_MODEL="${MM_MODEL:-examples/llava1.5/inference_llava.json}"
 LOAD_PATH="${LOAD_PATH:-}" # a training checkpoint to answer with, instead of the ckpt_path entries of MM_MODEL

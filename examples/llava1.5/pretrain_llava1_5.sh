@@ -18,6 +18,9 @@ MASTER_ADDR="${MASTER_ADDR:-localhost}"
 MASTER_PORT="${MASTER_PORT:-29501}"
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
+# The cores of this host shared by its ranks; torchrun alone would give each rank one.
+CORES="$(nproc)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > NPUS_PER_NODE ? CORES / NPUS_PER_NODE : 1))}"
 WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
 
 TP="${TP:-1}"

@@ -1,0 +1,83 @@
+"""What a second epoch gains from --feature-cache: seconds a step of `mindspeed-mm train` with and without, by epoch.
+
+    python benchmarks/feature_cache.py --out benchmarks/results/feature_cache_cpu.json
+
+Stage 1 (projector trained) of the model of startup.py on photo-like JPEGs of COCO's size, read without workers, so that
+decoding counts. Runs with and without the cache take turns; medians over the steps of an epoch behind the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform as host
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data import photo
+from llava_shapes import model_json
+from startup import ANSWER, QUESTION, make_files
+
+BATCH = 4
+
+
+def run(folder: Path, size: str, name: str, steps: int, cache: Path | None) -> list[float]:
+    """Seconds of each step of two epochs."""
+    model = folder / "mm_model_stage1.json"
+    model.write_text(json.dumps(model_json(size, ("vision_projector",), str(folder / "model"))))
+    flags = f"--device cpu --micro-batch-size {BATCH} --global-batch-size {BATCH} --seq-length 2048 --num-workers 0"
+    flags += f" --train-iters {2 * steps} --lr 1e-4 --lr-decay-style constant --log-interval 1"
+    files = ["--mm-model", str(model), "--mm-data", str(folder / "mm_data.json"), "--save", str(folder / name)]
+    cached = ["--feature-cache", str(cache)] if cache else []
+    command = [sys.executable, "-m", "mindspeed_mm", "train", *files, *flags.split(), *cached]
+    subprocess.run(command, check=True, capture_output=True)
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["seconds"] for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--out", metavar="JSON", help="default: stdout")
+    args = parser.parse_args()
+    size, steps = "tiny", args.pictures // BATCH
+    kept: dict[str, list[list[float]]] = {"without": [], "with": []}
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        make_files(folder)
+        turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+        records = []
+        for number in range(args.pictures):
+            (folder / f"{number}.jpg").write_bytes(photo(number))
+            records.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
+        (folder / "data.json").write_text(json.dumps(records))
+        for turn in range(args.turns):
+            kept["without"].append(run(folder, size, f"without{turn}", steps, None))
+            kept["with"].append(run(folder, size, f"with{turn}", steps, folder / f"cache{turn}"))
+    settings = vars(args) | {"machine": host.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()}
+    settings |= {name: version(name) for name in ("torch", "megatron-core")}
+    results: dict[str, Any] = {"settings": settings}
+    for name, runs in kept.items():
+        results[name] = {
+            "first_epoch_s": statistics.median(s for seconds in runs for s in seconds[1:steps]),
+            "second_epoch_s": statistics.median(s for seconds in runs for s in seconds[steps:]),
+            "seconds": runs,
+        }
+        first, second = results[name]["first_epoch_s"], results[name]["second_epoch_s"]
+        sys.stderr.write(f"{name} the cache: {first:.3f} s a step in the first epoch, {second:.3f} s in the second\n")
+    text = json.dumps(results, indent=2) + "\n"
+    if args.out:
+        Path(args.out).write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
