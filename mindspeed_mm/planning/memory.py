@@ -95,8 +95,8 @@ def _stage_activations(job: Job, stage: int) -> tuple[float, float, float, float
         kept += tower.kept + activations.projector(job) + activations.embedding(job)
         again = max(again, tower.at_work)
     hidden = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element
-    if job.pipeline > 1:  # the schedule keeps what a stage receives and what it sends
-        kept += hidden * ((not first) + (not last))
+    # The schedule keeps what a stage sends; and what it receives, which the first norm keeps where gradients flow.
+    kept += hidden * ((not last) + (not first and not job.gradients_flow("text_decoder")))
     if last:
         head = activations.head(job)
         kept, forward, backward = kept + head.kept, head.forward, head.backward

@@ -11,11 +11,11 @@ from tests.planning.real_run import Work, batches_of
 
 @pytest.mark.parametrize("trained", [STAGE_1, STAGE_2, EVERYTHING], ids=["stage 1", "stage 2", "everything"])
 @pytest.mark.parametrize("packed", [0, 3], ids=["plain", "packed"])
-def test_forward_and_backward(single_process, trained, packed):
+def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.platform import get_platform
+    from mindspeed_mm.platform import get_platform, host_linear
     from mindspeed_mm.platform.distributed import init_single_process
     from mindspeed_mm.training.flops import forward_flops, score_flops, step_flops
     from mindspeed_mm.training.step import forward_step
@@ -24,7 +24,8 @@ def test_forward_and_backward(single_process, trained, packed):
     spec = load_model_spec(model(trained))
     vlm, _ = build_vlm(spec, Runtime(), torch.device("cpu"))
     batch = next(batches_of(Work({}, "", packed=packed), spec, 2, 1))
-    # The counter does not know torch's CPU attention kernel; plain matrix products it does.
+    # The counter does not know torch's CPU attention kernel and oneDNN's products; plain matrix products it does.
+    monkeypatch.setattr(host_linear, "_HAS_ONEDNN", False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output, loss = forward_step(iter([batch]), vlm)
         loss(output)[0].backward()

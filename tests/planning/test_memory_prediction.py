@@ -53,6 +53,9 @@ def test_prediction(ranks, name):
         if job.context == 1:
             assert found.peak == pytest.approx(step, rel=0.1)
             one = expected.activations / micro_batches_under_way(job, expected.stage)
-            assert found.saved == pytest.approx(one, rel=0.03)
+            # The schedule, not autograd, keeps what a stage sends.
+            sent = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element
+            sent *= expected.stage < job.pipeline - 1
+            assert found.saved == pytest.approx(one - sent, rel=0.03)
     if job.context > 1:  # labels stand at the end, so the last rank has most; the plan is made for it
         assert measured[-1].peak == pytest.approx(step, rel=0.1)

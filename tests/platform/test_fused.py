@@ -113,3 +113,36 @@ def test_attention_stays_inside_segments(cpu):
         return cpu.segment_attention(*tensors, segments, scale=0.3, dropout=0.0)
 
     equal(grads(by_segment, query, key, value), grads(dense, query, key, value), rtol=1e-4, atol=1e-5)
+
+
+def test_npu_takes_the_ends_of_segments():
+    from types import SimpleNamespace
+
+    from mindspeed_mm.platform.npu import NpuPlatform
+
+    calls = []
+    platform = NpuPlatform.__new__(NpuPlatform)
+    platform._causal_mask = None
+    platform._torch_npu = SimpleNamespace(npu_fusion_attention=lambda *a, **k: calls.append(k) or ["out"])
+    rows, segments = torch.zeros(6, 2, 4), Segments.of_lengths((2, 4), torch.device("cpu"))
+    assert platform.segment_attention(rows, rows, rows, segments, scale=0.5, dropout=0.0) == "out"
+    assert calls[0]["input_layout"] == "TND" and calls[0]["sparse_mode"] == 2
+    assert calls[0]["actual_seq_qlen"] == calls[0]["actual_seq_kvlen"] == (2, 6)
+
+
+def test_cuda_takes_offsets_and_leaves_float32_to_the_plain_kernel(monkeypatch):
+    from torch.nn.attention import varlen
+
+    from mindspeed_mm.platform.cuda import CudaPlatform
+
+    calls = []
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: calls.append((a, k)) or "out")
+    platform, segments = CudaPlatform.__new__(CudaPlatform), Segments.of_lengths((2, 4), torch.device("cpu"))
+    rows = torch.randn(6, 2, 4)
+    found = platform.segment_attention(rows, rows, rows, segments, scale=0.5, dropout=0.0)
+    assert found.shape == rows.shape and not calls
+    half = rows.bfloat16()
+    assert platform.segment_attention(half, half, half, segments, scale=0.5, dropout=0.0) == "out"
+    (arguments, options) = calls[0]
+    assert arguments[3].tolist() == [0, 2, 6] and arguments[5] == 4
+    assert options == {"scale": 0.5, "window_size": (-1, 0), "enable_gqa": False}

@@ -1,0 +1,148 @@
+"""What each lever in the training step is worth: our step with one of them taken back at a time, against all of them.
+
+    python benchmarks/levers.py --out benchmarks/results/levers_cpu.json
+
+One process, all variants in turn, round after round; the first round warms up, then medians are taken. `one row` is
+taken back where rows are not packed, `attention by sequence` where they are. Memory is the highest resident memory
+during a variant's steps above what the process had before the model was built; the allocator keeps memory between
+variants, so that one which needs less than those before it shows too much: `--only` runs it alone beside all levers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from llava_shapes import save_model
+from train import machine
+from training_sides import Job, Ours, reset_peak, resident
+from training_work import KINDS, make_work
+
+ALL = "all levers"
+
+
+def _plain_rms_norm(_platform, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _plain_swiglu(_platform, x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def _plain_rotation(_platform, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int) -> torch.Tensor:
+    heads = qkv.view(*qkv.shape[:2], groups, -1, 2 * cos.shape[-1])
+    first, second = heads[..., :-1, :].chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned, heads[..., -1:, :]), dim=3).flatten(2)
+
+
+def _masked_attention(platform, query, key, value, segments, *, scale: float, dropout: float) -> torch.Tensor:
+    """Attention over the whole row under a dense mask."""
+    lengths = segments.offsets.diff()
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    mask = (numbers[:, None] == numbers) & torch.ones(len(numbers), len(numbers), dtype=torch.bool).tril()
+    rows = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    output = platform.attention(*rows, mask=mask[None, None], causal=False, scale=scale, dropout=dropout)
+    return output.squeeze(0).transpose(0, 1)
+
+
+@contextlib.contextmanager
+def _slow_adamw(side: Ours) -> Iterator[None]:
+    groups = side.state.optimizer.optimizer.param_groups
+    for group in groups:
+        group["fused"] = False
+    yield
+    for group in groups:
+        group["fused"] = True
+
+
+def variants(side: Ours, kind: str) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """Name of the lever that is taken back -> a context without it."""
+    from mindspeed_mm.models import loss
+    from mindspeed_mm.platform import host_linear
+    from mindspeed_mm.training import step
+
+    platform = type(side.platform)
+    taken_back: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+        ALL: contextlib.nullcontext,
+        "oneDNN products": lambda: mock.patch.object(host_linear, "_HAS_ONEDNN", False),
+        "fused RMSNorm": lambda: mock.patch.object(platform, "rms_norm", _plain_rms_norm),
+        "fused SwiGLU": lambda: mock.patch.object(platform, "swiglu", _plain_swiglu),
+        "fused rotation": lambda: mock.patch.object(platform, "rotate_qk", _plain_rotation),
+        "fused AdamW": lambda: _slow_adamw(side),
+        "head in chunks": lambda: mock.patch.object(loss, "CHUNK", 10**9),
+    }
+    if kind == "mixed":
+        taken_back["attention by sequence"] = lambda: mock.patch.object(
+            platform, "segment_attention", _masked_attention
+        )
+    else:
+        taken_back["one row"] = lambda: mock.patch.object(step, "one_row", lambda batch, _config: (batch, None))
+    return taken_back
+
+
+def measure(kind: str, args: argparse.Namespace, weights: str) -> dict[str, Any]:
+    """Median seconds of a step, and peak memory, of each variant."""
+    batch = 8 if kind == "mixed" else 4
+    batches = make_work(kind, args.size, batch, 1).ours
+    Ours.load_libraries("cpu")
+    base = resident()[0]
+    side = Ours(Job(kind, args.size, "cpu", False, batch, 1, args.threads, weights, False))
+    contexts = variants(side, kind)
+    names = [ALL, *([args.only] if args.only != ALL else [])] if args.only else list(contexts)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks = {}
+    for _ in range(args.repeats + 1):
+        for name in names:
+            with contexts[name]():
+                reset_peak()
+                start = time.perf_counter()
+                side.step(batches[0])
+                seconds[name].append(time.perf_counter() - start)
+                peaks[name] = resident()[1] - base
+    typical = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {
+        name: {"seconds": typical[name], "slower": typical[name] / typical[ALL], "peak_mib": peaks[name]}
+        for name in names
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("tiny", "small"), default="small")
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=["equal"], help="each in a run of its own is best")
+    parser.add_argument("--only", metavar="LEVER", help="take back this one alone")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", metavar="JSON", help="default: stdout")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results: dict[str, Any] = {"settings": vars(args) | machine("cpu")}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(args.size, folder)
+        for kind in args.kind:
+            results[kind] = measure(kind, args, folder)
+            for name, found in results[kind].items():
+                sys.stderr.write(f"{kind}, without {name}: {found['seconds']:.2f} s, {found['slower']:.2f}x\n")
+    text = json.dumps(results, indent=2) + "\n"
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
