@@ -109,6 +109,7 @@ def merge(
             write = write_safetensors if file.endswith(".safetensors") else write_torch
             write(folder / file, shard, runner, advance=advance)
         _write_index(base, folder, jobs, places, stale)
+        _keep_tower(source, folder)
     added = tuple(sorted(name for name in changes if name not in places))
     return Merged(tuple(sorted(name for name in changes if name in places)), added)
 
@@ -231,6 +232,16 @@ def _check_tower(source: Source, changes: dict[str, _Change]) -> None:
             f"{changed[0].files.path}: tensor {changed[0].stored} changes the tower, which {tower} holds once more; "
             "expected a base with one tower. Convert the base to llava-hf and merge into that."
         )
+
+
+def _keep_tower(source: Source, folder: Path) -> None:
+    """A tower beside the base, which its config names by a relative path, is named by its whole path in the copy."""
+    name = (source.config or {}).get("mm_vision_tower")
+    if source.layout != "llava" or not isinstance(name, str) or not name or Path(name).is_absolute():
+        return
+    tower = (source.path / name).resolve()
+    if tower.exists() and not tower.is_relative_to(source.path.resolve()):
+        write_json(folder / "config.json", source.config | {"mm_vision_tower": str(tower)})
 
 
 def _other_formats(base: Path, used: set[str]) -> set[str]:

@@ -39,7 +39,9 @@ def test_a_model_is_loaded_from_it(saved, golden):
     assert found.tokenizer.encode("A dog") == expected.tokenizer.encode("A dog") and found.pad == expected.pad
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2), Layout(pipeline=2)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(Layout(), marks=pytest.mark.slow), Layout(tensor=2), Layout(pipeline=2)]
+)
 def test_training_starts_from_it_at_any_layout(golden, saved, ranks, tmp_path, layout):
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path / "run"), f"--load {saved} --exit-interval 1")
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path / "plain"), "--exit-interval 1")

@@ -10,6 +10,7 @@ from checkpoint_converters.convert import convert
 from checkpoint_converters.merge import merge
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.weights.sources import open_source
 from tests.checkpoint_converters.converter_helpers import assert_equal, tensors, write_llava
 
@@ -90,6 +91,16 @@ def test_weights_in_a_second_format_do_not_stay_as_they_were(golden, tmp_path, c
     weights = [path.name for path in (tmp_path / "out").iterdir() if "model" in path.name]
     assert sorted(weights) == ["model.safetensors", "tokenizer.model"]
     assert torch.equal(open_source(tmp_path / "out").part("vision_projector").get("0.bias"), projector("")["0.bias"])
+
+
+def test_a_tower_beside_the_base_is_found_from_anywhere(base, tmp_path):
+    (base / "vision_tower").rename(tmp_path / "tower")
+    config = json.loads((base / "config.json").read_text()) | {"mm_vision_tower": "../tower"}
+    (base / "config.json").write_text(json.dumps(config))
+    torch.save(projector(), tmp_path / "p.bin")
+    merge(base, [tmp_path / "p.bin"], tmp_path / "far" / "out")
+    assert describe_model(open_source(tmp_path / "far" / "out")).vision_encoder.num_attention_heads == 2
+    assert json.loads((base / "config.json").read_text()) == config
 
 
 def test_a_tower_in_shards_stays_whole_and_is_not_changed_in_one_of_two_places(base, tmp_path):

@@ -147,7 +147,7 @@ def train_through(golden, save, linears):
         golden_training.description = original
 
 
-@pytest.mark.parametrize("linears", [1, 3])
+@pytest.mark.parametrize("linears", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_training_goes_through_it(golden, ranks, tmp_path, linears):
     assert ranks(2).run(train_through, golden, str(tmp_path / "save"), linears) == [2, 2]
     assert all(record["grad_norm"] > 0 for record in records(tmp_path / "save"))
