@@ -141,7 +141,7 @@ class Watch:
     def wait_for_news(self) -> str | None:
         """After a failed collective: what the watch finds out within its patience."""
         self._leaving = True
-        end = time.monotonic() + 1.5 * self._patience
+        end = time.monotonic() + 2 * self._patience
         while self.lost is None and time.monotonic() < end:
             time.sleep(0.02)
         return self.lost

@@ -3,7 +3,9 @@
 A program of its own: it imports everything once and forks the ranks, so that a start takes a fraction of a second.
 
     python -m tests.helpers.killed_runs '{"save": ..., "kills": 5, "seed": 1, "signal": 9, "moments": [0.3, 1.5],
-        "command": ["tiny", "0.005", "40"] | ["train", flags ...]}'
+        "saved": true, "command": ["tiny", "0.005", "40"] | ["train", flags ...]}'
+
+A moment is so many seconds after the start or, with "saved", after the first checkpoint of this start.
 """
 
 from __future__ import annotations
@@ -11,13 +13,19 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import socket
 import sys
 import time
 from pathlib import Path
 
-TIMEOUT_MINUTES = 0.15
+ALLOWED = ((0.15, 20), (1.0, 60), (5.0, 240))
+"""(--distributed-timeout-minutes, --preflight-timeout-seconds). On a busy machine a living rank may stand still for
+longer than the short ones; a start that was given up for that reason is tried again with the next."""
+
+LONGEST = 900
+"""Seconds after which a start hangs."""
 
 
 def main() -> None:
@@ -34,17 +42,46 @@ def main() -> None:
     import mindspeed_mm.cli._training  # noqa: F401  before the ranks are forked
 
     dice = random.Random(plan["seed"])
+    level = 0
     for number in range(plan["kills"] + 1):
         victims = [] if number == plan["kills"] else dice.choice(plan.get("victims", [[0], [1], [0, 1]]))
         moment = dice.uniform(*plan["moments"])
-        print(json.dumps(one_start(plan, number, victims, moment)), flush=True)
+        while True:
+            start = one_start(plan, number, victims, moment, ALLOWED[level])
+            print(json.dumps(start), flush=True)
+            if not start["problem"] or level + 1 == len(ALLOWED):
+                break
+            level += 1
 
 
-def one_start(plan: dict, number: int, victims: list[int], moment: float) -> dict:
+def problem(start: dict) -> str | None:
+    """What a start did otherwise than it should: the survivor names the victim, in time; nobody else is given up."""
+    if not start["victims"]:
+        return None if start["ends"] == [0, 0] else f"the ranks ended with {start['ends']}"
+    if len(start["victims"]) == 2:
+        return None
+    (victim,) = start["victims"]
+    end, said = start["ends"][1 - victim], start["said"][1 - victim]
+    if end == 0:  # the run was over before
+        return None
+    names = [f"rank {victim} on", f"rank(s) {victim} of 2 did not start"]
+    if victim == 0:  # it keeps the store
+        names += ["rank 0's host is lost", "rank 0 or its host is lost", "cannot reach rank 0", "rank 0, which keeps"]
+    if not any(name in said for name in names):
+        return f"the survivor does not name rank {victim}"
+    if start["seconds"] > 60 * start["allowed"][0] + start["allowed"][1]:
+        return f"the survivor took {start['seconds']:.0f} s"
+    return None
+
+
+def one_start(plan: dict, number: int, victims: list[int], moment: float, allowed: tuple[float, float]) -> dict:
     """Start both ranks, kill the victims at the moment, wait for the others."""
     save, port = plan["save"], _port()
-    ranks = [_start(rank, plan, number, port) for rank in range(2)]
+    before = _iteration(save)
+    ranks = [_start(rank, plan, number, port, allowed) for rank in range(2)]
     if victims:
+        while plan.get("saved") and _iteration(save) == before and not any(_has_ended(process) for process in ranks):
+            time.sleep(0.01)
         time.sleep(moment)
     for rank in victims:
         os.kill(ranks[rank], plan.get("signal", signal.SIGKILL))
@@ -54,22 +91,38 @@ def one_start(plan: dict, number: int, victims: list[int], moment: float) -> dic
     for rank in victims:
         os.kill(ranks[rank], signal.SIGKILL)  # those that were only stopped
         ends[rank] = _end(ranks[rank])
-    tracker = Path(save, "latest_checkpointed_iteration.txt")
-    return {
+    start = {
         "victims": victims,
+        "allowed": allowed,
         "moment": moment,
         "ends": [ends[rank] for rank in range(2)],
         "seconds": seconds,
-        "iteration": int(tracker.read_text()) if tracker.exists() else 0,
+        "iteration": _iteration(save),
         "said": [Path(f"{save}.{number}.{rank}.log").read_text()[-2000:] for rank in range(2)],
     }
+    return start | {"problem": problem(start)}
+
+
+def _iteration(save: str) -> int:
+    """What the tracker names."""
+    tracker = Path(save, "latest_checkpointed_iteration.txt")
+    return int(tracker.read_text()) if tracker.exists() else 0
+
+
+def _has_ended(process: int) -> bool:
+    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _end(process: int) -> int:
+    """Exit code of a process; one that hangs is killed, which is its exit code then."""
+    handle = os.pidfd_open(process)
+    if not select.select([handle], [], [], LONGEST)[0]:
+        os.kill(process, signal.SIGKILL)
+    os.close(handle)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def _start(rank: int, plan: dict, number: int, port: int) -> int:
+def _start(rank: int, plan: dict, number: int, port: int, allowed: tuple[float, float]) -> int:
     save = plan["save"]
     log = os.open(f"{save}.{number}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     process = os.fork()
@@ -83,9 +136,9 @@ def _start(rank: int, plan: dict, number: int, port: int) -> int:
     flags = ["--save", save, "--load", save, "--save-interval", "2", "--keep-last", "2"]
     if number % 2:
         flags.append("--async-save")
-    timeout = ["--preflight-timeout-seconds", "60"]
+    timeout = ["--preflight-timeout-seconds", "240"]
     if number < plan["kills"]:  # the last start has time, however busy the machine is
-        timeout = ["--distributed-timeout-minutes", str(TIMEOUT_MINUTES), "--preflight-timeout-seconds", "20"]
+        timeout = ["--distributed-timeout-minutes", str(allowed[0]), "--preflight-timeout-seconds", str(allowed[1])]
     code = 1
     try:
         code = _run([*plan["command"], *flags, *timeout])
