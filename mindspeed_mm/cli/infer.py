@@ -111,7 +111,8 @@ def _answer(engine, questions, options: dict[str, Any], batch_size: int) -> dict
         questions, engine.generate(requests, options, batch_size, on_error="return"), strict=True
     ):
         if result.error is not None:
-            errors.append(result.error)
+            where = f"request {result.id}: "  # which the errors of pictures and options do not name
+            errors.append(where + result.error.removeprefix(where))
             continue
         for sequence in result.sequences:
             tokens += len(sequence.token_ids)

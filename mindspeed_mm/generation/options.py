@@ -106,9 +106,9 @@ class GenerationOptions(StrictModel):
     """No run of so many tokens occurs twice in prompt and answer; 0: no such rule."""
     stop_strings: str | list[str] = []
     """Texts that end an answer; they are not part of it."""
-    num_return_sequences: Annotated[int, pydantic.Field(gt=0)] = 1
+    num_return_sequences: Annotated[int, pydantic.Field(gt=0, le=1024)] = 1
     num_beams: Annotated[int, pydantic.Field(gt=0, le=64)] = 1
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, pydantic.Field(ge=-20, le=20)] = 1.0
     """Beam scores are divided by length ** length_penalty."""
     early_stopping: bool | Literal["never"] = False
     """When beam search ends: True, at num_beams finished ones; False, when none running is likely to win; "never", when

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation.options import GenerationOptions
 
 
@@ -82,7 +83,18 @@ def warp(scores: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
 
 
 def pick_token(scores: torch.Tensor, options: GenerationOptions, generator: torch.Generator) -> int:
-    """Choose a token from processed scores [V] float32 on the CPU; `generator` is the sequence's own."""
+    """Choose a token from processed scores [V] float32 on the CPU; `generator` is the sequence's own.
+
+    Raises:
+        DataError: there are no probabilities to draw with.
+    """
     if options.greedy:
         return int(scores.argmax())
-    return int(torch.multinomial(warp(scores, options).softmax(-1), 1, generator=generator))
+    probabilities = warp(scores, options).softmax(-1)
+    if not probabilities.isfinite().all():
+        raise DataError(
+            f"the next token has no finite probabilities: temperature {options.temperature} and repetition_penalty "
+            f"{options.repetition_penalty} take the scores beyond float32, or the weights give NaN; expected a "
+            "temperature of 0 or some tenths and a penalty near 1"
+        )
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -218,10 +218,15 @@ class Scheduler:
         for entry in entries:
             places = [row - first for row in entry.rows]
             own = on_host[places] if entry.job.needs_logits else None
-            step: Step = entry.job.advance(own, [likeliest[place] for place in places])
+            try:
+                step: Step = entry.job.advance(own, [likeliest[place] for place in places])
+            except DataError as error:  # of this request alone
+                entry.rows = []
+                ended.append((entry, error))
+                continue
             if not step.parents:
                 self._keep(entry)
-                ended.append(entry)
+                ended.append((entry, None))
                 continue
             if step.parents != list(range(len(entry.rows))):
                 entry.rows = [entry.rows[parent] for parent in step.parents]
@@ -229,8 +234,8 @@ class Scheduler:
             entry.tokens = step.tokens
             self._active.append(entry)
         self._pack()
-        for entry in ended:
-            entry.on_end(None)
+        for entry, error in ended:
+            entry.on_end(error)
 
     def _keep(self, entry: Entry) -> None:
         """Remember what the first row of an entry that leaves holds."""

@@ -167,7 +167,9 @@ def test_one_bad_prompt_among_several(golden, capsys, tmp_path):
     line += ["--image", str(golden / "images" / "src" / "gray.png"), "--image", str(tmp_path / "no.png")]
     assert main([*line, "--prompt", "What?", "--option", "num_return_sequences=2", "--temperature", "1"]) == 1
     found = capsys.readouterr()
-    assert found.out.count("ASSISTANT:") == 2 and "1 of 2 prompts could not be answered" in found.err
+    assert (
+        found.out.count("ASSISTANT:") == 2 and "1 of 2 prompts could not be answered:\n  request 2: image" in found.err
+    )
 
 
 def test_several_pictures_for_one_prompt():

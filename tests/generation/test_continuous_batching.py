@@ -56,7 +56,7 @@ def rows(result):
     return [(sequence.token_ids, sequence.text) for sequence in result.sequences]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(order=st.lists(st.integers(0, 5), min_size=2, max_size=9), size=st.integers(1, 6), pause=st.integers(0, 3))
 def test_tokens_do_not_depend_on_the_batch(engine, alone, order, size, pause):
     engine._scheduler.max_rows = size
@@ -205,6 +205,12 @@ def bad_requests(tmp_path):
         "nothing": ({"turns": ()}, {}, "neither turns nor a prompt"),
         "NaN": ({}, {"temperature": float("nan")}, "temperature"),
         "unknown option": ({}, {"temprature": 1.0}, "temprature"),
+        "overflow": ({}, {"temperature": 1e-44, "do_sample": True}, "has no finite probabilities: temperature 1e-44"),
+        "penalty": (
+            {},
+            {"repetition_penalty": 1e-40, "do_sample": True},
+            "and repetition_penalty 1e-40 take the scores",
+        ),
         "long": ({"turns": (long,)}, {}, r"a prompt of \d+ tokens and max_new_tokens \d+ exceed .* of 2048 tokens"),
     }
 

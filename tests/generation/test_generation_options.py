@@ -71,7 +71,15 @@ def test_unknown_name_gets_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": float("nan")}, {"top_p": 0.0}, {"max_new_tokens": 0}, {"top_k": -1}]
+    "values",
+    [
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"max_new_tokens": 0},
+        {"top_k": -1},
+        {"length_penalty": 1e300},
+        {"num_return_sequences": 10**6},
+    ],
 )
 def test_impossible_values_are_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):

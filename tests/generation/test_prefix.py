@@ -172,7 +172,7 @@ def without_reuse(vlm):
     return [[rows(vlm.engine().submit(request(index), options).wait()) for options in OPTIONS] for index in range(12)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(
     order=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 2)), min_size=2, max_size=10),
     size=st.integers(1, 6),
