@@ -373,8 +373,9 @@ def test_damaged_metrics_are_cut(tmp_path, caplog):
     assert "the records after iteration 2 are damaged and dropped" in caplog.text
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_and_resumed(tmp_path):
-    """kill -9 of a process of its own, wherever it happens to be."""
+    """kill -9 of a process of its own, wherever it happens to be; test_lost_ranks does so with two."""
     whole, _, _ = run("--save", tmp_path / "whole", "--save-interval", "2", train_iters=40)
     cut = tmp_path / "cut"
     flags = ["--save", str(cut), "--load", str(cut), "--save-interval", "2"]

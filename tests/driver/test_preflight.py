@@ -172,8 +172,9 @@ def step(iterator, model):
     return tiny.forward_step(iterator, model)
 
 try:
+    limits = ["--distributed-timeout-minutes", "0.6", "--preflight-timeout-seconds", "240"]  # also on a busy machine
     with naming_lost_ranks():
-        tiny.run(tiny.arguments("--distributed-timeout-minutes", "0.15", world_size=2), step=step)
+        tiny.run(tiny.arguments(*limits, world_size=2), step=step)
 finally:
     shutdown()
 """
@@ -193,7 +194,7 @@ def test_the_error_of_one_rank_is_told_by_the_other():
                 text=True,
             )
         )
-    said = [process.communicate(timeout=90)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     assert "ValueError: the sample is bad" in said[1]
     assert "rank 1 on" in said[0] and "stopped: ValueError: the sample is bad. " in said[0], said[0][-1500:]
 
