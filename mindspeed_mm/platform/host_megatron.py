@@ -110,7 +110,13 @@ def _adapt_optimizer(module: types.ModuleType) -> None:
     module.Adam = functools.partial(module.Adam, fused=True)
 
 
+def _adapt_jit(module: types.ModuleType) -> None:
+    """Core wraps 38 functions in torch.compile at import, which loads the compiler; our layers on the CPU call none."""
+    module.disable_jit_fuser()
+
+
 _AFTER_IMPORT = {
+    f"{PACKAGE}.jit": _adapt_jit,
     f"{PACKAGE}.tensor_parallel.random": _adapt_random,
     f"{PACKAGE}.optimizer.grad_scaler": _adapt_grad_scaler,
     f"{PACKAGE}.tensor_parallel.layers": _adapt_linear,

@@ -1,6 +1,7 @@
 """Choice of the device, the CPU platform, and what can be checked of the others without their hardware."""
 
 import random
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -160,3 +161,11 @@ def test_npu_is_absent_without_its_package():
     if "torch_npu" in sys.modules:
         pytest.skip("this machine has the NPU stack")
     assert not NpuPlatform.is_available()
+
+
+def test_importing_megatron_core_loads_no_compiler():
+    code = (
+        "import sys; from mindspeed_mm.platform import get_platform; get_platform('cpu'); "
+        "import megatron.core.transformer.transformer_config; sys.exit('torch._inductor.lowering' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
