@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -58,10 +58,8 @@ class CachingStep:
 
     def __init__(self, cache: FeatureCache, device: torch.device) -> None:
         self._cache, self._device = cache, device
-        self._queue: queue.Queue[tuple[list[str], torch.Tensor] | None] = queue.Queue(WAITING_BATCHES)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._write, name="feature cache", daemon=True)
-        self._thread.start()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="feature cache")
+        self._waiting: deque[Future[None]] = deque()
 
     def __call__(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         """One micro-batch through the model; see training.step.forward_step."""
@@ -89,24 +87,18 @@ class CachingStep:
         return torch.cat((stored, made))[order.to(self._device, non_blocking=True)]
 
     def _store(self, keys: list[str], features: torch.Tensor) -> None:
-        if self._error is not None:
-            raise self._error
-        self._queue.put((keys, features.detach()))
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) == WAITING_BATCHES):
+            self._waiting.popleft().result()
+        self._waiting.append(self._writer.submit(self._write, keys, features.detach()))
 
-    def _write(self) -> None:
-        """The thread: copies to the host, and to the disk, beside the training step."""
-        while (work := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keeps the queue moving until the step raises it
-            try:
-                for key, features in zip(work[0], work[1].cpu(), strict=True):
-                    self._cache.write(key, features)
-            except BaseException as error:  # handed to the training step
-                self._error = error
+    def _write(self, keys: list[str], features: torch.Tensor) -> None:
+        """In the writer's thread: to the host and to the disk, beside the training step. A disk that takes no more is
+        the cache's affair; anything else that goes wrong is raised where the step looks at it next."""
+        for key, made in zip(keys, features.cpu(), strict=True):
+            self._cache.write(key, made)
 
     def close(self) -> None:
-        """Wait until everything is on the disk. Raises what the thread met."""
-        self._queue.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        """Wait until everything is on the disk. Raises what the writer met."""
+        self._writer.shutdown()
+        while self._waiting:
+            self._waiting.popleft().result()

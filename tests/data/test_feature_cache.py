@@ -1,7 +1,9 @@
 """The files of the feature cache: found again, never half-written, never more than there is room for."""
 
+import errno
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,11 +59,28 @@ def test_room_is_a_bound(tmp_path):
     assert used_bytes(tmp_path) == FILE_BYTES
 
 
-def test_a_disk_that_refuses_ends_the_storing_only(tmp_path):
+def test_a_full_disk_ends_the_storing_only(tmp_path, caplog, monkeypatch):
+    def full(*_paths):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mindspeed_mm.data.feature_cache.logger.propagate", True)
+    monkeypatch.setattr("mindspeed_mm.data.feature_cache.os", SimpleNamespace(replace=full))
+    refused = cache(tmp_path)
+    with caplog.at_level("WARNING"):
+        for key in (KEY, OTHER):
+            refused.write(key, features())
+    assert refused.read(KEY) is None and used_bytes(tmp_path) == 0
+    (told,) = caplog.messages
+    assert "No space left on device" in told and "encoded every time" in told
+
+
+def test_a_folder_that_cannot_be_made_ends_the_storing_only(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("mindspeed_mm.data.feature_cache.logger.propagate", True)
     (tmp_path / ("f" * 64)).write_text("a file where the folder should be")
     refused = cache(tmp_path)
-    refused.write(KEY, features())
-    assert refused.read(KEY) is None
+    with caplog.at_level("WARNING"):
+        refused.write(KEY, features())
+    assert refused.read(KEY) is None and "nothing more is stored" in caplog.text
 
 
 def test_abandoned_files_go_and_young_ones_stay(tmp_path):
