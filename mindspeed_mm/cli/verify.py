@@ -7,11 +7,12 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Mapping
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.errors import WeightError
+
+if TYPE_CHECKING:
+    import torch
 
 HELP = "compare two sources of one model, tensor by tensor and by logits"
 EXAMPLE = "mindspeed-mm verify llava-v1.5-7b llava-v1.5-7b-hf --images view.jpg --prompts 'What is this?'"
@@ -156,6 +157,8 @@ def _compare_logits(a: str, b: str, foreign: bool, images: list[str], prompts: l
 
 def _inputs(vlm, images: list[str], prompts: list[str]):
     """(ids [1, S] with -200 at image positions, pixel values [1, 3, h, w]) of each question."""
+    import torch
+
     from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
     from mindspeed_mm.data.image import load_image, preprocess
 
@@ -177,6 +180,7 @@ def _inputs(vlm, images: list[str], prompts: list[str]):
 
 
 def _transformers_logits(folder: str, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    import torch
     from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,6 +1,8 @@
 """The command line itself: help, errors, exit codes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -13,6 +15,17 @@ def test_every_command_has_help_with_an_example(name, capsys):
         main([name.replace("_", "-"), "--help"])
     assert stop.value.code == 0
     assert "example:" in capsys.readouterr().out
+
+
+def test_the_list_of_commands_waits_for_no_library():
+    """A process of its own: this one has imported everything."""
+    ask = (
+        "import contextlib, sys; from mindspeed_mm.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "sys.exit(str({'torch', 'numpy', 'PIL', 'megatron.core', 'transformers'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=False)
+    assert "check-data" in found.stdout and found.stderr == "set()\n"
 
 
 def test_no_command_is_an_error(capsys):
