@@ -53,12 +53,18 @@ def compare(a: Source, b: Source, *, num_attention_heads: int | None = None) -> 
             f"{a.path} holds {', '.join(a.parts)} and {b.path} {', '.join(b.parts)}; expected a common part. "
             "Give two sources of one model."
         )
-    known = [part for part in (a, b) if VISION in kinds and _says_heads(part.part(VISION))]
-    if num_attention_heads is None and known:
-        num_attention_heads = describe_part(known[0].part(VISION)).num_attention_heads
+    num_attention_heads = vision_heads(a, b, num_attention_heads)
     specs = [{kind: specs_of(source, [kind], num_attention_heads)[kind] for kind in kinds} for source in (a, b)]
     with bytes_bar("compare", sum(_nbytes(a.part(kind)) for kind in kinds)) as advance:
         return [_compare_part(a.part(kind), b.part(kind), specs[0][kind], specs[1][kind], advance) for kind in kinds]
+
+
+def vision_heads(a: Source, b: Source, given: int | None) -> int | None:
+    """Heads of the vision encoder: those given, else what one of the sources says, else None."""
+    known = [source for source in (a, b) if VISION in source.parts and _says_heads(source.part(VISION))]
+    if given is None and known:
+        return describe_part(known[0].part(VISION)).num_attention_heads
+    return given
 
 
 def _says_heads(source: PartSource) -> bool:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.errors import WeightError
@@ -68,7 +68,8 @@ def verify(
 ) -> dict[str, Any]:
     """Compare two sources; the table goes to stdout.
 
-    Logits are compared where both are whole models. They are judged where all tensors are equal; where types differ
+    Logits are compared where both are whole models, else the logits of decoders and the features of towers that both
+    hold, on random inputs. They are judged where all tensors are equal; where types differ
     (bf16 against fp32), tensors must be equal after rounding and the logits are shown.
 
     Raises WeightError where they differ by more than the tolerances, which makes the exit code 1.
@@ -85,23 +86,35 @@ def verify(
             sys.stdout.write(f"not compared, since {other.path} does not hold it: {', '.join(missing)}\n")
     result: dict[str, Any] = {"parts": [dataclasses.asdict(part) for part in parts], "logits": None}
     problems = [_problem(part) for part in parts if not part.within(atol)]
-    pair = _models(a, b, sources)
-    if logits and pair is None:
-        sys.stdout.write("logits not compared: that takes a whole model on both sides\n")
-    elif logits:
-        figures = _compare_logits(*pair, list(images or []), list(prompts or []))
-        sys.stdout.write(
-            f"logits ({figures['positions']} positions, ours against {figures['against']}): "
-            f"max |d| {figures['max']:.3g}, mean |d| {figures['mean']:.3g}, top-1 agreement {figures['top1']:.4f}\n"
-        )
-        result["logits"] = figures
+    for kind, figures in _outputs(a, b, sources, images, prompts, num_attention_heads) if logits else ():
+        sys.stdout.write(_outputs_line(kind, figures))
+        result["logits" if kind == "model" else kind] = figures
         if figures["max"] > logit_tolerance and not any(part.rounded for part in parts):
-            problems.append(f"logits differ by {figures['max']:.3g}, allowed are {logit_tolerance:g}")
+            problems.append(f"{figures['outputs']} differ by {figures['max']:.3g}, allowed are {logit_tolerance:g}")
     if problems:
         error = WeightError(f"{a} and {b} differ: {'; '.join(problems)}. They are not the same model.")
         error.result = result  # what --json prints
         raise error
     return result
+
+
+def _outputs(a, b, sources, images, prompts, num_attention_heads) -> Iterable[tuple[str, dict[str, Any]]]:
+    """What two whole models compute, as "model", else what their common parts do, by kind."""
+    pair = _models(a, b, sources)
+    if pair is None:
+        from mindspeed_mm.cli._verify_parts import compare_outputs
+
+        return compare_outputs(*sources, num_attention_heads).items()
+    return [("model", _compare_logits(*pair, list(images or []), list(prompts or [])))]
+
+
+def _outputs_line(kind: str, figures: dict[str, Any]) -> str:
+    name = figures["outputs"] if kind == "model" else f"{kind} {figures['outputs']}"
+    top1 = f", top-1 agreement {figures['top1']:.4f}" if "top1" in figures else ""
+    return (
+        f"{name} ({figures['positions']} positions, ours against {figures['against']}): "
+        f"max |d| {figures['max']:.3g}, mean |d| {figures['mean']:.3g}{top1}\n"
+    )
 
 
 def _table(parts) -> str:
@@ -152,7 +165,7 @@ def _compare_logits(a: str, b: str, foreign: bool, images: list[str], prompts: l
         agreed += int((left.argmax(-1) == right.argmax(-1)).sum())
         positions += ids.numel()
     figures = {"max": largest, "mean": total / count, "top1": agreed / positions, "positions": positions}
-    return figures | {"against": "transformers" if foreign else "ours"}
+    return figures | {"outputs": "logits", "against": "transformers" if foreign else "ours"}
 
 
 def _inputs(vlm, images: list[str], prompts: list[str]):

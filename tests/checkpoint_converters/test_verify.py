@@ -98,7 +98,27 @@ def test_parts_that_one_side_lacks_are_named(golden, capsys):
     assert main(["verify", str(models / "llava_original"), str(models / "vicuna")]) == 0
     said = capsys.readouterr().out
     assert "vicuna does not hold it: vision_encoder, vision_projector" in said
-    assert "logits not compared: that takes a whole model on both sides" in said
+    assert "text_decoder logits (24 positions, ours against transformers)" in said
+
+
+@pytest.mark.parametrize("names", [("vicuna_bin", "vicuna"), ("clip_openai.pt", "clip_hf"), ("clip_hf", "llava_hf")])
+def test_parts_compute_what_transformers_does(golden, capsys, names):
+    pytest.importorskip("transformers")
+    assert main(["verify", *(str(golden / "models" / name) for name in names), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (figures,) = (result[kind] for kind in ("text_decoder", "vision_encoder") if kind in result)
+    assert figures["against"] == "transformers" and figures["max"] < 1e-4
+
+
+def test_parts_that_compute_another_thing_are_refused(golden, tmp_path, capsys):
+    tower = golden / "models" / "clip_hf"
+    convert(tower, tmp_path / "other", to="clip")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["hidden_act"] = "gelu"  # which no tensor shows
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    assert main(["verify", str(tower), str(tmp_path / "other")]) == 1
+    assert "features differ by" in capsys.readouterr().err
+    assert main(["verify", str(tower), str(tmp_path / "other"), "--no-logits"]) == 0
 
 
 def test_transformers_computes_llava_hf_on_either_side_and_a_model_put_together(golden, tmp_path, capsys):
