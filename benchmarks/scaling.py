@@ -4,7 +4,8 @@
 
 Every layout trains on the same global batch of the same samples ("equal" of training_work.py), one sample a
 micro-batch. Layouts take turns, each in processes of its own under torchrun; the first step of each is left out, and
-medians are taken over all others. On GPUs: `--device cuda --size small --bf16 --ranks 8`.
+medians are taken over all others. "apart" is what the machine has to give: as many runs of one rank side by side, which
+share nothing but its memory. On GPUs: `--device cuda --size 7b --bf16 --ranks 8`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform as host
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 from llava_shapes import SHAPES, model_json
 
 KIND = "equal"
-LAYOUTS = {"one": (), "DP": (), "TP": ("tensor",), "PP": ("pipeline",)}
+LAYOUTS = {"one": (), "apart": (), "DP": (), "TP": ("tensor",), "PP": ("pipeline",)}
 """Which parallel size takes all ranks; none: the data-parallel one."""
 
 
@@ -53,6 +55,12 @@ def work_of_rank(args: argparse.Namespace) -> None:
 
 def run_layout(layout: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each step and the first loss of one layout."""
+    if layout == "apart":
+        with ThreadPoolExecutor(args.ranks) as pool:
+            runs = list(pool.map(lambda _: run_layout("one", args), range(args.ranks)))
+        # That many batches were trained in the mean time of a step.
+        seconds = [statistics.mean(step) / args.ranks for step in zip(*(run["seconds"] for run in runs), strict=True)]
+        return {"seconds": seconds, "loss": runs[0]["loss"]}
     ranks = 1 if layout == "one" else args.ranks
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     flags = ["--layout", layout, "--size", args.size, "--device", args.device]
@@ -67,7 +75,7 @@ def run_layout(layout: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SHAPES, default="tiny")
+    parser.add_argument("--size", choices=SHAPES, default="small", help="tiny has one head in its tower: no TP")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--ranks", type=int, default=2)
