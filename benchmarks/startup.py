@@ -69,7 +69,7 @@ dist.destroy_process_group()
 """
 
 
-def make_files(folder: Path) -> None:
+def make_files(folder: Path, size: str = SIZE) -> None:
     """Weights, tokenizer, picture, record, configs, and the batch as ids for the peer."""
     import numpy as np
     import sentencepiece
@@ -79,7 +79,7 @@ def make_files(folder: Path) -> None:
     from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 
     model = folder / "model"
-    save_model(SIZE, str(model))
+    save_model(size, str(model))
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(WORDS)] * 50),
         model_prefix=str(model / "tokenizer"),

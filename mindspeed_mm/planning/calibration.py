@@ -11,6 +11,7 @@ import torch
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.planning.hardware import Hardware
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.platform.host_linear import multiply
 
 SECONDS = 1.0
 """Each measurement lasts about so long."""
@@ -24,8 +25,8 @@ def calibrate(hardware: Hardware, platform: Platform, spec: ModelSpec) -> Hardwa
     text, device = spec.text_decoder, platform.device()
     dtype = torch.bfloat16 if platform.name != "cpu" else torch.float32
     rows = torch.randn(TOKENS, text.hidden_size, device=device, dtype=dtype)
-    weight = torch.randn(text.hidden_size, text.ffn_hidden_size, device=device, dtype=dtype)
-    product = _rate(lambda: rows @ weight, platform) * 2.0 * TOKENS * text.hidden_size * text.ffn_hidden_size
+    weight = torch.randn(text.ffn_hidden_size, text.hidden_size, device=device, dtype=dtype)
+    product = _rate(lambda: multiply(rows, weight), platform) * 2.0 * TOKENS * text.hidden_size * text.ffn_hidden_size
     source = torch.zeros(COPIED, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     copied = _rate(lambda: target.copy_(source), platform) * 2 * COPIED
