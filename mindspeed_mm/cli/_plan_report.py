@@ -101,7 +101,7 @@ def _sentences(result: Result, plan: Plan) -> list[str]:
         )
         if result.samples is not None:
             lines.append(f"epoch of {result.samples:,} samples: {epoch_seconds(plan, result) / 3600:.2f} h")
-        if hardware.efficiency == 1.0 and not hardware.measured:
+        if hardware.efficiency == 1.0 and not (hardware.measured or hardware.calibrated):
             lines.append("times are a lower bound: they assume the peak rate (--efficiency, --measured or --calibrate)")
         if hardware.interconnect is None and job.world_size > 1:
             lines.append("communication is taken as free: give --interconnect")

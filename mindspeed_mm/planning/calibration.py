@@ -37,6 +37,7 @@ def calibrate(hardware: Hardware, platform: Platform, spec: ModelSpec) -> Hardwa
         peak_flops=product,
         memory_bandwidth=copied,
         efficiency=1.0,
+        calibrated=True,
         source=f"measured: {TOKENS} x {text.hidden_size} x {text.ffn_hidden_size} products in {dtype}, copies",
     )
 

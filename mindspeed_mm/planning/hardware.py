@@ -34,6 +34,8 @@ class Hardware:
     source: str = ""
     measured: bool = False
     """Whether peak_flops is what whole training steps reached, so that nothing else is added."""
+    calibrated: bool = False
+    """Whether peak_flops is what products of the model's width reached, so that it is no bound."""
 
     @property
     def times_known(self) -> bool:

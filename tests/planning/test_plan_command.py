@@ -5,10 +5,12 @@ import json
 import pytest
 
 from mindspeed_mm.cli.main import main
+from mindspeed_mm.planning import calibration
 from tests.planning.planned_run import model
 
 MODEL = "examples/llava1.5/model_finetune.json"
 EIGHT = ["--devices", "8", "--memory", "64GB", "--bf16", "--seq-length", "2048", "--global-batch-size", "128"]
+PARTS = ("matrix", "elementwise", "communication", "bubble", "optimizer")
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1", "--context-parallel-size", "1"]
 
 
@@ -54,8 +56,7 @@ def test_known_hardware_gives_times(capsys):
     )
     first, second = report["layouts"][:2]
     time = first["time"]
-    parts = ("matrix", "elementwise", "communication", "bubble", "optimizer")
-    assert time["step"] == pytest.approx(sum(time[part] for part in parts))
+    assert time["step"] == pytest.approx(sum(time[part] for part in PARTS))
     assert time["epoch"] == pytest.approx(100 * time["step"])
     assert 0 < time["mfu"] < 1
     assert first["time"]["step"] <= 1.01 * second["time"]["step"]
@@ -80,6 +81,19 @@ def test_a_measured_run_gives_the_rate(capsys, tmp_path):
     )
     assert report["hardware"]["peak_flops"] == 1e12
     assert report["layouts"][0]["time"]["elementwise"] == 0
+
+
+def test_calibration_takes_the_rates_of_this_machine(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "SECONDS", 0.01)
+    monkeypatch.setattr(calibration, "COPIED", 2**20)
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(model()))
+    report, shown = plan(capsys, "--memory", "4GB", "--device", "cpu", "--calibrate", path=path)
+    hardware, time = report["hardware"], report["layouts"][0]["time"]
+    assert hardware["source"] == "measured: 512 x 128 x 352 products in torch.float32, copies"
+    assert time["matrix"] > 0 and time["elementwise"] > 0
+    assert time["step"] == pytest.approx(sum(time[part] for part in PARTS))
+    assert "lower bound" not in shown
 
 
 def test_nothing_fits(capsys):
