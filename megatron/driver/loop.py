@@ -79,14 +79,21 @@ class MeteredIterator:
             self.facts = [self._describe(batch) for batch in self.batches]
         except (DataError, TrainingError) as caught:
             error = caught
-        # A call of its own: all others of a step come in or after its forward pass, where the ranks with good data
-        # would wait for this one already.
-        failed = torch.tensor(float(error is not None), device=device)
-        torch.distributed.all_reduce(failed)
+        failed = self._failed_anywhere(error is not None, device)
         if error is not None:
             raise error
-        if failed.item():
+        if failed:
             raise TrainingError("the data of another rank cannot be used: see its message")
+
+    @staticmethod
+    def _failed_anywhere(failed: bool, device: torch.device) -> bool:
+        """A call of its own: all others of a step come in or after its forward pass, where the ranks with good data
+        would wait for this one already. It waits for the device, so a single rank does without."""
+        if torch.distributed.get_world_size() == 1:
+            return failed
+        anywhere = torch.tensor(float(failed), device=device)
+        torch.distributed.all_reduce(anywhere)
+        return bool(anywhere.item())
 
     def _next(self) -> Any:
         try:
@@ -291,12 +298,13 @@ class _Totals(NamedTuple):
 
 
 def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop: StopRequest, saver: Saver) -> _Totals:
-    """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it."""
+    """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it.
+
+    The losses of all micro-batches are read here at once. megatron.core has waited for the end of the backward pass
+    just before (finalize_model_grads looks at the number of tokens), so reading them later would save nothing.
+    """
     values = [0.0] * len(_Totals._fields)
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
-    if first_of_tensor_parallel and parallel_state.is_pipeline_last_stage():
-        values[0] = sum(float(micro_batch[LOSS][0]) for micro_batch in reported)
-        values[1] = sum(float(micro_batch[LOSS][1]) for micro_batch in reported)
     first_of_context_parallel = parallel_state.get_context_parallel_rank() == 0
     if first_of_tensor_parallel and first_of_context_parallel and parallel_state.is_pipeline_first_stage():
         values[2] = sum(len(facts.sample_ids) for facts in data.facts)
@@ -310,6 +318,10 @@ def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop
     # HCCL has no collectives on float64.
     dtype = torch.float32 if state.platform.name == "npu" else torch.float64
     tensor = torch.tensor(values, dtype=dtype, device=state.platform.device())
+    if first_of_tensor_parallel and parallel_state.is_pipeline_last_stage():
+        for micro_batch in reported:
+            tensor[0] += micro_batch[LOSS][0]
+            tensor[1] += micro_batch[LOSS][1]
     torch.distributed.all_reduce(tensor)
     return _Totals(*tensor.tolist())
 

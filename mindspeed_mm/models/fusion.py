@@ -22,7 +22,7 @@ def scatter_features(embeddings: torch.Tensor, features: torch.Tensor, positions
     Args:
         embeddings: [S, B, H].
         features: [N, P, H] projected features, pictures in reading order (row by row); N may be 0.
-        positions: bool [B, S].
+        positions: bool [B, S], best in host memory: where they are True is then known without waiting for the device.
 
     Returns:
         [S, B, H]; depends on `features` even when there are none, so that every rank runs the same backward pass.
@@ -30,7 +30,7 @@ def scatter_features(embeddings: torch.Tensor, features: torch.Tensor, positions
     Raises:
         DataError: the number of image positions differs from N * P.
     """
-    rows, columns = positions.nonzero(as_tuple=True)
+    rows, columns = (x.to(embeddings.device, non_blocking=True) for x in positions.nonzero(as_tuple=True))
     wanted, found = rows.numel(), features.shape[0] * features.shape[1]
     if wanted != found:
         raise DataError(

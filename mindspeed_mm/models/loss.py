@@ -22,14 +22,16 @@ def token_losses(decoder, hidden: torch.Tensor, labels: torch.Tensor) -> torch.T
         decoder: LlamaDecoder of the last pipeline stage.
         hidden: [S, B, H] of the final norm (a sequence slice under sequence parallelism).
         labels: [B, S] int64, the id each position predicts; IGNORE_INDEX where none; of the same slice as `hidden`
-            under context parallelism.
+            under context parallelism. Best in host memory: what is supervised is then known without waiting for the
+            device.
 
     Returns:
         [n] losses in the order of the supervised positions read column by column; n may be 0.
     """
-    targets = labels.t()
-    supervised = targets != IGNORE_INDEX
-    hidden, targets = decoder.gather_sequence(hidden)[supervised], targets[supervised]
+    targets = labels.t().flatten()
+    supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    targets, places = (x.to(hidden.device, non_blocking=True) for x in (targets[supervised], supervised))
+    hidden = decoder.gather_sequence(hidden).flatten(0, 1).index_select(0, places)
     if len(targets) <= CHUNK:
         return _losses(decoder, hidden, targets)
     pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)

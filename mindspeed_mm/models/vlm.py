@@ -134,7 +134,7 @@ class VLM(MegatronModule):
         embeddings = self.text_decoder.embed(input_ids.masked_fill(positions, 0))
         if pixel_values is None:
             size = self.spec.vision_encoder.image_size
-            pixel_values = torch.empty(0, 3, size, size, device=input_ids.device)
+            pixel_values = torch.empty(0, 3, size, size, device=embeddings.device)
         return scatter_features(embeddings, self.image_encoder(pixel_values, image_features), positions)
 
     def forward(
@@ -148,6 +148,9 @@ class VLM(MegatronModule):
         segments: Segments | None = None,
     ) -> torch.Tensor:
         """One pass over this pipeline stage.
+
+        Ids and labels may stay in host memory. The positions of images and of labels are then found there, and nothing
+        waits for the device.
 
         Args:
             input_ids: [B, S] int64, IMAGE_TOKEN_INDEX at image positions.

@@ -31,7 +31,7 @@ def sum_losses(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
         (loss sum with graph, n as an int tensor, {"lm loss": (detached sum, n)}).
     """
     total = token_losses.sum()
-    count = torch.tensor(token_losses.numel(), dtype=torch.int, device=token_losses.device)
+    count = torch.full((), token_losses.numel(), dtype=torch.int, device=token_losses.device)  # torch.tensor waits
     return total, count, {"lm loss": (total.detach(), count)}
 
 
@@ -113,13 +113,16 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
 def forward_batch(
     batch: Batch, model: torch.nn.Module, features: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, LossFunction]:
-    """`forward_step` of a given micro-batch; `features` [N, P, Hv] of its pictures stand in for the tower."""
+    """`forward_step` of a given micro-batch; `features` [N, P, Hv] of its pictures stand in for the tower.
+
+    Ids and labels stay in host memory, where the model looks for images and labels without waiting for the device.
+    """
     device = current_platform().device()
     batch, lengths = one_row(batch, model.config)
     output = model(
-        batch.input_ids.to(device, non_blocking=True),
+        batch.input_ids,
         batch.position_ids.to(device, non_blocking=True),
-        labels=batch.labels.to(device, non_blocking=True),
+        labels=batch.labels,
         pixel_values=batch.pixel_values.to(device, non_blocking=True),
         segments=None if lengths is None else Segments.of_lengths(lengths, device),
         image_features=features,

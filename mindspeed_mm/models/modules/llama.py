@@ -77,8 +77,10 @@ class LlamaDecoder(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Word embeddings of legal ids, [B, S] int64 -> [S, B, H] (whole sequence on every tensor-parallel rank)."""
-        return self.embedding(input_ids, None)
+        """Word embeddings of legal ids, [B, S] int64 in host memory or on the device -> [S, B, H] (whole sequence on
+        every tensor-parallel rank)."""
+        device = self.embedding.word_embeddings.weight.device
+        return self.embedding(input_ids.to(device, non_blocking=True), None)
 
     def forward(
         self,
