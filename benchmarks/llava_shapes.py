@@ -3,7 +3,8 @@
 What decides where the time of a step goes is kept from LLaVA-1.5 7B: vocabulary 8 times the width, MLP 2.7 times, heads
 of 128 channels, 576 image tokens of 336 x 336 pixels, a tower a quarter as wide whose layers take 4 to 5 % of the
 operations that the decoder spends on an image token. Small models have fewer layers, so that head and attention weigh
-more in them: see docs/performance.md.
+more in them: see docs/performance.md. "light" is no LLaVA-1.5: its tower has five sixths of the decoder's parameters, as
+CLIP-L before a decoder of half a billion.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "tiny": Shape(256, 2, 2, 688, 2048, 64, 3, 1),
+    "light": Shape(256, 6, 2, 688, 2048, 256, 6, 4),
     "small": Shape(512, 6, 4, 1376, 4096, 128, 6, 2),
     "7b": Shape(4096, 32, 32, 11008, 32000, 1024, 24, 16),
 }
