@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy
@@ -29,14 +30,17 @@ def killed_runs(save, kills, seed, command, **more):
 def check_starts(starts, steps):
     """Nothing saved is lost, survivors name the victim, the last start comes to the end.
 
-    Of a start that was tried again with more time (see killed_runs), the last try counts; checkpoints always do.
+    A start that the machine spoiled was tried again with more time (see killed_runs), which is told; its checkpoints
+    count as well.
     """
     reached = 0
-    for start, following in zip(starts, [*starts[1:], None], strict=True):
+    for start in starts:
         assert start["iteration"] >= reached, "a checkpoint was lost"
         reached = start["iteration"]
-        tried_again = following is not None and following["allowed"] != start["allowed"]
-        assert tried_again or not start["problem"], (start["problem"], start["said"])
+        if start["spoiled"]:
+            warnings.warn(f"busy machine, tried again: {start['problem']}", stacklevel=2)
+        else:
+            assert not start["problem"], (start["problem"], start["said"])
     assert reached == steps
 
 
@@ -93,14 +97,15 @@ def test_twenty_kills_of_the_command(golden, folder):  # noqa: F811
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_stopped_is_lost(tmp_path, victim):
     """SIGSTOP: alive, its connections are open, it does not answer. Rank 0 keeps the store, which is silent then."""
-    *_, first, second = killed_runs(
+    starts = killed_runs(
         tmp_path / "save",
         *(1, 5, ["tiny", "0.02", "40"]),
         **{"victims": [[victim]], "signal": signal.SIGSTOP, "moments": [0.0, 0.2], "saved": True},
     )
+    check_starts(starts, 40)
+    first = starts[-2]
     said = first["said"][1 - victim]
-    assert not first["problem"] and first["ends"][1 - victim] > 0, said
+    assert first["ends"][1 - victim] > 0, said
     assert ("rank 1 on" if victim else "rank 0's host is lost or cannot be reached, 127.0.0.1:") in said
     patience = min(30, 60 * first["allowed"][0] / 3)
     assert f"for {patience:g} s" in said and "stops; start again to resume" in said
-    assert second["ends"] == [0, 0] and second["iteration"] == 40, second["said"]

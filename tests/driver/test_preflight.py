@@ -152,6 +152,31 @@ def test_a_store_that_does_not_answer(monkeypatch):
     assert code == 70 and end - start < 10.0 * watch.SHARE  # within --distributed-timeout-minutes
 
 
+def test_a_loss_that_is_seen_late_is_told(monkeypatch):
+    """On a busy machine the others are asked long after a collective has failed."""
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    store = Store()
+    found = watch.Watch(store, 0, 2, 10.0)
+    store.set("here/1", "host-1")
+    store.set("alive/1", "7")
+    found._ask_once(1)
+    lives = False
+
+    def sleep(_seconds):
+        now[0] += 15.0
+        if lives:
+            store.set("alive/1", str(now[0]))
+        if now[0] > 50.0:
+            found._ask_once(2)
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    assert found.wait_for_news() == "rank 1 on host-1 is lost, it gave no sign of life for 10 s"
+    found.lost, lives = None, True
+    assert found.wait_for_news() is None
+    assert now[0] == 90.0  # both patiences are over
+
+
 def test_errors_that_are_no_losses_stay_as_they_are():
     with pytest.raises(RuntimeError, match="^a shape$"), watch.naming_lost_ranks():
         raise RuntimeError("a shape")

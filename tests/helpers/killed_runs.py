@@ -22,7 +22,7 @@ from pathlib import Path
 
 ALLOWED = ((0.15, 20), (1.0, 60), (5.0, 240))
 """(--distributed-timeout-minutes, --preflight-timeout-seconds). On a busy machine a living rank may stand still for
-longer than the short ones; a start that was given up for that reason is tried again with the next."""
+longer than the short ones; such a start (see `judge`) is tried again with the next, no other is."""
 
 LONGEST = 900
 """Seconds after which a start hangs."""
@@ -48,30 +48,43 @@ def main() -> None:
         moment = dice.uniform(*plan["moments"])
         while True:
             start = one_start(plan, number, victims, moment, ALLOWED[level])
+            start["problem"], busy = judge(start)
+            start["spoiled"] = busy and level + 1 < len(ALLOWED)
             print(json.dumps(start), flush=True)
-            if not start["problem"] or level + 1 == len(ALLOWED):
+            if not start["spoiled"]:
                 break
             level += 1
 
 
-def problem(start: dict) -> str | None:
-    """What a start did otherwise than it should: the survivor names the victim, in time; nobody else is given up."""
+def judge(start: dict) -> tuple[str | None, bool]:
+    """(what a start did otherwise than it should, whether a machine too busy for the time allowed explains it).
+
+    The survivor names the victim and ends by itself, in time. Only two things are laid to the machine: that a living
+    rank was given up because it kept silent, and that a survivor that did all it should was late.
+    """
     if not start["victims"]:
-        return None if start["ends"] == [0, 0] else f"the ranks ended with {start['ends']}"
+        return (None if start["ends"] == [0, 0] else f"the ranks ended with {start['ends']}"), False
     if len(start["victims"]) == 2:
-        return None
+        return None, False
     (victim,) = start["victims"]
     end, said = start["ends"][1 - victim], start["said"][1 - victim]
     if end == 0:  # the run was over before
-        return None
+        return None, False
+    if end < 0:
+        return f"the survivor ended by signal {-end} after {start['seconds']:.0f} s", False
+    silent = [f"rank {1 - victim} on {socket.gethostname()} is lost, it gave no sign of life"]
     names = [f"rank {victim} on", f"rank(s) {victim} of 2 did not start"]
     if victim == 0:  # it keeps the store
         names += ["rank 0's host is lost", "rank 0 or its host is lost", "cannot reach rank 0", "rank 0, which keeps"]
+    else:
+        silent += ["rank 0's host is lost or cannot be reached"]
+    if any(words in said for words in silent):
+        return f"rank {1 - victim} was given up, which lives", True
     if not any(name in said for name in names):
-        return f"the survivor does not name rank {victim}"
+        return f"the survivor does not name rank {victim}", False
     if start["seconds"] > 60 * start["allowed"][0] + start["allowed"][1]:
-        return f"the survivor took {start['seconds']:.0f} s"
-    return None
+        return f"the survivor took {start['seconds']:.0f} s", True
+    return None, False
 
 
 def one_start(plan: dict, number: int, victims: list[int], moment: float, allowed: tuple[float, float]) -> dict:
@@ -91,7 +104,7 @@ def one_start(plan: dict, number: int, victims: list[int], moment: float, allowe
     for rank in victims:
         os.kill(ranks[rank], signal.SIGKILL)  # those that were only stopped
         ends[rank] = _end(ranks[rank])
-    start = {
+    return {
         "victims": victims,
         "allowed": allowed,
         "moment": moment,
@@ -100,7 +113,6 @@ def one_start(plan: dict, number: int, victims: list[int], moment: float, allowe
         "iteration": _iteration(save),
         "said": [Path(f"{save}.{number}.{rank}.log").read_text()[-2000:] for rank in range(2)],
     }
-    return start | {"problem": problem(start)}
 
 
 def _iteration(save: str) -> int:
