@@ -3,8 +3,10 @@
 What decides where the time of a step goes is kept from LLaVA-1.5 7B: vocabulary 8 times the width, MLP 2.7 times, heads
 of 128 channels, 576 image tokens of 336 x 336 pixels, a tower a quarter as wide whose layers take 4 to 5 % of the
 operations that the decoder spends on an image token. Small models have fewer layers, so that head and attention weigh
-more in them: see docs/performance.md. "light" is no LLaVA-1.5: its tower has five sixths of the decoder's parameters, as
-CLIP-L before a decoder of half a billion.
+more in them: see docs/performance.md.
+
+"light" is no LLaVA-1.5: its tower has five sixths as many parameters as its decoder, like CLIP-L before a decoder of
+half a billion.
 """
 
 from __future__ import annotations
