@@ -16,9 +16,10 @@ from mindspeed_mm.data.image import MAX_PIXELS, ImageError, ImageProcessor, load
 from mindspeed_mm.data.sample import ImageBytes
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.generation.decode import Decoder
+from mindspeed_mm.platform import current_platform
 
 TOWER_BATCH = 16
-"""Pictures that go through the tower together, which bounds the memory for its activations."""
+"""Pictures that go through the tower together at most, which bounds the memory for its activations."""
 
 KEPT_BYTES = 2**29
 """Features that are remembered; a picture's 576 tokens of width 4096 take 4.5 MiB in bf16."""
@@ -43,6 +44,7 @@ class PictureFeatures:
     def __init__(self, decoder: Decoder, image_processor: ImageProcessor | None, *, pad: bool) -> None:
         self._decoder, self._processor, self._pad = decoder, image_processor, pad
         self._known: OrderedDict[bytes, torch.Tensor | None] = OrderedDict()
+        self._batch = max(1, min(TOWER_BATCH, current_platform().inference_tokens // decoder.tokens_per_image))
         self._kept = max(TOWER_BATCH, KEPT_BYTES // decoder.picture_bytes)
         self.computed = 0
         """Pictures that went through the tower so far."""
@@ -82,8 +84,8 @@ class PictureFeatures:
     def _compute(self, new: dict[bytes, torch.Tensor]) -> dict[bytes, torch.Tensor | None]:
         pixels = list(new.values())
         features: list[torch.Tensor | None] = []
-        for start in range(0, len(pixels), TOWER_BATCH):
-            features += self._decoder.image_features(pixels[start : start + TOWER_BATCH])
+        for start in range(0, len(pixels), self._batch):
+            features += self._decoder.image_features(pixels[start : start + self._batch])
         self.computed += len(pixels)
         return dict(zip(new, features, strict=True))
 

@@ -20,12 +20,10 @@ from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.jobs import Job, Step
 from mindspeed_mm.generation.pictures import Picture, PictureFeatures
 from mindspeed_mm.generation.prefix import KeptRows, common, content, longest
+from mindspeed_mm.platform import current_platform
 
 MAX_PADDING = 0.1
 """Share of a prefill that may be padding."""
-
-PREFILL_TOKENS = 8192
-"""Tokens of one prefill at most (one longer prompt goes alone), which bounds the memory for activations."""
 
 WINDOW = 8
 """Waiting requests per free row that are looked at for prompts of equal length; older ones come first."""
@@ -70,6 +68,7 @@ class Scheduler:
 
     def __init__(self, decoder: Decoder, pictures: PictureFeatures, max_rows: int = 16) -> None:
         self.decoder, self.pictures, self.max_rows = decoder, pictures, max_rows
+        self._prefill_tokens = current_platform().inference_tokens  # one longer prompt goes alone
         self._waiting: list[Entry] = []
         self._active: list[Entry] = []
         self._kept = KeptRows()
@@ -124,7 +123,7 @@ class Scheduler:
         for entry in sorted(window[1:], key=lambda entry: abs(entry.rest - oldest.rest)):
             width, tokens = max(longest_rest, entry.rest), total + entry.rest
             area = width * (len(group) + 1)
-            fits = entry.job.width <= free and area <= PREFILL_TOKENS and area - tokens <= MAX_PADDING * area
+            fits = entry.job.width <= free and area <= self._prefill_tokens and area - tokens <= MAX_PADDING * area
             if fits and not any(_gains_by_waiting(entry, other) for other in group):
                 group.append(entry)
                 longest_rest, total, free = width, tokens, free - entry.job.width

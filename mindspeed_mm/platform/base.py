@@ -76,6 +76,11 @@ class Platform(abc.ABC):
         """Dense matrix peak of the device in FLOP/s for `dtype`, or None where it is not known."""
         return None
 
+    @property
+    def inference_tokens(self) -> int:
+        """Tokens that go through a layer together at most where only its result is wanted: enough for full speed."""
+        return 8192
+
     def profiler(self) -> torch.profiler.profile:
         """A profiler of host and device, as a context manager with `export_chrome_trace`."""
         return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

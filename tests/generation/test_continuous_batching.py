@@ -8,6 +8,9 @@ from PIL import Image
 
 import mindspeed_mm as mm
 from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.platform import get_platform
+
+get_platform("cpu")  # before megatron.core is imported
 
 QUESTIONS = ("Hi", "What is in the picture?", "word " * 30 + "?", "Name it.", "a b c d e f g", "word " * 33 + "!")
 
@@ -95,6 +98,20 @@ def test_lean_steps_equal_the_modules(variant, tmp_path):
         decoder.prefill([[5, 6, 7], [8, 9, 10, 11, 12]], (), 0)
         found.append([decoder.step([3, 4], [3, 5]), decoder.step([6, 7], [4, 6])])
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("starts", [(3, 3), (7, 7), (8, 8), (2, 5)], ids=["causal", "half", "mask", "own masks"])
+def test_prompts_filled_in_by_parts_have_the_logits_of_whole_ones(vlm, starts):
+    from mindspeed_mm.generation.decode import Decoder
+
+    prompts = [list(range(5, 19)), list(range(20, 34))]
+    decoder = Decoder(vlm.model)
+    decoder.cache.reserve(2, 32)
+    whole = decoder.prefill(prompts, (), 0)
+    for row, start in enumerate(starts):
+        decoder.prefill([prompts[row][:start]], (), row)
+    rest = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]
+    torch.testing.assert_close(decoder.prefill(rest, (), 0, starts), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_changed_layers_go_through_their_modules(vlm):

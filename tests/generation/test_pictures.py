@@ -54,7 +54,7 @@ def test_pictures_of_a_group_go_through_the_tower_together(engine, tower):
 
 
 def test_the_tower_takes_so_many_at_once(engine, tower, monkeypatch):
-    monkeypatch.setattr("mindspeed_mm.generation.pictures.TOWER_BATCH", 4)
+    monkeypatch.setattr(engine.pictures, "_batch", 4)
     whole = answers(engine, [request(0, *map(picture, range(6))), request(1, picture(6))], 2)
     assert all(len(ids) == 4 for ids in whole) and max(tower) <= 4 and sum(tower) == 7
 

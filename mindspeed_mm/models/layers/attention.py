@@ -77,9 +77,13 @@ class CoreAttention(MegatronModule):
             output = output.unsqueeze(1)
             return (output if group is None else sequence_to_heads(output, group)).flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        mask = attention_mask
+        mask, held = attention_mask, 0
         if self.cache is not None:
             key, value, mask = self.cache.update(self.cache_layer, key, value)
+            if mask is None and query.shape[2] > 1:
+                held = key.shape[2] - query.shape[2]
+                # Causal kernels want S = K: some queries go in twice (S >= held), and the first results are dropped.
+                query = torch.cat((query[:, :, :held], query), dim=2)
         output = self.platform.attention(
             query,
             key,
@@ -90,5 +94,5 @@ class CoreAttention(MegatronModule):
             scale=self.scale,
             dropout=dropout,
         )
-        output = output.permute(2, 0, 1, 3)
+        output = (output[:, :, held:] if held else output).permute(2, 0, 1, 3)
         return (output if group is None else sequence_to_heads(output, group)).flatten(2)

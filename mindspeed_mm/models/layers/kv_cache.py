@@ -55,7 +55,7 @@ class KVCache:
         self._rows, self._columns = slice(first_row, first_row + len(starts)), slice(max(starts), end)
         self._places = self._mask = None
         uniform = min(starts) == max(starts)
-        if uniform and (length == 1 or end == length):
+        if uniform and (length == 1 or length >= end - length):
             return
         device = self.keys[0].device
         first = torch.tensor(starts[:1] if uniform else starts, device=device)[:, None]
@@ -74,8 +74,8 @@ class KVCache:
             key, value: [R, G, S, D].
 
         Returns:
-            keys, values [R, G, K, D] and the mask [R or 1, 1, S, K], True = may attend. No mask: causal where S = K,
-            else all.
+            keys, values [R, G, K, D] and the mask [R or 1, 1, S, K], True = may attend. No mask: causal, the last new
+            token may attend to all. Where most of K is new, computing it all with a causal kernel beats a mask.
         """
         found = []
         for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
