@@ -94,7 +94,7 @@ def variants(side: Ours, kind: str) -> dict[str, Callable[[], contextlib.Abstrac
 
 
 def measure(kind: str, args: argparse.Namespace, weights: str) -> dict[str, Any]:
-    """Median seconds of a step, and peak memory, of each variant."""
+    """Of each variant the median seconds of a step, its ratio to all levers in the same round, and peak memory."""
     batch = 8 if kind == "mixed" else 4
     batches = make_work(kind, args.size, batch, 1).ours
     Ours.load_libraries("cpu")
@@ -112,11 +112,17 @@ def measure(kind: str, args: argparse.Namespace, weights: str) -> dict[str, Any]
                 side.step(batches[0])
                 seconds[name].append(time.perf_counter() - start)
                 peaks[name] = resident()[1] - base
-    typical = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    return {
-        name: {"seconds": typical[name], "slower": typical[name] / typical[ALL], "peak_mib": peaks[name]}
-        for name in names
-    }
+    found = {}
+    for name in names:
+        ratios = [one / best for one, best in zip(seconds[name][1:], seconds[ALL][1:], strict=True)]
+        typical = statistics.median(seconds[name][1:])
+        found[name] = {
+            "seconds": typical,
+            "slower": statistics.median(ratios),
+            "slower_range": [min(ratios), max(ratios)],
+        }
+        found[name] |= {"peak_mib": peaks[name], "all_seconds": seconds[name][1:]}
+    return found
 
 
 def main() -> None:
@@ -135,7 +141,10 @@ def main() -> None:
         for kind in args.kind:
             results[kind] = measure(kind, args, folder)
             for name, found in results[kind].items():
-                sys.stderr.write(f"{kind}, without {name}: {found['seconds']:.2f} s, {found['slower']:.2f}x\n")
+                sys.stderr.write(
+                    f"{kind}, without {name}: {found['seconds']:.2f} s, {found['slower']:.2f}x "
+                    f"({found['slower_range'][0]:.2f} to {found['slower_range'][1]:.2f})\n"
+                )
     text = json.dumps(results, indent=2) + "\n"
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:
