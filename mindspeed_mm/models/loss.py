@@ -31,7 +31,7 @@ def token_losses(decoder, hidden: torch.Tensor, labels: torch.Tensor) -> torch.T
     targets = labels.t().flatten()
     supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     targets, places = (x.to(hidden.device, non_blocking=True) for x in (targets[supervised], supervised))
-    hidden = decoder.gather_sequence(hidden).flatten(0, 1).index_select(0, places)
+    hidden = decoder.gather_sequence(hidden).flatten(0, 1)[places]
     if len(targets) <= CHUNK:
         return _losses(decoder, hidden, targets)
     pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
