@@ -5,7 +5,7 @@
 Every layout trains on the same global batch of the same samples ("equal" of training_work.py), one sample a
 micro-batch. Layouts take turns, each in processes of its own under torchrun; the first step of each is left out, and
 medians are taken over all others. "apart" is what the machine has to give: as many runs of one rank side by side, which
-share nothing but its memory. On GPUs: `--device cuda --size 7b --bf16 --ranks 8`.
+share nothing but its memory. On GPUs: `--device cuda --size small --bf16 --ranks 2` (TP divides 4 heads).
 """
 
 from __future__ import annotations
