@@ -34,7 +34,8 @@ def render_page(
     rows = [row for row in table.rows if row.index in answers]
     if report is not None:
         rows.sort(key=lambda row: report.rows[row.index].hit)
-    shown = [_row(row, table, answers[row.index], report) for row in rows[:MAX_ROWS]]
+    thumbnails: dict[str, list[str]] = {}
+    shown = [_row(row, table, answers[row.index], report, thumbnails) for row in rows[:MAX_ROWS]]
     facts = {
         name: summary.get(name)
         for name in ("model", "benchmark", "table", "prompt_style", "template", "decoding", "scoring", "fingerprint")
@@ -66,12 +67,17 @@ def _chart(report: Report) -> list[tuple[str, list[tuple[str, float, float]]]]:
     return lines
 
 
-def _row(row: Row, table: Table, answer: str, report: Report | None) -> dict[str, Any]:
+def _row(
+    row: Row, table: Table, answer: str, report: Report | None, thumbnails: dict[str, list[str]]
+) -> dict[str, Any]:
+    """What the template shows of a row. `thumbnails` keeps those made so far, by the rows' `picture`."""
     score = report.rows[row.index] if report is not None else None
     cells = row.cells
     pictures, problem = [], ""
     try:
-        pictures = [_thumbnail(image) for image in table.images(row)]
+        pictures = thumbnails.get(row.picture) or [_thumbnail(image) for image in table.images(row)]
+        if row.picture:
+            thumbnails[row.picture] = pictures
     except DataError as error:  # answers that were recorded elsewhere are scored all the same
         problem = str(error)
     return {
