@@ -5,7 +5,7 @@
 Every layout trains on the same global batch of the same samples ("equal" of training_work.py), one sample a
 micro-batch. Layouts take turns, each in processes of its own under torchrun; the first step of each is left out, and
 medians are taken over all others. "apart" is what the machine has to give: as many runs of one rank side by side, which
-share nothing but its memory. On GPUs: `--device cuda --size small --bf16 --ranks 2` (TP divides 4 heads).
+share nothing but its memory (on the CPU only). On GPUs: `--device cuda --size small --bf16`; the tower has 2 heads.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def run_layout(layout: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SHAPES, default="small", help="tiny has one head in its tower: no TP")
+    sizes = [size for size, shape in SHAPES.items() if shape.tower_heads > 1]  # TP divides the heads
+    parser.add_argument("--size", choices=sizes, default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--ranks", type=int, default=2)
@@ -90,7 +91,7 @@ def main() -> None:
         work_of_rank(args)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    turns: dict[str, list] = {name: [] for name in LAYOUTS}
+    turns: dict[str, list] = {name: [] for name in LAYOUTS if args.device == "cpu" or name != "apart"}
     load = os.getloadavg()
     for _ in range(args.turns):
         for name, kept in turns.items():
