@@ -266,13 +266,20 @@ def reading_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+_TORN_WRITE = "unexpected pos"
+"""What torch's zip writer says when the system took less than it was given; what the system said does not reach us."""
+
+
 def first_line(error: BaseException) -> str:
     """Type and first line of an error; of torch's collection of all ranks' errors, of the first."""
     failures = getattr(error, "failures", None)
     if failures:
         wrapped = next(iter(failures.values()))
         error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    line = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    if _TORN_WRITE in line:
+        line += " (torch could not write a file to its end: a full disk, a quota, or a limit on the size of files)"
+    return line
 
 
 def is_model_tensor(name: str, description: Any) -> bool:

@@ -18,7 +18,7 @@ from tests.helpers.tiny_training import whole_run as run
 get_platform("cpu")
 
 from megatron.driver import checkpointing, saver, storage  # noqa: E402
-from megatron.driver.reading import read_checkpoint  # noqa: E402
+from megatron.driver.reading import first_line, read_checkpoint  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -210,3 +210,9 @@ def test_a_disk_that_is_full_on_one_host(ranks, tmp_path, mode):
     said = ranks(2).run(full_on_rank_1, str(tmp_path), mode)
     assert all("iteration 2 could not be saved" in text for text in said), said
     assert read_checkpoint(tmp_path).run["iteration"] == 1
+
+
+def test_torchs_word_for_a_torn_write_is_explained():
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert "could not write a file to its end: a full disk" in first_line(error)
+    assert "full disk" not in first_line(RuntimeError("another"))
