@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform as host
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from data import photo
 from llava_shapes import SHAPES, model_json
+from report import machine, write
 from startup import ANSWER, QUESTION, make_files
 
 BATCH = 4
@@ -61,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     steps = args.pictures // BATCH
     kept: dict[str, list[list[dict[str, Any]]]] = {"without": [], "with": []}
-    load = os.getloadavg()
+    settings = vars(args) | machine()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         make_files(folder, args.size)
@@ -74,18 +72,12 @@ def main() -> None:
         for turn in range(args.turns):
             kept["without"].append(run(folder, args.size, f"without{turn}", steps, None))
             kept["with"].append(run(folder, args.size, f"with{turn}", steps, folder / f"cache{turn}"))
-    settings = vars(args) | {"machine": host.machine(), "cores": os.cpu_count(), "load_average": load}
-    settings |= {name: version(name) for name in ("torch", "megatron-core")}
     results: dict[str, Any] = {"settings": settings}
     for name, runs in kept.items():
         results[name] = epochs(runs, steps)
         first, second = results[name]["first_epoch_s"], results[name]["second_epoch_s"]
         sys.stderr.write(f"{name} the cache: {first:.3f} s a step in the first epoch, {second:.3f} s in the second\n")
-    text = json.dumps(results, indent=2) + "\n"
-    if args.out:
-        Path(args.out).write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write(results, args.out)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,15 @@ seconds stand the operations that training/flops.py counts. benchmarks/plots.py 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform as host
 import random
 import statistics
 import sys
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from llava_shapes import IMAGE_SIZE, IMAGE_TOKENS, SHAPES, model_json
 from own_step import OwnStep
+from report import machine, write
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.collate import Collator
@@ -73,13 +69,8 @@ def main() -> None:
     parser.add_argument("--curves", choices=CURVES, nargs="+", default=list(CURVES))
     parser.add_argument("--out", metavar="JSON", help="default: stdout")
     args = parser.parse_args()
-    names = ("torch", "megatron-core")
-    results: dict[str, Any] = {
-        "settings": vars(args)
-        | {"machine": host.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        | {"python": host.python_version(), "load_average": os.getloadavg()}
-        | {name: version(name) for name in names}
-    }
+    settings = vars(args) | machine() | {"threads": torch.get_num_threads()}
+    results: dict[str, Any] = {"settings": settings}
     for curve in args.curves:
         model = model_json(args.size, TRAINED, None)
         if curve == "layers":
@@ -94,11 +85,7 @@ def main() -> None:
         for point in results[curve]:
             rate = point["flops"] / point["seconds"] / 1e9
             sys.stderr.write(f"{curve} {point['value']}: {point['seconds']:.3f} s, {rate:.1f} GFLOP/s\n")
-    text = json.dumps(results, indent=2) + "\n"
-    if args.out:
-        Path(args.out).write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write(results, args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from llava_shapes import save_model
-from train import machine
+from report import machine, write
 from training_sides import Job, Ours, reset_peak, resident
 from training_work import KINDS, make_work
 
@@ -135,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", metavar="JSON", help="default: stdout")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results: dict[str, Any] = {"settings": vars(args) | machine("cpu")}
+    results: dict[str, Any] = {"settings": vars(args) | {"device": "cpu"} | machine()}
     with tempfile.TemporaryDirectory() as folder:
         save_model(args.size, folder)
         for kind in args.kind:
@@ -145,12 +144,7 @@ def main() -> None:
                     f"{kind}, without {name}: {found['seconds']:.2f} s, {found['slower']:.2f}x "
                     f"({found['slower_range'][0]:.2f} to {found['slower_range'][1]:.2f})\n"
                 )
-    text = json.dumps(results, indent=2) + "\n"
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(text)
-    else:
-        sys.stdout.write(text)
+    write(results, args.out)
 
 
 if __name__ == "__main__":

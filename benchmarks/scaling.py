@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform as host
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from llava_shapes import SHAPES, model_json
+from report import machine, write
 
 KIND = "equal"
 LAYOUTS = {"one": (), "apart": (), "DP": (), "TP": ("tensor",), "PP": ("pipeline",)}
@@ -92,16 +90,12 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     turns: dict[str, list] = {name: [] for name in LAYOUTS if args.device == "cpu" or name != "apart"}
-    load = os.getloadavg()
+    place = machine()
     for _ in range(args.turns):
         for name, kept in turns.items():
             kept.append(run_layout(name, args))
     medians = {name: statistics.median(s for turn in kept for s in turn["seconds"]) for name, kept in turns.items()}
-    results: dict[str, Any] = {
-        "settings": {key: value for key, value in vars(args).items() if key != "layout"}
-        | {"machine": host.machine(), "cores": os.cpu_count(), "python": host.python_version(), "load_average": load}
-        | {name: version(name) for name in ("torch", "megatron-core")},
-    }
+    results: dict[str, Any] = {"settings": {key: value for key, value in vars(args).items() if key != "layout"} | place}
     for name, kept in turns.items():
         results[name] = {
             "samples_per_s": args.batch / medians[name],
@@ -110,11 +104,7 @@ def main() -> None:
             "loss": kept[0]["loss"],
         }
         sys.stderr.write(f"{name}: {results[name]['samples_per_s']:.2f} samples/s, {results[name]['speedup']:.2f}x\n")
-    text = json.dumps(results, indent=2) + "\n"
-    if args.out:
-        Path(args.out).write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write(results, args.out)
 
 
 if __name__ == "__main__":

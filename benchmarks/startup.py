@@ -15,18 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform as host
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from llava_shapes import IMAGE_SIZE, IMAGE_TOKENS, SHAPES, model_json, save_model
+from report import machine, write
 
 WORDS = "the a cat dog house tree picture shows blue red under near with and person street".split()
 QUESTION, ANSWER = "<image>\nwhat is near the house", " ".join(WORDS)
@@ -170,13 +169,7 @@ def main() -> None:
     parser.add_argument("--out", metavar="JSON", help="default: stdout")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.ranks))
-    names = ("torch", "transformers", "megatron-core")
-    results: dict[str, Any] = {
-        "settings": vars(args)
-        | {"machine": host.machine(), "cores": os.cpu_count(), "python": host.python_version()}
-        | {name: version(name) for name in names}
-        | {"load_average": os.getloadavg()}
-    }
+    results: dict[str, Any] = {"settings": vars(args) | machine()}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         make_files(folder)
@@ -203,11 +196,7 @@ def main() -> None:
         f"first step after {ours['first_step_s']:.2f} s, transformers {theirs['first_step_s']:.2f} s: "
         f"{results['ratio']:.2f}x\n"
     )
-    text = json.dumps(results, indent=2) + "\n"
-    if args.out:
-        Path(args.out).write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write(results, args.out)
 
 
 if __name__ == "__main__":

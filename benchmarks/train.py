@@ -12,17 +12,15 @@ the process had before the model was built (CPU: resident memory), or the alloca
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform as host
 import statistics
 import sys
 import tempfile
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from llava_shapes import SHAPES, model_json, save_model
+from report import machine, write
 from training_sides import Job, Side
 from training_work import KINDS, TRAINED, make_work
 
@@ -106,19 +104,6 @@ def measure(job: Job, repeats: int) -> dict[str, Any]:
     return result
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Where and with what this ran."""
-    names = ("torch", "transformers", "megatron-core")
-    return {
-        "machine": host.machine(),
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "python": host.python_version(),
-        "load_average": os.getloadavg(),
-        **{name: version(name) for name in names},
-    }
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="small")
@@ -136,7 +121,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    results: dict[str, Any] = {"settings": vars(args) | machine(args.device)}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    results: dict[str, Any] = {"settings": vars(args) | machine() | {"device": device}}
     with tempfile.TemporaryDirectory() as folder:
         weights = folder if args.size != "7b" else None
         if weights:
@@ -151,12 +137,7 @@ def main() -> None:
                 f"{found['speedup']:.2f}x; peak {ours['peak_mib']:.0f} MiB, {theirs['peak_mib']:.0f}: "
                 f"{found['memory_ratio']:.2f}x\n"
             )
-    text = json.dumps(results, indent=2)
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    else:
-        sys.stdout.write(text + "\n")
+    write(results, args.out)
 
 
 if __name__ == "__main__":
