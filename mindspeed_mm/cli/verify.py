@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from mindspeed_mm.errors import WeightError
-
-if TYPE_CHECKING:
-    import torch
 
 HELP = "compare two sources of one model, tensor by tensor and by logits"
 EXAMPLE = "mindspeed-mm verify llava-v1.5-7b llava-v1.5-7b-hf --images view.jpg --prompts 'What is this?'"
 
 LOGIT_TOLERANCE = 1e-3
 """Largest |d logit| of equal weights in float32: what two implementations differ by, with some room."""
-
-TEXT_TOKENS = 24
-"""Random tokens of the question that stands in where no prompt is given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +79,12 @@ def verify(
             sys.stdout.write(f"not compared, since {other.path} does not hold it: {', '.join(missing)}\n")
     result: dict[str, Any] = {"parts": [dataclasses.asdict(part) for part in parts], "logits": None}
     problems = [_problem(part) for part in parts if not part.within(atol)]
-    for kind, figures in _outputs(a, b, sources, images, prompts, num_attention_heads) if logits else ():
+    outputs = {}
+    if logits:
+        from mindspeed_mm.cli._verify_outputs import compare_outputs
+
+        outputs = compare_outputs(a, b, sources, images or [], prompts or [], num_attention_heads)
+    for kind, figures in outputs.items():
         sys.stdout.write(_outputs_line(kind, figures))
         result["logits" if kind == "model" else kind] = figures
         if figures["max"] > logit_tolerance and not any(part.rounded for part in parts):
@@ -96,16 +94,6 @@ def verify(
         error.result = result  # what --json prints
         raise error
     return result
-
-
-def _outputs(a, b, sources, images, prompts, num_attention_heads) -> Iterable[tuple[str, dict[str, Any]]]:
-    """What two whole models compute, as "model", else what their common parts do, by kind."""
-    pair = _models(a, b, sources)
-    if pair is None:
-        from mindspeed_mm.cli._verify_parts import compare_outputs
-
-        return compare_outputs(*sources, num_attention_heads).items()
-    return [("model", _compare_logits(*pair, list(images or []), list(prompts or [])))]
 
 
 def _outputs_line(kind: str, figures: dict[str, Any]) -> str:
@@ -131,71 +119,3 @@ def _problem(part) -> str:
     if part.only:
         return f"{part.part}: only one side has {', '.join(part.only[:4])}"
     return f"{part.part}: {part.worst} differs by {part.max_difference:.3g}"
-
-
-def _models(a: str | Mapping[str, str], b: str, sources) -> tuple[str, str, bool] | None:
-    """(path for our model, path of the other, whether transformers computes it), None without two whole models.
-
-    What was put together of several sources is no model of its own: then transformers judges ours on the result.
-    """
-    installed = importlib.util.find_spec("transformers") is not None
-    stock = [installed and source.layout == "llava-hf" for source in sources]
-    if any(len(source.parts) < 3 for source in sources) or (isinstance(a, Mapping) and not stock[1]):
-        return None
-    if isinstance(a, Mapping):
-        return str(b), str(b), True
-    return (str(b), str(a), True) if stock[0] and not stock[1] else (str(a), str(b), stock[1])
-
-
-def _compare_logits(a: str, b: str, foreign: bool, images: list[str], prompts: list[str]) -> dict[str, Any]:
-    """max and mean |d logit| and the share of positions with the same best token, in float32 on the CPU."""
-    from mindspeed_mm import api
-
-    vlm = api.load(a, device="cpu", dtype="fp32")
-    other = None if foreign else api.load(b, device="cpu", dtype="fp32")
-    largest, total, count, agreed, positions = 0.0, 0.0, 0, 0, 0
-    for ids, pixels in _inputs(vlm, images, prompts):
-        left = vlm.logits(ids, None, pixels)
-        right = other.logits(ids, None, pixels) if other else _transformers_logits(b, ids, pixels)
-        columns = min(left.shape[-1], right.shape[-1])
-        left, right = left[..., :columns], right[..., :columns]
-        difference = (left - right).abs()
-        largest = max(largest, float(difference.max()))
-        total, count = total + float(difference.sum()), count + difference.numel()
-        agreed += int((left.argmax(-1) == right.argmax(-1)).sum())
-        positions += ids.numel()
-    figures = {"max": largest, "mean": total / count, "top1": agreed / positions, "positions": positions}
-    return figures | {"outputs": "logits", "against": "transformers" if foreign else "ours"}
-
-
-def _inputs(vlm, images: list[str], prompts: list[str]):
-    """(ids [1, S] with -200 at image positions, pixel values [1, 3, h, w]) of each question."""
-    import torch
-
-    from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-    from mindspeed_mm.data.image import load_image, preprocess
-
-    generator = torch.Generator().manual_seed(0)
-    size = vlm.spec.vision_encoder.image_size
-    for number in range(max(len(images), len(prompts), 1)):
-        if images:
-            picture = load_image(images[min(number, len(images) - 1)])
-            pixels = preprocess(picture, vlm.image_processor, pad=vlm.pad)
-        else:
-            pixels = torch.randn(3, size, size, generator=generator)
-        if prompts:
-            text = vlm.tokenizer.encode(f"USER: \n{prompts[min(number, len(prompts) - 1)]} ASSISTANT:")
-        else:
-            rows = min(vlm.spec.text_decoder.language_vocab_size, vlm.image_token_id or 2**31)
-            text = torch.randint(min(3, rows - 1), rows, (TEXT_TOKENS,), generator=generator).tolist()
-        ids = text[:1] + [IMAGE_TOKEN_INDEX] * vlm.tokens_per_image + text[1:]
-        yield torch.tensor([ids]), pixels.unsqueeze(0)
-
-
-def _transformers_logits(folder: str, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    import torch
-    from transformers import LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return model(input_ids=ids.where(ids >= 0, model.config.image_token_index), pixel_values=pixels).logits.float()
