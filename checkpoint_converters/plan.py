@@ -181,7 +181,7 @@ def _spans(
         return None
     row = whole[0].nbytes // shapes[0][0]
     starts = list(itertools.accumulate((shape[0] + 1 for shape in shapes), initial=0))  # a gap: no run over two sources
-    rows = [torch.arange(start, start + shape[0]) for start, shape in zip(starts, shapes, strict=False)]
+    rows = [torch.arange(start, start + shape[0]) for start, shape in zip(starts[:-1], shapes, strict=True)]
     moved = target.rule.to_theirs(step.rule.to_ours(rows, geometry), geometry)
     result = tuple(_runs(tensor, starts, whole, row) for tensor in moved)
     shortest = min(span.nbytes for spans in result for span in spans)

@@ -47,7 +47,7 @@ def open_store(args: DriverArguments) -> Store:
     except RuntimeError as error:  # DistNetworkError, DistStoreError
         raise TrainingError(
             f"rank {os.environ['RANK']} on {_host()} cannot reach rank 0 at {host}:{port} within "
-            f"{args.preflight_timeout_seconds:g} s: {_first_line(error)}. Check MASTER_ADDR, MASTER_PORT and the "
+            f"{args.preflight_timeout_seconds:g} s: {first_line(error)}. Check MASTER_ADDR, MASTER_PORT and the "
             "network"
         ) from error
     return PrefixStore(f"/mindspeed-mm/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -64,7 +64,7 @@ def sign_in(store: Store, rank: int, ranks: int, seconds: float) -> None:
     except RuntimeError as error:
         raise TrainingError(
             f"rank 0, which keeps the list of ranks, was lost while rank {rank} on {_host()} waited for the others: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if absent:
         raise TrainingError(
@@ -143,5 +143,6 @@ def _listed(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks[:GRID_ROWS])) + (f" and {more} more" if more > 0 else "")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of torch's store or of a collective says, without the trace that may follow."""
     return str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from torch.distributed import Store
 
+from megatron.driver.preflight import first_line
 from megatron.driver.watch import EXIT_CODE
 from mindspeed_mm.errors import TrainingError
 
@@ -58,8 +59,8 @@ def naming_unreachable(store: Store, rank: int, ranks: int, seconds: float) -> I
             yield
         except RuntimeError as error:  # DistBackendError, and what gloo raises
             limit.cancel()
-            first = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
-            raise TrainingError(_message(store, rank, ranks, f"failed (limit {seconds:g} s): {first}")) from error
+            what = f"failed (limit {seconds:g} s): {first_line(error)}"
+            raise TrainingError(_message(store, rank, ranks, what)) from error
         finally:
             limit.cancel()
 

@@ -11,6 +11,7 @@ from megatron.driver import arguments
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from mindspeed_mm.cli._training import check_flags, runtime_of
 from mindspeed_mm.cli.plan import LAYOUT_FLAGS
+from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.spec import ModelSpec, load_model_spec
@@ -215,7 +216,7 @@ def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: in
             advance(1)
     lengths = [len(sample.input_ids) for sample in found]
     images = sum(len(sample.images) for sample in found) / len(found)
-    supervised = sum(sum(label != -100 for label in sample.labels[1:]) for sample in found) / len(found)
+    supervised = sum(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in found) / len(found)
     mean = sum(lengths) / len(lengths)
     loading = training.data_config.dataloader_param
     if not loading.packing:

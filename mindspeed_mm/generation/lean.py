@@ -76,8 +76,7 @@ class LeanStep:
             [1, R, H], normalised on the last stage.
         """
         x = hidden[0]
-        angles = self._decoder.rotary(position_ids)[0].unsqueeze(1)  # [R, 1, 1, D]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = self._decoder.rotary.cos_sin(position_ids, x.dtype)  # each [1, R, 1, 1, D / 2]
         for index, layer in enumerate(self._layers):
             x = x + self._attend(F.rms_norm(x, x.shape[-1:], layer.norm_1, self._eps), layer, index, cos, sin, cache)
             gate, up = F.linear(F.rms_norm(x, x.shape[-1:], layer.norm_2, self._eps), layer.fc1).chunk(2, dim=-1)
@@ -87,22 +86,16 @@ class LeanStep:
 
     def _attend(self, x, layer: _Layer, index: int, cos, sin, cache: KVCache) -> torch.Tensor:
         rows = x.shape[0]
-        qkv = F.linear(x, layer.qkv).view(rows, self._groups, self._per_group + 2, self._head_size)
+        qkv = self._platform.rotate_qk(F.linear(x, layer.qkv).unsqueeze(0), cos, sin, self._groups)
         # Queries of a group take the place of a sequence: they share keys and values, which are not repeated.
-        rotated = _rotate(qkv[:, :, :-1], cos, sin)
-        query, key = rotated[:, :, :-1], rotated[:, :, -1:]
-        keys, values, mask = cache.update(index, key, qkv[:, :, -1:])
+        qkv = qkv.view(rows, self._groups, self._per_group + 2, self._head_size)
+        query, key, value = qkv.split((self._per_group, 1, 1), dim=2)
+        keys, values, mask = cache.update(index, key, value)
         output = self._platform.attention(query, keys, values, mask=mask, causal=False, scale=self._scale, dropout=0.0)
         return self._sum(F.linear(output.reshape(rows, -1), layer.proj))
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
         return reduce_from_tensor_model_parallel_region(x) if self._parallel else x
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Half-split rotation of [R, G, A + 1, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _weights(layer: torch.nn.Module) -> _Layer:

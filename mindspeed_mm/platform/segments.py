@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,4 +32,4 @@ class Segments:
     @property
     def slices(self) -> list[slice]:
         """One for each sequence."""
-        return [slice(start, end) for start, end in zip((0, *self.ends), self.ends, strict=False)]
+        return [slice(start, end) for start, end in itertools.pairwise((0, *self.ends))]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.golden_training import records
-from tests.helpers.killed_runs import _port as free_port
+from tests.helpers.killed_runs import free_port
 from tests.parallel.test_command import describe_data, folder  # noqa: F401  a fixture
 
 ROOT = Path(__file__).parents[2]

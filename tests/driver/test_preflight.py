@@ -10,7 +10,8 @@ import pytest
 from mindspeed_mm.errors import ConfigError, TrainingError
 from mindspeed_mm.platform import get_platform
 from tests.helpers import tiny_training as tiny
-from tests.helpers.killed_runs import _port as free_port
+from tests.helpers.killed_runs import free_port
+from tests.helpers.memory_store import MemoryStore
 
 get_platform("cpu")
 
@@ -78,23 +79,10 @@ def test_rank_0_shows_the_world(ranks):
     assert first[2].startswith("  rank    1: tensor 1, pipeline 0, context 0, data 0 on ")
 
 
-class Store(dict):
-    """A store in memory."""
-
-    def check(self, keys):
-        return all(key in self for key in keys)
-
-    def get(self, key):
-        return self[key]
-
-    def set(self, key, value):
-        self[key] = value.encode()
-
-
 def test_a_rank_that_stands_still_is_found(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
-    store = Store()
+    store = MemoryStore()
     first, last = watch.Watch(store, 0, 3, 10.0), watch.Watch(store, 2, 3, 10.0)
     for rank in range(3):
         store.set(f"here/{rank}", f"host-{rank}")
@@ -126,7 +114,7 @@ def test_a_store_that_does_not_answer(monkeypatch):
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
     monkeypatch.setenv("MASTER_ADDR", "host-0")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    found = watch.Watch(Store(), 1, 2, 10.0)
+    found = watch.Watch(MemoryStore(), 1, 2, 10.0)
     ends = []
     monkeypatch.setattr(watch.os, "_exit", lambda code: (ends.append((now[0], code)), found._done.set()))
 
@@ -156,7 +144,7 @@ def test_a_loss_that_is_seen_late_is_told(monkeypatch):
     """On a busy machine the others are asked long after a collective has failed."""
     now = [0.0]
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
-    store = Store()
+    store = MemoryStore()
     found = watch.Watch(store, 0, 2, 10.0)
     store.set("here/1", "host-1")
     store.set("alive/1", "7")

@@ -8,28 +8,13 @@ import pytest
 
 from mindspeed_mm.errors import TrainingError
 from mindspeed_mm.platform import get_platform
+from tests.helpers.memory_store import MemoryStore
 
 get_platform("cpu")
 
 from megatron.driver import reach  # noqa: E402
 
 HERE = socket.gethostname()
-
-
-class Store(dict):
-    """A store in memory, with ranks that have signed in."""
-
-    def __init__(self, *hosts):
-        super().__init__({f"here/{rank}": host.encode() for rank, host in enumerate(hosts)})
-
-    def check(self, keys):
-        return all(key in self for key in keys)
-
-    def get(self, key):
-        return self[key]
-
-    def set(self, key, value):
-        self[key] = value.encode()
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +44,7 @@ def failing(store, rank, ranks):
 
 
 def test_ranks_that_have_ended_are_named(master):
-    store = Store(HERE, "host-b", "host-b", "host-c")
+    store = MemoryStore(HERE, "host-b", "host-b", "host-c")
     store.set("door/1", door(closed_port()))
     store.set("door/2", door(master))
     said = failing(store, 0, 4)
@@ -70,26 +55,26 @@ def test_ranks_that_have_ended_are_named(master):
 
 
 def test_what_others_found_out_is_told(master):
-    store = Store(HERE, "host-b")
+    store = MemoryStore(HERE, "host-b")
     store.set("door/1", door(master))
     store.set("knocked/1", json.dumps(["host-b (rank 1) -> rank 0 on here (10.0.0.1: timed out)"]))
     assert "Out of reach: host-b (rank 1) -> rank 0 on here (10.0.0.1: timed out)" in failing(store, 0, 2)
 
 
 def test_an_address_without_a_way(master):
-    store = Store(HERE, "host-b")
+    store = MemoryStore(HERE, "host-b")
     store.set("door/1", door(master, "no-such-host.invalid"))
     assert "rank 1 on host-b (no-such-host.invalid: [Errno" in failing(store, 0, 2)
 
 
 def test_all_can_be_reached(master):
-    store = Store(HERE, "host-b")
+    store = MemoryStore(HERE, "host-b")
     store.set("door/1", door(master))
     assert "All ranks answer on the network of MASTER_ADDR, so the interface" in failing(store, 0, 2)
 
 
 def test_the_store_has_gone():
-    class Gone(Store):
+    class Gone(MemoryStore):
         def check(self, keys):
             raise RuntimeError("connection closed")
 
@@ -98,12 +83,12 @@ def test_the_store_has_gone():
 
 def test_one_rank_of_each_host_where_there_are_many(monkeypatch):
     monkeypatch.setattr(reach, "EVERY_RANK", 3)
-    said = failing(Store(HERE, HERE, "host-b", "host-b"), 1, 4)
+    said = failing(MemoryStore(HERE, HERE, "host-b", "host-b"), 1, 4)
     assert "rank 0 on" in said and "rank 2 on host-b" in said and "rank 3" not in said
 
 
 def test_no_more_than_some_are_named():
-    said = failing(Store(HERE, *(f"host-{number}" for number in range(20))), 0, 21)
+    said = failing(MemoryStore(HERE, *(f"host-{number}" for number in range(20))), 0, 21)
     assert said.count("it has ended") == reach.LISTED
 
 
@@ -111,7 +96,7 @@ def test_a_backend_that_never_gives_up_is_ended(monkeypatch, caplog, master):
     """gloo tries to connect for a multiple of its time limit, and nothing gets a process out of it."""
     ended = threading.Event()
     monkeypatch.setattr(reach.os, "_exit", lambda code: ended.set() if code == 70 else None)
-    store = Store(HERE, "host-b")
+    store = MemoryStore(HERE, "host-b")
     store.set("door/1", door(closed_port()))
     with reach.naming_unreachable(store, 0, 2, 0.1):
         assert ended.wait(60)
@@ -119,5 +104,5 @@ def test_a_backend_that_never_gives_up_is_ended(monkeypatch, caplog, master):
 
 
 def test_other_errors_stay_as_they_are():
-    with pytest.raises(ValueError, match="^a flag$"), reach.naming_unreachable(Store(HERE), 0, 1, 60.0):
+    with pytest.raises(ValueError, match="^a flag$"), reach.naming_unreachable(MemoryStore(HERE), 0, 1, 60.0):
         raise ValueError("a flag")

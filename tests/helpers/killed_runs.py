@@ -89,7 +89,7 @@ def judge(start: dict) -> tuple[str | None, bool]:
 
 def one_start(plan: dict, number: int, victims: list[int], moment: float, allowed: tuple[float, float]) -> dict:
     """Start both ranks, kill the victims at the moment, wait for the others."""
-    save, port = plan["save"], _port()
+    save, port = plan["save"], free_port()
     before = _iteration(save)
     ranks = [_start(rank, plan, number, port, allowed) for rank in range(2)]
     if victims:
@@ -174,7 +174,7 @@ def _run(command: list[str]) -> int:
     return 0
 
 
-def _port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

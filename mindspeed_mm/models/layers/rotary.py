@@ -44,25 +44,20 @@ def _llama3_frequencies(frequencies: torch.Tensor, scaling: dict) -> torch.Tenso
 
 
 class RotaryEmbedding:
-    """Angles for explicit positions. Holds no parameters and no buffers, so casting a model never rounds it."""
+    """Cosines and sines of explicit positions. No parameters, no buffers: casting a model never rounds it."""
 
     def __init__(self, head_size: int, base: float, scaling: dict | None) -> None:
         self._frequencies = inverse_frequencies(head_size, base, scaling)
 
-    def __call__(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Angles in the layout of megatron.core's rotary application.
+    def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What `Platform.rotate_qk` rotates by, computed once for all layers.
 
         Args:
             position_ids: [B, S] int64; B may be 1 where all rows have the same positions.
 
         Returns:
-            [S, B, 1, D] float32, both halves of D equal (half-split rotation).
+            [2, S, B, 1, 1, D / 2]: cosines and sines, computed in float32 and cast to `dtype`.
         """
-        angles = position_ids.t().unsqueeze(-1).float() * self._frequencies_on(position_ids.device)
-        return torch.cat((angles, angles), dim=-1).unsqueeze(2)
-
-    def cos_sin(self, position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What `layers/self_attention.py` rotates by, computed once for all layers: [2, S, B, 1, 1, D / 2]."""
         angles = position_ids.t().float()[:, :, None, None, None] * self._frequencies_on(position_ids.device)
         return torch.stack((angles.cos(), angles.sin())).to(dtype)
 
