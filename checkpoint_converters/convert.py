@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,17 @@ from checkpoint_converters.companions import companions_of
 from checkpoint_converters.plan import Wanted, as_dtype, part_jobs, total_bytes
 from checkpoint_converters.progress import bytes_bar
 from checkpoint_converters.stream import Runner
-from checkpoint_converters.targets import FILE_NAMES, TARGETS, Conversion, WeightFiles, own_record, plan_target
+from checkpoint_converters.targets import (
+    CHECKPOINT,
+    FILE_NAMES,
+    Conversion,
+    WeightFiles,
+    is_whole,
+    own_record,
+    plan_target,
+    slots_of,
+    targets,
+)
 from checkpoint_converters.write import (
     SHARD_BYTES,
     beside,
@@ -28,14 +39,13 @@ from checkpoint_converters.write import (
 )
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_model, describe_part, part_of_source
-from mindspeed_mm.models.part import PartSpec
-from mindspeed_mm.models.spec import PART_KINDS, load_model_spec
-from mindspeed_mm.weights.sources import PartSource, Source, open_source
+from mindspeed_mm.models.part import SLOTS, PartSpec, part_block
+from mindspeed_mm.models.sources import open_source
+from mindspeed_mm.models.spec import DEFAULT_FAMILY, load_model_spec
+from mindspeed_mm.weights.layouts import OURS
+from mindspeed_mm.weights.sources import PartSource, Source
 
 logger = logging.getLogger(__name__)
-
-WHOLE = ("llava", "llava-hf", "checkpoint")
-"""Layouts that hold whole models alone."""
 
 FILE_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 
@@ -45,7 +55,7 @@ RUN_KEYS = (
 )
 """Spec keys that say how a run used the part, which is nothing of the weights."""
 
-__all__ = ["FILE_NAMES", "TARGETS", "Converted", "convert", "convert_part", "open_parts", "specs_of"]
+__all__ = ["FILE_NAMES", "Converted", "convert", "convert_part", "open_parts", "specs_of", "targets"]
 
 
 @dataclass(frozen=True)
@@ -91,8 +101,8 @@ def convert(
 
     Raises WeightError for a source that cannot be read or a target that cannot be written; the source is never changed.
     """
-    if to not in TARGETS:
-        raise WeightError(f"cannot convert to {to!r}; expected {', '.join(TARGETS)}.")
+    if to not in targets():
+        raise WeightError(f"cannot convert to {to!r}; expected {', '.join(targets())}.")
     if shard_size <= 0:
         raise WeightError(f"found shard size {shard_size}; expected a positive number of bytes.")
     target = Path(target)
@@ -106,11 +116,12 @@ def convert(
         companions_of(opened, tokenizer, image_processor),
         as_dtype(dtype),
         stated_heads=num_attention_heads is not None,
+        family=family_of(opened),
     )
     plan = plan_target(conversion, to)
     runner = Runner(allow_nonfinite=allow_nonfinite)
     total = sum(total_bytes(files.jobs) for files in plan.files)
-    joins = to == "mindspeed-mm" and target.is_dir() and not target.is_symlink()
+    joins = to == OURS and target.is_dir() and not target.is_symlink()
     if to == "projector" and target.suffix in FILE_SUFFIXES:
         return _convert_to_file(plan.files[0], target, runner, overwrite=overwrite)
     if not joins:
@@ -133,24 +144,35 @@ def open_parts(source: str | Path | Source | Mapping[str, str | Path]) -> Source
         return source
     if not isinstance(source, Mapping):
         return open_source(source)
-    unknown = sorted(set(source) - set(PART_KINDS))
+    unknown = sorted(set(source) - set(SLOTS))
     if unknown or not source:
-        raise WeightError(f"found sources for {unknown or 'nothing'}; expected some of {', '.join(PART_KINDS)}.")
+        raise WeightError(f"found sources for {unknown or 'nothing'}; expected some of {', '.join(SLOTS)}.")
     parts = {kind: open_source(path).part(kind) for kind, path in source.items()}
     return Source(next(iter(parts.values())).path, "parts", None, parts)
 
 
 def specs_of(source: Source, kinds: Sequence[str], num_attention_heads: int | None = None) -> dict[str, PartSpec]:
     """Specs of the named parts of a source, without what a run had set. A whole model is checked as one."""
-    if source.layout in ("mindspeed-mm", "checkpoint") and source.config and set(kinds) == set(PART_KINDS):
-        model = source.config["model"] if source.layout == "checkpoint" else source.config
+    model = _model_config(source)
+    if model and set(kinds) == set(SLOTS):
         specs = load_model_spec(model, context=f"{source.path}: its model config").part_specs()
-    elif set(kinds) == set(PART_KINDS):
+    elif set(kinds) == set(SLOTS):
         specs = describe_model(source, num_attention_heads=num_attention_heads).part_specs()
     else:
         heads = {"vision_encoder": num_attention_heads}
         specs = {kind: describe_part(source.part(kind), num_attention_heads=heads.get(kind)) for kind in kinds}
     return {kind: _as_weights(source.part(kind), spec) for kind, spec in specs.items()}
+
+
+def family_of(source: Source) -> str:
+    """model_id of the family that a source's model belongs to; the default one where it does not say."""
+    return source.family or _model_config(source).get("model_id") or DEFAULT_FAMILY
+
+
+def _model_config(source: Source) -> dict[str, Any]:
+    """The model.json that a source of our own carries; empty where there is none."""
+    config = source.config or {}
+    return config["model"] if source.layout == CHECKPOINT else config if source.layout == OURS else {}
 
 
 def convert_part(
@@ -178,22 +200,22 @@ def convert_part(
 
 
 def _as_weights(source: PartSource, spec: PartSpec) -> PartSpec:
-    block = {k: v for k, v in spec.model_dump(mode="json", exclude_defaults=True).items() if k not in RUN_KEYS}
+    block = {k: v for k, v in part_block(source.part, spec).items() if k not in RUN_KEYS}
     return part_of_source(source).read_config(block, "ours")
 
 
 def _chosen(source: Source, to: str, parts: Sequence[str] | None) -> list[str]:
     """The kinds to convert. Raises WeightError for those that the source or the target lacks."""
-    offered = TARGETS[to]
+    offered = slots_of(to)
     unknown = sorted(set(parts or ()) - set(offered))
     if unknown:
         raise WeightError(f"layout {to} has no {', '.join(unknown)}; expected {', '.join(offered)}.")
-    if to in WHOLE and parts and set(parts) != set(offered):
+    if is_whole(to) and parts and set(parts) != set(offered):
         raise WeightError(f"layout {to} holds a whole model; expected no choice of parts. Choose another layout.")
-    needed = parts or (offered if to != "mindspeed-mm" else source.parts)
+    needed = parts or (offered if to != OURS else source.parts)
     for kind in needed:
         source.part(kind)  # raises, with the reason that fits the layout
-    return [kind for kind in PART_KINDS if kind in needed]
+    return [kind for kind in SLOTS if kind in needed]
 
 
 def _check_apart(source: Source, target: Path) -> None:

@@ -25,10 +25,12 @@ from checkpoint_converters.write import (
 )
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_part, part_of_source
+from mindspeed_mm.models.families.llava import LLAVA
+from mindspeed_mm.models.sources import PEFT_PREFIX, open_source
 from mindspeed_mm.weights.files import read_json_object
 from mindspeed_mm.weights.folders import STANDARD_FILES, TensorFiles, open_file
-from mindspeed_mm.weights.layouts import LLAVA, PROJECTOR, VISION, WRITTEN
-from mindspeed_mm.weights.sources import PEFT_PREFIX, Source, open_source
+from mindspeed_mm.weights.layouts import PROJECTOR, VISION
+from mindspeed_mm.weights.sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ def _place(source: Source, places: dict[str, str], name: str, path: Path) -> str
     if name in places:
         return name
     alone = _PROJECTOR_NAME.fullmatch(name)
-    canonical = WRITTEN["llava"][PROJECTOR][1] + alone[1] if alone else name
+    canonical = LLAVA.written[PROJECTOR] + alone[1] if alone else name
     split, _, _ = LLAVA.split([canonical])
     for part, names in split.items():
         found = source.part_sources.get(part)
@@ -226,7 +228,7 @@ def _reading(file, name: str, change: _Change | None, dtype: torch.dtype):
 def _check_tower(source: Source, changes: dict[str, _Change]) -> None:
     """A liuhaotian folder that carries its tower twice must not get two different ones."""
     tower = source.path / str((source.config or {}).get("mm_vision_tower"))
-    changed = [change for name, change in changes.items() if name.startswith(WRITTEN["llava"][VISION][1])]
+    changed = [change for name, change in changes.items() if name.startswith(LLAVA.written[VISION])]
     if source.layout == "llava" and changed and tower.exists():
         raise WeightError(
             f"{changed[0].files.path}: tensor {changed[0].stored} changes the tower, which {tower} holds once more; "

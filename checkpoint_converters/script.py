@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from checkpoint_converters.convert import FILE_NAMES, convert_part
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 
 DTYPE_CHOICES = ("keep", "fp32", "fp16", "bf16")
 

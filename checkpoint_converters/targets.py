@@ -1,10 +1,11 @@
 """The layouts that are written: which files with which tensors, and the configs beside them."""
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,18 +23,54 @@ from checkpoint_converters.companions import (
 )
 from checkpoint_converters.plan import Job, Wanted, part_jobs, renamed, stored_dtype
 from checkpoint_converters.write import TOWER_FOLDER, write_json
+from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.describe import model_block
-from mindspeed_mm.models.part import PartSpec
-from mindspeed_mm.models.spec import PART_KINDS
+from mindspeed_mm.models.families.llava import LLAVA, ORIGINAL
+from mindspeed_mm.models.part import SLOTS, PartSpec, all_parts, part_block, part_of
+from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, all_families, find_family, load_model_spec, model_block
 from mindspeed_mm.weights.files import read_json_object
-from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, WRITTEN
+from mindspeed_mm.weights.layouts import HF_DECODER, OUR_FILES, OUR_MODEL, OURS, PROJECTOR, TEXT, VISION, Layout
 from mindspeed_mm.weights.sources import PartSource, Source
 
 logger = logging.getLogger(__name__)
 
-TARGETS = {layout: tuple(parts) for layout, parts in WRITTEN.items()}
-"""Layouts that can be written, with their parts."""
+CHECKPOINT = "checkpoint"
+"""The layout of training checkpoints, which another module writes."""
+
+
+class Target(NamedTuple):
+    """A layout that can be written, and the family whose it is (None: of any)."""
+
+    layout: Layout
+    family: str | None
+
+
+@functools.cache
+def targets() -> dict[str, tuple[Target, ...]]:
+    """Layouts that can be written, by name. Two families may have one of the same name."""
+    found: dict[str, tuple[Target, ...]] = {OURS: tuple(Target(layout, None) for layout in OUR_FILES.values())}
+    for family in all_families().values():
+        for layout in family.layouts:
+            if layout.written:
+                found[layout.name] = (*found.get(layout.name, ()), Target(layout, family.name))
+    found["hf"] = (Target(HF_DECODER, None),)
+    for slot in SLOTS[1:]:
+        for part in all_parts(slot).values():
+            for layout in part.layouts:
+                if layout.written:
+                    found[layout.name] = (Target(layout, None),)
+    return found | {CHECKPOINT: (Target(OUR_MODEL, None),)}
+
+
+def slots_of(to: str) -> tuple[str, ...]:
+    """The slots that a layout has."""
+    return tuple(slot for slot in SLOTS if any(slot in target.layout.written for target in targets()[to]))
+
+
+def is_whole(to: str) -> bool:
+    """Whether a layout holds whole models alone."""
+    return to == CHECKPOINT or any(target.family for target in targets()[to])
+
 
 FILE_NAMES = {VISION: "converted_clip.pt", TEXT: "converted_vicuna.pt", PROJECTOR: "mlp.pt"}
 """Files of the layout mindspeed-mm, as the ancestor's guide names them."""
@@ -51,14 +88,20 @@ class Conversion:
     companions: Companions
     dtype: torch.dtype | None = None
     stated_heads: bool = False
+    family: str = DEFAULT_FAMILY
 
-    def jobs(self, layout: str, kind: str, rows: int | None = None) -> list[Job]:
+    @property
+    def model(self) -> ModelSpec:
+        """The whole model that the parts make."""
+        return load_model_spec(model_block(self.specs, self.family), context=str(self.source.path))
+
+    def jobs(self, layout: Layout, kind: str, rows: int | None = None) -> list[Job]:
         """Jobs of one part in the names of a layout."""
-        dialect, prefix = WRITTEN[layout][kind]
+        dialect, prefix = layout.dialects[kind], layout.written[kind]
         jobs, filled = part_jobs(
             self.parts[kind],
             self.specs[kind],
-            Wanted(dialect, prefix, self.dtype, rows if kind == TEXT else None, built_only=layout == "checkpoint"),
+            Wanted(dialect, prefix, self.dtype, rows if kind == TEXT else None, built_only=layout is OUR_MODEL),
         )
         if kind == PROJECTOR and dialect == "llava" and self.specs[kind].num_layers == 1:
             jobs = [renamed(job, prefix + "0.", prefix) for job in jobs]  # LLaVA's linear is no sequence of modules
@@ -91,14 +134,23 @@ class TargetPlan:
 
 
 def plan_target(conversion: Conversion, to: str) -> TargetPlan:
-    """The plan of one layout of TARGETS. Raises WeightError where the source cannot be written in it."""
-    if to not in _PLANS:
-        raise WeightError(f"layout {to} is written by a module that was not imported; use mm.convert or the command.")
-    return _PLANS[to](conversion)
+    """The plan of one of `targets()`. Raises WeightError where the source cannot be written in it."""
+    if to in _PLANS:
+        return _PLANS[to](conversion)
+    fitting = [target for target in targets()[to] if target.family in (None, conversion.family)]
+    if not fitting:
+        families = ", ".join(target.family for target in targets()[to])
+        raise WeightError(
+            f"layout {to} holds models of {families}; the source is one of {conversion.family}. Choose another layout."
+        )
+    if fitting[0].family is not None:
+        return _plan_family(conversion, fitting[0].layout)
+    (slot,) = fitting[0].layout.written
+    return _plan_part(conversion, fitting[0].layout, slot)
 
 
 def register_target(to: str, plan: Callable[[Conversion], TargetPlan]) -> None:
-    """Add what plans a further layout of TARGETS (the training checkpoint)."""
+    """Add what plans a layout that is written in a way of its own (the training checkpoint)."""
     _PLANS[to] = plan
 
 
@@ -106,97 +158,116 @@ def own_record(source: PartSource, spec: PartSpec, *, stated_heads: bool) -> tup
     """(what a file of ours says of itself, the Spec fields that had to be assumed)."""
     known = source.config is not None or stated_heads or source.part != VISION
     assumed = source.assumed if known else ("num_attention_heads",)
-    block = spec.model_dump(mode="json", exclude_defaults=True)
-    return {"config": {source.part: block}, "assumed": list(assumed)}, assumed
+    return {"config": {source.part: part_block(source.part, spec)}, "assumed": list(assumed)}, assumed
 
 
 def _plan_ours(conversion: Conversion) -> TargetPlan:
     files = []
     for kind, source in conversion.parts.items():
         record, _ = own_record(source, conversion.specs[kind], stated_heads=conversion.stated_heads)
-        files.append(WeightFiles(FILE_NAMES[kind], "torch", conversion.jobs("mindspeed-mm", kind), record))
+        files.append(WeightFiles(FILE_NAMES[kind], "torch", conversion.jobs(OUR_FILES[kind], kind), record))
 
     def finish(folder: Path) -> None:
         names = [] if TEXT not in conversion.parts else [*TOKENIZER_FILES, *GENERATION_FILES]
         conversion.companions.copy(folder, [*names, *(PROCESSOR_FILES if VISION in conversion.parts else ())])
-        if set(conversion.parts) == set(PART_KINDS):
-            write_json(folder / "model.json", model_block(conversion.specs))
+        if set(conversion.parts) == set(SLOTS):
+            write_json(folder / "model.json", model_block(conversion.specs, conversion.family))
 
     return TargetPlan(files, finish)
 
 
-def _plan_hf(conversion: Conversion) -> TargetPlan:
-    jobs = conversion.jobs("hf", TEXT)
+def _plan_part(conversion: Conversion, layout: Layout, slot: str) -> TargetPlan:
+    """One part's own public folder."""
+    spec, jobs = conversion.specs[slot], conversion.jobs(layout, slot)
+    if layout not in (HF_DECODER, *part_of(slot, spec).layouts):
+        raise WeightError(
+            f"layout {layout.name} does not hold a {slot} {spec.model_id}. Choose --to "
+            f"{' or '.join(own.name for own in part_of(slot, spec).layouts if own.written) or OURS}."
+        )
+    if slot == PROJECTOR:
+        config = configs.hf_config(slot, spec, stored_dtype(jobs))
+        files = [WeightFiles(PROJECTOR_FILE, "torch", jobs)]
+        return TargetPlan(files, lambda folder: write_json(folder / "config.json", config))
 
     def finish(folder: Path) -> None:
+        if slot == VISION:
+            return _finish_encoder(conversion, folder, jobs)
         conversion.companions.copy(folder, (*TOKENIZER_FILES, *GENERATION_FILES))
-        config = configs.hf_config(TEXT, conversion.specs[TEXT], stored_dtype(jobs))
+        config = configs.hf_config(slot, spec, stored_dtype(jobs))
         write_json(folder / "config.json", config | configs.text_tokens(conversion.source))
 
     return TargetPlan([WeightFiles(".", "safetensors", jobs)], finish)
 
 
-def _plan_clip(conversion: Conversion) -> TargetPlan:
-    jobs = conversion.jobs("clip", VISION)
-    return TargetPlan([WeightFiles(".", "safetensors", jobs)], lambda folder: _finish_tower(conversion, folder, jobs))
-
-
-def _finish_tower(conversion: Conversion, folder: Path, jobs: list[Job]) -> None:
+def _finish_encoder(conversion: Conversion, folder: Path, jobs: list[Job]) -> None:
     spec = conversion.specs[VISION]
-    conversion.companions.copy(folder, PROCESSOR_FILES)
-    if not (folder / PROCESSOR_FILES[0]).is_file():
-        write_json(folder / PROCESSOR_FILES[0], configs.image_processor_config(spec))
+    _add_image_processor(conversion, folder, part_of(VISION, spec).image_processor)
     write_json(folder / "config.json", configs.hf_config(VISION, spec, stored_dtype(jobs)))
 
 
-def _plan_projector(conversion: Conversion) -> TargetPlan:
-    spec = conversion.specs[PROJECTOR]
-    jobs = conversion.jobs("projector", PROJECTOR)
-    config = configs.projector_config(spec)
-    return TargetPlan(
-        [WeightFiles(PROJECTOR_FILE, "torch", jobs)], lambda folder: write_json(folder / "config.json", config)
-    )
+def _add_image_processor(conversion: Conversion, folder: Path, default: Callable | None) -> None:
+    """The source's image processor, else the one that all releases of the encoder have."""
+    conversion.companions.copy(folder, PROCESSOR_FILES)
+    if not (folder / PROCESSOR_FILES[0]).is_file():
+        if default is None:
+            raise WeightError(
+                f"{conversion.source.path} came with no {PROCESSOR_FILES[0]}, and the encoder has no usual one. Give "
+                "--image-processor (image_processor=), a folder that holds one."
+            )
+        write_json(folder / PROCESSOR_FILES[0], default(conversion.specs[VISION]))
 
 
-def _plan_llava_hf(conversion: Conversion) -> TargetPlan:
-    text = conversion.specs[TEXT]
-    tokens = configs.text_tokens(conversion.source)
-    vocabulary = image_vocabulary(conversion.companions, text.language_vocab_size, tokens.get("pad_token_id"))
-    jobs = [job for kind in PART_KINDS for job in conversion.jobs("llava-hf", kind, vocabulary.rows)]
-    config = configs.llava_hf_config(conversion.specs, stored_dtype(jobs), vocabulary, tokens)
+def _plan_family(conversion: Conversion, layout: Layout) -> TargetPlan:
+    """A folder that the family's transformers class reads."""
+    family, text = find_family(conversion.family), conversion.specs[TEXT]
+    tokens, vocabulary, rows = configs.text_tokens(conversion.source), None, None
+    if family.adds_image_token:
+        vocabulary = image_vocabulary(conversion.companions, text.language_vocab_size, tokens.get("pad_token_id"))
+        rows = vocabulary.rows
+        tokens |= {"image_token_id": vocabulary.image_id, "pad_token_id": vocabulary.pad_id, "rows": rows}
+    elif (folder := conversion.companions.tokenizer_folder()) is not None:
+        tokens |= family.token_ids(load_tokenizer(folder).token_to_id)
+    jobs = [job for kind in family.slots for job in conversion.jobs(layout, kind, rows)]
+    config = family.join_config(layout.name, conversion.specs, stored_dtype(jobs), tokens)
 
     def finish(folder: Path) -> None:
-        conversion.companions.copy(folder, (*TOKENIZER_FILES, *GENERATION_FILES, *PROCESSOR_FILES))
-        if vocabulary.new:
+        conversion.companions.copy(folder, (*TOKENIZER_FILES, *GENERATION_FILES))
+        if vocabulary is not None and vocabulary.new:
             add_image_tokens(folder, vocabulary)
         complete_tokenizer(folder)
-        if not (folder / PROCESSOR_FILES[0]).is_file():
-            write_json(folder / PROCESSOR_FILES[0], configs.image_processor_config(conversion.specs[VISION]))
-        write_json(folder / "processor_config.json", configs.processor_config(conversion.specs[VISION]))
+        _add_image_processor(conversion, folder, lambda _spec: family.default_image_processor(conversion.model))
+        processor = family.processor_config(conversion.model)
+        if processor is not None:
+            write_json(folder / "processor_config.json", processor)
         generation = folder / GENERATION_FILES[0]
-        given = (
-            read_json_object(generation) if generation.is_file() else {"bos_token_id": 1, "eos_token_id": 2} | tokens
-        )
-        write_json(generation, given | {"pad_token_id": vocabulary.pad_id})
+        if generation.is_file() or family.adds_image_token:
+            defaults = {"bos_token_id": 1, "eos_token_id": 2} | configs.text_tokens(conversion.source)
+            given = read_json_object(generation) if generation.is_file() else defaults
+            pad = {"pad_token_id": tokens["pad_token_id"]} if "pad_token_id" in tokens else {}
+            write_json(generation, given | pad)
         write_json(folder / "config.json", config)
 
     return TargetPlan([WeightFiles(".", "safetensors", jobs)], finish)
 
 
-def _plan_llava(conversion: Conversion) -> TargetPlan:
-    """The main checkpoint as torch files with an index; a tower that has no hub name follows in its own folder, since
-    LLaVA's loader takes the tower from where mm_vision_tower points."""
+def _plan_original(conversion: Conversion) -> TargetPlan:
+    """LLaVA's original layout: the main checkpoint as torch files with an index.
+
+    An encoder that has no hub name follows in its own folder, since LLaVA's loader takes it from mm_vision_tower.
+    """
+    family = find_family(conversion.family)
+    layout = next((layout for layout in family.layouts if layout.name == ORIGINAL), LLAVA)
     rows = rows_without_image(conversion.source, conversion.specs[TEXT].language_vocab_size)
-    jobs = [job for kind in PART_KINDS for job in conversion.jobs("llava", kind, rows)]
-    name = configs.own_tower_name(conversion.source)
-    tower = [] if name else conversion.jobs("clip", VISION)
-    files = [WeightFiles(".", "bin", jobs)] + ([WeightFiles(TOWER_FOLDER, "safetensors", tower)] if tower else [])
+    jobs = [job for kind in family.slots for job in conversion.jobs(layout, kind, rows)]
+    name = configs.own_encoder_name(conversion.source)
+    folders = part_of(VISION, conversion.specs[VISION]).layouts
+    encoder = [] if name else conversion.jobs(folders[0], VISION)
+    files = [WeightFiles(".", "bin", jobs)] + ([WeightFiles(TOWER_FOLDER, "safetensors", encoder)] if encoder else [])
     tokens = configs.text_tokens(conversion.source)
     if rows != conversion.specs[TEXT].language_vocab_size:
         tokens = {key: value for key, value in tokens.items() if key != "pad_token_id"} | {"pad_token_id": 0}
-    config = configs.llava_config(
-        conversion.specs, stored_dtype(jobs), conversion.source, name or TOWER_FOLDER, tokens, rows
-    )
+    config = family.join_config(ORIGINAL, conversion.specs, stored_dtype(jobs), tokens | {"rows": rows})
+    config = configs.original_config(config, conversion.specs, conversion.source, name or TOWER_FOLDER)
 
     def finish(folder: Path) -> None:
         conversion.companions.copy(folder, (*TOKENIZER_FILES, *GENERATION_FILES))
@@ -205,8 +276,8 @@ def _plan_llava(conversion: Conversion) -> TargetPlan:
             generation = folder / GENERATION_FILES[0]
             if generation.is_file():
                 write_json(generation, read_json_object(generation) | {"pad_token_id": tokens["pad_token_id"]})
-        if tower:
-            _finish_tower(conversion, folder / TOWER_FOLDER, tower)
+        if encoder:
+            _finish_encoder(conversion, folder / TOWER_FOLDER, encoder)
         else:
             conversion.companions.copy(folder, PROCESSOR_FILES)
         write_json(folder / "config.json", config)
@@ -214,11 +285,5 @@ def _plan_llava(conversion: Conversion) -> TargetPlan:
     return TargetPlan(files, finish)
 
 
-_PLANS: dict[str, Callable[[Conversion], TargetPlan]] = {
-    "mindspeed-mm": _plan_ours,
-    "llava-hf": _plan_llava_hf,
-    "llava": _plan_llava,
-    "hf": _plan_hf,
-    "clip": _plan_clip,
-    "projector": _plan_projector,
-}
+_PLANS: dict[str, Callable[[Conversion], TargetPlan]] = {OURS: _plan_ours, ORIGINAL: _plan_original}
+"""Layouts that are written in a way of their own."""

@@ -11,9 +11,10 @@ import torch
 
 from megatron.driver.reading import Checkpoint, find_checkpoint, read_checkpoint
 from mindspeed_mm.errors import CheckpointError
+from mindspeed_mm.models.sources import register_detector
 from mindspeed_mm.weights.files import Span
 from mindspeed_mm.weights.layouts import OUR_MODEL, PROJECTOR, TEXT, VISION
-from mindspeed_mm.weights.sources import PartSource, Source, register_detector
+from mindspeed_mm.weights.sources import PartSource, Source
 from mindspeed_mm.weights.torch_file import TorchFile
 
 VOCABULARY_TENSORS = ("text_decoder.embedding.word_embeddings.weight", "text_decoder.output_layer.weight")

@@ -18,16 +18,16 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_converters.companions import PROCESSOR_FILES, SAVED_TOKENIZER, TOKENIZER_FILES
-from checkpoint_converters.configs import image_processor_config
 from checkpoint_converters.plan import Job
 from checkpoint_converters.stream import Runner
 from checkpoint_converters.targets import Conversion, TargetPlan, WeightFiles, register_target
 from megatron.driver import integrity, storage
 from megatron.driver.reading import FORMAT
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.spec import PART_KINDS
+from mindspeed_mm.models.part import SLOTS
+from mindspeed_mm.models.spec import find_family
 from mindspeed_mm.weights.files import read_json_object
-from mindspeed_mm.weights.layouts import VISION
+from mindspeed_mm.weights.layouts import OUR_MODEL
 
 FOLDER_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FOLDER_FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
@@ -36,7 +36,7 @@ FOLDER_FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
 
 def plan_checkpoint(conversion: Conversion) -> TargetPlan:
     """The plan of layout checkpoint. Raises WeightError unless the source holds a whole model."""
-    jobs = [job for kind in PART_KINDS for job in conversion.jobs("checkpoint", kind)]
+    jobs = [job for kind in SLOTS for job in conversion.jobs(OUR_MODEL, kind)]
 
     def finish(folder: Path) -> None:
         release = folder / storage.RELEASE
@@ -101,8 +101,8 @@ class _MakeWhenWritten(dcp.DefaultSavePlanner):
 def _run(conversion: Conversion) -> dict[str, Any]:
     """run.json of a checkpoint that no run wrote: weights, and what belongs to them."""
     specs = {kind: spec.model_dump(mode="json") for kind, spec in conversion.specs.items()}
-    encoder = {kind: specs[kind] for kind in PART_KINDS[1:]}
-    model = {"model_id": "llava", "text_decoder": specs["text_decoder"], "image_encoder": encoder}
+    encoder = {kind: specs[kind] for kind in SLOTS[1:]}
+    model = {"model_id": conversion.family, "text_decoder": specs["text_decoder"], "image_encoder": encoder}
     sizes = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     return {
         "format": FORMAT,
@@ -124,9 +124,10 @@ def _data(conversion: Conversion) -> dict[str, Any]:
     config = source.config or {}
     if source.layout == "checkpoint":
         return {key: value for key, value in config.get("data", {}).items() if key != "tokenizer"}
+    family = find_family(conversion.family)
     found = conversion.companions.find(PROCESSOR_FILES[0])
-    processor = read_json_object(found) if found else image_processor_config(conversion.specs[VISION])
-    pad = source.layout != "llava" or config.get("image_aspect_ratio", "square") == "pad"
+    processor = read_json_object(found) if found else family.default_image_processor(conversion.model)
+    pad = family.pads(config) if source.family else True
     return {"image_processor": processor, "pad": pad}
 
 

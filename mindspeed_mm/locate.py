@@ -10,13 +10,14 @@ from typing import Any
 import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
 import mindspeed_mm.checkpoint_target  # noqa: F401  and as a target of conversions
 from checkpoint_converters.companions import SAVED_TOKENIZER
-from checkpoint_converters.configs import image_processor_config
 from mindspeed_mm.config.load import read_json
 from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import describe_model
-from mindspeed_mm.models.spec import MODEL_KEYS, ModelSpec, load_model_spec
-from mindspeed_mm.weights.sources import Source, open_source
+from mindspeed_mm.models.sources import open_source
+from mindspeed_mm.models.spec import DEFAULT_FAMILY, MODEL_KEYS, ModelSpec, find_family, load_model_spec
+from mindspeed_mm.weights.layouts import OURS
+from mindspeed_mm.weights.sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +78,18 @@ def _from_model_json(path: Path) -> Located:
 
 
 def _from_source(path: Path, source: Source) -> Located:
-    missing = [part for part in ("text_decoder", "vision_encoder", "vision_projector") if part not in source.parts]
+    own = source.layout in (OURS, "checkpoint")
+    model = source.config.get("model", source.config) if own and source.config else {}
+    family = find_family(source.family or model.get("model_id", DEFAULT_FAMILY))
+    missing = [slot for slot in family.slots if slot not in source.parts]
     if missing:
         source.part(missing[0])  # raises, with the reason that fits the layout
     sources = dict.fromkeys(source.parts, source)
-    if source.layout == "llava-hf":
-        return _llava_hf(path, source, sources)
-    if source.layout == "llava":
-        return _llava(path, source, sources)
+    if source.family is not None:
+        return _of_family(family, path, source, sources)
     if source.layout == "checkpoint":
         return _checkpoint(path, source, sources)
-    if source.layout == "mindspeed-mm" and source.config:
+    if source.layout == OURS and source.config:
         spec = load_model_spec(source.config, context=str(path / "model.json"))
         return Located(
             path,
@@ -102,40 +104,20 @@ def _from_source(path: Path, source: Source) -> Located:
     )
 
 
-def _llava_hf(path: Path, source: Source, sources: dict[str, Source]) -> Located:
+def _of_family(family: Any, path: Path, source: Source, sources: dict[str, Source]) -> Located:
     config = _config(path, source)
-    image_token = config.get("image_token_index", config.get("image_token_id"))
-    return Located(
-        path,
-        describe_model(source),
-        sources,
-        image_token_id=32000 if image_token is None else image_token,  # LlavaConfig's default
-        tokenizer=_holding(path, TOKENIZER_FILES),
-        image_processor=_holding(path, PROCESSOR_FILES),
-    )
-
-
-def _llava(path: Path, source: Source, sources: dict[str, Source]) -> Located:
-    config = _config(path, source)
-    tower = config.get("mm_vision_tower")
-    if source.part("vision_encoder").config is None:
-        if str(tower).startswith((".", "/")):
-            raise WeightError(
-                f"{path}: the config of the vision tower {tower!r} is not there; put the tower's folder at that path "
-                "(relative to this folder)"
-            )
-        # A name of the hub, whose towers are CLIP releases: shapes show all but the heads.
-        logger.info("%s: no config of the tower %r is here; its heads are taken as its width / 64", path, tower)
     spec = describe_model(source)
-    folder = path / str(config.get("mm_vision_tower"))
-    processor = _holding(folder, PROCESSOR_FILES) or _holding(path, PROCESSOR_FILES)
+    processor = _holding(source.part("vision_encoder").path, PROCESSOR_FILES) or _holding(path, PROCESSOR_FILES)
+    if processor is None and source.layout != family.layouts[0].name:  # folders of transformers hold their own
+        processor = family.default_image_processor(spec)
     return Located(
         path,
         spec,
         sources,
+        image_token_id=family.image_token_id(config),
         tokenizer=_holding(path, TOKENIZER_FILES),
-        image_processor=processor or image_processor_config(spec.vision_encoder),
-        pad=config.get("image_aspect_ratio", "square") == "pad",
+        image_processor=processor,
+        pad=family.pads(config),
     )
 
 

@@ -7,10 +7,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from mindspeed_mm.models.runtime import Runtime
+from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.weights.loading import LoadReport, load_part
-from mindspeed_mm.weights.sources import Source, open_source
+from mindspeed_mm.weights.sources import Source
 
 
 def build_vlm(

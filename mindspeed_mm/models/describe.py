@@ -3,18 +3,20 @@
 from typing import Any
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.part import Part, PartSpec
-from mindspeed_mm.models.spec import DEFAULT_MODEL_IDS, PART_KINDS, ModelSpec, find_part, load_model_spec
-from mindspeed_mm.weights.configs import vision_select
+from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, Part, PartSpec, find_part, part_block, part_for_model_type
+from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, find_family, load_model_spec, model_block
 from mindspeed_mm.weights.rules import Geometry, Rule, is_layered, layer_of
 from mindspeed_mm.weights.sources import PartSource, Source
 
 
 def part_of_source(source: PartSource) -> Part:
-    """The part whose weights these are."""
+    """The part whose weights these are. Raises ConfigError where its config names a model_type that no part reads."""
     config = source.config or {}
-    model_id = config.get("model_id") if source.dialect == "ours" else None
-    return find_part(source.part, model_id or DEFAULT_MODEL_IDS[source.part])
+    if source.dialect == "ours":
+        return find_part(source.part, config.get("model_id") or DEFAULT_MODEL_IDS[source.part])
+    if source.part != "vision_projector" and isinstance(config.get("model_type"), str):
+        return part_for_model_type(source.part, config["model_type"])
+    return find_part(source.part, source.model_id or DEFAULT_MODEL_IDS[source.part])
 
 
 def describe_part(source: PartSource, **given: Any) -> PartSpec:
@@ -30,8 +32,7 @@ def describe_part(source: PartSource, **given: Any) -> PartSpec:
         if not given:
             return spec
         derived = [key for key in ("num_query_groups", "kv_channels") if "num_attention_heads" in given]
-        block = {**spec.model_dump(mode="json", exclude_defaults=True), **dict.fromkeys(derived), **given}
-        return part.read_config(block, "ours")
+        return part.read_config({**part_block(source.part, spec), **dict.fromkeys(derived), **given}, "ours")
     if part.from_shapes is None:
         raise WeightError(
             f"{source.path}: found no config.json beside the {source.part}; expected one, since shapes do not show its "
@@ -44,25 +45,14 @@ def describe_part(source: PartSource, **given: Any) -> PartSpec:
 def describe_model(source: Source, **vision_encoder: Any) -> ModelSpec:
     """ModelSpec of a source that holds all parts.
 
-    `vision_encoder` are fields of the vision encoder that the user states. A liuhaotian checkpoint whose tower has no
-    config beside it is described by the tower's shapes. Raises WeightError when a part is not there.
+    `vision_encoder` are fields of the vision encoder that the user states. Fields that the family's own config states
+    about a part without a config come next. Raises WeightError when a part is not there.
     """
-    specs = {kind: describe_part(source.part(kind)) for kind in PART_KINDS if kind != "vision_encoder"}
-    if source.layout == "llava":
-        config = source.config or {}
-        layer = vision_select(config)["vision_feature_layer"]
-        chosen = {"select_layer": layer, "select_feature": config.get("mm_vision_select_feature", "patch")}
-        vision_encoder = chosen | vision_encoder
-    specs["vision_encoder"] = describe_part(source.part("vision_encoder"), **vision_encoder)
-    return load_model_spec(model_block(specs), context=str(source.path))
-
-
-def model_block(specs: dict[str, PartSpec]) -> dict[str, Any]:
-    """A model.json of the given parts, by kind, with the values that differ from the defaults."""
-    blocks = {kind: spec.model_dump(mode="json", exclude_defaults=True) for kind, spec in specs.items()}
-    image_encoder = {kind: block for kind, block in blocks.items() if kind != "text_decoder"}
-    model = {"text_decoder": blocks["text_decoder"]} if "text_decoder" in blocks else {}
-    return {**model, "image_encoder": image_encoder} if image_encoder else model
+    family = find_family(source.family or DEFAULT_FAMILY)
+    stated = {slot: dict(fields) for slot, fields in family.stated(source).items()}
+    stated["vision_encoder"] = {**stated.get("vision_encoder", {}), **vision_encoder}
+    specs = {slot: describe_part(source.part(slot), **stated.get(slot, {})) for slot in family.slots}
+    return load_model_spec(model_block(specs, family.name), context=str(source.path))
 
 
 def _our_shape(part: Part, source: PartSource, target: str, layers: int) -> tuple[int, ...]:

@@ -17,25 +17,23 @@ def image_positions(input_ids: torch.Tensor, image_token_id: int | None = None) 
 
 
 def scatter_features(embeddings: torch.Tensor, features: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Replace the embeddings at image positions by image features, in reading order.
+    """Replace the embeddings at image positions by features, in reading order.
 
     Args:
         embeddings: [S, B, H].
-        features: [N, P, H] projected features, pictures in reading order (row by row); N may be 0.
+        features: [F, H] projected features of all items in reading order (row by row); F may be 0.
         positions: bool [B, S], best in host memory: where they are True is then known without waiting for the device.
 
     Returns:
         [S, B, H]; depends on `features` even when there are none, so that every rank runs the same backward pass.
 
     Raises:
-        DataError: the number of image positions differs from N * P.
+        DataError: the number of image positions is not F.
     """
     rows, columns = (x.to(embeddings.device, non_blocking=True) for x in positions.nonzero(as_tuple=True))
-    wanted, found = rows.numel(), features.shape[0] * features.shape[1]
-    if wanted != found:
+    if rows.numel() != features.shape[0]:
         raise DataError(
-            f"the batch has {wanted} image positions but {features.shape[0]} pictures of {features.shape[1]} tokens "
-            f"each = {found} features: expand each image placeholder to {features.shape[1]} positions"
+            f"the batch has {rows.numel()} image positions but its images have {features.shape[0]} features: expand "
+            "each image placeholder to one position for each feature of its image"
         )
-    flat = features.reshape(-1, features.shape[-1]).to(embeddings.dtype)
-    return embeddings.index_put((columns, rows), flat)
+    return embeddings.index_put((columns, rows), features.to(embeddings.dtype))

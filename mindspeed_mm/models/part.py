@@ -12,7 +12,17 @@ import pydantic
 import torch
 
 from mindspeed_mm.config.load import StrictModel, load_config
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.registry import find, find_all, nearest
+from mindspeed_mm.weights.layouts import Layout
 from mindspeed_mm.weights.rules import Geometry, RuleSet
+
+SLOTS = ("text_decoder", "vision_encoder", "vision_projector")
+"""The places of a model that a part can fill, named as in a model.json."""
+
+DEFAULT_MODEL_IDS = {"text_decoder": "llama", "vision_encoder": "clip", "vision_projector": "mlp"}
+"""Implementation where a block gives no model_id (the ancestor's text_decoder has none), and where weights say no more
+than which slot they fill."""
 
 Size = Annotated[int, pydantic.Field(gt=0)]
 """A positive integer."""
@@ -120,8 +130,11 @@ class PartSpec(StrictModel):
 class Part:
     """One kind of part, found by the registry as `PART` of its file.
 
-    kind: text_decoder, vision_encoder or vision_projector.
+    kind: the slot that it fills.
     from_hf: the part's HF config -> Spec.
+    model_types: HF model_type values of the configs that `from_hf` reads.
+    layouts: public layouts that hold this part alone, the one that is written first.
+    image_processor: of an encoder, the preprocessor_config.json of all its releases at the size of a Spec.
     rules: dialect (see weights/sources.py) -> rules.
     checked: Spec fields that a source's config must confirm before its weights are loaded; checked_where: further ones,
         with the HF key that some configs lack.
@@ -142,9 +155,48 @@ class Part:
     to_hf: Callable[..., dict[str, Any]] | None = None
     from_shapes: Callable[..., PartSpec] | None = None
     build: Callable[..., torch.nn.Module] | None = None
+    model_types: tuple[str, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    image_processor: Callable[[Any], dict[str, Any]] | None = None
 
     def read_config(self, config: dict[str, Any], dialect: str) -> PartSpec:
         """The Spec that a source's config describes: a model.json's block for dialect "ours", else an HF config."""
         if dialect == "ours":
             return load_config(self.Spec, config, what=f"{self.kind} block beside the weights")
         return self.from_hf(config)
+
+
+def find_part(kind: str, model_id: str) -> Part:
+    """The part of one slot and name. Raises ConfigError for an unknown name, with the nearest one."""
+    return find(f"mindspeed_mm.models.{kind}", model_id, "PART", what=f"{kind} model_id")
+
+
+def part_of(kind: str, spec: PartSpec) -> Part:
+    """The part that a spec belongs to."""
+    return find_part(kind, spec.model_id)
+
+
+def part_block(kind: str, spec: PartSpec) -> dict[str, Any]:
+    """One block of a model.json, with the values that differ from the defaults."""
+    block = spec.model_dump(mode="json", exclude_defaults=True)
+    return block if spec.model_id == DEFAULT_MODEL_IDS[kind] else {"model_id": spec.model_id, **block}
+
+
+def all_parts(kind: str) -> dict[str, Part]:
+    """Every part of one slot by its model_id."""
+    return find_all(f"mindspeed_mm.models.{kind}", "PART")
+
+
+def part_for_model_type(kind: str, model_type: str) -> Part:
+    """The part of one slot that reads the configs of an HF model_type.
+
+    Raises ConfigError where there is none, with the nearest model types.
+    """
+    by_type = {name: part for part in all_parts(kind).values() for name in part.model_types}
+    if model_type not in by_type:
+        raise ConfigError(
+            f'{kind} config: found model_type "{model_type}", which no part reads; '
+            f"{nearest(model_type, sorted(by_type))}. Give weights of a supported model, "
+            "or add a part (docs/adding_a_family.md)."
+        )
+    return by_type[model_type]

@@ -1,19 +1,30 @@
-"""The whole model.json: parts found by their model_id, checked one by one and against each other."""
+"""The whole model.json: a family, and parts found by their model_id, checked one by one and against each other."""
 
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
-from mindspeed_mm.models.part import Part, PartSpec
-from mindspeed_mm.registry import find
+from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, SLOTS, Part, PartSpec, find_part, part_block, part_of
+from mindspeed_mm.registry import find, find_all
 
-PART_KINDS = ("text_decoder", "vision_encoder", "vision_projector")
+FAMILIES = "mindspeed_mm.models.families"
+"""The package whose modules are the families of models."""
 
-DEFAULT_MODEL_IDS = {"text_decoder": "llama", "vision_encoder": "clip", "vision_projector": "mlp"}
-"""Implementation where a block gives no model_id (the ancestor's text_decoder has none)."""
+DEFAULT_FAMILY = "llava"
+"""Family where a model.json gives no model_id."""
+
+
+def find_family(model_id: str) -> Any:
+    """The Family (models/family.py) of a model_id. Raises ConfigError for an unknown one, with the nearest."""
+    return find(FAMILIES, model_id, "FAMILY", what="model_id")
+
+
+def all_families() -> dict[str, Any]:
+    """Every Family by its model_id."""
+    return find_all(FAMILIES, "FAMILY")
 
 
 class ImageEncoderSpec(StrictModel):
@@ -24,9 +35,9 @@ class ImageEncoderSpec(StrictModel):
 
 
 class ModelSpec(StrictModel):
-    """A whole model. Made by `load_model_spec`, which gives the three blocks the Spec class of their model_id."""
+    """A whole model. Made by `load_model_spec`, which gives the blocks the Spec class of their model_id."""
 
-    model_id: Literal["llava"] = "llava"
+    model_id: str = DEFAULT_FAMILY
     text_encoder: None = None
     video_encoder: None = None
     patch: dict[str, Any] | None = None
@@ -43,26 +54,15 @@ class ModelSpec(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> "ModelSpec":
-        tower, projector = self.image_encoder.vision_encoder, self.image_encoder.vision_projector
-        problems = []
-        if projector.input_size != tower.hidden_size:
-            problems.append(
-                f"image_encoder.vision_projector.input_size: found {projector.input_size}, expected "
-                f"{tower.hidden_size}, the vision_encoder's hidden_size"
-            )
-        if projector.hidden_size != self.text_decoder.hidden_size:
-            problems.append(
-                f"image_encoder.vision_projector.hidden_size: found {projector.hidden_size}, expected "
-                f"{self.text_decoder.hidden_size}, the text_decoder's hidden_size"
-            )
-        if tower.num_image_tokens >= self.text_decoder.language_max_sequence_length:
-            problems.append(
-                f"text_decoder.language_max_sequence_length: found {self.text_decoder.language_max_sequence_length}, "
-                f"expected more than the {tower.num_image_tokens} tokens of one image"
-            )
+        problems = find_family(self.model_id).check(self)
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
+
+    @property
+    def family(self) -> Any:
+        """The Family that the model belongs to."""
+        return find_family(self.model_id)
 
     @property
     def vision_encoder(self) -> PartSpec:
@@ -75,30 +75,20 @@ class ModelSpec(StrictModel):
         return self.image_encoder.vision_projector
 
     def part(self, kind: str) -> PartSpec:
-        """The spec of one kind of part."""
+        """The spec of one slot."""
         return self.part_specs()[kind]
 
     def part_specs(self) -> dict[str, PartSpec]:
-        """The three specs by kind."""
-        return {kind: getattr(self, kind) for kind in PART_KINDS}
+        """The specs by slot."""
+        return {kind: getattr(self, kind) for kind in SLOTS}
 
     def parts(self) -> dict[str, Part]:
-        """The three parts by kind."""
+        """The parts by slot."""
         return {kind: part_of(kind, spec) for kind, spec in self.part_specs().items()}
 
 
 MODEL_KEYS = tuple(ModelSpec.model_fields)
 """Keys of a model.json; inference and evaluation files hold further ones beside them."""
-
-
-def find_part(kind: str, model_id: str) -> Part:
-    """The part of one kind and name. Raises ConfigError for an unknown name, with the nearest one."""
-    return find(f"mindspeed_mm.models.{kind}", model_id, "PART", what=f"{kind} model_id")
-
-
-def part_of(kind: str, spec: PartSpec) -> Part:
-    """The part that a spec belongs to."""
-    return find_part(kind, spec.model_id)
 
 
 def load_model_spec(source: str | Path | dict[str, Any], *, context: str | None = None) -> ModelSpec:
@@ -108,6 +98,8 @@ def load_model_spec(source: str | Path | dict[str, Any], *, context: str | None 
     """
     if not isinstance(source, dict):
         source, context = read_json(source), context or str(source)
+    if isinstance(source.get("model_id"), str):
+        find_family(source["model_id"])
     encoder = source.get("image_encoder")
     blocks = {"text_decoder": source, "vision_encoder": encoder, "vision_projector": encoder}
     ids = []
@@ -116,6 +108,16 @@ def load_model_spec(source: str | Path | dict[str, Any], *, context: str | None 
         model_id = block.get("model_id") if isinstance(block, dict) else None
         ids.append(model_id if isinstance(model_id, str) else DEFAULT_MODEL_IDS[kind])
     return load_config(_spec_class(*ids), source, what="model config", context=context)
+
+
+def model_block(specs: dict[str, PartSpec], model_id: str = DEFAULT_FAMILY) -> dict[str, Any]:
+    """A model.json of the given parts, by slot, with the values that differ from the defaults. A part that is not the
+    default of its slot is named."""
+    blocks = {kind: part_block(kind, spec) for kind, spec in specs.items()}
+    image_encoder = {kind: block for kind, block in blocks.items() if kind != "text_decoder"}
+    model: dict[str, Any] = {} if model_id == DEFAULT_FAMILY else {"model_id": model_id}
+    model |= {"text_decoder": blocks["text_decoder"]} if "text_decoder" in blocks else {}
+    return {**model, "image_encoder": image_encoder} if image_encoder else model
 
 
 @functools.lru_cache

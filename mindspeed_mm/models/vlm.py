@@ -1,6 +1,6 @@
-"""The vision-language model: tower, projector and decoder in one module.
+"""The vision-language model: vision encoder, projector and decoder in one module.
 
-Legend: B batch, S sequence, N pictures, P image tokens a picture, Hv tower width, H decoder width, V vocabulary.
+Legend: B batch, S sequence, I items (images, videos), R rows of pixels, F features, H decoder width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from mindspeed_mm.models.fusion import image_positions, scatter_features
 from mindspeed_mm.models.layers.context import sequence_slice
 from mindspeed_mm.models.loss import token_losses
+from mindspeed_mm.models.media import Features, Media
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.platform.regions import region
@@ -22,7 +23,12 @@ from mindspeed_mm.platform.segments import Segments
 
 
 class ImageEncoder(MegatronModule):
-    """Tower and projector. A frozen tower runs without autograd and keeps no activations."""
+    """Vision encoder and projector. A frozen encoder runs without autograd and keeps no activations.
+
+    Context-parallel ranks share the rows of pixels as far as encoder and projector take each row by itself: each
+    encodes an equal number of them, blank ones filling up, and all get all features. Backwards the gradient of a row is
+    the sum over the ranks, whose slices of the sequence each hold some of its features.
+    """
 
     def __init__(self, spec: ModelSpec, runtime: Runtime) -> None:
         parts = spec.parts()
@@ -33,54 +39,51 @@ class ImageEncoder(MegatronModule):
         self.encoder_frozen = spec.vision_encoder.freeze
         self.context_group = parallel_state.get_context_parallel_group() if runtime.context_parallel_size > 1 else None
 
-    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, 3, h, w] -> [N, P, Hv]"""
-        with region("tower"), torch.no_grad() if self.encoder_frozen else contextlib.nullcontext():
-            return self.encoder(pixel_values.to(self.encoder.conv1.weight.dtype))
+    def features(self, media: Media) -> Features:
+        """Features of the encoder, [F, Hv], of at least one item."""
+        with region("vision_encoder"), torch.no_grad() if self.encoder_frozen else contextlib.nullcontext():
+            return self.encoder(media)
 
-    def forward(self, pixel_values: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, 3, h, w] -> [N, P, H]; N may be 0. With the tower's features [N, P, Hv], pixels are not looked at.
+    def project(self, features: Features) -> Features:
+        """Features of the encoder as the decoder takes them, [F, H]."""
+        with region("vision_projector"):
+            return self.projector(features)
 
-        Context-parallel ranks share the pictures: each encodes an equal number of them, blank ones filling up, and all
-        get all features. Backwards each picture's gradient is the sum over the ranks, whose slices of the sequence each
-        hold some of its features.
+    def forward(self, media: Media | None, features: Features | None = None) -> torch.Tensor:
+        """[F, H], the features of all items in reading order; F is 0 without items. With the encoder's features,
+        pixels are not looked at.
+
+        Without items a blank one goes through whatever is trained and none of its features are returned: every rank
+        then runs the same backward pass, and the gradients of the blank item are exact zeros.
         """
         if features is not None:
-            with region("projector"):
-                return self.projector(features)
-        pictures = pixel_values.shape[0]
-        if self.context_group is None or pictures == 0:
-            return self._encode(pixel_values)
-        ranks = self.context_group.size()
-        share = -(-pictures // ranks)
-        filled = torch.cat((pixel_values, pixel_values.new_zeros(share * ranks - pictures, *pixel_values.shape[1:])))
-        own = self._encode(filled[share * self.context_group.rank() :][:share])
-        return tensor_parallel.gather_from_sequence_parallel_region(own, group=self.context_group)[:pictures]
+            return self.project(features).values
+        if media is None or not len(media):
+            blank = self.encoder.blank_features() if self.encoder_frozen else self.features(self.encoder.blank())
+            return self.projector(blank).values[:0]
+        if self.context_group is None or not self.encoder.independent_rows:
+            return self.project(self.features(media)).values
+        if not self.projector.independent_rows:
+            return self.project(self._shared(media, self.features)).values
+        return self._shared(media, lambda share: self.project(self.features(share))).values
 
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The pictures of this rank, [N, 3, h, w] -> [N, P, H]; N may be 0.
-
-        Without pictures a blank one goes through whatever is trained and none of its features are returned: every rank
-        then runs the same backward pass, and the gradients of the blank picture are exact zeros.
-        """
-        if pixel_values.shape[0] > 0:
-            features = self.features(pixel_values)
-            with region("projector"):
-                return self.projector(features)
-        spec = self.encoder.spec
-        if self.encoder_frozen:
-            weight = self.projector.encoder.linear_fc1.weight
-            blank = weight.new_zeros(1, spec.num_image_tokens, spec.hidden_size)
-        else:
-            blank = self.features(pixel_values.new_zeros(1, *pixel_values.shape[1:]))
-        return self.projector(blank)[:0]
+    def _shared(self, media: Media, encode) -> Features:
+        """What `encode` gives for `media`, each rank encoding its share of the rows."""
+        group, rows = self.context_group, media.pixels.shape[0]
+        share = -(-rows // group.size())
+        surplus = media.pixels.new_zeros(share * group.size() - rows, *media.pixels.shape[1:])
+        own = torch.cat((media.pixels, surplus))[share * group.rank() :][:share]
+        found = encode(Media.of_images(own))
+        values = tensor_parallel.gather_from_sequence_parallel_region(found.values, group=group)
+        per_row = found.counts[0]  # rows of one size give equally many features each
+        return Features(values[: rows * per_row], tuple(per_row * count for count in media.rows), media)
 
 
 class VLM(MegatronModule):
-    """Decoder with image features at its image positions.
+    """Decoder with the features of images at their positions.
 
-    Data has expanded every image placeholder to P positions; the model never splices, truncates or pads. Tower and
-    projector live on the first pipeline stage, the head on the last.
+    Data has expanded every placeholder to one position a feature; the model never splices, truncates or pads. Vision
+    encoder and projector live on the first pipeline stage, the head on the last.
     """
 
     def __init__(
@@ -127,24 +130,21 @@ class VLM(MegatronModule):
         self.text_decoder.set_input_tensor(tensor)
 
     def embed(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, image_features: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, media: Media | None, image_features: Features | None = None
     ) -> torch.Tensor:
-        """Embeddings with image features, [B, S] and [N, 3, h, w] or None -> [S, B, H]; see `forward`."""
+        """Embeddings with features at their placeholders, [B, S] -> [S, B, H]; see `forward`."""
         positions = image_positions(input_ids)
         embeddings = self.text_decoder.embed(input_ids.masked_fill(positions, 0))
-        if pixel_values is None:
-            size = self.spec.vision_encoder.image_size
-            pixel_values = torch.empty(0, 3, size, size, device=embeddings.device)
-        return scatter_features(embeddings, self.image_encoder(pixel_values, image_features), positions)
+        return scatter_features(embeddings, self.image_encoder(media, image_features), positions)
 
     def forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         labels: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
+        media: Media | None = None,
         attention_mask: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: Features | None = None,
         segments: Segments | None = None,
     ) -> torch.Tensor:
         """One pass over this pipeline stage.
@@ -154,13 +154,13 @@ class VLM(MegatronModule):
 
         Args:
             input_ids: [B, S] int64, IMAGE_TOKEN_INDEX at image positions.
-            position_ids: [B or 1, S] int64.
+            position_ids: [B or 1, S] int64, or [3, B or 1, S] for a decoder with multimodal positions.
             labels: [B, S] int64, the id each position predicts, IGNORE_INDEX where none; None for logits.
-            pixel_values: [N, 3, h, w] float, pictures in reading order, N = 0 or None without pictures.
+            media: the items in reading order, None without any.
             attention_mask: complete bool mask [B, 1, S, S], True = may attend; None = causal, which is right for
                 right-padded rows.
-            image_features: [N, P, Hv], the tower's output for all pictures where it is known already (a feature cache);
-                `pixel_values` is not looked at then.
+            image_features: the encoder's features of all items where they are known already (a feature cache); `media`
+                is not looked at then.
             segments: the sequences of a single row (B is 1): causal attention inside each of them.
 
         Returns:
@@ -169,7 +169,7 @@ class VLM(MegatronModule):
             this rank's slice of the sequence, while the arguments are whole.
         """
         with region("embedding"):
-            hidden = self.embed(input_ids, pixel_values, image_features) if self.pre_process else None
+            hidden = self.embed(input_ids, media, image_features) if self.pre_process else None
         with region("decoder"):
             hidden = self.text_decoder(hidden, position_ids, attention_mask, segments)
         if not self.post_process:

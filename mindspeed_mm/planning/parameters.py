@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mindspeed_mm.models.parallel import stage_layers
-from mindspeed_mm.models.spec import PART_KINDS
+from mindspeed_mm.models.part import SLOTS
 from mindspeed_mm.planning.job import Job
 from mindspeed_mm.weights.layout import padded_vocab_size
 from mindspeed_mm.weights.rules import Step, is_layered
@@ -37,8 +37,8 @@ def held_layers(job: Job, stage: int) -> int:
 
 def stage_parameters(job: Job, stage: int) -> Parameters:
     """Parameters that a rank of this pipeline stage holds."""
-    sizes = {kind: list(_sizes(job, kind, stage)) for kind in PART_KINDS}
-    trained = [size for kind in PART_KINDS if job.trained(kind) for size in sizes[kind]]
+    sizes = {kind: list(_sizes(job, kind, stage)) for kind in SLOTS}
+    trained = [size for kind in SLOTS if job.trained(kind) for size in sizes[kind]]
     return Parameters(sum(map(sum, sizes.values())), sum(trained), max(trained, default=0))
 
 

@@ -1,11 +1,12 @@
-"""The public layouts: by which tensor names each is recognised, and which names belong to which part.
+"""A layout: by which tensor names it is recognised, and which names belong to which slot.
 
-Prefixes of a layout are taken off here, so that the names left are those that the rules of a dialect know.
+Prefixes of a layout are taken off here, so that the names left are those that the rules of a dialect know. Public
+layouts are stated by the family or the part that they hold; here are those of our own files.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TEXT, VISION, PROJECTOR = "text_decoder", "vision_encoder", "vision_projector"
 
@@ -21,22 +22,28 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Layout:
-    """A layout is recognised when `marker` (a regular expression) is found in one of the names.
+    """The tensor names of one public form of a model or of a part.
 
-    Of its prefixes the longest that fits a name counts. `dialects` gives the rules of each part.
+    name: as `--to` and messages say it.
+    markers: regular expressions; the layout is recognised when each is found in one of the names.
+    prefixes: of them the longest that fits a name counts.
+    dialects: the names that are left, by slot: which rules of the part read them.
+    written: the prefix of each slot's names where the layout is written; empty where it is only read.
     """
 
     name: str
-    marker: str
+    markers: tuple[str, ...]
     prefixes: tuple[Prefix, ...]
     dialects: dict[str, str]
+    written: dict[str, str] = field(default_factory=dict)
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether the names are of this layout."""
-        return any(re.search(self.marker, name) for name in names)
+        names = tuple(names)
+        return all(any(re.search(marker, name) for name in names) for marker in self.markers)
 
     def split(self, names: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str], list[str]]:
-        """(part -> {name in the dialect: name in the file}, dropped names, names of no part)."""
+        """(slot -> {name in the dialect: name in the file}, dropped names, names of no slot)."""
         parts: dict[str, dict[str, str]] = {}
         dropped, unknown = [], []
         for name in names:
@@ -52,150 +59,42 @@ class Layout:
         return parts, dropped, unknown
 
 
-def _nested(outer: str, part: str, new: str = "") -> tuple[Prefix, Prefix]:
-    """A module with the prefix of transformers before 4.52 and, under `model.`, of the classes since."""
-    return Prefix(outer, part, new), Prefix("model." + outer, part, new)
+OURS = "mindspeed-mm"
+"""Name of the layout of our own files."""
 
-
-def _projector(outer: str) -> tuple[Prefix, ...]:
-    """LLaVA's projector: an nn.Sequential, or for type linear one nn.Linear, which the rules know as its number 0."""
-    return Prefix(outer, PROJECTOR), *(Prefix(outer + name, PROJECTOR, "0." + name) for name in ("weight", "bias"))
-
-
-LLAVA_HF = Layout(
-    "llava-hf",
-    r"^(model\.)?multi_modal_projector\.",
-    (
-        Prefix("language_model.model.", TEXT, "model."),
-        Prefix("language_model.lm_head.", TEXT, "lm_head."),
-        Prefix("model.language_model.", TEXT, "model."),
-        Prefix("lm_head.", TEXT, "lm_head."),
-        *_nested("vision_tower.vision_model.", VISION),
-        *_nested("vision_tower.", VISION),
-        *_nested("multi_modal_projector.", PROJECTOR),
-    ),
-    {TEXT: "hf", VISION: "hf", PROJECTOR: "hf"},
-)
-
-LLAVA = Layout(
-    "llava",
-    r"^model\.(layers\.|embed_tokens\.)",  # and mm_projector, see LAYOUTS
-    (
-        Prefix("model.", TEXT, "model."),
-        Prefix("lm_head.", TEXT, "lm_head."),
-        Prefix("model.vision_tower.vision_tower.vision_model.", VISION),
-        Prefix("model.vision_tower.vision_tower.", VISION),
-        *_projector("model.mm_projector."),
-    ),
-    {TEXT: "hf", VISION: "hf", PROJECTOR: "llava"},
-)
-
-PROJECTOR_ONLY = Layout(
-    "projector",
-    r"(^|\.)mm_projector\.|^(0\.)?(weight|bias)$",
-    (
-        *_projector("model.mm_projector."),
-        *_projector("mm_projector."),
-        *_projector("")[1:],
-        *(Prefix(digit, PROJECTOR, digit) for digit in "0123456789"),
-    ),
-    {PROJECTOR: "llava"},
-)
-
-OPENAI_CLIP = Layout(
-    "openai-clip",
-    r"^visual\.class_embedding$",
-    (
-        Prefix("visual.", VISION, "visual."),
-        *(
-            Prefix(name, None)
-            for name in (
-                "transformer.",
-                "token_embedding.",
-                "ln_final.",
-                "positional_embedding",
-                "text_projection",
-                "logit_scale",
-                "input_resolution",
-                "context_length",
-                "vocab_size",
-            )
-        ),
-    ),
-    {VISION: "openai"},
-)
-
-CLIP = Layout(
-    "clip",
-    r"^(vision_model\.)?embeddings\.class_embedding$",
-    (
-        Prefix("vision_model.", VISION),
-        *(Prefix(name, VISION, name) for name in ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")),
-        *(Prefix(name, None) for name in ("text_model.", "visual_projection.", "text_projection.", "logit_scale")),
-    ),
-    {VISION: "hf"},
-)
-
-_OURS = {TEXT: "ours", VISION: "ours", PROJECTOR: "ours"}
+_OUR_DIALECTS = {TEXT: "ours", VISION: "ours", PROJECTOR: "ours"}
 
 OUR_MODEL = Layout(
-    "mindspeed-mm",
-    r"^(text_decoder\.|image_encoder\.(encoder|projector)\.)",
+    OURS,
+    (r"^(text_decoder\.|image_encoder\.(encoder|projector)\.)",),
     (
         Prefix("text_decoder.", TEXT),
         Prefix("image_encoder.encoder.", VISION),
         Prefix("image_encoder.projector.", PROJECTOR),
     ),
-    _OURS,
+    _OUR_DIALECTS,
+    {TEXT: "text_decoder.", VISION: "image_encoder.encoder.", PROJECTOR: "image_encoder.projector."},
 )
-OUR_VISION = Layout("mindspeed-mm", r"^class_token$", (Prefix("", VISION),), _OURS)
-OUR_TEXT = Layout("mindspeed-mm", r"^embedding\.word_embeddings\.weight$", (Prefix("", TEXT),), _OURS)
-OUR_PROJECTOR = Layout("mindspeed-mm", r"^encoder\.linear_fc[0-9]+\.weight$", (Prefix("", PROJECTOR),), _OURS)
 
-HF = Layout(
+OUR_FILES = {
+    VISION: Layout(OURS, (r"^class_token$",), (Prefix("", VISION),), _OUR_DIALECTS, {VISION: ""}),
+    TEXT: Layout(OURS, (r"^embedding\.word_embeddings\.weight$",), (Prefix("", TEXT),), _OUR_DIALECTS, {TEXT: ""}),
+    PROJECTOR: Layout(
+        OURS, (r"^encoder\.linear_fc[0-9]+\.weight$",), (Prefix("", PROJECTOR),), _OUR_DIALECTS, {PROJECTOR: ""}
+    ),
+}
+"""One part alone under our names. A file that says inside which slot it fills needs no marker; the ancestor's do."""
+
+HF_DECODER = Layout(
     "hf",
-    r"^(model\.)?(embed_tokens\.weight|layers\.[0-9]+\.self_attn\.)",
+    (r"^(model\.)?((embed_tokens|tok_embeddings)\.weight$|layers\.[0-9]+\.(self_attn|attention)\.)",),
     (
-        Prefix("model.", TEXT, "model."),
-        Prefix("lm_head.", TEXT, "lm_head."),
-        *(Prefix(name, TEXT, "model." + name) for name in ("embed_tokens.", "layers.", "norm.")),
+        Prefix("", TEXT),
+        *(
+            Prefix(name, TEXT, "model." + name) for name in ("embed_tokens.", "layers.", "norm.")
+        ),  # of a bare base model
     ),
     {TEXT: "hf"},
+    {TEXT: ""},
 )
-
-LAYOUTS = (LLAVA_HF, OPENAI_CLIP, CLIP, OUR_MODEL, OUR_VISION, OUR_TEXT, OUR_PROJECTOR)
-
-WRITTEN = {
-    "llava-hf": {
-        TEXT: ("hf", "language_model."),
-        VISION: ("hf", "vision_tower.vision_model."),
-        PROJECTOR: ("hf", "multi_modal_projector."),
-    },
-    "llava": {
-        TEXT: ("hf", ""),
-        VISION: ("hf", "model.vision_tower.vision_tower.vision_model."),
-        PROJECTOR: ("llava", "model.mm_projector."),
-    },
-    "hf": {TEXT: ("hf", "")},
-    "clip": {VISION: ("hf", "vision_model.")},
-    "projector": {PROJECTOR: ("llava", "model.mm_projector.")},
-    "mindspeed-mm": {TEXT: ("ours", ""), VISION: ("ours", ""), PROJECTOR: ("ours", "")},
-    "checkpoint": {
-        TEXT: ("ours", "text_decoder."),
-        VISION: ("ours", "image_encoder.encoder."),
-        PROJECTOR: ("ours", "image_encoder.projector."),
-    },
-}
-"""Layouts that are written: the dialect of each part and the prefix of its names. Those of llava-hf are the hub's,
-which transformers of every version reads."""
-
-
-def recognise(names: Iterable[str]) -> Layout | None:
-    """The layout that the names belong to, or None."""
-    names = tuple(names)
-    for layout in LAYOUTS:
-        if layout.recognises(names):
-            return layout
-    if PROJECTOR_ONLY.recognises(names):
-        return LLAVA if LLAVA.recognises(names) else PROJECTOR_ONLY
-    return HF if HF.recognises(names) else None
+"""A decoder's own Hugging Face folder."""

@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights.layout import check_divisible, padded_vocab_size, shard
 from mindspeed_mm.weights.rules import Geometry, RuleSet, Step
-from mindspeed_mm.weights.sources import PartSource, Source, open_source
+from mindspeed_mm.weights.sources import PartSource, Source
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def load_part(
     module: torch.nn.Module | Mapping[str, Tensor],
     part: Any,
     spec: Any,
-    path: str | Path | Source | None,
+    source: Source | None,
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
@@ -59,7 +58,7 @@ def load_part(
         module: the built part, or its names -> this rank's parameters. Layers are numbered from 0 on every pipeline
             stage; names that end in `_extra_state` (megatron.core's placeholders) are left alone.
         part: the Part (rules, from_hf, checked) and `spec` its Spec.
-        path: weights in any readable layout, or an opened Source; None leaves a part at random init that says `fresh`.
+        source: opened weights; None leaves a part at random init that says `fresh`.
         tp_rank, tp_size: place in the tensor-parallel group.
         layer_offset: number of the first layer that this pipeline stage holds.
         num_local_layers: layers of this stage; None where it holds the whole part.
@@ -70,9 +69,8 @@ def load_part(
     """
     content = module.state_dict() if isinstance(module, torch.nn.Module) else module
     state = {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
-    if path is None:
+    if source is None:
         return _fresh_report(part, spec, state)
-    source = path if isinstance(path, Source) else open_source(path)
     part_source = source.part(part.kind)
     found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
     confirmed = "none there" if found is None else _check_config(part, spec, part_source, found)

@@ -1,8 +1,7 @@
-"""Open weights in any public layout: recognised from their contents, never from their name."""
+"""Weights that were opened: the tensors of each part, under the names that its rules know. Values are read when asked
+for."""
 
-import glob
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +9,17 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights import configs
-from mindspeed_mm.weights.files import Span, TensorFile, damaged, read_json_object
-from mindspeed_mm.weights.folders import TensorFiles, find_groups, open_file
-from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, recognise
-
-PEFT_PREFIX = "base_model.model."
-"""Put before every name by PEFT; LLaVA's non_lora_trainables.bin has it."""
-
-Detector = Callable[[Path], "Source | None"]
-
-_DETECTORS: list[Detector] = []
-
-
-def register_detector(detector: Detector) -> None:
-    """Add a reader of a further layout (the training checkpoint). It is asked before the built-in ones and returns None
-    for paths that are not its own."""
-    _DETECTORS.append(detector)
+from mindspeed_mm.weights.files import Span, TensorFile
 
 
 @dataclass(frozen=True)
 class PartSource:
     """The tensors of one part, under the names that the rules of `dialect` know.
 
-    dialect: text_decoder "hf" | "ours"; vision_encoder "hf" | "openai" | "ours"; vision_projector "llava" | "hf" |
-    "ours".
+    dialect: the key of the part's rules that know the names ("hf", "ours", ...).
     config: the part's HF config (for "ours": its block of a model.json), or None where the layout has none.
     assumed: keys of the config that the converter had to assume (the head count of an OpenAI archive).
+    model_id: the part that the layout stands for, where the config does not say it.
     """
 
     part: str
@@ -46,6 +29,7 @@ class PartSource:
     _files: TensorFile
     _stored: dict[str, str]
     assumed: tuple[str, ...] = ()
+    model_id: str | None = None
 
     @property
     def files(self) -> TensorFile:
@@ -91,7 +75,9 @@ class Source:
     """Weights at a path.
 
     config: the folder's config.json (of layout mindspeed-mm: its model.json), or None.
-    dropped: stored names that belong to no part of ours (a text tower, say).
+    dropped: stored names that belong to no part of ours (CLIP's text encoder, say).
+    family: model_id of the family whose layout it is; None for the layout of a part, and for our own.
+    advice: what to do about slots that are not here, where it is known.
     """
 
     path: Path
@@ -99,6 +85,8 @@ class Source:
     config: dict[str, Any] | None
     part_sources: dict[str, PartSource]
     dropped: tuple[str, ...] = ()
+    family: str | None = None
+    advice: dict[str, str] = field(default_factory=dict)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -109,156 +97,7 @@ class Source:
         """The tensors of one part. Raises WeightError when they are not here."""
         if part in self.part_sources:
             return self.part_sources[part]
-        cure = f"Give the path of the {part}'s own weights."
-        if part == VISION and self.config and self.config.get("mm_vision_tower"):
-            tower = self.config["mm_vision_tower"]
-            cure = (
-                f"Its config names the tower {tower!r}, which is not a path here. Put the path of the tower's folder "
-                "or file into mm_vision_tower of config.json; or join the parts, by ckpt_path in a model.json or by "
-                f"`mindspeed-mm convert --text-decoder {self.path} --projector {self.path} --vision-encoder TOWER`."
-            )
+        cure = self.advice.get(part, f"Give the path of the {part}'s own weights.")
         raise WeightError(
             f"{self.path}: found layout {self.layout} with {', '.join(self.parts)}; expected a {part}. {cure}"
         )
-
-
-def open_source(path: str | Path) -> Source:
-    """Open a file or folder of weights in any readable layout; tensors are read when asked for.
-
-    Raises WeightError when the path does not exist, is damaged or unsafe, or holds no known layout.
-    """
-    path = Path(path)
-    for detector in _DETECTORS:
-        source = detector(path)
-        if source is not None:
-            return source
-    source = _open(path)
-    return replace(source, part_sources=_with_tower(source)) if source.layout == "llava" else source
-
-
-def _open(path: Path) -> Source:
-    """Open a path; the tower that a liuhaotian checkpoint names is not followed."""
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
-        aside = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old"))
-        hint = f" A conversion that was to replace it was interrupted: rename {aside[0]} to {path}." if aside else ""
-        raise WeightError(f"{path}: no such file or folder; expected weights.{hint or ' Correct the path.'}")
-    return _classify(path, TensorFiles(path, [open_file(path)]), None)
-
-
-def _open_folder(folder: Path) -> Source:
-    config_file = folder / "config.json"
-    config = read_json_object(config_file) if config_file.is_file() else None
-    groups = find_groups(folder)
-    layouts = [recognise(group.names) for group in groups]
-    if len(groups) > 1 and all(layout and layout.name == "mindspeed-mm" for layout in layouts):
-        return _combine(folder, [_classify(group.path, group, None) for group in groups])
-    source = _classify(folder, groups[0] if len(groups) == 1 else _one_set(folder, groups, layouts), config)
-    return _combine(folder, [source]) if source.layout == "mindspeed-mm" else source
-
-
-def _one_set(folder: Path, groups: list[TensorFiles], layouts: list[Layout | None]) -> TensorFiles:
-    """Shards without an index. Files of different layouts in one folder are ambiguous."""
-    names = sorted({layout.name for layout in layouts if layout})
-    if len(names) > 1:
-        listing = ", ".join(
-            f"{group.path.name} ({layout.name if layout else 'unknown'})"
-            for group, layout in zip(groups, layouts, strict=True)
-        )
-        raise WeightError(f"{folder}: found files of several layouts: {listing}. Give the path of one of them.")
-    return TensorFiles(folder, groups)
-
-
-def _combine(folder: Path, sources: list[Source]) -> Source:
-    """converted_clip.pt, converted_vicuna.pt and mlp.pt of one folder, and the model.json beside them."""
-    parts: dict[str, PartSource] = {}
-    for source in sources:
-        for name, part in source.part_sources.items():
-            if name in parts:
-                raise WeightError(
-                    f"{folder}: both {parts[name].path.name} and {part.path.name} hold a {name}; expected one. "
-                    "Remove the one that does not belong here or give a file."
-                )
-            parts[name] = part
-    model_file = folder / "model.json"
-    return Source(folder, "mindspeed-mm", read_json_object(model_file) if model_file.is_file() else None, parts)
-
-
-def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> Source:
-    """Recognise one set of tensors by its names and hand them out to the parts."""
-    if any(".lora_" in name or name.startswith("lora_") for name in files.names):
-        raise WeightError(
-            f"{path}: found LoRA adapters; expected full weights. Merge them into their base model first."
-        )
-    stored = {name.removeprefix(PEFT_PREFIX): name for name in files.names}
-    layout = recognise(stored)
-    if layout is None:
-        shown = ", ".join(files.names[:4]) or "no tensor"
-        raise WeightError(
-            f"{path}: found no known layout (tensors such as {shown}); expected CLIP, Llama, projector or LLaVA "
-            "weights. Correct the path."
-        )
-    split, dropped, unknown = layout.split(stored)
-    if unknown:
-        raise WeightError(
-            f"{path}: found {len(unknown)} tensors that layout {layout.name} does not have, such as {unknown[0]}. "
-            "Remove them or give weights of a supported model."
-        )
-    parts = {
-        part: PartSource(
-            part,
-            layout.dialects[part],
-            path,
-            _part_config(layout, part, config),
-            files,
-            {short: stored[name] for short, name in names.items()},
-        )
-        for part, names in split.items()
-    }
-    if layout.name == "mindspeed-mm" and files.record is not None:
-        parts = {name: _recorded(part, files.record) for name, part in parts.items()}
-    return Source(path, layout.name, config, parts, tuple(dropped))
-
-
-def _recorded(part: PartSource, record: dict[str, Any]) -> PartSource:
-    """A part with what our own file says of it: {"config": {kind: block of a model.json}, "assumed": [keys]}."""
-    blocks, assumed = record.get("config"), record.get("assumed", [])
-    block = blocks.get(part.part) if isinstance(blocks, dict) else None
-    if not isinstance(block, dict) or not isinstance(assumed, list) or not all(type(key) is str for key in assumed):
-        raise damaged(part.path, "its record does not describe its tensors")
-    return replace(part, config=block, assumed=tuple(assumed))
-
-
-def _part_config(layout: Layout, part: str, config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The config that describes one part of a layout, if the layout's config.json does."""
-    if config is None:
-        return None
-    if layout.name == "llava-hf":
-        return {TEXT: configs.text_config, VISION: configs.vision_config, PROJECTOR: dict}[part](config)
-    if layout.name in ("llava", "projector"):
-        known = part == TEXT or (part == PROJECTOR and "mm_hidden_size" in config)
-        return config if known else None
-    return config if layout.name in ("hf", "clip") else None
-
-
-def _with_tower(source: Source) -> dict[str, PartSource]:
-    """A liuhaotian checkpoint names its tower by path, relative to its folder; tensors inside come first."""
-    config, parts = source.config or {}, source.part_sources
-    select = configs.vision_select(config)
-    tower = _tower_source(source.path, config)
-    described = tower.config if tower else None
-    if described is not None and tower.dialect == "hf":
-        described = {**described, **select}
-    if VISION in parts:
-        hf = described if tower and tower.dialect == "hf" else None
-        return {**parts, VISION: replace(parts[VISION], config=hf)}
-    return {**parts, VISION: replace(tower, config=described)} if tower else parts
-
-
-def _tower_source(folder: Path, config: dict[str, Any]) -> PartSource | None:
-    name = config.get("mm_vision_tower")
-    if not isinstance(name, str) or not name:
-        return None
-    path = folder / name  # an absolute name replaces the folder
-    return _open(path).part(VISION) if path.exists() else None

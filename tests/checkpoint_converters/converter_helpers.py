@@ -6,9 +6,9 @@ import shutil
 import torch
 from safetensors.torch import save_file
 
-from mindspeed_mm.models.spec import find_part
+from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.text_decoder import llama
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.weights.weight_helpers import random_hf_state
 
 KINDS = ("text_decoder", "vision_encoder", "vision_projector")
@@ -72,7 +72,7 @@ def projector_state(text, vision, seed=2, kind="mlp2x_gelu"):
 def write_llava(folder, golden, *, text=None, vision=None, dtype=torch.float32, projector="mlp2x_gelu"):
     """A whole model in the liuhaotian layout with the golden tokenizer; returns its folder."""
     text, vision = TEXT | (text or {}), VISION | (vision or {})
-    spec = llama.from_hf(text)
+    spec = llama.from_hf(text | {"model_type": "llama"})
     state = random_hf_state(spec)
     if spec.share_embeddings_and_output_weights:
         state.pop("lm_head.weight", None)

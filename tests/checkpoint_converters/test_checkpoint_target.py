@@ -11,7 +11,7 @@ from checkpoint_converters.convert import convert
 from checkpoint_converters.stream import Runner
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.spec import load_model_spec
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.checkpoint_converters.converter_helpers import assert_equal, our_tensors, write_llava
 from tests.helpers.golden_training import Layout, description, records, train_golden
 

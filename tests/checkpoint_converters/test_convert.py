@@ -17,9 +17,10 @@ from checkpoint_converters.torch_zip import write_torch_zip
 from checkpoint_converters.write import beside
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_model, describe_part
-from mindspeed_mm.models.spec import find_part, load_model_spec
+from mindspeed_mm.models.part import find_part
+from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.weights.loading import load_part
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.weights.weight_helpers import empty_state
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "llava1.5"
@@ -42,7 +43,7 @@ def loaded(spec, kind, path):
     """All tensors that a module of `kind` gets from `path`."""
     part, part_spec = spec.parts()[kind], spec.part(kind)
     state = empty_state(part, part_spec, open_source(path).part(kind))
-    load_part(state, part, part_spec, path)
+    load_part(state, part, part_spec, open_source(path))
     return state
 
 

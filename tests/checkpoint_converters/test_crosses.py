@@ -13,7 +13,7 @@ import mindspeed_mm as mm
 from checkpoint_converters.convert import convert
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_model
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.checkpoint_converters.converter_helpers import KINDS, assert_equal, our_tensors, tensors, write_llava
 
 WHOLE = ("mindspeed-mm", "llava-hf", "llava")

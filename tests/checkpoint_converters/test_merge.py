@@ -11,7 +11,7 @@ from checkpoint_converters.merge import merge
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_model
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.checkpoint_converters.converter_helpers import assert_equal, tensors, write_llava
 
 PEFT = "base_model.model."

@@ -10,7 +10,7 @@ import mindspeed_mm as mm
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import describe_part
 from mindspeed_mm.weights.loading import load_part
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.checkpoint_converters.converter_helpers import (
     TEXT,
     VISION,
@@ -94,7 +94,7 @@ def run_module(path):
     from megatron.core import parallel_state, tensor_parallel
 
     from mindspeed_mm.models.runtime import Runtime
-    from mindspeed_mm.models.spec import find_part
+    from mindspeed_mm.models.part import find_part
 
     size = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(size)

@@ -14,7 +14,7 @@ from checkpoint_converters.convert import convert
 from checkpoint_converters.stream import as_bytes
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.checkpoint_converters.converter_helpers import assert_equal, tensors, write_llava
 
 DEAD = 2**22 + 7

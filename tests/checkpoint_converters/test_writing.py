@@ -23,7 +23,7 @@ from checkpoint_converters.write import cut, write_folder
 from mindspeed_mm.cli.convert import size
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.checkpoint_converters.converter_helpers import assert_equal, tensors, write_llava
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,14 +7,15 @@ import pytest
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.spec import MODEL_KEYS, load_model_spec, part_of
+from mindspeed_mm.models.part import part_of
+from mindspeed_mm.models.spec import MODEL_KEYS, load_model_spec
 from mindspeed_mm.models.text_decoder import llama
 from mindspeed_mm.models.text_decoder.llama import LlamaSpec
 from mindspeed_mm.models.vision_encoder import clip
 from mindspeed_mm.models.vision_encoder.clip import ClipSpec
 from mindspeed_mm.models.vision_projector import mlp
 from mindspeed_mm.models.vision_projector.mlp import MlpSpec
-from mindspeed_mm.weights.configs import text_config, vision_config, vision_select
+from mindspeed_mm.models.families.llava import text_config, vision_config, vision_select
 
 # The blocks that the ancestor's guide describes for LLaVA-1.5-7B, with every key it knows.
 COMMON = {
@@ -346,7 +347,7 @@ def test_goldens_describe_one_model(golden):
         assert old == new
     original = read("llava_original")
     assert llama.from_hf(text_config(hub)).language_vocab_size == 1024
-    assert llama.from_hf(original).language_vocab_size == 1000
+    assert llama.from_hf(original | {"model_type": "llama"}).language_vocab_size == 1000
     tower = clip.from_hf(read("clip_hf") | vision_select(original))
     assert tower.model_copy(update={"params_dtype": None}) == clip.from_hf(vision_config(hub))
     assert mlp.from_hf(original) == mlp.from_hf(hub)

@@ -8,7 +8,7 @@ import pytest
 import torch.jit._pickle
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 
 
 class Calls:

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.models.spec import find_part
+from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.text_decoder import llama
 from mindspeed_mm.weights.layout import unshard
 from mindspeed_mm.weights.loading import load_part, table
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.weights.conftest import TINY_LLAMA
 from tests.weights.weight_helpers import empty_state, random_hf_state
 
@@ -25,7 +25,7 @@ GOLDEN_LAYOUTS = {
 def load(part, spec, path, **ranks):
     """(state, report) of a part that was NaN before."""
     state = empty_state(part, spec, open_source(path).part(part.kind), tp_size=ranks.get("tp_size", 1))
-    return state, load_part(state, part, spec, path, **ranks)
+    return state, load_part(state, part, spec, open_source(path), **ranks)
 
 
 @pytest.mark.parametrize("kind", GOLDEN_LAYOUTS)
@@ -68,7 +68,7 @@ def test_a_pipeline_stage_loads_its_own_layers(tiny_llama, llama_part):
         for name, tensor in whole.items()
         if "layers.1." in name or name in ("decoder.final_layernorm.weight", "output_layer.weight")
     }
-    report = load_part(stage, llama_part, spec, folder, layer_offset=1, num_local_layers=1)
+    report = load_part(stage, llama_part, spec, open_source(folder), layer_offset=1, num_local_layers=1)
     assert report.loaded == len(stage)
     assert torch.equal(stage["decoder.layers.0.mlp.linear_fc1.weight"], whole["decoder.layers.1.mlp.linear_fc1.weight"])
 
@@ -82,7 +82,7 @@ def test_a_module_is_filled_in_place_and_cast(tmp_path):
     module.encoder = torch.nn.Module()
     module.encoder.linear_fc1, module.encoder.linear_fc2 = torch.nn.Linear(3, 4), torch.nn.Linear(4, 4)
     module.bfloat16()
-    load_part(module, part, spec, tmp_path / "p.bin")
+    load_part(module, part, spec, open_source(tmp_path / "p.bin"))
     assert torch.equal(module.encoder.linear_fc1.weight, tensors["0.weight"].bfloat16())
     assert module.encoder.linear_fc1.weight.requires_grad
 
@@ -111,7 +111,7 @@ def test_a_source_whose_config_differs_is_refused_with_all_fields(tiny_llama, ll
     changed = {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, **changed}))
     with pytest.raises(WeightError, match="is another model than the spec describes") as error:
-        load_part(state, llama_part, spec, folder)
+        load_part(state, llama_part, spec, open_source(folder))
     assert "layernorm_epsilon: the weights have 1e-05, the spec says 1e-06" in str(error.value)
     assert "rotary_base: the weights have 500000.0" in str(error.value)
     assert "rope_scaling: the weights have RopeScaling(rope_type='linear'" in str(error.value)
@@ -129,7 +129,7 @@ def test_another_architecture_is_refused(tiny_llama, llama_part):
     folder, spec, _ = tiny_llama
     (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, "model_type": "gpt2"}))
     with pytest.raises(ConfigError, match='found model_type "gpt2"'):
-        load_part({}, llama_part, spec, folder)
+        load_part({}, llama_part, spec, open_source(folder))
 
 
 def test_missing_and_extra_tensors_name_the_file(tiny_llama, llama_part):
@@ -137,7 +137,7 @@ def test_missing_and_extra_tensors_name_the_file(tiny_llama, llama_part):
     state["model.layers.2.mlp.up_proj.weight"] = state.pop("model.layers.1.mlp.up_proj.weight")
     save_file(state, folder / "model.safetensors")
     with pytest.raises(WeightError, match=r"llama \(text_decoder\): the tensors are not those") as error:
-        load_part({}, llama_part, spec, folder)
+        load_part({}, llama_part, spec, open_source(folder))
     assert "missing (1): model.layers.1.mlp.up_proj.weight" in str(error.value)
     assert "unknown (1): model.layers.2.mlp.up_proj.weight (nearest missing: model.layers.1" in str(error.value)
 
@@ -149,7 +149,7 @@ def test_another_shape_names_tensor_found_and_expected(tiny_llama, llama_part):
     with pytest.raises(
         WeightError, match=r"model.layers.1.mlp.down_proj.weight gives .* \[8, 13\]; expected \[8, 12\]"
     ):
-        load_part(target, llama_part, spec, folder)
+        load_part(target, llama_part, spec, open_source(folder))
 
 
 def test_another_vocabulary_is_refused(tiny_llama, llama_part):
@@ -157,7 +157,7 @@ def test_another_vocabulary_is_refused(tiny_llama, llama_part):
     target = empty_state(llama_part, spec, open_source(folder).part("text_decoder"))
     save_file({**state, "lm_head.weight": torch.zeros(12, 8)}, folder / "model.safetensors")
     with pytest.raises(WeightError, match="lm_head.weight has 12 rows; expected language_vocab_size 11"):
-        load_part(target, llama_part, spec, folder)
+        load_part(target, llama_part, spec, open_source(folder))
 
 
 def test_quantised_weights_are_refused(tiny_llama, llama_part):
@@ -165,7 +165,7 @@ def test_quantised_weights_are_refused(tiny_llama, llama_part):
     target = empty_state(llama_part, spec, open_source(folder).part("text_decoder"))
     save_file({**state, "model.norm.weight": torch.zeros(8, dtype=torch.int8)}, folder / "model.safetensors")
     with pytest.raises(WeightError, match="model.norm.weight has type torch.int8; expected floating point"):
-        load_part(target, llama_part, spec, folder)
+        load_part(target, llama_part, spec, open_source(folder))
 
 
 def test_a_module_that_its_rules_do_not_describe_is_refused(tiny_llama, llama_part):
@@ -173,7 +173,7 @@ def test_a_module_that_its_rules_do_not_describe_is_refused(tiny_llama, llama_pa
     target = empty_state(llama_part, spec, open_source(folder).part("text_decoder"))
     target["decoder.bias"] = target.pop("decoder.final_layernorm.weight")
     with pytest.raises(WeightError, match=r"without a rule: \['decoder.bias'\], without a tensor: \['decoder.final"):
-        load_part(target, llama_part, spec, folder)
+        load_part(target, llama_part, spec, open_source(folder))
 
 
 def test_names_of_another_family_are_refused(golden_models, golden_spec, llama_part):
@@ -181,7 +181,7 @@ def test_names_of_another_family_are_refused(golden_models, golden_spec, llama_p
 
     part = replace(llama_part, rules={"ours": llama_part.rules["ours"]})
     with pytest.raises(WeightError, match="names of kind 'hf', which model_id 'llama' cannot read; expected ours"):
-        load_part({}, part, golden_spec.text_decoder, golden_models / "vicuna")
+        load_part({}, part, golden_spec.text_decoder, open_source(golden_models / "vicuna"))
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_a_tied_head_is_not_loaded_twice(tied, llama_part):
 def test_the_last_stage_of_a_tied_model_gets_the_embedding(tied, llama_part):
     folder, spec, tensors = tied
     stage = {"output_layer.weight": torch.full((11, 8), float("nan"))}
-    load_part(stage, llama_part, spec, folder, layer_offset=1, num_local_layers=1)
+    load_part(stage, llama_part, spec, open_source(folder), layer_offset=1, num_local_layers=1)
     assert torch.equal(stage["output_layer.weight"], tensors["model.embed_tokens.weight"])
 
 
@@ -212,4 +212,4 @@ def test_a_tied_head_that_differs_is_refused(tied, llama_part):
     folder, spec, state = tied
     save_file({**state, "lm_head.weight": torch.zeros(11, 8)}, folder / "model.safetensors")
     with pytest.raises(WeightError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        load_part({}, llama_part, spec, folder)
+        load_part({}, llama_part, spec, open_source(folder))

@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import save_file
 
 from mindspeed_mm.models.describe import describe_part
-from mindspeed_mm.models.spec import find_part
+from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.text_decoder import llama
 from mindspeed_mm.weights import files
 from mindspeed_mm.weights.layout import shard
 from mindspeed_mm.weights.loading import load_part, local_tensor
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.weights.conftest import TINY_LLAMA
 from tests.weights.weight_helpers import empty_state, random_hf_state
 
@@ -73,7 +73,7 @@ def test_at_tp_2_a_rank_reads_about_half(tmp_path, llama_part, monkeypatch):
     for size in (1, 2):
         state = empty_state(llama_part, spec, open_source(tmp_path).part("text_decoder"), tp_size=size)
         opened.clear()
-        load_part(state, llama_part, spec, tmp_path, tp_rank=0, tp_size=size)
+        load_part(state, llama_part, spec, open_source(tmp_path), tp_rank=0, tp_size=size)
         volumes[size] = sum(file.bytes_read for file in opened)
     assert volumes[1] == sum(tensor.nbytes for tensor in random_hf_state(spec).values())
     assert 0.5 <= volumes[2] / volumes[1] < 0.52

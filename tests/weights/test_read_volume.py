@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 
 import mindspeed_mm as mm
 from mindspeed_mm.errors import CheckpointError, WeightError
-from mindspeed_mm.models.spec import find_part
+from mindspeed_mm.models.part import find_part
 from mindspeed_mm.weights import files
 from mindspeed_mm.weights.loading import load_part, local_tensor
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 from tests.checkpoint_converters.converter_helpers import clip_state, write_llava
 from tests.weights.weight_helpers import empty_state
 

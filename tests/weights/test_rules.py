@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.spec import find_part
+from mindspeed_mm.models.part import find_part
 from mindspeed_mm.weights.rules import QKV, Drop, GateUp, Geometry, PackedQKV, Reshape, Rule, RuleSet, Vocab
 from tests.weights.weight_helpers import random_hf_state
 

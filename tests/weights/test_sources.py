@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.layouts import recognise
-from mindspeed_mm.weights.sources import open_source, register_detector
+from mindspeed_mm.models.sources import recognise
+from mindspeed_mm.models.sources import open_source, register_detector
 from mindspeed_mm.weights.torch_file import TorchFile
 from tests.weights.conftest import TINY_LLAMA
 
@@ -52,7 +52,7 @@ def test_the_name_of_a_file_does_not_matter(golden_models, tmp_path):
 
 def test_names_of_transformers_5_are_recognised(golden_models):
     names = json.loads((golden_models / "llava_hf_v5" / "tensor_names_and_shapes.json").read_text())
-    layout = recognise(names)
+    layout = recognise(names, None).layout
     parts, dropped, unknown = layout.split(names)
     assert layout.name == "llava-hf" and not dropped and not unknown
     assert sorted(parts) == ["text_decoder", "vision_encoder", "vision_projector"]
@@ -65,7 +65,7 @@ def test_names_of_transformers_5_are_recognised(golden_models):
 def test_names_under_model_are_recognised():
     names = ["model.language_model.embed_tokens.weight", "lm_head.weight", "model.multi_modal_projector.linear_1.bias"]
     names += ["model.vision_tower.vision_model.embeddings.class_embedding"]
-    parts, _, unknown = recognise(names).split(names)
+    parts, _, unknown = recognise(names, None).layout.split(names)
     assert not unknown
     assert set(parts["text_decoder"]) == {"model.embed_tokens.weight", "lm_head.weight"}
     assert set(parts["vision_encoder"]) == {"embeddings.class_embedding"}
@@ -119,7 +119,7 @@ def test_legacy_torch_files_are_read(tmp_path):
 
 
 def test_a_registered_detector_is_asked_first(tmp_path, monkeypatch):
-    from mindspeed_mm.weights import sources
+    from mindspeed_mm.models import sources
 
     monkeypatch.setattr(sources, "_DETECTORS", [])
     mine = sources.Source(tmp_path, "checkpoint", None, {})
@@ -139,7 +139,7 @@ def test_a_tower_is_found_by_the_relative_path_of_the_config(golden_models, tmp_
     part = open_source(folder).part("vision_encoder")
     assert part.path == folder / "../clip_hf" and part.config["vision_feature_layer"] == -3
     (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}))
-    with pytest.raises(WeightError, match="names the tower 'openai/clip-vit-large-patch14-336'"):
+    with pytest.raises(WeightError, match="names the vision encoder 'openai/clip-vit-large-patch14-336'"):
         open_source(folder).part("vision_encoder")
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.sources import open_source
+from mindspeed_mm.models.sources import open_source
 
 
 @pytest.fixture

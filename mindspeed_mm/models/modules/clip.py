@@ -1,6 +1,6 @@
-"""CLIP vision tower (Radford et al. 2021) on megatron.core's parallel layers.
+"""CLIP vision encoder (Radford et al. 2021) on megatron.core's parallel layers.
 
-Legend: N pictures, P patches, H hidden size.
+Legend: R images, P patches, H hidden size.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
 from mindspeed_mm.models.layers.specs import block_spec
+from mindspeed_mm.models.media import Features, Media, fixed_size_features
 from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
 
 
-class CLIPVisionTower(MegatronModule):
+class CLIPVisionEncoder(MegatronModule):
     """Patch embedding, class token, positions, pre-norm and the layers up to the selected feature.
 
     Layers behind the selected one and the final norm are never built: LLaVA takes the output of the last layer but one.
     """
+
+    independent_rows = True
 
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
@@ -47,14 +50,26 @@ class CLIPVisionTower(MegatronModule):
         for parameter in (self.conv1.weight, self.class_token, self.position_embeddings.weight):
             torch.nn.init.normal_(parameter, std=config.init_method_std)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[N, 3, image_size, image_size] -> [N, P, H] (P + 1 with select_feature "cls_patch")."""
-        patches = self.conv1(pixel_values).flatten(2).transpose(1, 2)
+    def forward(self, media: Media) -> Features:
+        """P features of each row of pixels [R, 3, image_size, image_size] (P + 1 with select_feature "cls_patch")."""
+        patches = self.conv1(media.pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         class_token = self.class_token.expand(patches.shape[0], -1, -1)
         hidden = torch.cat((class_token, patches), dim=1) + self.position_embeddings.weight
         hidden = self.ln_pre(hidden).transpose(0, 1).contiguous()
         features = self.decoder(hidden_states=hidden, attention_mask=None).transpose(0, 1)
-        return features if self.spec.select_feature == "cls_patch" else features[:, 1:]
+        features = features if self.spec.select_feature == "cls_patch" else features[:, 1:]
+        return fixed_size_features(features, media)
+
+    def blank(self) -> Media:
+        """One image of zeros."""
+        side = self.spec.image_size
+        return Media.of_images(self.conv1.weight.new_zeros(1, 3, side, side))
+
+    def blank_features(self) -> Features:
+        """The features of `blank`, zeros."""
+        return fixed_size_features(
+            self.conv1.weight.new_zeros(1, self.spec.num_image_tokens, self.spec.hidden_size), self.blank()
+        )
 
     def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
-        """The tower lives on the first pipeline stage and never receives hidden states."""
+        """The encoder lives on the first pipeline stage and never receives hidden states."""

@@ -1,6 +1,6 @@
-"""MLP projector between the tower and the decoder.
+"""MLP projector between the vision encoder and the decoder.
 
-Legend: N pictures, P patches, Hv tower width, H decoder width.
+Legend: F features, Hv width of the encoder, H width of the decoder.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from mindspeed_mm.models.media import Features
 from mindspeed_mm.models.runtime import Runtime, transformer_config
 
 
 class MLPProjector(MegatronModule):
     """Linears with biases and GELU between them (LLaVA's linear and mlpNx_gelu)."""
+
+    independent_rows = True
 
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
@@ -29,9 +32,9 @@ class MLPProjector(MegatronModule):
         super().__init__(config=config)
         self.encoder = Linears(config, spec.sizes)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[N, P, Hv] -> [N, P, H]"""
-        return self.encoder(features)
+    def forward(self, features: Features) -> Features:
+        """[F, Hv] -> [F, H]"""
+        return features.of(self.encoder(features.values))
 
 
 class Linears(MegatronModule):

@@ -30,8 +30,7 @@ HF_DEFAULTS = {
 }
 """Values of keys that a config.json may omit: the documented defaults of transformers' LlamaConfig."""
 
-MODEL_TYPES = ("llama", "llava_llama", "llava")
-"""model_type of Llama itself and of LLaVA's subclasses, whose config.json holds the same keys."""
+MODEL_TYPES = ("llama",)
 
 
 class RopeScaling(StrictModel):
@@ -306,6 +305,7 @@ PART = Part(
     name="llama",
     kind="text_decoder",
     Spec=LlamaSpec,
+    model_types=MODEL_TYPES,
     from_hf=from_hf,
     to_hf=to_hf,
     rules={"hf": HF_RULES, "ours": HF_RULES.own()},

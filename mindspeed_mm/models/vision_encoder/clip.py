@@ -13,6 +13,7 @@ import pydantic
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
+from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
 from mindspeed_mm.weights.rules import QKV, Drop, Geometry, PackedQKV, Reshape, Rule, RuleSet
 
 HF_DEFAULTS = {
@@ -303,6 +304,63 @@ OPENAI_RULES = RuleSet(
 )
 
 
+CLIP = Layout(
+    "clip",
+    (r"^(vision_model\.)?embeddings\.class_embedding$",),
+    (
+        Prefix("vision_model.", VISION),
+        *(Prefix(name, VISION, name) for name in ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")),
+        *(Prefix(name, None) for name in ("text_model.", "visual_projection.", "text_projection.", "logit_scale")),
+    ),
+    {VISION: "hf"},
+    {VISION: "vision_model."},
+)
+"""HF's CLIPVisionModel or CLIPModel."""
+
+OPENAI_CLIP = Layout(
+    "openai-clip",
+    (r"^visual\.class_embedding$",),
+    (
+        Prefix("visual.", VISION, "visual."),
+        *(
+            Prefix(name, None)
+            for name in (
+                "transformer.",
+                "token_embedding.",
+                "ln_final.",
+                "positional_embedding",
+                "text_projection",
+                "logit_scale",
+                "input_resolution",
+                "context_length",
+                "vocab_size",
+            )
+        ),
+    ),
+    {VISION: "openai"},
+)
+"""OpenAI's archives."""
+
+
+def image_processor(spec: ClipSpec) -> dict[str, Any]:
+    """preprocessor_config.json of every CLIP release, at the encoder's size."""
+    size = spec.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": size, "width": size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": size},
+    }
+
+
 def shapes(spec: ClipSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of our tensors; `{}` is the layer."""
     width, inner = spec.hidden_size, spec.ffn_hidden_size
@@ -322,15 +380,18 @@ def shapes(spec: ClipSpec) -> dict[str, tuple[int, ...]]:
 
 def build(spec: ClipSpec, runtime):
     """The tower, up to the selected feature."""
-    from mindspeed_mm.models.modules.clip import CLIPVisionTower
+    from mindspeed_mm.models.modules.clip import CLIPVisionEncoder
 
-    return CLIPVisionTower(spec, runtime)
+    return CLIPVisionEncoder(spec, runtime)
 
 
 PART = Part(
     name="clip",
     kind="vision_encoder",
     Spec=ClipSpec,
+    model_types=MODEL_TYPES,
+    layouts=(CLIP, OPENAI_CLIP),
+    image_processor=image_processor,
     from_hf=from_hf,
     to_hf=to_hf,
     from_shapes=from_shapes,

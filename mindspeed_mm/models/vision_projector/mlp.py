@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm.config.load import load_config
-from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.part import Part, PartSpec, Size, only
+from mindspeed_mm.weights.layouts import PROJECTOR, Layout, Prefix
 from mindspeed_mm.weights.rules import Geometry, Rule, RuleSet
 
 WHY = "the projector is LLaVA's linear or mlpNx_gelu"
@@ -110,6 +111,30 @@ def from_shapes(shape: Callable[[str], tuple[int, ...]], num_layers: int, **give
     )
 
 
+def projector_prefixes(outer: str) -> tuple[Prefix, ...]:
+    """LLaVA's projector: an nn.Sequential, or for type linear one nn.Linear, which the rules know as its number 0."""
+    return Prefix(outer, PROJECTOR), *(Prefix(outer + name, PROJECTOR, "0." + name) for name in ("weight", "bias"))
+
+
+def projector_type(spec: MlpSpec) -> str:
+    """LLaVA's mm_projector_type."""
+    return "linear" if spec.num_layers == 1 else f"mlp{spec.num_layers}x_gelu"
+
+
+def to_hf(spec: MlpSpec, dtype: str) -> dict[str, Any]:
+    """The keys of LLaVA's original config.json that describe the projector. Raises WeightError where it has none."""
+    if spec.num_layers > 1 and spec.ffn_hidden_size != spec.hidden_size:
+        raise WeightError(
+            f"the projector is {spec.ffn_hidden_size} wide inside; expected {spec.hidden_size}, since LLaVA has no key "
+            "for another width. Choose --to mindspeed-mm."
+        )
+    return {
+        "hidden_size": spec.hidden_size,
+        "mm_hidden_size": spec.input_size,
+        "mm_projector_type": projector_type(spec),
+    }
+
+
 def _rules(linear: str) -> RuleSet:
     """Linears are split over the tensor-parallel ranks in pairs, first by rows, then by columns; see modules/mlp.py."""
     ours = "encoder.linear_fc{+1}"
@@ -125,6 +150,21 @@ def _rules(linear: str) -> RuleSet:
 
 LLAVA_RULES = _rules("{*2}")
 HF_RULES = _rules("linear_{+1}")
+
+
+PROJECTOR_ONLY = Layout(
+    "projector",
+    (r"(^|\.)mm_projector\.|^(0\.)?(weight|bias)$",),
+    (
+        *projector_prefixes("model.mm_projector."),
+        *projector_prefixes("mm_projector."),
+        *projector_prefixes("")[1:],
+        *(Prefix(digit, PROJECTOR, digit) for digit in "0123456789"),
+    ),
+    {PROJECTOR: "llava"},
+    {PROJECTOR: "model.mm_projector."},
+)
+"""mm_projector.bin, what LLaVA's pretraining gives."""
 
 
 def shapes(spec: MlpSpec) -> dict[str, tuple[int, ...]]:
@@ -147,6 +187,8 @@ PART = Part(
     name="mlp",
     kind="vision_projector",
     Spec=MlpSpec,
+    layouts=(PROJECTOR_ONLY,),
+    to_hf=to_hf,
     from_hf=from_hf,
     from_shapes=from_shapes,
     rules={"llava": LLAVA_RULES, "hf": HF_RULES, "ours": LLAVA_RULES.own()},

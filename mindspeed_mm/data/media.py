@@ -1,0 +1,91 @@
+"""Images and videos on their way into the model: what their sizes alone say, and their pixels.
+
+A placeholder is IMAGE_TOKEN_INDEX and means: a feature goes here. How many an item has follows from its size, so that
+lengths, packing and plans are known without decoding a picture. Tags around them are ordinary tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
+from mindspeed_mm.data.image import ImageProcessor, preprocess
+from mindspeed_mm.models.media import Media
+
+
+@dataclass(frozen=True)
+class ItemPlan:
+    """What the size of an item says about it."""
+
+    grid: tuple[int, int, int]
+    """Time, height and width in the processor's units (see models.media.Media)."""
+
+    ids: tuple[int, ...]
+    """The tokens in the place of the item's single placeholder: IMAGE_TOKEN_INDEX for every feature, and tags."""
+
+    @cached_property
+    def count(self) -> int:
+        """Features of the item."""
+        return self.ids.count(IMAGE_TOKEN_INDEX)
+
+
+class MediaProcessor(ABC):
+    """How one model makes pixels and placeholders of an image. Made by a family, from its spec and processor config."""
+
+    @property
+    @abstractmethod
+    def fixed(self) -> ItemPlan | None:
+        """The plan that every image has, whatever its size; None where the size decides."""
+
+    @abstractmethod
+    def plan(self, height: int, width: int) -> ItemPlan:
+        """The plan of an image of this size.
+
+        Raises:
+            ImageError: an image of this size cannot be used (its aspect ratio is too extreme).
+        """
+
+    @abstractmethod
+    def item(self, image: Any) -> Media:
+        """One decoded or encoded image (a path, PIL image or ImageBytes) as media of one item.
+
+        Raises:
+            ImageError: the image cannot be used.
+        """
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """JSON values of everything that plans and pixels depend on, for fingerprints of caches and checkpoints."""
+
+    def batch(self, items: Sequence[Media]) -> Media | None:
+        """Several items as one; None where there is none."""
+        return Media.join(items) if items else None
+
+
+class FixedSizeImages(MediaProcessor):
+    """Images of one size, each with the same number of features (LLaVA-1.5)."""
+
+    def __init__(self, processor: ImageProcessor, count: int, *, pad: bool = False, fast_resize: bool = False) -> None:
+        """`processor.output_size` is known; `count` features an image; see data.image.preprocess for the rest."""
+        self.processor, self.pad, self.fast_resize = processor, pad, fast_resize
+        self._plan = ItemPlan((1, 1, 1), (IMAGE_TOKEN_INDEX,) * count)
+
+    @property
+    def fixed(self) -> ItemPlan:
+        return self._plan
+
+    def plan(self, height: int, width: int) -> ItemPlan:
+        return self._plan
+
+    def item(self, image: Any) -> Media:
+        return Media.of_images(preprocess(image, self.processor, self.pad, fast=self.fast_resize).unsqueeze(0))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        processor = self.processor.model_dump(mode="json")
+        return {"processor": processor, "pad": self.pad, "fast_resize": self.fast_resize, "count": self._plan.count}

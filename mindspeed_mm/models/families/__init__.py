@@ -1,0 +1,1 @@
+"""Families of models. One family = one file, found by its model_id."""

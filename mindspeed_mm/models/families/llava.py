@@ -1,0 +1,355 @@
+"""LLaVA and LLaVA-1.5 (Liu et al. 2023): an encoder of one fixed image size, an MLP, any decoder.
+
+Two public folders: transformers' LlavaForConditionalGeneration (llava-hf) and the original code's (llava), whose
+config.json is the decoder's with mm_* keys, and which names its vision encoder by a path of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.media import FixedSizeImages, MediaProcessor
+from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.family import Family
+from mindspeed_mm.models.media import Media
+from mindspeed_mm.models.part import find_part, part_of
+from mindspeed_mm.models.sources import open_source
+from mindspeed_mm.models.vision_projector.mlp import projector_prefixes
+from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, Prefix
+from mindspeed_mm.weights.sources import PartSource, Source
+
+if TYPE_CHECKING:
+    from mindspeed_mm.models.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+HF, ORIGINAL = "llava-hf", "llava"
+
+IMAGE_TOKEN_ID = 32000
+"""LlavaConfig's default of image_token_index."""
+
+SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+"""LLaVA's mm_vision_select_feature in HF's words (vision_feature_select_strategy)."""
+
+DECODER_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2"}
+"""model_type of the decoder inside an original folder, where it is not what follows `llava_`."""
+
+ORIGINAL_TYPES = {decoder: name for name, decoder in DECODER_TYPES.items() if name != "llava"}
+
+LLAVA_DEFAULTS = {
+    "freeze_mm_mlp_adapter": False,
+    "image_aspect_ratio": "pad",
+    "mm_patch_merge_type": "flat",
+    "mm_projector_lr": None,
+    "mm_resampler_type": None,
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "tokenizer_padding_side": "right",
+    "tune_mm_mlp_adapter": False,
+    "unfreeze_mm_vision_tower": False,
+    "use_cache": True,
+    "use_mm_proj": True,
+}
+"""What LLaVA-1.5's released config.json says beside the architecture; a source's own values take their place."""
+
+
+def nested(outer: str, slot: str, new: str = "") -> tuple[Prefix, Prefix]:
+    """A module with the prefix of transformers before 4.52 and, under `model.`, of the classes since."""
+    return Prefix(outer, slot, new), Prefix("model." + outer, slot, new)
+
+
+DECODER_PREFIXES = (
+    Prefix("language_model.", TEXT),
+    Prefix("model.language_model.", TEXT, "model."),
+    Prefix("lm_head.", TEXT, "lm_head."),
+)
+"""A decoder inside one of transformers' multimodal models, before and since 4.52."""
+
+VISION_PREFIXES = (*nested("vision_tower.vision_model.", VISION), *nested("vision_tower.", VISION))
+
+LLAVA_HF = Layout(
+    HF,
+    (r"^(model\.)?multi_modal_projector\.",),
+    (*DECODER_PREFIXES, *VISION_PREFIXES, *nested("multi_modal_projector.", PROJECTOR)),
+    {TEXT: "hf", VISION: "hf", PROJECTOR: "hf"},
+    # Names of the hub, which transformers of every version reads.
+    {TEXT: "language_model.", VISION: "vision_tower.vision_model.", PROJECTOR: "multi_modal_projector."},
+)
+
+LLAVA = Layout(
+    ORIGINAL,
+    (r"(^|\.)mm_projector\.", r"^model\.(layers\.|embed_tokens\.|tok_embeddings\.)"),
+    (
+        Prefix("", TEXT),
+        Prefix("model.vision_tower.vision_tower.vision_model.", VISION),
+        Prefix("model.vision_tower.vision_tower.", VISION),
+        *projector_prefixes("model.mm_projector."),
+    ),
+    {TEXT: "hf", VISION: "hf", PROJECTOR: "llava"},
+    {TEXT: "", VISION: "model.vision_tower.vision_tower.vision_model.", PROJECTOR: "model.mm_projector."},
+)
+
+
+class Llava(Family):
+    """See the module."""
+
+    name = "llava"
+    model_types = ("llava",)
+    layouts = (LLAVA_HF, LLAVA)
+    model_ids = {PROJECTOR: "mlp"}
+
+    def reads(self, config: dict[str, Any]) -> bool:
+        return super().reads(config) or is_original(config)
+
+    def split_config(self, config: dict[str, Any], layout: str) -> dict[str, dict[str, Any] | None]:
+        if layout == ORIGINAL:
+            kind = str(config.get("model_type", "llava"))
+            decoder = {**config, "model_type": DECODER_TYPES.get(kind, kind.removeprefix("llava_"))}
+            return {TEXT: decoder, VISION: None, PROJECTOR: config if "mm_hidden_size" in config else None}
+        return {TEXT: text_config(config), VISION: vision_config(config), PROJECTOR: config}
+
+    def complete(self, source: Source, slots: dict[str, PartSource]) -> dict[str, PartSource]:
+        """An original folder names its vision encoder by path, relative to the folder; tensors inside come first."""
+        if source.layout != ORIGINAL:
+            return slots
+        config = source.config or {}
+        select = vision_select(config)
+        named = _named_encoder(source.path, config)
+        described = named.config if named else None
+        if described is not None and named.dialect == "hf":
+            described = {**described, **select}
+        if VISION in slots:
+            hf = described if named and named.dialect == "hf" else None
+            return {**slots, VISION: replace(slots[VISION], config=hf)}
+        return {**slots, VISION: replace(named, config=described)} if named else slots
+
+    def stated(self, source: Source) -> dict[str, dict[str, Any]]:
+        if source.layout != ORIGINAL:
+            return {}
+        config = source.config or {}
+        self._check_named_encoder(source, config)
+        layer = vision_select(config)["vision_feature_layer"]
+        return {VISION: {"select_layer": layer, "select_feature": config.get("mm_vision_select_feature", "patch")}}
+
+    @staticmethod
+    def _check_named_encoder(source: Source, config: dict[str, Any]) -> None:
+        """Raise WeightError where the config of a vision encoder should lie in a folder that is not there."""
+        name = config.get("mm_vision_tower")
+        if VISION not in source.part_sources or source.part(VISION).config is not None:
+            return
+        if str(name).startswith((".", "/")):
+            raise WeightError(
+                f"{source.path}: the config of the vision encoder {name!r} is not there; put the encoder's folder at "
+                "that path (relative to this folder)"
+            )
+        # A name of the hub, whose encoders are CLIP releases: shapes show all but the heads.
+        logger.info(
+            "%s: no config of the vision encoder %r is here; its heads are taken as its width / 64", source.path, name
+        )
+
+    def pads(self, config: dict[str, Any]) -> bool:
+        return config.get("image_aspect_ratio", "square") == "pad" if is_original(config) else True
+
+    def missing(self, source: Source, slot: str) -> str | None:
+        name = (source.config or {}).get("mm_vision_tower")
+        if slot != VISION or not name:
+            return None
+        return (
+            f"Its config names the vision encoder {name!r}, which is not a path here. Put the path of the encoder's "
+            "folder or file into mm_vision_tower of config.json; or join the parts, by ckpt_path in a model.json or by "
+            f"`mindspeed-mm convert --text-decoder {source.path} --projector {source.path} --vision-encoder ENCODER`."
+        )
+
+    def join_config(self, layout: str, specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
+        return (original_config if layout == ORIGINAL else hf_config)(specs, dtype, tokens)
+
+    def processor_config(self, spec: ModelSpec) -> dict[str, Any]:
+        """Of transformers' LlavaProcessor; it counts the class token and drops it for "default"."""
+        encoder = spec.vision_encoder
+        return {
+            "processor_class": "LlavaProcessor",
+            "image_token": "<image>",
+            "num_additional_image_tokens": getattr(encoder, "class_token_len", 0),
+            "patch_size": encoder.patch_size,
+            "vision_feature_select_strategy": SELECT_STRATEGIES[encoder.select_feature],
+        }
+
+    def image_token_id(self, config: dict[str, Any]) -> int | None:
+        if is_original(config):
+            return None
+        found = super().image_token_id(config)
+        return IMAGE_TOKEN_ID if found is None else found
+
+    def check(self, spec: ModelSpec) -> list[str]:
+        encoder, projector, decoder = spec.vision_encoder, spec.vision_projector, spec.text_decoder
+        problems = fit_problems(spec)
+        if encoder.num_image_tokens >= decoder.language_max_sequence_length:
+            problems.append(
+                f"text_decoder.language_max_sequence_length: found {decoder.language_max_sequence_length}, expected "
+                f"more than the {encoder.num_image_tokens} tokens of one image"
+            )
+        if projector.model_id != "mlp":
+            problems.append(
+                f'image_encoder.vision_projector.model_id: found "{projector.model_id}", expected "mlp", the projector '
+                "of model_id llava"
+            )
+        return problems
+
+    def media_processor(
+        self,
+        spec: ModelSpec,
+        image_processor: dict[str, Any] | str | Path,
+        *,
+        pad: bool = False,
+        fast_resize: bool = False,
+    ) -> MediaProcessor:
+        processor, side = ImageProcessor.from_config(image_processor), spec.vision_encoder.image_size
+        if processor.output_size is None:
+            raise ConfigError(
+                "the image processor gives images of different sizes (no centre crop); the vision encoder takes one "
+                "size. Set do_center_crop, or a size with height and width."
+            )
+        if processor.output_size != (side, side):
+            height, width = processor.output_size
+            raise ConfigError(
+                f"the image processor gives {width} x {height} pixels, the vision encoder takes {side} x {side} "
+                "(image_encoder.vision_encoder.image_size): use the preprocessor_config.json of the vision encoder"
+            )
+        return FixedSizeImages(processor, spec.vision_encoder.num_image_tokens, pad=pad, fast_resize=fast_resize)
+
+    def media_of_inputs(self, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
+        refuse_inputs(self.name, inputs, ("pixel_values",))
+        pixels, side = inputs.get("pixel_values"), spec.vision_encoder.image_size
+        if pixels is None:
+            return None
+        if tuple(pixels.shape[1:]) != (3, side, side):
+            raise ConfigError(f"pixel_values have shape {list(pixels.shape)}; expected [images, 3, {side}, {side}]")
+        return Media.of_images(pixels)
+
+    def default_image_processor(self, spec: ModelSpec) -> dict[str, Any] | None:
+        return part_of(VISION, spec.vision_encoder).image_processor(spec.vision_encoder)
+
+
+def fit_problems(spec: ModelSpec) -> list[str]:
+    """Widths of encoder, projector and decoder that do not meet."""
+    encoder, projector = spec.vision_encoder, spec.vision_projector
+    problems = []
+    if projector.input_size != encoder.hidden_size:
+        problems.append(
+            f"image_encoder.vision_projector.input_size: found {projector.input_size}, expected "
+            f"{encoder.hidden_size}, the vision_encoder's hidden_size"
+        )
+    if projector.hidden_size != spec.text_decoder.hidden_size:
+        problems.append(
+            f"image_encoder.vision_projector.hidden_size: found {projector.hidden_size}, expected "
+            f"{spec.text_decoder.hidden_size}, the text_decoder's hidden_size"
+        )
+    return problems
+
+
+def refuse_inputs(family: str, inputs: dict[str, Any], known: tuple[str, ...]) -> None:
+    """Raise ConfigError for inputs that the family does not know."""
+    unknown = sorted(set(inputs) - set(known))
+    if unknown:
+        raise ConfigError(f"model_id {family} takes the inputs {', '.join(known)}; found {', '.join(unknown)}")
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a config.json is the original code's."""
+    return "mm_vision_tower" in config or "mm_projector_type" in config or "mm_hidden_size" in config
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's config inside one of transformers' multimodal configs, with the head's tying as the outer one has
+    it."""
+    inner = dict(config.get("text_config") or {})
+    if "tie_word_embeddings" in config:
+        inner["tie_word_embeddings"] = config["tie_word_embeddings"]
+    return inner
+
+
+def vision_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The vision encoder's config inside a llava-hf config, with the feature selection of the outer one."""
+    keys = ("vision_feature_layer", "vision_feature_select_strategy")
+    return {**(config.get("vision_config") or {}), **{key: config[key] for key in keys if key in config}}
+
+
+def vision_select(config: dict[str, Any]) -> dict[str, Any]:
+    """HF's two vision_feature keys from an original config (mm_vision_select_layer, mm_vision_select_feature)."""
+    feature = config.get("mm_vision_select_feature", "patch")
+    if feature not in SELECT_STRATEGIES:
+        raise WeightError(
+            f"config.json: found mm_vision_select_feature {feature!r}; expected patch or cls_patch. Correct the file."
+        )
+    return {
+        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_select_strategy": SELECT_STRATEGIES[feature],
+    }
+
+
+def _named_encoder(folder: Path, config: dict[str, Any]) -> PartSource | None:
+    name = config.get("mm_vision_tower")
+    if not isinstance(name, str) or not name:
+        return None
+    path = folder / name  # an absolute name replaces the folder
+    return open_source(path, follow=False).part(VISION) if path.exists() else None
+
+
+def hf_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
+    """config.json of LlavaForConditionalGeneration, with keys that transformers 4 and 5 read.
+
+    Raises WeightError for a projector that this class does not have.
+    """
+    text, encoder, projector = (specs[slot] for slot in (TEXT, VISION, PROJECTOR))
+    if projector.num_layers != 2 or projector.ffn_hidden_size != projector.hidden_size:
+        raise WeightError(
+            f"the projector has {projector.num_layers} linears of width {projector.ffn_hidden_size}; expected 2 as "
+            "wide as the decoder, which is all that llava-hf can hold. Choose --to llava or mindspeed-mm."
+        )
+    inner = {key: value for key, value in tokens.items() if key not in ("image_token_id", "rows")}
+    rows = {} if tokens.get("rows") is None else {"vocab_size": tokens["rows"]}
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_seq_length": encoder.num_image_tokens,
+        "image_token_index": tokens["image_token_id"],
+        "multimodal_projector_bias": True,
+        "pad_token_id": tokens.get("pad_token_id"),
+        "projector_hidden_act": projector.activation_func,
+        "text_config": part_of(TEXT, text).to_hf(text, dtype) | inner | rows,
+        "tie_word_embeddings": text.share_embeddings_and_output_weights,
+        "torch_dtype": dtype,
+        "vision_config": part_of(VISION, encoder).to_hf(encoder, dtype),
+        "vision_feature_layer": encoder.select_layer,
+        "vision_feature_select_strategy": SELECT_STRATEGIES[encoder.select_feature],
+        "vocab_size": text.language_vocab_size,
+    }
+
+
+def original_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the original code, without mm_vision_tower, which says where the encoder lies."""
+    text, vision = specs[TEXT], specs[VISION]
+    inner = {key: value for key, value in tokens.items() if key not in ("image_token_id", "rows")}
+    decoder = part_of(TEXT, text).to_hf(text, dtype)
+    kind = ORIGINAL_TYPES.get(decoder["model_type"], f"llava_{decoder['model_type']}")
+    architecture = "Qwen" if kind == "llava_qwen" else decoder["architectures"][0].removesuffix("ForCausalLM")
+    return {
+        **decoder,
+        **inner,
+        **find_part(PROJECTOR, "mlp").to_hf(specs[PROJECTOR], dtype),
+        "architectures": [f"Llava{architecture}ForCausalLM"],
+        "model_type": kind,
+        "mm_vision_select_feature": vision.select_feature,
+        "mm_vision_select_layer": vision.select_layer,
+        "vocab_size": text.language_vocab_size if tokens.get("rows") is None else tokens["rows"],
+    }
+
+
+FAMILY = Llava()

@@ -1,0 +1,205 @@
+"""Open weights in any public layout: recognised from their contents, never from the name of the file or folder."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.part import SLOTS, all_parts
+from mindspeed_mm.models.spec import all_families
+from mindspeed_mm.weights.files import damaged, read_json_object
+from mindspeed_mm.weights.folders import TensorFiles, find_groups, open_file
+from mindspeed_mm.weights.layouts import HF_DECODER, OUR_FILES, OUR_MODEL, OURS, Layout
+from mindspeed_mm.weights.sources import PartSource, Source
+
+PEFT_PREFIX = "base_model.model."
+"""Put before every name by PEFT; LLaVA's non_lora_trainables.bin has it."""
+
+Detector = Callable[[Path], Source | None]
+
+_DETECTORS: list[Detector] = []
+
+
+def register_detector(detector: Detector) -> None:
+    """Add a reader of a further layout (the training checkpoint). It is asked before the built-in ones and returns None
+    for paths that are not its own."""
+    if detector not in _DETECTORS:
+        _DETECTORS.append(detector)
+
+
+def open_source(path: str | Path, *, follow: bool = True) -> Source:
+    """Open a file or folder of weights in any readable layout; tensors are read when asked for.
+
+    `follow`: also open the parts that its config names elsewhere.
+    Raises WeightError when the path does not exist, is damaged or unsafe, or holds no known layout.
+    """
+    path = Path(path)
+    for detector in _DETECTORS:
+        source = detector(path)
+        if source is not None:
+            return source
+    if path.is_dir():
+        source = _open_folder(path)
+    elif path.exists():
+        source = _classify(path, TensorFiles(path, [open_file(path)]), None)
+    else:
+        aside = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old"))
+        hint = f" A conversion that was to replace it was interrupted: rename {aside[0]} to {path}." if aside else ""
+        raise WeightError(f"{path}: no such file or folder; expected weights.{hint or ' Correct the path.'}")
+    if source.family is None or not follow:
+        return source
+    family = all_families()[source.family]
+    parts = family.complete(source, source.part_sources)
+    advice = {slot: text for slot in family.slots if (text := family.missing(source, slot)) is not None}
+    return replace(source, part_sources=parts, advice=advice)
+
+
+class Recognised(NamedTuple):
+    """A layout, the family whose it is (None for a part's own), and the parts that it holds where it says so."""
+
+    layout: Layout
+    family: str | None
+    model_ids: dict[str, str]
+
+
+def recognise(names: Iterable[str], config: dict[str, Any] | None) -> Recognised | None:
+    """The layout that tensor names belong to; None where none is known.
+
+    The family that reads the config comes first. Without one, a layout with more markers comes before one with fewer.
+    """
+    names = tuple(names)
+    families = all_families()
+    if config is not None:
+        for family in families.values():
+            if family.reads(config):
+                for layout in family.layouts:
+                    if layout.recognises(names):
+                        return Recognised(layout, family.name, family.model_ids)
+    known = [
+        Recognised(layout, family.name, family.model_ids) for family in families.values() for layout in family.layouts
+    ]
+    known += [
+        Recognised(layout, None, {slot: part.name})
+        for slot in SLOTS
+        for part in all_parts(slot).values()
+        for layout in part.layouts
+    ]
+    known.sort(key=lambda found: -len(found.layout.markers))
+    known += [Recognised(layout, None, {}) for layout in (OUR_MODEL, *OUR_FILES.values(), HF_DECODER)]
+    return next((found for found in known if found.layout.recognises(names)), None)
+
+
+def _open_folder(folder: Path) -> Source:
+    config_file = folder / "config.json"
+    config = read_json_object(config_file) if config_file.is_file() else None
+    groups = find_groups(folder)
+    found = [_recognise_group(group, None) for group in groups]
+    if len(groups) > 1 and all(layout == OURS for layout in found):
+        return _combine(folder, [_classify(group.path, group, None) for group in groups])
+    source = _classify(folder, groups[0] if len(groups) == 1 else _one_set(folder, groups, found), config)
+    return _combine(folder, [source]) if source.layout == OURS else source
+
+
+def _recognise_group(files: TensorFiles, config: dict[str, Any] | None) -> str | None:
+    if files.record is not None:
+        return OURS
+    found = recognise(files.names, config)
+    return found.layout.name if found else None
+
+
+def _one_set(folder: Path, groups: list[TensorFiles], layouts: list[str | None]) -> TensorFiles:
+    """Shards without an index. Files of different layouts in one folder are ambiguous."""
+    names = sorted({layout for layout in layouts if layout})
+    if len(names) > 1:
+        listing = ", ".join(
+            f"{group.path.name} ({layout or 'unknown'})" for group, layout in zip(groups, layouts, strict=True)
+        )
+        raise WeightError(f"{folder}: found files of several layouts: {listing}. Give the path of one of them.")
+    return TensorFiles(folder, groups)
+
+
+def _combine(folder: Path, sources: list[Source]) -> Source:
+    """converted_clip.pt, converted_vicuna.pt and mlp.pt of one folder, and the model.json beside them."""
+    parts: dict[str, PartSource] = {}
+    for source in sources:
+        for name, part in source.part_sources.items():
+            if name in parts:
+                raise WeightError(
+                    f"{folder}: both {parts[name].path.name} and {part.path.name} hold a {name}; expected one. "
+                    "Remove the one that does not belong here or give a file."
+                )
+            parts[name] = part
+    model_file = folder / "model.json"
+    return Source(folder, OURS, read_json_object(model_file) if model_file.is_file() else None, parts)
+
+
+def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> Source:
+    """Recognise one set of tensors by its names and hand them out to the slots."""
+    if any(".lora_" in name or name.startswith("lora_") for name in files.names):
+        raise WeightError(
+            f"{path}: found LoRA adapters; expected full weights. Merge them into their base model first."
+        )
+    stored = {name.removeprefix(PEFT_PREFIX): name for name in files.names}
+    if files.record is not None:
+        found = Recognised(_recorded_layout(path, files.record), None, {})
+    else:
+        found = recognise(stored, config)
+    if found is None:
+        shown = ", ".join(files.names[:4]) or "no tensor"
+        raise WeightError(
+            f"{path}: found no known layout (tensors such as {shown}); expected weights of a supported model or of one "
+            "of its parts. Correct the path."
+        )
+    layout, family, model_ids = found
+    split, dropped, unknown = layout.split(stored)
+    if unknown:
+        raise WeightError(
+            f"{path}: found {len(unknown)} tensors that layout {layout.name} does not have, such as {unknown[0]}. "
+            "Remove them or give weights of a supported model."
+        )
+    configs = _configs(layout, family, config)
+    parts = {
+        slot: PartSource(
+            slot,
+            layout.dialects[slot],
+            path,
+            configs.get(slot),
+            files,
+            {short: stored[name] for short, name in names.items()},
+            model_id=model_ids.get(slot),
+        )
+        for slot, names in split.items()
+    }
+    if files.record is not None:
+        parts = {slot: _recorded(part, files.record) for slot, part in parts.items()}
+    return Source(path, layout.name, config, parts, tuple(dropped), family)
+
+
+def _configs(layout: Layout, family: str | None, config: dict[str, Any] | None) -> dict[str, dict[str, Any] | None]:
+    """The config of each slot, as far as the config.json describes it."""
+    if config is None or layout.name == OURS:
+        return {}
+    if family is not None:
+        return all_families()[family].split_config(config, layout.name)
+    return dict.fromkeys(layout.dialects, config)
+
+
+def _recorded_layout(path: Path, record: dict[str, Any]) -> Layout:
+    """The layout of one of our files, which says inside what it holds."""
+    blocks = record.get("config")
+    slots = [slot for slot in SLOTS if isinstance(blocks, dict) and slot in blocks]
+    if len(slots) != 1:
+        raise damaged(path, "its record does not describe its tensors")
+    return OUR_FILES[slots[0]]
+
+
+def _recorded(part: PartSource, record: dict[str, Any]) -> PartSource:
+    """A part with what our own file says of it: {"config": {slot: block of a model.json}, "assumed": [keys]}."""
+    block, assumed = record["config"][part.part], record.get("assumed", [])
+    if not isinstance(block, dict) or not isinstance(assumed, list) or not all(type(key) is str for key in assumed):
+        raise damaged(part.path, "its record does not describe its tensors")
+    return replace(part, config=block, assumed=tuple(assumed))
