@@ -22,7 +22,7 @@ from checkpoint_converters.companions import (
     rows_without_image,
 )
 from checkpoint_converters.plan import Job, Wanted, part_jobs, renamed, stored_dtype
-from checkpoint_converters.write import TOWER_FOLDER, write_json
+from checkpoint_converters.write import VISION_ENCODER_FOLDER, write_json
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.families.llava import LLAVA, ORIGINAL
@@ -262,12 +262,14 @@ def _plan_original(conversion: Conversion) -> TargetPlan:
     name = configs.own_encoder_name(conversion.source)
     folders = part_of(VISION, conversion.specs[VISION]).layouts
     encoder = [] if name else conversion.jobs(folders[0], VISION)
-    files = [WeightFiles(".", "bin", jobs)] + ([WeightFiles(TOWER_FOLDER, "safetensors", encoder)] if encoder else [])
+    files = [WeightFiles(".", "bin", jobs)] + (
+        [WeightFiles(VISION_ENCODER_FOLDER, "safetensors", encoder)] if encoder else []
+    )
     tokens = configs.text_tokens(conversion.source)
     if rows != conversion.specs[TEXT].language_vocab_size:
         tokens = {key: value for key, value in tokens.items() if key != "pad_token_id"} | {"pad_token_id": 0}
     config = family.join_config(ORIGINAL, conversion.specs, stored_dtype(jobs), tokens | {"rows": rows})
-    config = configs.original_config(config, conversion.specs, conversion.source, name or TOWER_FOLDER)
+    config = configs.original_config(config, conversion.specs, conversion.source, name or VISION_ENCODER_FOLDER)
 
     def finish(folder: Path) -> None:
         conversion.companions.copy(folder, (*TOKENIZER_FILES, *GENERATION_FILES))
@@ -277,7 +279,7 @@ def _plan_original(conversion: Conversion) -> TargetPlan:
             if generation.is_file():
                 write_json(generation, read_json_object(generation) | {"pad_token_id": tokens["pad_token_id"]})
         if encoder:
-            _finish_encoder(conversion, folder / TOWER_FOLDER, encoder)
+            _finish_encoder(conversion, folder / VISION_ENCODER_FOLDER, encoder)
         else:
             conversion.companions.copy(folder, PROCESSOR_FILES)
         write_json(folder / "config.json", config)

@@ -1,7 +1,7 @@
 """Images and videos on their way into the model: what their sizes alone say, and their pixels.
 
 A placeholder is IMAGE_TOKEN_INDEX and means: a feature goes here. How many an item has follows from its size, so that
-lengths, packing and plans are known without decoding a picture. Tags around them are ordinary tokens.
+lengths, packing and plans are known without decoding an image. Tags around them are ordinary tokens.
 """
 
 from __future__ import annotations

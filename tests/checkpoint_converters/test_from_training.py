@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 import mindspeed_mm as mm
-from mindspeed_mm import checkpoint_source
+from checkpoint_converters.checkpoint import source as checkpoint_source
 from mindspeed_mm.errors import CheckpointError
-from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.models.sources import open_source
+from mindspeed_mm.models.spec import load_model_spec
 from tests.checkpoint_converters.converter_helpers import assert_equal, our_tensors
 from tests.helpers.golden_training import Layout, description, train_golden
 

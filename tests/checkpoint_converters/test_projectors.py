@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 import mindspeed_mm as mm
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import describe_part
-from mindspeed_mm.weights.loading import load_part
 from mindspeed_mm.models.sources import open_source
+from mindspeed_mm.weights.loading import load_part
 from tests.checkpoint_converters.converter_helpers import (
     TEXT,
     VISION,
@@ -93,8 +93,8 @@ def run_module(path):
     """(output, {our name: this rank's gradient}) of the module at the pool's tensor-parallel size."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.part import find_part
+    from mindspeed_mm.models.runtime import Runtime
 
     size = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(size)

@@ -11,8 +11,8 @@ from examples.quickstart.make_models import make_models
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.encode import encode, encode_prompt
 from mindspeed_mm.data.tokenizer import load_tokenizer
-from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.models.sources import open_source
+from mindspeed_mm.models.spec import load_model_spec
 
 
 @pytest.fixture(scope="module")

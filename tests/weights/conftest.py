@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 
 from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.models.part import find_part
-from mindspeed_mm.models.text_decoder import llama
 from mindspeed_mm.models.sources import open_source
+from mindspeed_mm.models.text_decoder import llama
 from tests.weights.weight_helpers import random_hf_state
 
 TINY_LLAMA = {

@@ -8,11 +8,11 @@ from safetensors.torch import save_file
 
 from mindspeed_mm.models.describe import describe_part
 from mindspeed_mm.models.part import find_part
+from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.text_decoder import llama
 from mindspeed_mm.weights import files
 from mindspeed_mm.weights.layout import shard
 from mindspeed_mm.weights.loading import load_part, local_tensor
-from mindspeed_mm.models.sources import open_source
 from tests.weights.conftest import TINY_LLAMA
 from tests.weights.weight_helpers import empty_state, random_hf_state
 
@@ -43,7 +43,7 @@ def test_slices_of_a_decoder_are_those_of_the_whole(tmp_path, kind, tp_size):
 
 
 @pytest.mark.parametrize("name", ["clip_hf", "clip_openai.pt", "llava_hf", "llava_original"])
-def test_slices_of_a_tower_are_those_of_the_whole(golden_models, golden_spec, name):
+def test_slices_of_a_vision_encoder_are_those_of_the_whole(golden_models, golden_spec, name):
     assert_slices(open_source(golden_models / name).part("vision_encoder"), golden_spec.vision_encoder, 2)
 
 
