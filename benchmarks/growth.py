@@ -38,7 +38,7 @@ def batch_of(size: str, *, images: int = 1, text: int = TEXT, rows: int = 1) -> 
     ids = [1] + [IMAGE_TOKEN_INDEX] * (IMAGE_TOKENS * images) + words
     labels = [IGNORE_INDEX] * (len(ids) - text // 2) + words[text - text // 2 :]
     pixels = tuple(torch.randn(3, IMAGE_SIZE, IMAGE_SIZE) for _ in range(images))
-    return Collator(0, (IMAGE_SIZE, IMAGE_SIZE))([Encoded(f"row {row}", ids, labels, pixels) for row in range(rows)])
+    return Collator(0)([Encoded(f"row {row}", ids, labels, pixels) for row in range(rows)])
 
 
 def measure(args: argparse.Namespace, model: dict[str, Any], batches: dict[int, Batch]) -> list[dict[str, float]]:

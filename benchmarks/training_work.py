@@ -43,13 +43,13 @@ class Work(NamedTuple):
 def make_work(kind: str, size: str, batch: int, steps: int) -> Work:
     """`steps` batches of `batch` samples; for "mixed" ours are packed into rows, spread evenly over as many steps."""
     samples = make_samples(kind, size, batch * steps)
-    collate = Collator(PAD, (IMAGE_SIZE, IMAGE_SIZE))
+    collate = Collator(PAD)
     padded = [collate(samples[start : start + batch]) for start in range(0, len(samples), batch)]
     if kind != "mixed":
         return Work(padded, padded)
     lengths = torch.tensor([len(sample.input_ids) for sample in samples]).numpy()
     rows = [[samples[index] for index in row] for row in first_fit_decreasing(lengths, ROW_LENGTH)]
-    pack = Collator(PAD, (IMAGE_SIZE, IMAGE_SIZE), row_length=ROW_LENGTH)
+    pack = Collator(PAD, row_length=ROW_LENGTH)
     return Work([pack(rows[step::steps]) for step in range(steps)], padded)
 
 

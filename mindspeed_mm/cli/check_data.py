@@ -108,19 +108,25 @@ def _look(check: Any, config: Any, basic: Any, workers: int | None, earlier: lis
 def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | None) -> Any:
     """Templates, tokenizer and lengths as in training."""
     from mindspeed_mm.data.expand import Encoding
+    from mindspeed_mm.data.image import ImageProcessor
+    from mindspeed_mm.data.media import FixedSizeImages
     from mindspeed_mm.data.preflight import Check
     from mindspeed_mm.data.template import get_template
     from mindspeed_mm.data.template_check import check_template
     from mindspeed_mm.data.tokenizer import load_tokenizer
 
     parameters = config.dataset_param
-    tokens_per_image, seq_length, weights = IMAGE_TOKENS, SEQUENCE, None
+    media, seq_length, weights = None, SEQUENCE, None
     if model is not None:
+        from mindspeed_mm.models.family import media_of_data
         from mindspeed_mm.models.spec import load_model_spec
 
         spec = load_model_spec(namespace.mm_model)
-        tokens_per_image = spec.vision_encoder.num_image_tokens
+        media = media_of_data(spec, config)
         seq_length, weights = spec.text_decoder.language_max_sequence_length, spec.text_decoder.ckpt_path
+    if media is None or namespace.tokens_per_image:
+        processor = ImageProcessor.from_config(parameters.preprocess_parameters.processor_source)
+        media = FixedSizeImages(processor, namespace.tokens_per_image or IMAGE_TOKENS)
     given = parameters.tokenizer_config.from_pretrained if parameters.tokenizer_config else weights
     path = namespace.tokenizer or given
     if path is None:
@@ -131,7 +137,6 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
     for name in dict.fromkeys(name.strip() for name in names if name.strip()):
         template = get_template(name, tokenizer)
         check_template(template, tokenizer)
-        tokens = namespace.tokens_per_image or tokens_per_image
-        encodings[name] = Encoding(tokenizer, template, tokens, parameters.special_text)
+        encodings[name] = Encoding(tokenizer, template, media, parameters.special_text)
     max_length = config.max_length(namespace.seq_length or seq_length)
     return Check(encodings, max_length, parameters.overlong, images=not namespace.no_images)

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from mindspeed_mm import registry
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.config import DATASETS, DataConfig, DataloaderParam
-from mindspeed_mm.data.dataset import DataSet, MultimodalDataset, Policies
+from mindspeed_mm.data.dataset import DataSet, MultimodalDataset, Policies, Positions
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.expand import Encoding
-from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.index import default_folder
+from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.data.packing import PackedOrder
 from mindspeed_mm.data.sample import Batch, Encoded
 from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder, GroupedOrder, Order, WeightedOrder
@@ -63,27 +63,22 @@ class DataCounts:
 def build_dataset(
     config: DataConfig,
     tokenizer: Tokenizer,
-    image_processor: ImageProcessor | None,
-    tokens_per_image: int,
+    media: MediaProcessor,
     max_length: int,
     *,
+    positions: Positions | None = None,
     validation: bool = False,
 ) -> MultimodalDataset:
     """Map-style dataset of Encoded from a data config; with `validation` of its validation sets.
 
-    `image_processor=None` takes the one of the config; `max_length` counts expanded tokens. Every record and its length
-    are checked here (images are opened later). Raises DataError for bad records, TemplateError when the tokenizer does
-    not round-trip the template, ConfigError for settings that do not fit.
+    `max_length` counts expanded tokens; `positions` gives the positions of a family that has multimodal ones. Every
+    record and its length are checked here (images are opened later, or their headers where sizes decide). Raises
+    DataError for bad records, TemplateError when the tokenizer does not round-trip the template, ConfigError for
+    settings that do not fit.
     """
     parameters = config.dataset_param
     template = get_template(parameters.template_name, tokenizer)
     check_template(template, tokenizer)
-    image_processor = image_processor or parameters.preprocess_parameters.image_processor()
-    if image_processor.output_size is None:
-        raise ConfigError(
-            "the image processor gives images of different sizes (no centre crop); a batch needs one size. Set "
-            "do_center_crop, or a size with height and width."
-        )
     options = read_options(config, template)
     chosen = parameters.validation_parameters if validation else parameters.basic_parameters
     sets = []
@@ -99,10 +94,8 @@ def build_dataset(
     loading = config.dataloader_param
     return MultimodalDataset(
         sets,
-        encoding=Encoding(tokenizer, template, tokens_per_image, parameters.special_text),
-        image_processor=image_processor,
-        pad=parameters.preprocess_parameters.pad,
-        fast_resize=parameters.preprocess_parameters.fast_resize,
+        encoding=Encoding(tokenizer, template, media, parameters.special_text),
+        positions=positions,
         max_length=config.max_length(max_length),
         policies=Policies(
             image_error=parameters.image_error,
@@ -205,7 +198,7 @@ def build_loader(
     if num_workers:
         worker_options = {"persistent_workers": True, "prefetch_factor": options.prefetch_factor or 2}
     row_length = _row_length(dataset, options) if options.packing else None
-    collator = Collator(pad_token_id, dataset.image_processor.output_size, pad_multiple, row_length)
+    collator = Collator(pad_token_id, pad_multiple, row_length)
     loader = DataLoader(
         _ErrorsAsValues(dataset),
         batch_sampler=sampler,

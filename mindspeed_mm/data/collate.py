@@ -7,6 +7,7 @@ import torch
 
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.sample import Batch, CachedImages, Encoded
+from mindspeed_mm.models.media import Media
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,6 @@ class Collator:
     """Makes a Batch of samples, one in a row, or of lists of samples that share a row."""
 
     pad_token_id: int
-    image_size: tuple[int, int]
-    """(height, width) of the images, for batches without any."""
 
     pad_multiple: int = 1
     """Rows are as long as the longest, rounded up to a multiple of this."""
@@ -32,7 +31,10 @@ class Collator:
         shape = (len(filled), length)
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+        samples = [sample for row in filled for sample in row]
         position_ids = torch.arange(length).repeat(len(filled), 1)
+        if any(sample.positions is not None for sample in samples):
+            position_ids = position_ids.repeat(3, 1, 1)
         segment_ids = torch.zeros(shape, dtype=torch.int64)
         for row, members in enumerate(filled):
             start = 0
@@ -42,18 +44,19 @@ class Collator:
                 labels[row, start : max(end - 1, start)] = torch.tensor(sample.labels[1:], dtype=torch.int64)
                 segment_ids[row, start:end] = segment
                 if packed:
-                    position_ids[row, start:] = torch.arange(length - start)
+                    position_ids[..., row, start:] = torch.arange(length - start)
+                if sample.positions is not None:
+                    position_ids[:, row, start:end] = sample.positions
                 start = end
             if packed:  # the padding behind the last sample is a sequence of its own
-                position_ids[row, start:] = torch.arange(length - start)
-        samples = [sample for row in filled for sample in row]
-        images = [image for sample in samples for image in sample.images]
+                position_ids[..., row, start:] = torch.arange(length - start)
+        media = [item for sample in samples for item in sample.media]
         used = [sample for sample in samples if sample.input_ids]
         return Batch(
             input_ids=input_ids,
             labels=labels,
             position_ids=position_ids,
-            pixel_values=torch.stack(images) if images else torch.zeros(0, 3, *self.image_size),
+            media=Media.join(media) if media else None,
             sample_ids=[sample.sample_id for sample in used],
             tokens=sum(len(sample.input_ids) for sample in samples),
             supervised=int((labels != IGNORE_INDEX).sum()),
@@ -73,5 +76,5 @@ def _cached(samples: Sequence[Encoded]) -> CachedImages | None:
     return CachedImages(
         keys=tuple(image.key for image in images),
         known=tuple(image.values is not None for image in images),
-        features=torch.stack(known) if known else torch.empty(0),
+        features=torch.cat(known) if known else torch.empty(0),
     )

@@ -13,7 +13,7 @@ import pydantic
 
 from mindspeed_mm import registry
 from mindspeed_mm.config.load import StrictModel, load_config
-from mindspeed_mm.data.image import FAST_FILTERS, ImageProcessor
+from mindspeed_mm.data.image import FAST_FILTERS, PROCESSOR_TYPES, ImageProcessor
 from mindspeed_mm.data.template import get_template
 
 DATASETS = "mindspeed_mm.data.datasets"
@@ -100,7 +100,9 @@ class PreprocessParameters(StrictModel):
             raise ValueError(f"train_pipeline.pad2square is {inner!r}; expected true or false")
         if inner is not None and self.pad2square is not None and inner != self.pad2square:
             raise ValueError("pad2square is given twice with different values; keep the one in train_pipeline")
-        processor = self.image_processor() if self.train_pipeline is not None else None
+        kind = (self.train_pipeline or {}).get("image_processor_type", PROCESSOR_TYPES[0])
+        own = self.train_pipeline is not None and kind in PROCESSOR_TYPES  # others are checked by their family
+        processor = ImageProcessor.from_config(self.processor_source) if own else None
         if self.fast_resize and processor is not None and processor.resample not in FAST_FILTERS:
             raise ValueError(f"fast_resize knows bicubic (resample 3) and bilinear (2), found {processor.resample}")
         return self
@@ -111,12 +113,12 @@ class PreprocessParameters(StrictModel):
         inner = (self.train_pipeline or {}).get("pad2square")
         return bool(self.pad2square if inner is None else inner)
 
-    def image_processor(self) -> ImageProcessor:
-        """The image processor that is described here or lies in `image_processer_path`."""
+    @property
+    def processor_source(self) -> dict[str, Any] | str:
+        """What Family.media_processor takes: the fields that are given here, or `image_processer_path`."""
         if self.image_processer_path is not None:
-            return ImageProcessor.from_config(self.image_processer_path)
-        fields = {key: value for key, value in (self.train_pipeline or {}).items() if key != "pad2square"}
-        return ImageProcessor.from_config(fields)
+            return self.image_processer_path
+        return {key: value for key, value in (self.train_pipeline or {}).items() if key != "pad2square"}
 
 
 class TokenizerConfig(StrictModel):

@@ -1,24 +1,28 @@
 """Samples of any kind of data file as tokens and pixels, ready for collation."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
-from mindspeed_mm.data.expand import Encoding, fit_length
+from mindspeed_mm.data.expand import Encoding, expand_images, fit_length
 from mindspeed_mm.data.facts import unanswered
 from mindspeed_mm.data.feature_cache import FeatureCache
-from mindspeed_mm.data.image import ImageError, ImageProcessor, load_image, preprocess
+from mindspeed_mm.data.image import ImageError, load_image
 from mindspeed_mm.data.lengths import UNUSABLE, usable_length
 from mindspeed_mm.data.parallel import count_all
 from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample
 from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+Positions = Callable[[list[int], list[tuple[int, int, int]]], torch.Tensor]
+"""Expanded ids and the grids of their images -> [3, length] int64."""
 
 MAX_SKIPS = 1000
 """So many bad images in a row mean a wrong folder, not single damaged files."""
@@ -112,7 +116,8 @@ class DataSet:
         source = self.source
 
         def check() -> np.ndarray:
-            most = source.facts[:, 0] + source.facts[:, 1] * encoding.tokens_per_image
+            fixed = encoding.media.fixed
+            most = source.facts[:, 0] + source.facts[:, 1] * (len(fixed.ids) if fixed else max_length)
             numbers = np.flatnonzero(most > max_length)
             count_all(
                 f"checking lengths of {self.name}",
@@ -154,20 +159,18 @@ class MultimodalDataset(Dataset[Encoded]):
         sets: Sequence[DataSet],
         *,
         encoding: Encoding,
-        image_processor: ImageProcessor,
-        pad: bool,
         max_length: int,
-        fast_resize: bool = False,
+        positions: Positions | None = None,
         policies: Policies = Policies(),
         measured: bool = False,
     ):
         """`measured`: count all lengths now (for packing and grouping); otherwise only where a policy needs them."""
         self.sets = list(sets)
         self.encoding = encoding
-        self.image_processor = image_processor
+        self.media = encoding.media
         self.policies = policies
         self.max_length = max_length
-        self._pad, self._fast_resize = pad, fast_resize
+        self._positions = positions
         self.feature_cache: FeatureCache | None = None
         """Where features of images are looked up, once the vision encoder is there."""
         self._lengths: np.ndarray | None = None
@@ -236,15 +239,17 @@ class MultimodalDataset(Dataset[Encoded]):
         return message
 
     def _encode(self, sample: Sample, skipped: tuple[str, ...]) -> Encoded:
+        plans = self.encoding.plans(sample)
         try:
-            ids, labels = self.encoding.of(sample)
+            ids, labels = expand_images(*self.encoding.tokens(sample), plans)
             ids, labels = fit_length(ids, labels, self.max_length, self.policies.overlong)
         except DataError as error:
             raise type(error)(f"{sample.where}: {error}") from error
         features = tuple(self._known_features(image) for image in sample.images) if self.feature_cache else ()
         unknown = [image for image, known in zip_longest(sample.images, features) if not known or known.values is None]
-        images = tuple(preprocess(image, self.image_processor, self._pad, fast=self._fast_resize) for image in unknown)
-        return Encoded(sample.id, ids, labels, images, skipped, features)
+        media = tuple(self.media.item(image) for image in unknown)
+        positions = self._positions(ids, [plan.grid for plan in plans]) if self._positions else None
+        return Encoded(sample.id, ids, labels, media, skipped, features, positions)
 
     def _known_features(self, image: str | EncodedImage) -> CachedImage:
         """What the feature cache has of an image. Raises ImageError where its bytes cannot be read."""

@@ -1,4 +1,4 @@
-"""Expand each image placeholder to the number of image tokens, so that shapes are known before the model runs."""
+"""Expand each image placeholder to one position a feature, so that shapes are known before the model runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -6,6 +6,8 @@ from typing import Any
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.encode import SpecialText, encode_turns
+from mindspeed_mm.data.image import image_size
+from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.data.sample import Sample
 from mindspeed_mm.data.template import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
@@ -18,11 +20,11 @@ class Encoding:
 
     tokenizer: Tokenizer
     template: Template
-    tokens_per_image: int
+    media: MediaProcessor
     special_text: SpecialText = "text"
 
-    def of(self, sample: Sample) -> tuple[list[int], list[int]]:
-        """Expanded ids and labels of a sample, of any length.
+    def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """Ids and labels of a sample with one IMAGE_TOKEN_INDEX an image.
 
         An answer of white space alone counts as empty: nothing is learned from it.
         """
@@ -30,29 +32,53 @@ class Encoding:
         ids, labels = encode_turns(turns, self.tokenizer, self.template, self.special_text)
         if not any(turn.text for turn in turns if turn.role == "gpt"):  # the line feed behind an empty caption
             labels = [IGNORE_INDEX] * len(ids)
-        return expand_images(ids, labels, self.tokens_per_image)
+        return ids, labels
+
+    def plans(self, sample: Sample) -> list[ItemPlan]:
+        """The plan of each image. Sizes are looked at only where they decide.
+
+        Raises:
+            ImageError: the size of an image cannot be read, or is none that the model takes.
+        """
+        if self.media.fixed is not None:
+            return [self.media.fixed] * len(sample.images)
+        return [self.media.plan(*image_size(image)) for image in sample.images]
+
+    def of(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """Expanded ids and labels of a sample, of any length. Raises ImageError as `plans` does."""
+        return expand_images(*self.tokens(sample), self.plans(sample))
 
     @property
     def key(self) -> dict[str, Any]:
         """What lengths depend on besides the records."""
+        fixed = self.media.fixed
         return {
             "tokenizer": self.tokenizer.digest,
             "template": self.template.digest,
-            "tokens_per_image": self.tokens_per_image,
+            "media": self.media.settings if fixed is None else fixed.ids_key,
             "special_text": self.special_text,
         }
 
 
 def expand_images(
-    input_ids: Sequence[int], labels: Sequence[int], tokens_per_image: int
+    input_ids: Sequence[int], labels: Sequence[int], plans: Sequence[ItemPlan]
 ) -> tuple[list[int], list[int]]:
-    """Repeat every IMAGE_TOKEN_INDEX `tokens_per_image` times; labels there are IGNORE_INDEX."""
+    """Put the tokens of its plan in the place of every IMAGE_TOKEN_INDEX; labels there are IGNORE_INDEX.
+
+    Raises:
+        DataError: another number of plans than of placeholders.
+    """
+    found = input_ids.count(IMAGE_TOKEN_INDEX)
+    if found != len(plans):
+        raise DataError(f"has {found} image placeholders for {len(plans)} images; give one <image> for each image")
     ids_out: list[int] = []
     labels_out: list[int] = []
+    following = iter(plans)
     for token_id, label in zip(input_ids, labels, strict=True):
         if token_id == IMAGE_TOKEN_INDEX:
-            ids_out += [IMAGE_TOKEN_INDEX] * tokens_per_image
-            labels_out += [IGNORE_INDEX] * tokens_per_image
+            ids = next(following).ids
+            ids_out += ids
+            labels_out += [IGNORE_INDEX] * len(ids)
         else:
             ids_out.append(token_id)
             labels_out.append(label)

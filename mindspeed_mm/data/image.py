@@ -186,6 +186,28 @@ def load_image(path: str | Path | EncodedImage) -> Image.Image:
         ) from error
 
 
+def image_size(image: str | Path | EncodedImage | Image.Image) -> tuple[int, int]:
+    """(height, width) of an image, of which the header alone is read.
+
+    Raises ImageError naming the path when it is missing, no image, or too large.
+    """
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in load_image
+            with Image.open(_opened(image), formats=FORMATS) as opened:
+                _bound(opened.width * opened.height, f"is {opened.width} x {opened.height} pixels", image)
+                return opened.height, opened.width
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        if isinstance(error, ImageError):
+            raise
+        load_image(image)  # says what is wrong with it
+        raise ImageError(
+            f"image {image}: its size cannot be read ({error}); replace it or remove the record."
+        ) from error
+
+
 def other_suffix(path: str | Path | EncodedImage) -> Path | None:
     """A file of the same name with another suffix of an image, where there is one."""
     if not isinstance(path, str | Path) or not Path(path).name:

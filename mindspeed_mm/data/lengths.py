@@ -9,6 +9,7 @@ import numpy as np
 
 from mindspeed_mm.data.expand import Encoding, fit_length
 from mindspeed_mm.data.facts import longest_text
+from mindspeed_mm.data.image import ImageError
 from mindspeed_mm.data.sample import Sample
 from mindspeed_mm.errors import DataError
 
@@ -19,9 +20,13 @@ UNUSABLE = np.iinfo(np.int32).min
 def usable_length(sample: Sample, encoding: Encoding, max_length: int, policy: str) -> int:
     """Length of a sample before it is cut, negative without images, UNUSABLE where the policy leaves it out.
 
-    Raises DataError for a sample that is too long under the policy "error".
+    An image whose size is needed and cannot be read counts as one position: its sample is refused or replaced when its
+    turn comes. Raises DataError for a sample that is too long under the policy "error".
     """
-    ids, labels = encoding.of(sample)
+    try:
+        ids, labels = encoding.of(sample)
+    except ImageError:
+        ids, labels = encoding.tokens(sample)
     if len(ids) > max_length and policy == "drop":
         return UNUSABLE
     try:

@@ -32,6 +32,11 @@ class ItemPlan:
         """Features of the item."""
         return self.ids.count(IMAGE_TOKEN_INDEX)
 
+    @property
+    def ids_key(self) -> list[int]:
+        """[features, *tags], which two plans of one length have in common only if they are equal, for fingerprints."""
+        return [self.count, *(token for token in self.ids if token != IMAGE_TOKEN_INDEX)]
+
 
 class MediaProcessor(ABC):
     """How one model makes pixels and placeholders of an image. Made by a family, from its spec and processor config."""
@@ -56,6 +61,11 @@ class MediaProcessor(ABC):
         Raises:
             ImageError: the image cannot be used.
         """
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The preprocessor_config.json that it follows; a family's `media_processor` takes it again."""
 
     @property
     @abstractmethod
@@ -86,6 +96,9 @@ class FixedSizeImages(MediaProcessor):
         return Media.of_images(preprocess(image, self.processor, self.pad, fast=self.fast_resize).unsqueeze(0))
 
     @property
+    def config(self) -> dict[str, Any]:
+        return self.processor.model_dump(mode="json")
+
+    @property
     def settings(self) -> dict[str, Any]:
-        processor = self.processor.model_dump(mode="json")
-        return {"processor": processor, "pad": self.pad, "fast_resize": self.fast_resize, "count": self._plan.count}
+        return {"processor": self.config, "pad": self.pad, "fast_resize": self.fast_resize, "count": self._plan.count}

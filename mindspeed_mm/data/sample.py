@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from mindspeed_mm.models.media import Media
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -99,7 +101,7 @@ class CachedImage:
     """Its name there."""
 
     values: torch.Tensor | None
-    """[P, Hv]; None where they are not stored yet."""
+    """[features, Hv]; None where they are not stored yet."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,17 @@ class Encoded:
     labels: list[int]
     """The token at each position where it is supervised, else IGNORE_INDEX (-100). Not shifted."""
 
-    images: tuple[torch.Tensor, ...] = ()
-    """Preprocessed images, each [3, H, W] float32, in reading order."""
+    media: tuple[Media, ...] = ()
+    """The images in reading order, each as media of one item."""
 
     skipped: tuple[str, ...] = ()
     """Why records before this one were left out (image_error policy "skip"); empty otherwise."""
 
     features: tuple[CachedImage, ...] = ()
-    """With a feature cache: an entry for each image. `images` then holds only those whose features are not known."""
+    """With a feature cache: an entry for each image. `media` then holds only those whose features are not known."""
+
+    positions: torch.Tensor | None = None
+    """[3, length] int64 of a family with multimodal positions; None: 0, 1, 2, ..."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class CachedImages:
     """[N] whether the features are here."""
 
     features: torch.Tensor
-    """[K, P, Hv] of the K known ones, in reading order."""
+    """[F, Hv] of the known ones, in reading order."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +153,11 @@ class Batch:
     """[B, S] int64; the NEXT token at each position (already shifted), -100 where nothing is predicted."""
 
     position_ids: torch.Tensor
-    """[B, S] int64; 0, 1, 2, ... in every row; packed: from 0 again at the start of each sample."""
+    """[B, S] int64; 0, 1, 2, ... in every row; packed: from 0 again at the start of each sample. [3, B, S] (time,
+    height, width) for a family with multimodal positions."""
 
-    pixel_values: torch.Tensor
-    """[N, 3, H, W] float32 in reading order; N is 0 for a text-only batch. Only the unknown ones of `cached`."""
+    media: Media | None
+    """All images in reading order; None for a text-only batch. Only the unknown ones of `cached`."""
 
     sample_ids: list[str]
     tokens: int
@@ -176,12 +182,17 @@ class Batch:
     @property
     def num_images(self) -> int:
         """Images of the batch, with features or pixels."""
-        return self.pixel_values.shape[0] if self.cached is None else len(self.cached.keys)
+        return self.num_encoded if self.cached is None else len(self.cached.keys)
+
+    @property
+    def num_encoded(self) -> int:
+        """Images that the vision encoder runs on."""
+        return 0 if self.media is None else len(self.media)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (DataLoader calls this under pin_memory)."""
-        names = ["input_ids", "labels", "position_ids", "pixel_values"]
-        names += ["segment_ids"] if self.segment_ids is not None else []
+        names = ["input_ids", "labels", "position_ids"]
+        names += [name for name in ("segment_ids", "media") if getattr(self, name) is not None]
         pinned = {name: getattr(self, name).pin_memory() for name in names}
         if self.cached is not None:
             pinned["cached"] = replace(self.cached, features=self.cached.features.pin_memory())

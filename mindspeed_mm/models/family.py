@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.part import SLOTS
@@ -154,3 +155,12 @@ class Family(ABC):
             [3, S] int64: time, height and width. A text that goes on continues behind the largest of them.
         """
         raise NotImplementedError(f"family {self.name} has plain positions")
+
+
+def media_of_data(spec: ModelSpec, config: DataConfig) -> MediaProcessor:
+    """How the images of a data config become pixels and placeholders of a model. Raises ConfigError where they do not
+    fit."""
+    parameters = config.dataset_param.preprocess_parameters
+    return spec.family.media_processor(
+        spec, parameters.processor_source, pad=parameters.pad, fast_resize=parameters.fast_resize
+    )

@@ -4,16 +4,17 @@ stored."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from mindspeed_mm.data.feature_cache import FeatureCache, fingerprint
-from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.media import Features, Media
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.models.vlm import VLM
@@ -26,8 +27,14 @@ NOT_FEATURES = {"freeze", "ckpt_path", "fresh"}
 """Keys of the vision encoder's spec on which features do not depend; its weights are looked at themselves."""
 
 
-def check_cachable(spec: ModelSpec, runtime: Runtime) -> None:
-    """Raises ConfigError where features change from step to step, or ranks encode an image together."""
+def check_cachable(spec: ModelSpec, runtime: Runtime, media: MediaProcessor) -> None:
+    """Raises ConfigError where features change from step to step or differ in number, or ranks encode an image
+    together."""
+    if media.fixed is None:
+        raise ConfigError(
+            f"--feature-cache works with images that all have the same number of features; those of model_id "
+            f"{spec.model_id} depend on their size: leave it out"
+        )
     if not spec.vision_encoder.freeze:
         raise ConfigError(
             "--feature-cache needs a vision encoder that is not trained: set vision_encoder.freeze to true"
@@ -40,24 +47,15 @@ def check_cachable(spec: ModelSpec, runtime: Runtime) -> None:
         )
 
 
-def vision_encoder_fingerprint(
-    vlm: VLM, processor: ImageProcessor, *, pad: bool, fast_resize: bool, platform: Platform, dtype: torch.dtype
-) -> str:
+def vision_encoder_fingerprint(vlm: VLM, media: MediaProcessor, *, platform: Platform, dtype: torch.dtype) -> str:
     """Of the vision encoder that this rank holds, and of how its pixels are made. Reads all its weights."""
     spec = vlm.spec.vision_encoder.model_dump(mode="json", exclude=NOT_FEATURES)
-    settings = {
-        "tower": spec,  # the key under which existing caches were hashed
-        "processor": processor.model_dump(mode="json"),
-        "pad": pad,
-        "fast_resize": fast_resize,
-        "dtype": str(dtype),
-        "device": platform.name,
-    }
+    settings = {"vision_encoder": spec, "media": media.settings, "dtype": str(dtype), "device": platform.name}
     return fingerprint(settings, vlm.image_encoder.encoder.named_parameters())
 
 
 class CachingStep:
-    """`training.step.forward_step` with a feature cache. Close it at the end: features may wait for the disk."""
+    """`trainer.step.forward_step` with a feature cache. Close it at the end: features may wait for the disk."""
 
     def __init__(self, cache: FeatureCache, device: torch.device) -> None:
         self._cache, self._device = cache, device
@@ -65,7 +63,7 @@ class CachingStep:
         self._waiting: deque[Future[None]] = deque()
 
     def __call__(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        """One micro-batch through the model; see training.step.forward_step."""
+        """One micro-batch through the model; see trainer.step.forward_step."""
         batch = next(data_iterator)
         vlm: Any = model
         while hasattr(vlm, "module"):
@@ -73,35 +71,43 @@ class CachingStep:
         features = self._features(batch, vlm) if vlm.pre_process and batch.cached is not None else None
         return forward_batch(batch, model, features)
 
-    def _features(self, batch: Batch, vlm: VLM) -> torch.Tensor:
-        """[N, P, Hv] of all images of a batch."""
+    def _features(self, batch: Batch, vlm: VLM) -> Features:
+        """Of all images of a batch; each has the same number of them."""
         cached = batch.cached
         assert cached is not None
+        images = len(cached.keys)
         stored = cached.features.to(self._device, non_blocking=True)
-        if all(cached.known):
-            return stored
-        made = vlm.image_encoder.features(batch.pixel_values.to(self._device, non_blocking=True))
-        self._store([key for key, known in zip(cached.keys, cached.known, strict=True) if not known], made)
-        if not any(cached.known):
-            return made
-        # Images in reading order: each comes from the next row of one of the two.
-        known = torch.tensor(cached.known)
-        order = torch.where(known, known.cumsum(0) - 1, len(stored) + (~known).cumsum(0) - 1)
-        return torch.cat((stored, made))[order.to(self._device, non_blocking=True)]
+        if batch.media is not None:
+            made = vlm.image_encoder.features(batch.media.to(self._device))
+            per_image = made.counts[0]
+            self._store([key for key, known in zip(cached.keys, cached.known, strict=True) if not known], made)
+            stored = _in_reading_order(stored, made.values, torch.tensor(cached.known), per_image)
+        counts = (len(stored) // images,) * images
+        return Features(stored, counts, Media.of_images(stored.new_empty(images, 0)))
 
-    def _store(self, keys: list[str], features: torch.Tensor) -> None:
+    def _store(self, keys: list[str], features: Features) -> None:
         while self._waiting and (self._waiting[0].done() or len(self._waiting) == WAITING_BATCHES):
             self._waiting.popleft().result()
-        self._waiting.append(self._writer.submit(self._write, keys, features.detach()))
+        values = features.values.detach().split(features.counts)
+        self._waiting.append(self._writer.submit(self._write, keys, values))
 
-    def _write(self, keys: list[str], features: torch.Tensor) -> None:
+    def _write(self, keys: list[str], features: Sequence[torch.Tensor]) -> None:
         """In the writer's thread: to the host and to the disk, beside the training step. A disk that takes no more is
         the cache's affair; anything else that goes wrong is raised where the step looks at it next."""
-        for key, made in zip(keys, features.cpu(), strict=True):
-            self._cache.write(key, made)
+        for key, made in zip(keys, features, strict=True):
+            self._cache.write(key, made.cpu())
 
     def close(self) -> None:
         """Wait until everything is on the disk. Raises what the writer met."""
         self._writer.shutdown()
         while self._waiting:
             self._waiting.popleft().result()
+
+
+def _in_reading_order(stored: torch.Tensor, made: torch.Tensor, known: torch.Tensor, per_image: int) -> torch.Tensor:
+    """[F, Hv] of all images: each comes from the next `per_image` features of one of the two."""
+    if not len(stored):
+        return made
+    first = torch.where(known, known.cumsum(0) - 1, len(stored) // per_image + (~known).cumsum(0) - 1)
+    order = (first[:, None] * per_image + torch.arange(per_image)).flatten()
+    return torch.cat((stored, made))[order.to(made.device, non_blocking=True)]

@@ -60,7 +60,7 @@ def forward_steps(run: TrainingRun, state: TrainState, options: CacheOptions | N
     if options is None:
         yield forward_step
         return
-    check_cachable(run.spec, run.runtime)
+    check_cachable(run.spec, run.runtime, run.media)
     used = {host: size for host, size in gather((socket.gethostname(), _used(options.folder))) if size is not None}
     room = max(0.0, options.limit - max(used.values()))
     if is_rank_0():
@@ -74,17 +74,8 @@ def forward_steps(run: TrainingRun, state: TrainState, options: CacheOptions | N
         yield forward_step
         return
     dtype = run.runtime.params_dtype
-    loading = run.data_config.dataset_param.preprocess_parameters
-    name = vision_encoder_fingerprint(
-        vision_encoders[0],
-        run.image_processor,
-        pad=loading.pad,
-        fast_resize=loading.fast_resize,
-        platform=run.platform,
-        dtype=dtype,
-    )
-    vision_encoder = run.spec.vision_encoder
-    shape = (vision_encoder.num_image_tokens, vision_encoder.hidden_size)
+    name = vision_encoder_fingerprint(vision_encoders[0], run.media, platform=run.platform, dtype=dtype)
+    shape = (run.media.fixed.count, run.spec.vision_encoder.hidden_size)
     cache = FeatureCache(options.folder, name, shape, dtype, room / state.data_parallel_size)
     run.dataset.feature_cache = cache
     with contextlib.closing(CachingStep(cache, run.platform.device())) as step:

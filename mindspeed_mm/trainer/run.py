@@ -16,13 +16,14 @@ from megatron.driver.checkpoint.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
 from mindspeed_mm.data.config import DataConfig
-from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.dataset import Positions
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template_check import describe_sample
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.inference.locate import TOKENIZER_FOLDER
 from mindspeed_mm.models.build import build_vlm
+from mindspeed_mm.models.family import media_of_data
 from mindspeed_mm.models.parallel import layout_problems
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec, load_model_spec
@@ -63,17 +64,15 @@ class TrainingRun:
         self.data_config = DataConfig.load(data_path)
         self.runtime = runtime_of(self.args)
         check_flags(args, self.spec, self.runtime)
-        parameters = self.data_config.dataset_param
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
-        self.image_processor = parameters.preprocess_parameters.image_processor()
-        _check_image_size(self.image_processor, self.spec)
+        self.media = media_of_data(self.spec, self.data_config)
         self.dataset = build_dataset(
             self.data_config,
             self.tokenizer,
-            self.image_processor,
-            self.spec.vision_encoder.num_image_tokens,
+            self.media,
             args.seq_length or self.spec.text_decoder.language_max_sequence_length,
+            positions=self.positions,
         )
         _tell_precision(self.spec, self.runtime)
         self.validation = Validation(self)
@@ -100,6 +99,16 @@ class TrainingRun:
             "loss": report.loss,
             "checkpoint": str(checkpoint) if checkpoint else None,
         }
+
+    @property
+    def positions(self) -> Positions | None:
+        """Positions of a sample from its expanded ids and the grids of its images; None where they count up."""
+        family = self.spec.family
+        if not family.multimodal_positions:
+            return None
+        return lambda ids, grids: family.positions(
+            self.spec, torch.tensor(ids), torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+        )
 
     def _hooks(self) -> Hooks:
         return Hooks(self._describe, self._extra, self._compare, self.level, self._after_step)
@@ -162,7 +171,7 @@ class TrainingRun:
             lengths=batch.lengths,
             images=batch.num_images,
             supervised=batch.supervised,
-            encoded=batch.pixel_values.shape[0],
+            encoded=batch.num_encoded,
         )
         trained = not self.spec.text_decoder.freeze or batch.num_images > 0
         return BatchFacts(
@@ -202,7 +211,7 @@ class TrainingRun:
             "model": self.spec.model_dump(mode="json"),
             "data": {
                 "tokenizer": str(Path(self.tokenizer_path).resolve()),
-                "image_processor": self.image_processor.model_dump(mode="json"),
+                "image_processor": self.media.config,
                 "template": self.data_config.dataset_param.template_name,
                 "pad": self.data_config.dataset_param.preprocess_parameters.pad,
             },
@@ -279,12 +288,3 @@ def _tokenizer_path(config: DataConfig, spec: ModelSpec) -> str:
     if spec.text_decoder.ckpt_path is None:
         raise ConfigError("no tokenizer: give dataset_param.tokenizer_config.from_pretrained in the data config")
     return spec.text_decoder.ckpt_path
-
-
-def _check_image_size(processor: ImageProcessor, spec: ModelSpec) -> None:
-    side = spec.vision_encoder.image_size
-    if processor.output_size not in (None, (side, side)):
-        raise ConfigError(
-            f"the data config makes images of {processor.output_size}, but image_encoder.vision_encoder.image_size is "
-            f"{side}: make them equal"
-        )

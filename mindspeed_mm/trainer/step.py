@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.models.media import Features
 from mindspeed_mm.platform import current_platform
 from mindspeed_mm.platform.segments import Segments
 
@@ -47,12 +47,12 @@ def level(batches: list[Batch], pad_token_id: int) -> list[Batch]:
 def _lengthen(batch: Batch, extra: int, pad_token_id: int) -> Batch:
     if extra == 0:
         return batch
-    positions = torch.arange(extra).expand(batch.position_ids.shape[0], -1)
+    positions = torch.arange(extra).expand(*batch.position_ids.shape[:-1], -1)
     fills = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
     if batch.segment_ids is not None:
         fills["segment_ids"] = 0
     changes = {name: F.pad(getattr(batch, name), (0, extra), value=value) for name, value in fills.items()}
-    return dataclasses.replace(batch, **changes, position_ids=torch.cat((batch.position_ids, positions), dim=1))
+    return dataclasses.replace(batch, **changes, position_ids=torch.cat((batch.position_ids, positions), dim=-1))
 
 
 def one_row(batch: Batch, config: Any) -> tuple[Batch, list[int] | None]:
@@ -76,17 +76,25 @@ def one_row(batch: Batch, config: Any) -> tuple[Batch, list[int] | None]:
     else:
         multiple = config.context_parallel_size
         multiple *= config.tensor_model_parallel_size if config.sequence_parallel else 1
-    starts = (batch.position_ids == 0)[real]
-    tokens = starts.numel()
-    surplus = -tokens % multiple
-    bounds = [*starts.nonzero().flatten().tolist(), tokens] + ([tokens + surplus] if surplus else [])
+    lengths = _sequence_lengths(batch, real)
+    surplus = -sum(lengths) % multiple
+    positions = batch.position_ids[..., real]
     rows = {
         "input_ids": F.pad(batch.input_ids[real], (0, surplus)),
         "labels": F.pad(batch.labels[real], (0, surplus), value=IGNORE_INDEX),
-        "position_ids": torch.cat((batch.position_ids[real], torch.arange(surplus))),
+        "position_ids": torch.cat((positions, torch.arange(surplus).expand(*positions.shape[:-1], -1)), dim=-1),
     }
-    row = dataclasses.replace(batch, segment_ids=None, **{name: x.unsqueeze(0) for name, x in rows.items()})
-    return row, [end - start for start, end in itertools.pairwise(bounds)]
+    row = dataclasses.replace(batch, segment_ids=None, **{name: x.unsqueeze(-2) for name, x in rows.items()})
+    return row, [*lengths, surplus] if surplus else lengths
+
+
+def _sequence_lengths(batch: Batch, real: torch.Tensor) -> list[int]:
+    """Lengths of the sequences behind each other at the real positions: samples, and padding of a row that is kept."""
+    if batch.segment_ids is None:
+        return list(batch.lengths)
+    first = batch.segment_ids.shape[1] + 1  # more than a row has segments
+    numbers = batch.segment_ids + first * torch.arange(len(batch.segment_ids))[:, None]
+    return torch.unique_consecutive(numbers[real], return_counts=True)[1].tolist()
 
 
 def _real_positions(batch: Batch) -> torch.Tensor | None:
@@ -111,9 +119,9 @@ def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch
 
 
 def forward_batch(
-    batch: Batch, model: torch.nn.Module, features: torch.Tensor | None = None
+    batch: Batch, model: torch.nn.Module, features: Features | None = None
 ) -> tuple[torch.Tensor, LossFunction]:
-    """`forward_step` of a given micro-batch; `features` [N, P, Hv] of its images stand in for the vision encoder.
+    """`forward_step` of a given micro-batch; `features` of its images stand in for the vision encoder.
 
     Ids and labels stay in host memory, where the model looks for images and labels without waiting for the device.
     """
@@ -123,7 +131,7 @@ def forward_batch(
         batch.input_ids,
         batch.position_ids.to(device, non_blocking=True),
         labels=batch.labels,
-        pixel_values=batch.pixel_values.to(device, non_blocking=True),
+        media=None if batch.media is None else batch.media.to(device),
         segments=None if lengths is None else Segments.of_lengths(lengths, device),
         image_features=features,
     )

@@ -40,9 +40,9 @@ class Validation:
         self._dataset = build_dataset(
             run.data_config,
             run.tokenizer,
-            run.image_processor,
-            run.spec.vision_encoder.num_image_tokens,
+            run.media,
             args.seq_length or run.spec.text_decoder.language_max_sequence_length,
+            positions=run.positions,
             validation=True,
         )
 

@@ -69,7 +69,7 @@ def changed(path: str, value) -> dict:
 def test_the_ancestors_file():
     config = DataConfig.load(ANCESTOR)
     preprocessing = config.dataset_param.preprocess_parameters
-    assert preprocessing.image_processor().output_size == (336, 336)
+    assert ImageProcessor.from_config(preprocessing.processor_source).output_size == (336, 336)
     assert preprocessing.pad is False
     assert config.dataset_param.basic_parameters[0].data_folder == "images"
     assert config.dataset_param.dataset_kind == "llava"
@@ -90,7 +90,10 @@ def test_an_image_processor_folder(golden):
     parameters = {"image_processer_path": str(golden / "models/clip_hf"), "pad2square": True}
     config = DataConfig.load(changed("dataset_param.preprocess_parameters", parameters))
     assert config.dataset_param.preprocess_parameters.pad is True
-    assert config.dataset_param.preprocess_parameters.image_processor().output_size == (56, 56)
+    assert ImageProcessor.from_config(config.dataset_param.preprocess_parameters.processor_source).output_size == (
+        56,
+        56,
+    )
 
 
 def test_the_smallest_maximum_length_counts():

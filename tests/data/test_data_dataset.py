@@ -11,12 +11,13 @@ import torch
 from data_helpers import make_record
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.build import build_dataset, build_loader
+from mindspeed_mm.data.build import build_loader
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.encode import encode
 from mindspeed_mm.data.expand import expand_images, fit_length
 from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.errors import ConfigError, DataError, TemplateError
+from tests.helpers.media import dataset_of
 
 TOKENS_PER_IMAGE = 4
 
@@ -24,7 +25,7 @@ TOKENS_PER_IMAGE = 4
 @pytest.fixture
 def make_dataset(make_config, tokenizer):
     def make(records, max_length=512, **dataset_param):
-        return build_dataset(make_config(records, **dataset_param), tokenizer, None, TOKENS_PER_IMAGE, max_length)
+        return dataset_of(make_config(records, **dataset_param), tokenizer, TOKENS_PER_IMAGE, max_length)
 
     return make
 
@@ -182,7 +183,7 @@ def test_collate():
         Encoded("a", [1, 5, 6, 2], [IGNORE_INDEX, IGNORE_INDEX, 6, 2]),
         Encoded("b", [1, IMAGE_TOKEN_INDEX], [IGNORE_INDEX, IGNORE_INDEX], (image,), ("why",)),
     ]
-    batch = Collator(pad_token_id=9, image_size=(2, 2), pad_multiple=3)(samples)
+    batch = Collator(pad_token_id=9, pad_multiple=3)(samples)
     assert batch.input_ids.tolist() == [[1, 5, 6, 2, 9, 9], [1, IMAGE_TOKEN_INDEX, 9, 9, 9, 9]]
     none = IGNORE_INDEX
     assert batch.labels.tolist() == [[none, 6, 2, none, none, none], [none] * 6]
@@ -190,7 +191,7 @@ def test_collate():
     assert torch.equal(batch.pixel_values, image[None])
     assert (batch.sample_ids, batch.tokens, batch.supervised, batch.skipped) == (["a", "b"], 6, 2, ("why",))
     assert all(tensor.dtype == torch.int64 for tensor in (batch.input_ids, batch.labels, batch.position_ids))
-    text_only = Collator(0, (2, 2))(samples[:1])
+    text_only = Collator(0)(samples[:1])
     assert text_only.pixel_values.shape == (0, 3, 2, 2) and text_only.input_ids.shape == (1, 4)
 
 

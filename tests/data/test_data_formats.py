@@ -10,13 +10,13 @@ from PIL import Image
 
 from mindspeed_mm import registry
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.build import build_dataset
 from mindspeed_mm.data.config import DATASETS, BasicParameters
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.rendering import render_turns
 from mindspeed_mm.data.sample import ImageBytes
 from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, DataError
+from tests.helpers.media import dataset_of
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_preference_records(read):
 
 def test_preference_records_are_not_trained(make_config, tokenizer):
     with pytest.raises(ConfigError, match="holds preference records, which `train` does not train on"):
-        build_dataset(make_config([make_record(0)], dataset_type="preference"), tokenizer, None, 4, 100)
+        dataset_of(make_config([make_record(0)], dataset_type="preference"), tokenizer, 4, 100)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_sets_of_several_formats(make_config, tokenizer, tmp_path):
         {"data_path": str(tmp_path / "chat.jsonl"), "dataset_type": "messages"},
     ]
     config = make_config([], basic_parameters=sets)
-    dataset = build_dataset(config, tokenizer, None, 4, 200)
+    dataset = dataset_of(config, tokenizer, 4, 200)
     assert [dataset[i].sample_id for i in range(2)] == ["r5", str(tmp_path / "chat.jsonl") + ": record 0"]
     with pytest.raises(ConfigError, match='found "chat", expected one of: multimodal'):
         make_config([], basic_parameters=[sets[0] | {"dataset_type": "chat"}])
@@ -198,7 +198,7 @@ def test_parquet(tmp_path, tokenizer, make_config):
     rows = [{"messages": [USER, ASSISTANT], "images": [image]} for _ in range(5)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=2)
     sets = {"data_path": str(tmp_path / "rows.parquet")}
-    dataset = build_dataset(make_config([], basic_parameters=sets, dataset_type="messages"), tokenizer, None, 4, 200)
+    dataset = dataset_of(make_config([], basic_parameters=sets, dataset_type="messages"), tokenizer, 4, 200)
     assert len(dataset) == 5
     assert isinstance(dataset.sample(3).images[0], ImageBytes)
     assert dataset[4].images[0].shape == (3, 28, 28)
@@ -223,4 +223,4 @@ def test_parquet_needs_pyarrow(tmp_path, monkeypatch, make_config, tokenizer):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     sets = {"data_path": str(tmp_path / "rows.parquet")}
     with pytest.raises(ConfigError, match=r"needs pyarrow: pip install mindspeed-mm\[parquet\]"):
-        build_dataset(make_config([], basic_parameters=sets, dataset_type="messages"), tokenizer, None, 4, 200)
+        dataset_of(make_config([], basic_parameters=sets, dataset_type="messages"), tokenizer, 4, 200)

@@ -10,9 +10,9 @@ import pytest
 from data_helpers import make_record
 
 from mindspeed_mm.data import index as index_module
-from mindspeed_mm.data.build import build_dataset
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.records import RecordFile
+from tests.helpers.media import dataset_of
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_lengths_are_stored_with_what_they_depend_on(make_config, tokenizer, tmp
 
     def lengths(template="v1", **policies):
         config = make_config(records, template_name=template, index_folder=folder, **policies)
-        return build_dataset(config, tokenizer, None, 4, 150, **{}).sets[0].lengths
+        return dataset_of(config, tokenizer, 4, 150).sets[0].lengths
 
     dropped = lengths(overlong="drop")
     assert dropped.tolist() == lengths(overlong="drop").tolist()

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data import build as build_module
-from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader, build_order
+from mindspeed_mm.data.build import DataCounts, build_loader, build_order
 from mindspeed_mm.data.config import DataloaderParam
 from mindspeed_mm.data.sampler import GroupedOrder, WeightedOrder
 from mindspeed_mm.errors import ConfigError, DataError
+from tests.helpers.media import dataset_of
 
 
 @settings(max_examples=30, deadline=None)
@@ -65,7 +66,7 @@ def options(**fields):
 
 
 def test_orders_that_do_not_fit(make_config, tokenizer):
-    dataset = build_dataset(make_config([make_record(0)]), tokenizer, None, 4, 200)
+    dataset = dataset_of(make_config([make_record(0)]), tokenizer, 4, 200)
     with pytest.raises(ConfigError, match="do not go together"):
         build_order(dataset, options(group_by_modality_length=True), seed=1, weights=[1.0])
     with pytest.raises(ValueError, match="order of its own"):
@@ -98,7 +99,7 @@ def long_records():
 
 def test_what_is_too_long(make_config, tokenizer, long_records, caplog):
     def build(policy):
-        return build_dataset(make_config(long_records, overlong=policy), tokenizer, None, 4, 180)
+        return dataset_of(make_config(long_records, overlong=policy), tokenizer, 4, 180)
 
     with pytest.raises(DataError, match=r"record 1 \(id r1\): has \d+ tokens .* \"truncate\" or \"drop\""):
         build("error")
@@ -119,7 +120,7 @@ def test_an_answer_of_200_000_characters(make_config, tokenizer):
     with pytest.raises(
         DataError, match=r"record 1 \(id r1\): has \d{5,} tokens.*longest text is that of turn 1, 200000 "
     ):
-        build_dataset(make_config(records), tokenizer, None, 4, 2048)
+        dataset_of(make_config(records), tokenizer, 4, 2048)
 
 
 @pytest.mark.parametrize("no_answer", ["empty", "blank", "none"])
@@ -131,7 +132,7 @@ def test_empty_answers(make_config, tokenizer, caplog, no_answer):
 
     def build(policy, records=None):
         records = records or [make_record(0), bad, make_record(2)]
-        return build_dataset(make_config(records, **policy), tokenizer, None, 4, 180)
+        return dataset_of(make_config(records, **policy), tokenizer, 4, 180)
 
     what = "there is no answer" if no_answer == "none" else "the answer in turn 1 is empty"
     kept = build({})
@@ -148,22 +149,20 @@ def test_empty_answers(make_config, tokenizer, caplog, no_answer):
 
 
 def test_an_empty_caption_teaches_nothing(make_config, tokenizer):
-    dataset = build_dataset(
-        make_config([make_record(0, "red.png", text="\n")], template_name="plain"), tokenizer, None, 4, 9
-    )
+    dataset = dataset_of(make_config([make_record(0, "red.png", text="\n")], template_name="plain"), tokenizer, 4, 9)
     assert set(dataset[0].labels) == {IGNORE_INDEX}
 
 
 def test_nothing_is_left(make_config, tokenizer, long_records):
     with pytest.raises(DataError, match="of 0 records is none"):
-        build_dataset(make_config(long_records[1:], overlong="drop"), tokenizer, None, 4, 180)
+        dataset_of(make_config(long_records[1:], overlong="drop"), tokenizer, 4, 180)
 
 
 def test_too_many_bad_images_stop_the_run(make_config, tokenizer, monkeypatch):
     monkeypatch.setattr(build_module, "LEAST_JUDGED", 10)
     names = [None, None, None, "none.png"]
     config = make_config([make_record(i, names[i % 4]) for i in range(40)], image_error="skip", max_skip_percent=10)
-    dataset = build_dataset(config, tokenizer, None, 4, 200)
+    dataset = dataset_of(config, tokenizer, 4, 200)
     counts = DataCounts()
     order = {"consumed_samples": 0, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, "seed": 1}
     with pytest.raises(DataError, match="more than max_skip_percent 10 allows; the last one: .*none.png is missing"):
@@ -176,7 +175,7 @@ def test_weights_and_resume_at_another_size(make_config, tokenizer, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps([make_record(start + i) for i in range(9)]))
     sets = [{"data_path": str(tmp_path / f"{name}.json"), "weight": weight} for name, weight in (("a", 1), ("b", 3))]
     config = make_config([], basic_parameters=sets)
-    dataset = build_dataset(config, tokenizer, None, 4, 200)
+    dataset = dataset_of(config, tokenizer, 4, 200)
 
     def ids(consumed, count, rank=0, ranks=1, mbs=4):
         order = {"consumed_samples": consumed, "micro_batch_size": mbs, "dp_rank": rank, "dp_size": ranks, "seed": 1}

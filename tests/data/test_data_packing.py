@@ -14,6 +14,7 @@ from mindspeed_mm.data.packing import PackedOrder, fill_up, first_fit_decreasing
 from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.data.sampler import EpochOrder
 from mindspeed_mm.errors import ConfigError
+from tests.helpers.media import dataset_of
 
 
 @settings(max_examples=100, deadline=None)
@@ -88,7 +89,7 @@ def sample(name, ids, supervised=2, images=()):
 
 def test_collate_a_packed_row():
     rows = [[sample("a", [1, 5, 6]), sample("b", [1, 7], supervised=1)], [sample("c", [1, 8, 9, 9])]]
-    batch = Collator(0, (2, 2), row_length=7)(rows)
+    batch = Collator(0, row_length=7)(rows)
     none = IGNORE_INDEX
     assert batch.input_ids.tolist() == [[1, 5, 6, 1, 7, 0, 0], [1, 8, 9, 9, 0, 0, 0]]
     assert batch.labels.tolist() == [[5, 6, none, 7, none, none, none], [none, 9, 9, none, none, none, none]]
@@ -98,7 +99,7 @@ def test_collate_a_packed_row():
 
 
 def test_a_row_whose_images_are_all_bad_is_empty():
-    batch = Collator(0, (2, 2), row_length=4)([[Encoded("(skipped)", [], [], (), ("why",))]])
+    batch = Collator(0, row_length=4)([[Encoded("(skipped)", [], [], (), ("why",))]])
     assert (batch.sample_ids, batch.tokens, batch.supervised, batch.skipped) == ([], 0, 0, ("why",))
 
 
@@ -128,11 +129,11 @@ def test_packed_equals_unpacked(golden, single_process):
         grads = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
         return total.item(), int(count), grads
 
-    alone = run(Collator(0, (56, 56))(samples))
+    alone = run(Collator(0)(samples))
     lengths = np.asarray([len(sample.input_ids) for sample in samples])
     rows = first_fit_decreasing(lengths, int(lengths.max()) + 60)
     assert len(rows) < len(samples)
-    packed = Collator(0, (56, 56), row_length=int(lengths.max()) + 60)([[samples[i] for i in row] for row in rows])
+    packed = Collator(0, row_length=int(lengths.max()) + 60)([[samples[i] for i in row] for row in rows])
     together = run(packed)
     assert together[0] == pytest.approx(alone[0], rel=1e-6) and together[1] == alone[1]
     assert together[2].keys() == alone[2].keys()
@@ -147,13 +148,13 @@ def test_packed_equals_unpacked(golden, single_process):
 def test_the_loader_packs(make_config, tokenizer):
     from data_helpers import make_record
 
-    from mindspeed_mm.data.build import build_dataset, build_loader
+    from mindspeed_mm.data.build import build_loader
     from mindspeed_mm.data.config import DataloaderParam
 
     names = [None, "red.png", "none.png"]
     config = make_config([make_record(i, names[i % 3]) for i in range(12)], image_error="skip")
     config = config.model_copy(update={"dataloader_param": DataloaderParam(packing=True, packing_window=6)})
-    dataset = build_dataset(config, tokenizer, None, 4, 260)
+    dataset = dataset_of(config, tokenizer, 4, 260)
 
     def batches(consumed, count, workers=0):
         options = config.dataloader_param

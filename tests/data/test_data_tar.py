@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from mindspeed_mm.data import index
-from mindspeed_mm.data.build import build_dataset
 from mindspeed_mm.data.sample import ImageMember
 from mindspeed_mm.errors import DataError
+from tests.helpers.media import dataset_of
 
 
 def image(colour):
@@ -43,7 +43,7 @@ def build(make_config, tokenizer, tmp_path):
             dataset_type="tar",
             **({"template_name": "plain"} | dataset_param),
         )
-        return build_dataset(config, tokenizer, None, 4, 100)
+        return dataset_of(config, tokenizer, 4, 100)
 
     (tmp_path / "shards").mkdir()
     return make

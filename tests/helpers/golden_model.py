@@ -78,7 +78,7 @@ def training_samples(golden: Path) -> list[list[Encoded]]:
 
 def collate(samples: list[Encoded]) -> Batch:
     """A batch as the loader makes it."""
-    return Collator(pad_token_id=0, image_size=(56, 56))(samples)
+    return Collator(pad_token_id=0)(samples)
 
 
 def load_expected(golden: Path, case: str) -> dict[str, torch.Tensor]:

@@ -144,7 +144,7 @@ def description(golden: Path, layout: Layout) -> dict[str, Any]:
 
 def micro_batches(golden: Path, layout: Layout, rank: int, multiple: int, first_step: int = 0) -> Iterator[Batch]:
     """The micro-batches of one data-parallel rank; their lengths differ, and some have no image."""
-    collate = Collator(0, (56, 56), pad_multiple=multiple, row_length=256 if layout.packed else None)
+    collate = Collator(0, pad_multiple=multiple, row_length=256 if layout.packed else None)
     for number, samples in enumerate(training_samples(golden)[first_step:], first_step):
         if layout.text_steps and number % 2:
             samples = [without_images(sample) for sample in samples]

@@ -41,7 +41,7 @@ def losses_and_gradient(golden, tensor_parallel: int, sequence_parallel: bool):
     if sequence_parallel and batch.input_ids.shape[1] % tensor_parallel:
         from mindspeed_mm.data.collate import Collator
 
-        batch = Collator(0, (56, 56), pad_multiple=tensor_parallel)(training_samples(golden)[0])
+        batch = Collator(0, pad_multiple=tensor_parallel)(training_samples(golden)[0])
     loss = vlm(batch.input_ids, batch.position_ids, labels=batch.labels, pixel_values=batch.pixel_values).sum()
     loss.backward()
     projector = vlm.image_encoder.projector.encoder

@@ -155,7 +155,7 @@ def batches_of(work: Work, spec, micro_batch: int, multiple: int) -> Iterator[Ba
     labels = [-100] * (work.tokens - work.supervised) + ids[work.tokens - work.supervised :]
     sample = Encoded("row", ids, labels, (torch.zeros(3, side, side),))
     length = work.packed * work.tokens if work.packed else None
-    collate = Collator(0, (side, side), pad_multiple=multiple, row_length=length)
+    collate = Collator(0, pad_multiple=multiple, row_length=length)
     row = [sample] * work.packed if work.packed else sample
     while True:
         yield collate([row] * micro_batch)

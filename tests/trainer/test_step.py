@@ -85,7 +85,7 @@ def test_micro_batches_of_one_length(packed):
     short, long = (Encoded("x", list(range(1, size)), list(range(1, size))) for size in (6, 10))
     batches = []
     for sample in (short, long):
-        collate = Collator(0, (56, 56), row_length=len(sample.input_ids) if packed else None)
+        collate = Collator(0, row_length=len(sample.input_ids) if packed else None)
         batches.append(collate([[sample]] if packed else [sample]))
     leveled = level(batches, 7)
     assert leveled[1] is batches[1]

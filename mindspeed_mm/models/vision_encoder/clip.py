@@ -121,8 +121,9 @@ class ClipSpec(PartSpec):
         if self.pipeline_num_layers is not None and (stages[:1] not in whole or any(stages[1:])):
             raise ValueError(
                 f"pipeline_num_layers {self.pipeline_num_layers} spreads the vision encoder, which stands on the first "
-                "pipeline stage as a whole: between its layers, features of images would travel where hidden states of the "
-                f"text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers there"
+                "pipeline stage as a whole: between its layers, features of images would travel where hidden states of "
+                f"the text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers "
+                "there"
             )
         if self.image_size % self.patch_size:
             raise ValueError(
