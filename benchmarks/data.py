@@ -153,7 +153,17 @@ def dataset_of(arguments: argparse.Namespace, name: str = "large.jsonl"):
     from mindspeed_mm.data.build import build_dataset
     from mindspeed_mm.data.tokenizer import load_tokenizer
 
-    return build_dataset(config(arguments, name), load_tokenizer(arguments.tokenizer), None, 576, 4096)
+    data_config = config(arguments, name)
+    return build_dataset(data_config, load_tokenizer(arguments.tokenizer), _media(data_config), 4096)
+
+
+def _media(data_config):
+    """LLaVA-1.5's 576 features an image."""
+    from mindspeed_mm.data.image import ImageProcessor
+    from mindspeed_mm.data.media import FixedSizeImages
+
+    parameters = data_config.dataset_param.preprocess_parameters
+    return FixedSizeImages(ImageProcessor.from_config(parameters.processor_source), 576, pad=parameters.pad)
 
 
 def rss() -> float:
@@ -276,7 +286,7 @@ def check(arguments: argparse.Namespace) -> dict:
 
     template = get_template("v1")
     data_config = config(arguments, "checked.jsonl")
-    encoding = Encoding(load_tokenizer(arguments.tokenizer), template, 576)
+    encoding = Encoding(load_tokenizer(arguments.tokenizer), template, _media(data_config))
     start = time.perf_counter()
     source = DATASET(data_config.dataset_param.basic_parameters[0], read_options(data_config, template))
     found = Check({"v1": encoding}, 4096, "error").set_of(source, "checked.jsonl")

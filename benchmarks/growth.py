@@ -24,6 +24,7 @@ from report import machine, write
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.sample import Batch, Encoded
+from mindspeed_mm.models.media import Media
 
 TRAINED = ("text_decoder", "vision_projector")
 TEXT = 448
@@ -37,7 +38,7 @@ def batch_of(size: str, *, images: int = 1, text: int = TEXT, rows: int = 1) -> 
     words = [draw.randrange(10, SHAPES[size].image_token_id) for _ in range(text)]
     ids = [1] + [IMAGE_TOKEN_INDEX] * (IMAGE_TOKENS * images) + words
     labels = [IGNORE_INDEX] * (len(ids) - text // 2) + words[text - text // 2 :]
-    pixels = tuple(torch.randn(3, IMAGE_SIZE, IMAGE_SIZE) for _ in range(images))
+    pixels = tuple(Media.of_images(torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)) for _ in range(images))
     return Collator(0)([Encoded(f"row {row}", ids, labels, pixels) for row in range(rows)])
 
 

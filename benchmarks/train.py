@@ -45,7 +45,7 @@ def work_facts(job: Job) -> dict[str, float]:
         "padding_share": 1 - tokens / sum(batch.input_ids.numel() for batch in work.padded),
         "padding_share_ours": 1 - tokens / sum(batch.input_ids.numel() for batch in work.ours),
         "model_flops": sum(
-            step_flops(spec, lengths=batch.lengths, images=len(batch.pixel_values), supervised=batch.supervised)
+            step_flops(spec, lengths=batch.lengths, images=batch.num_images, supervised=batch.supervised)
             for batch in work.padded
         ),
     }

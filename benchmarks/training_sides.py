@@ -84,9 +84,7 @@ class Ours:
             return build_vlm(spec, runtime, device, pre_process=pre_process, post_process=post_process)[0]
 
         def describe(batch: Batch) -> BatchFacts:
-            flops = step_flops(
-                spec, lengths=batch.lengths, images=batch.pixel_values.shape[0], supervised=batch.supervised
-            )
+            flops = step_flops(spec, lengths=batch.lengths, images=batch.num_images, supervised=batch.supervised)
             return BatchFacts(batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops)
 
         hooks = Hooks(describe)

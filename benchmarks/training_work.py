@@ -19,6 +19,7 @@ from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.packing import first_fit_decreasing
 from mindspeed_mm.data.sample import Batch, Encoded
+from mindspeed_mm.models.media import Media
 
 FIRST_WORD = 10
 PAD = 0
@@ -76,7 +77,7 @@ def _sample(kind: str, number: int, size: str, draw: random.Random) -> Encoded:
     labels = [IGNORE_INDEX] * (len(ids) - answer) + ids[len(ids) - answer :]
     generator = torch.Generator().manual_seed(number)
     image = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    return Encoded(f"{kind}-{number}", ids, labels, (image,) if with_image else ())
+    return Encoded(f"{kind}-{number}", ids, labels, (Media.of_images(image[None]),) if with_image else ())
 
 
 def transformers_inputs(batch: Batch, size: str) -> dict[str, torch.Tensor]:
@@ -88,4 +89,4 @@ def transformers_inputs(batch: Batch, size: str) -> dict[str, torch.Tensor]:
     for row, length in enumerate(batch.lengths):
         mask[row, :length] = 1
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return inputs | ({"pixel_values": batch.pixel_values} if len(batch.pixel_values) else {})
+    return inputs | ({} if batch.media is None else {"pixel_values": batch.media.pixels})

@@ -5,6 +5,7 @@ import copy
 import pytest
 
 from mindspeed_mm.data.config import DataConfig
+from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.errors import ConfigError
 
 # The keys and values that MindSpeed-MM 2.0 ships for LLaVA-1.5 (facts: shape of data.json).
@@ -90,10 +91,8 @@ def test_an_image_processor_folder(golden):
     parameters = {"image_processer_path": str(golden / "models/clip_hf"), "pad2square": True}
     config = DataConfig.load(changed("dataset_param.preprocess_parameters", parameters))
     assert config.dataset_param.preprocess_parameters.pad is True
-    assert ImageProcessor.from_config(config.dataset_param.preprocess_parameters.processor_source).output_size == (
-        56,
-        56,
-    )
+    source = config.dataset_param.preprocess_parameters.processor_source
+    assert ImageProcessor.from_config(source).output_size == (56, 56)
 
 
 def test_the_smallest_maximum_length_counts():

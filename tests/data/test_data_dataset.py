@@ -17,7 +17,7 @@ from mindspeed_mm.data.encode import encode
 from mindspeed_mm.data.expand import expand_images, fit_length
 from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.errors import ConfigError, DataError, TemplateError
-from tests.helpers.media import dataset_of
+from tests.helpers.media import dataset_of, fixed_plan, items
 
 TOKENS_PER_IMAGE = 4
 
@@ -172,7 +172,7 @@ def test_truncation_never_cuts_an_image_nor_all_supervision():
 
 
 def test_expand_images():
-    ids, labels = expand_images([1, IMAGE_TOKEN_INDEX, 7], [IGNORE_INDEX, IGNORE_INDEX, 7], 2)
+    ids, labels = expand_images([1, IMAGE_TOKEN_INDEX, 7], [IGNORE_INDEX, IGNORE_INDEX, 7], [fixed_plan(2)])
     assert ids == [1, IMAGE_TOKEN_INDEX, IMAGE_TOKEN_INDEX, 7]
     assert labels == [IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX, 7]
 
@@ -181,18 +181,18 @@ def test_collate():
     image = torch.ones(3, 2, 2)
     samples = [
         Encoded("a", [1, 5, 6, 2], [IGNORE_INDEX, IGNORE_INDEX, 6, 2]),
-        Encoded("b", [1, IMAGE_TOKEN_INDEX], [IGNORE_INDEX, IGNORE_INDEX], (image,), ("why",)),
+        Encoded("b", [1, IMAGE_TOKEN_INDEX], [IGNORE_INDEX, IGNORE_INDEX], items([image]), ("why",)),
     ]
     batch = Collator(pad_token_id=9, pad_multiple=3)(samples)
     assert batch.input_ids.tolist() == [[1, 5, 6, 2, 9, 9], [1, IMAGE_TOKEN_INDEX, 9, 9, 9, 9]]
     none = IGNORE_INDEX
     assert batch.labels.tolist() == [[none, 6, 2, none, none, none], [none] * 6]
     assert batch.position_ids.tolist() == [list(range(6))] * 2
-    assert torch.equal(batch.pixel_values, image[None])
+    assert torch.equal(batch.media.pixels, image[None]) and batch.media.rows == (1,)
     assert (batch.sample_ids, batch.tokens, batch.supervised, batch.skipped) == (["a", "b"], 6, 2, ("why",))
     assert all(tensor.dtype == torch.int64 for tensor in (batch.input_ids, batch.labels, batch.position_ids))
     text_only = Collator(0)(samples[:1])
-    assert text_only.pixel_values.shape == (0, 3, 2, 2) and text_only.input_ids.shape == (1, 4)
+    assert text_only.media is None and text_only.input_ids.shape == (1, 4)
 
 
 def test_masked_samples_train(make_dataset):
@@ -208,6 +208,12 @@ def mixed(make_dataset):
     return make_dataset([make_record(i, names[i % 5]) for i in range(11)])
 
 
+def same_media(left, right):
+    if left.media is None or right.media is None:
+        return left.media is right.media
+    return left.media.rows == right.media.rows and torch.equal(left.media.pixels, right.media.pixels)
+
+
 def ids_of(batches):
     return [sample_id for batch in batches for sample_id in batch.sample_ids]
 
@@ -218,7 +224,7 @@ def test_loader_order(mixed):
     resumed = list(islice(loader(mixed, consumed=6, mbs=2), 9))
     assert ids_of(resumed) == ids_of(whole)[6:]
     for ours, theirs in zip(resumed, whole[3:], strict=True):
-        assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.pixel_values, theirs.pixel_values)
+        assert torch.equal(ours.input_ids, theirs.input_ids) and same_media(ours, theirs)
     ranks = [ids_of(islice(loader(mixed, mbs=1, rank=rank, dp=2), 6)) for rank in range(2)]
     assert [sample for pair in zip(*ranks, strict=True) for sample in pair] == ids_of(whole)[:12]
 
@@ -230,7 +236,7 @@ def test_workers_give_the_same_and_leave_the_global_generator_alone(mixed):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert ids_of(found) == ids_of(expected)
     for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours.labels, theirs.labels) and torch.equal(ours.pixel_values, theirs.pixel_values)
+        assert torch.equal(ours.labels, theirs.labels) and same_media(ours, theirs)
         assert ours.input_ids.shape[1] % 8 == 0
 
 

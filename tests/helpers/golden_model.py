@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.expand import expand_images
 from mindspeed_mm.data.sample import Batch, Encoded
+from tests.helpers.media import fixed_plan, items
 
 TEXT = {
     "num_layers": 4,
@@ -65,13 +66,13 @@ def training_samples(golden: Path) -> list[list[Encoded]]:
         row = []
         for sample in range(arrays["input_ids"].shape[1]):
             length = int(arrays["lengths"][step, sample])
+            shown = [images[pool[i]] for i in arrays["image_index"][step, sample].tolist() if i >= 0]
             ids, labels = expand_images(
                 arrays["input_ids"][step, sample, :length].tolist(),
                 arrays["labels"][step, sample, :length].tolist(),
-                IMAGE_TOKENS,
+                [fixed_plan(IMAGE_TOKENS)] * len(shown),
             )
-            shown = [images[pool[i]] for i in arrays["image_index"][step, sample].tolist() if i >= 0]
-            row.append(Encoded(f"{step}.{sample}", ids, labels, tuple(shown)))
+            row.append(Encoded(f"{step}.{sample}", ids, labels, items(shown)))
         steps.append(row)
     return steps
 

@@ -2,9 +2,10 @@
 
 import torch
 
+from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.build import build_dataset
 from mindspeed_mm.data.image import ImageProcessor
-from mindspeed_mm.data.media import FixedSizeImages
+from mindspeed_mm.data.media import FixedSizeImages, ItemPlan
 from mindspeed_mm.models.media import Media
 
 
@@ -23,3 +24,8 @@ def dataset_of(config, tokenizer, count, max_length):
 def items(images):
     """Preprocessed images [3, h, w] as media of one item each."""
     return tuple(Media.of_images(torch.as_tensor(image)[None]) for image in images)
+
+
+def fixed_plan(count):
+    """The plan of an image with `count` features and nothing around them."""
+    return ItemPlan((1, 1, 1), (IMAGE_TOKEN_INDEX,) * count)

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from mindspeed_mm.errors import DataError
+from mindspeed_mm.models.media import Media
 from tests.helpers.golden_model import collate, load_expected, model_json, training_samples
 
 
@@ -42,7 +43,7 @@ def losses_and_gradient(golden, tensor_parallel: int, sequence_parallel: bool):
         from mindspeed_mm.data.collate import Collator
 
         batch = Collator(0, pad_multiple=tensor_parallel)(training_samples(golden)[0])
-    loss = vlm(batch.input_ids, batch.position_ids, labels=batch.labels, pixel_values=batch.pixel_values).sum()
+    loss = vlm(batch.input_ids, batch.position_ids, labels=batch.labels, media=batch.media).sum()
     loss.backward()
     projector = vlm.image_encoder.projector.encoder
     return (
@@ -65,7 +66,8 @@ def test_loss_equals_transformers(golden, case):
     labels = torch.cat((expected["expanded_labels"][:, 1:], torch.full((ids.shape[0], 1), -100)), dim=1)
     vlm = build(golden)
     with torch.no_grad():
-        losses = vlm(ids, torch.arange(ids.shape[1])[None], labels=labels, pixel_values=expected.get("pixel_values"))
+        media = Media.of_images(expected["pixel_values"]) if "pixel_values" in expected else None
+        losses = vlm(ids, torch.arange(ids.shape[1])[None], labels=labels, media=media)
     assert losses.numel() == sum(meta["supervised_tokens_per_row"])
     assert losses.mean().item() == pytest.approx(meta["loss"], abs=5e-5)
 
@@ -73,11 +75,11 @@ def test_loss_equals_transformers(golden, case):
 def test_frozen_parts_get_no_gradient(golden):
     vlm = build(golden, trained=("vision_projector",))
     batch = collate(training_samples(golden)[0])
-    vlm(batch.input_ids, batch.position_ids, labels=batch.labels, pixel_values=batch.pixel_values).sum().backward()
+    vlm(batch.input_ids, batch.position_ids, labels=batch.labels, media=batch.media).sum().backward()
     with_gradient = {name.split(".")[1] for name, p in vlm.named_parameters() if p.grad is not None}
     assert with_gradient == {"projector"}
-    features = vlm.image_encoder.features(batch.pixel_values)
-    assert not features.requires_grad
+    features = vlm.image_encoder.features(batch.media)
+    assert not features.values.requires_grad
 
 
 def test_text_only_batch_reaches_every_trained_parameter(golden):
@@ -101,8 +103,8 @@ def test_all_masked_batch_has_a_loss_of_nothing(golden):
 def test_image_positions_must_match_images(golden):
     vlm = build(golden)
     images = load_file(golden / "images" / "preprocessed.safetensors")
-    with pytest.raises(DataError, match="15 image positions but 1 images of 16 tokens each = 16"):
-        vlm(torch.full((1, 15), -200), torch.arange(15)[None], pixel_values=images["gray.pad"][None])
+    with pytest.raises(DataError, match="15 image positions but its images have 16 features"):
+        vlm(torch.full((1, 15), -200), torch.arange(15)[None], media=Media.of_images(images["gray.pad"][None]))
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

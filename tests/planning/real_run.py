@@ -15,6 +15,7 @@ import torch
 
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.sample import Batch, Encoded
+from mindspeed_mm.models.media import Media
 
 
 class Work(NamedTuple):
@@ -153,7 +154,7 @@ def batches_of(work: Work, spec, micro_batch: int, multiple: int) -> Iterator[Ba
     images, side = spec.vision_encoder.num_image_tokens, spec.vision_encoder.image_size
     ids = [-200] * images + [5] * (work.tokens - images)
     labels = [-100] * (work.tokens - work.supervised) + ids[work.tokens - work.supervised :]
-    sample = Encoded("row", ids, labels, (torch.zeros(3, side, side),))
+    sample = Encoded("row", ids, labels, (Media.of_images(torch.zeros(1, 3, side, side)),))
     length = work.packed * work.tokens if work.packed else None
     collate = Collator(0, pad_multiple=multiple, row_length=length)
     row = [sample] * work.packed if work.packed else sample

@@ -32,7 +32,7 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output, loss = forward_step(iter([batch]), vlm)
         loss(output)[0].backward()
-    images = batch.pixel_values.shape[0]
+    images = batch.num_images
     facts = {"lengths": batch.lengths, "images": images, "supervised": batch.supervised}
     assert sum(batch.lengths) == 2 * max(1, packed) * 192
     ours, own_scores = step_flops(spec, **facts), forward_flops(spec, **facts).scores

@@ -6,6 +6,7 @@ import torch
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.sample import Encoded
+from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.trainer.flops import forward_flops, step_flops, transformer_flops
 from mindspeed_mm.trainer.step import level, sum_losses
@@ -71,7 +72,7 @@ def test_counts_agree_with_torch(golden):
     labels = torch.full_like(ids, -100)
     labels[0, 30:35] = 7
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vlm.model(ids, torch.arange(40)[None], labels=labels, pixel_values=pixels)
+        vlm.model(ids, torch.arange(40)[None], labels=labels, media=Media.of_images(pixels))
     counted = step_flops(spec(text=True, vision_encoder=True, projector=True), lengths=[40], images=1, supervised=5)
     # torch 2.13 does not count its CPU attention kernel: 4 causal decoder layers, 3 vision encoder layers over 17
     # positions.
