@@ -16,7 +16,7 @@ from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.encode import encode
 from mindspeed_mm.data.expand import expand_images, fit_length
 from mindspeed_mm.data.sample import Encoded
-from mindspeed_mm.errors import ConfigError, DataError, TemplateError
+from mindspeed_mm.errors import DataError, TemplateError
 from tests.helpers.media import dataset_of, fixed_plan, items
 
 TOKENS_PER_IMAGE = 4
@@ -53,7 +53,7 @@ def test_one_sample(make_dataset, tokenizer):
     assert sample.input_ids == ids[:place] + [IMAGE_TOKEN_INDEX] * 4 + ids[place + 1 :]
     assert sample.labels == labels[:place] + [IGNORE_INDEX] * 4 + labels[place + 1 :]
     assert sample.sample_id == "r3"
-    (image,) = sample.images
+    ((image,),) = (media.pixels for media in sample.media)
     assert image.shape == (3, 28, 28) and image.dtype == torch.float32
     red, border = image[:, 14, 14], image[:, 0, 0]
     assert red[0] > red[1] and border.abs().max() < 0.02  # the mean colour is about zero after normalisation
@@ -61,9 +61,9 @@ def test_one_sample(make_dataset, tokenizer):
 
 def test_text_only_and_several_images(make_dataset):
     dataset = make_dataset([make_record(0), make_record(1, ["red.png", "blue.png"])])
-    assert dataset[0].images == () and IMAGE_TOKEN_INDEX not in dataset[0].input_ids
+    assert dataset[0].media == () and IMAGE_TOKEN_INDEX not in dataset[0].input_ids
     assert dataset[1].input_ids.count(IMAGE_TOKEN_INDEX) == 2 * TOKENS_PER_IMAGE
-    assert len(dataset[1].images) == 2
+    assert len(dataset[1].media) == 2
 
 
 def test_several_files_and_repeats(make_dataset, tmp_path):
@@ -118,9 +118,6 @@ def test_text_only_records_do_not_fit_plain(make_dataset):
 def test_settings_that_do_not_fit(make_dataset, make_config, tokenizer):
     with pytest.raises(TemplateError, match="the tokenizer has no token"):
         make_dataset([make_record(0)], template_name="mpt")
-    pipeline = {"train_pipeline": {"do_center_crop": False}}
-    with pytest.raises(ConfigError, match="images of different sizes"):
-        make_dataset([make_record(0)], preprocess_parameters=pipeline)
 
 
 def test_image_errors_stop_by_default(make_dataset, image_folder):

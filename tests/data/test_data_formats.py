@@ -201,7 +201,7 @@ def test_parquet(tmp_path, tokenizer, make_config):
     dataset = dataset_of(make_config([], basic_parameters=sets, dataset_type="messages"), tokenizer, 4, 200)
     assert len(dataset) == 5
     assert isinstance(dataset.sample(3).images[0], ImageBytes)
-    assert dataset[4].images[0].shape == (3, 28, 28)
+    assert dataset[4].media[0].pixels.shape == (1, 3, 28, 28)
 
 
 def test_a_parquet_row_that_is_no_text(tmp_path):

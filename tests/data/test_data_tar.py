@@ -63,7 +63,7 @@ def test_shards(build, tmp_path, tokenizer):
     assert dataset[1].sample_id.endswith("b.tar: record 0")
     text = tokenizer.decode([label for label in samples[1].labels if label != -100])
     assert text.strip() == "First."
-    assert all(sample.images[0].shape == (3, 28, 28) for sample in samples)
+    assert all(sample.media[0].pixels.shape == (1, 3, 28, 28) for sample in samples)
     assert len(build(tmp_path / "shards" / "[b-z].tar")) == 2
     assert len(build(overlong="drop").lengths) == 3
 
@@ -121,7 +121,7 @@ def test_stored_shards_are_mapped(build, tmp_path, monkeypatch):
         write(tmp_path / "shards" / f"{number}.tar", pair("0"))
     for _ in range(2):
         dataset = build(index_folder=str(tmp_path / "index"))
-        assert len(dataset) == 3 and dataset[2].images
+        assert len(dataset) == 3 and dataset[2].media
 
 
 def test_no_tar(build, tmp_path):

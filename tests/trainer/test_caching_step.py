@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mindspeed_mm.models.media import Media, fixed_size_features
 from mindspeed_mm.platform import get_platform
 
 get_platform("cpu")
@@ -22,12 +23,17 @@ class Cache:
         self.written[key] = features
 
 
+def features(values):
+    """[images, 3, 4] as an encoder gives them."""
+    return fixed_size_features(values, Media.of_images(values))
+
+
 def test_all_that_was_made_is_written_when_it_closes():
     cache = Cache()
     step = CachingStep(cache, torch.device("cpu"))
     batches = 3 * WAITING_BATCHES
     for number in range(batches):
-        step._store([f"{number}a", f"{number}b"], torch.full((2, 3, 4), float(number)))
+        step._store([f"{number}a", f"{number}b"], features(torch.full((2, 3, 4), float(number))))
     step.close()
     assert len(cache.written) == 2 * batches and cache.written["5b"].eq(5).all()
 
@@ -36,12 +42,12 @@ def test_what_the_writer_meets_reaches_the_step():
     step = CachingStep(Cache(), torch.device("cpu"))
     with pytest.raises(RuntimeError, match="the device is lost"):
         for _ in range(WAITING_BATCHES + 1):
-            step._store(["bad"], torch.zeros(1, 3, 4))
+            step._store(["bad"], features(torch.zeros(1, 3, 4)))
     step._writer.shutdown()
 
 
 def test_what_the_writer_meets_last_is_raised_at_the_end():
     step = CachingStep(Cache(), torch.device("cpu"))
-    step._store(["bad"], torch.zeros(1, 3, 4))
+    step._store(["bad"], features(torch.zeros(1, 3, 4)))
     with pytest.raises(RuntimeError, match="the device is lost"):
         step.close()
