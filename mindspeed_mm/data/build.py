@@ -118,7 +118,7 @@ def read_options(config: DataConfig, template: Template) -> ReadOptions:
     """How the config's data files are read."""
     parameters = config.dataset_param
     folder = Path(parameters.index_folder) if parameters.index_folder else default_folder()
-    return ReadOptions(template, folder, parameters.images_first)
+    return ReadOptions(template, folder, parameters.images_first, parameters.unknown_keys)
 
 
 def build_order(

@@ -20,7 +20,7 @@ from mindspeed_mm.data.image import FORMATS, ImageError, load_image, other_suffi
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.sample import EncodedImage, Sample
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import DataError, UnknownKeyError
 
 SHOWN = 100
 """Examples kept of each kind of problem."""
@@ -33,12 +33,14 @@ ERROR, WARNING = "error", "warning"
 KINDS = {
     "file": (ERROR, "the file cannot be read, or not to its end"),
     "record": (ERROR, "a record is damaged or has the wrong shape"),
+    "unknown key": (ERROR, "a key is mistyped, or changes training elsewhere and is not read here"),
     "template": (ERROR, "a conversation does not fit the template"),
     "missing image": (ERROR, "an image is missing"),
     "broken image": (ERROR, "an image cannot be decoded"),
     "too long": (ERROR, "a sample is longer than the maximum"),
     "no supervision": (ERROR, "nothing of a sample is supervised"),
     "empty answer": (ERROR, "an answer is empty"),
+    "unused key": (WARNING, "nothing reads a key of a record"),
     "suffix": (WARNING, "an image is named with the suffix of another format (it is read by content)"),
     "orientation": (WARNING, "an image has an EXIF rotation, which training ignores as the original LLaVA does"),
     "duplicate id": (WARNING, "an id is used more than once"),
@@ -153,7 +155,7 @@ class Check:
             try:
                 sample = source[number]
             except DataError as error:
-                found.problem("record", str(error))
+                found.problem("unknown key" if isinstance(error, UnknownKeyError) else "record", str(error))
                 found.ids.append(-number - 1)
                 found.contents.append(-number - 1)
                 continue
@@ -166,6 +168,8 @@ class Check:
         found.contents.append(_hash("\0".join(content)))
         found.turns[len(sample.turns)] += 1
         found.images_per_sample[len(sample.images)] += 1
+        if sample.ignored:
+            found.problem("unused key", f"{sample.where}: {', '.join(dict.fromkeys(sample.ignored))}")
         reason = unanswered(sample)
         if reason:
             found.problem("empty answer", f"{reason} Write the answer, or remove the record.")

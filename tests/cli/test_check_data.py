@@ -108,7 +108,7 @@ def test_everything_that_is_wrong_is_found(check):
         "duplicate id": 1,
         "duplicate record": 1,
     }
-    assert set(problems) | {"template", "file", "shared record"} == set(KINDS)
+    assert set(problems) | {"template", "file", "shared record", "unknown key", "unused key"} == set(KINDS)
     assert "problems and 4 warnings in 12 records" in output.err and "Traceback" not in output.err
     examples = report["sets"][0]["examples"]
     assert "(line 4, byte 18) cannot be parsed" in examples["record"][0]
@@ -116,6 +116,19 @@ def test_everything_that_is_wrong_is_found(check):
     assert 'the answer in turn 1 is empty; expected a text, such as {"from": "gpt"' in examples["empty answer"][0]
     assert "The longest text is that of turn 1, 4500 characters" in examples["too long"][0]
     assert "error: missing image" in output.out
+
+
+def test_keys_that_nothing_reads(check):
+    keys = [{"Image": "good.jpg"}, {"video": "a.mp4"}, {"mood": "x"}, {}]
+    records = [record(number, answer=f"It is {number}.") | more for number, more in enumerate(keys)]
+    code, report, _ = check(records)
+    assert code == 1 and report["sets"][0]["problems"] == {"unknown key": 2, "unused key": 1}
+    examples = report["sets"][0]["examples"]
+    assert "record 0 (id r0), line 1: 'Image' is no key of a record" in examples["unknown key"][0]
+    assert "record 1 (id r1), line 2: 'video' is not read here" in examples["unknown key"][1]
+    assert "record 2 (id r2): mood" in examples["unused key"][0]
+    code, report, _ = check(records, unknown_keys="warn")
+    assert code == 0 and report["sets"][0]["problems"] == {"unused key": 3}
 
 
 def test_templates_that_do_not_fit(check):

@@ -79,6 +79,12 @@ def test_id_beyond_the_vocabulary_names_the_tokenizer(train, golden):
     assert code == 1 and "tokenizer_chatml gives id 100" in err and "language_vocab_size is 1000" in err
 
 
+def test_a_mistyped_key_stops_the_start(train):
+    train.records[3]["video"] = "clip.mp4"
+    code, _, err = train("--train-iters", "1")
+    assert code == 1 and "record 3 (id r3), line 1: 'video' is not read here" in err and "Traceback" not in err
+
+
 def test_missing_image_stops_with_its_name(train):
     for record in train.records:
         record["image"] = "gone.png"
