@@ -116,13 +116,14 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
     from mindspeed_mm.data.tokenizer import load_tokenizer
 
     parameters = config.dataset_param
-    media, seq_length, weights = None, SEQUENCE, None
+    media, seq_length, weights, rows = None, SEQUENCE, None, None
     if model is not None:
         from mindspeed_mm.models.family import media_of_data
         from mindspeed_mm.models.spec import load_model_spec
 
         spec = load_model_spec(namespace.mm_model)
         media = media_of_data(spec, config)
+        rows = spec.text_decoder.language_vocab_size
         seq_length, weights = spec.text_decoder.language_max_sequence_length, spec.text_decoder.ckpt_path
     if media is None or namespace.tokens_per_image:
         processor = ImageProcessor.from_config(parameters.preprocess_parameters.processor_source)
@@ -139,4 +140,4 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
         check_template(template, tokenizer)
         encodings[name] = Encoding(tokenizer, template, media, parameters.special_text)
     max_length = config.max_length(namespace.seq_length or seq_length)
-    return Check(encodings, max_length, parameters.overlong, images=not namespace.no_images)
+    return Check(encodings, max_length, parameters.overlong, images=not namespace.no_images, rows=rows)

@@ -107,11 +107,23 @@ def build_dataset(
     )
 
 
+def check_user_tokens(tokenizer: Tokenizer, rows: int, where: str) -> None:
+    """Raise DataError where a token that was added for use in texts has no row in an embedding of `rows` rows."""
+    beyond = sorted((number, content) for content, number in tokenizer.user_tokens.items() if number >= rows)
+    if beyond:
+        shown = ", ".join(f"{content} = {number}" for number, content in beyond)
+        raise DataError(
+            f"the tokenizer {where} has added tokens beyond the {rows} rows of the text decoder's embedding: "
+            f"{shown:.400}; expected ids below {rows} (text_decoder.language_vocab_size). Enlarge the checkpoint's "
+            "embedding and language_vocab_size, or take the tokens out of added_tokens_decoder."
+        )
+
+
 def read_options(config: DataConfig, template: Template) -> ReadOptions:
     """How the config's data files are read."""
     parameters = config.dataset_param
     folder = Path(parameters.index_folder) if parameters.index_folder else default_folder()
-    return ReadOptions(template, folder, parameters.images_first)
+    return ReadOptions(template, folder, parameters.images_first, parameters.unknown_keys)
 
 
 def build_order(

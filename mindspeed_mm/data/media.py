@@ -14,6 +14,7 @@ from typing import Any
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor, preprocess
+from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.media import Media
 
 
@@ -81,7 +82,15 @@ class FixedSizeImages(MediaProcessor):
     """Images of one size, each with the same number of features (LLaVA-1.5)."""
 
     def __init__(self, processor: ImageProcessor, count: int, *, pad: bool = False, fast_resize: bool = False) -> None:
-        """`processor.output_size` is known; `count` features an image; see data.image.preprocess for the rest."""
+        """`count` features an image; see data.image.preprocess for the rest.
+
+        Raises ConfigError for a processor whose images have no size of their own.
+        """
+        if processor.output_size is None:
+            raise ConfigError(
+                "the image processor gives images of different sizes (no centre crop); a batch needs one size. Set "
+                "do_center_crop, or a size with height and width."
+            )
         self.processor, self.pad, self.fast_resize = processor, pad, fast_resize
         self._plan = ItemPlan((1, 1, 1), (IMAGE_TOKEN_INDEX,) * count)
 

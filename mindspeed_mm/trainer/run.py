@@ -14,7 +14,7 @@ from megatron.driver import initialize, loop, setup
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from megatron.driver.checkpoint.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
-from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
+from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader, check_user_tokens
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.dataset import Positions
 from mindspeed_mm.data.sample import Batch
@@ -67,6 +67,7 @@ class TrainingRun:
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
         self.media = media_of_data(self.spec, self.data_config)
+        check_user_tokens(self.tokenizer, self.spec.text_decoder.language_vocab_size, str(self.tokenizer_path))
         self.dataset = build_dataset(
             self.data_config,
             self.tokenizer,

@@ -210,12 +210,7 @@ class Llava(Family):
         fast_resize: bool = False,
     ) -> MediaProcessor:
         processor, side = ImageProcessor.from_config(image_processor), spec.vision_encoder.image_size
-        if processor.output_size is None:
-            raise ConfigError(
-                "the image processor gives images of different sizes (no centre crop); the vision encoder takes one "
-                "size. Set do_center_crop, or a size with height and width."
-            )
-        if processor.output_size != (side, side):
+        if processor.output_size not in (None, (side, side)):
             height, width = processor.output_size
             raise ConfigError(
                 f"the image processor gives {width} x {height} pixels, the vision encoder takes {side} x {side} "
