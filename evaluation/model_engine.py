@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from evaluation.engine import GenerationRequest
-from mindspeed_mm.data.image import preprocess
+from mindspeed_mm.data.image import image_size
 from mindspeed_mm.errors import ContextError, DataError
 from mindspeed_mm.generation import engine as generation
 from mindspeed_mm.generation.images import DIGEST_BYTES, FoundImage
@@ -43,8 +43,7 @@ class ModelEngine:
             **_weights(vlm),
             "dtype": str(next(vlm.model.parameters()).dtype).removeprefix("torch."),
             "tokenizer": _digest(vlm.tokenizer.encode(PROBE)),
-            "image_processor": vlm.image_processor.model_dump(mode="json"),
-            "pad_to_square": vlm.pad,
+            "media": vlm.media.settings,
             "template": template or vlm.template,
             "decoding": options.model_dump(mode="json") | {"method": "greedy" if options.greedy else "sampling"},
         }
@@ -86,13 +85,11 @@ class ModelEngine:
             pool.shutdown(cancel_futures=True)
 
     def _images(self, request: GenerationRequest) -> tuple[FoundImage, ...]:
-        return tuple(
-            FoundImage(
-                hashlib.blake2b(f"{request.image}/{number}".encode(), digest_size=DIGEST_BYTES).digest(),
-                preprocess(image, self._vlm.image_processor, pad=self._vlm.pad),
-            )
-            for number, image in enumerate(request.images())
-        )
+        media, found = self._vlm.media, []
+        for number, image in enumerate(request.images()):
+            key = hashlib.blake2b(f"{request.image}/{number}".encode(), digest_size=DIGEST_BYTES).digest()
+            found.append(FoundImage(key, media.item(image), media.fixed or media.plan(*image_size(image))))
+        return tuple(found)
 
     def describe(self) -> dict[str, Any]:
         """Weights by their contents (not their path), tokenizer, preprocessing, template and decoding."""

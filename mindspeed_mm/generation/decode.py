@@ -3,7 +3,7 @@ layout.
 
 Every rank runs the same passes in the same order; each returns the same logits on all of them.
 
-Legend: R rows, S prompt length, V vocabulary, N images, P tokens an image, H decoder width.
+Legend: R rows, S prompt length, V vocabulary, F features of an item, H decoder width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mindspeed_mm.errors import ConfigError, ContextError
 from mindspeed_mm.generation.lean import LeanStep
 from mindspeed_mm.models.fusion import image_positions, scatter_features
 from mindspeed_mm.models.layers.kv_cache import KVCache
+from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.vlm import VLM
 
 
@@ -36,16 +37,17 @@ class Decoder:
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
         self.max_length = vlm.spec.text_decoder.max_position_embeddings
-        self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
         config = vlm.text_decoder.config
-        self.image_bytes = self.tokens_per_image * config.hidden_size * config.params_dtype.itemsize
+        self.feature_bytes = config.hidden_size * config.params_dtype.itemsize
 
     @torch.inference_mode()
-    def image_features(self, pixel_values: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Projected features [P, H] of N preprocessed images [3, h, w]; None on later pipeline stages."""
-        if self.vlm.image_encoder is None or not pixel_values:
-            return [None] * len(pixel_values)
-        return list(self.vlm.image_encoder(torch.stack(list(pixel_values)).to(self.device)))
+    def image_features(self, media: Sequence[Media]) -> list[torch.Tensor | None]:
+        """Projected features [F, H] of items, each media of one; None on later pipeline stages."""
+        if self.vlm.image_encoder is None or not media:
+            return [None] * len(media)
+        found = self.vlm.image_encoder.features(Media.join(media).to(self.device))
+        found = self.vlm.image_encoder.project(found)
+        return list(found.values.split(found.counts))
 
     @torch.inference_mode()
     def prefill(
@@ -54,6 +56,7 @@ class Decoder:
         features: Sequence[torch.Tensor | None],
         first_row: int,
         starts: Sequence[int] | None = None,
+        positions: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Fill prompts into the rows from `first_row` on.
 
@@ -61,6 +64,7 @@ class Decoder:
             prompts: id lists of any lengths, IMAGE_TOKEN_INDEX at every image position (expanded).
             starts: [R] tokens that the rows hold already, behind which the prompts go; None: none.
             features: what `image_features` gave for their images, in reading order.
+            positions: [3, length] of each prompt, for a family with multimodal positions; None: they count up.
 
         Returns:
             [rows, V] float32, the logits behind each prompt's last token.
@@ -71,19 +75,28 @@ class Decoder:
             ids[row, : len(prompt)] = torch.tensor(prompt)
         ids = ids.to(self.device)
         starts = list(starts or [0] * len(prompts))
-        held = torch.tensor(starts, device=self.device)
-        positions = held[:, None] + torch.arange(max(lengths), device=self.device)
+        if positions is None:
+            held = torch.tensor(starts, device=self.device)
+            places = held[:, None] + torch.arange(max(lengths), device=self.device)
+        else:
+            places = torch.zeros(3, len(prompts), max(lengths), dtype=torch.int64)
+            for row, own in enumerate(positions):
+                places[:, row, : own.shape[1]] = own
+            places = places.to(self.device)
         self.cache.begin(first_row, starts, max(lengths))
-        hidden = self._pass(self._embed(ids, features), positions, len(prompts), max(lengths), self._modules)
+        hidden = self._pass(self._embed(ids, features), places, len(prompts), max(lengths), self._modules)
         if hidden is not None:
             last = torch.tensor(lengths, device=self.device) - 1
             hidden = hidden[last, torch.arange(len(prompts), device=self.device)].unsqueeze(0)
         return self._logits(hidden, len(prompts))
 
     @torch.inference_mode()
-    def step(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
-        """Append one token to each of the rows 0..R-1, which hold `lengths` [R] tokens: logits [R, V] float32."""
-        positions = torch.tensor(lengths, device=self.device).unsqueeze(1)
+    def step(self, tokens: list[int], lengths: list[int], positions: list[int] | None = None) -> torch.Tensor:
+        """Append one token to each of the rows 0..R-1, which hold `lengths` [R] tokens: logits [R, V] float32.
+
+        `positions` [R] of the tokens, where they are not `lengths`.
+        """
+        positions = torch.tensor(positions or lengths, device=self.device).unsqueeze(1)
         self.cache.begin(0, lengths, 1)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
         hidden = self._pass(self._embed(ids, ()), positions, len(tokens), 1, self._lean or self._modules)
@@ -97,7 +110,7 @@ class Decoder:
             return self.vlm.text_decoder.embed(ids)
         places = image_positions(ids)
         embeddings = self.vlm.text_decoder.embed(ids.masked_fill(places, 0))
-        return scatter_features(embeddings, torch.stack(list(features)), places)
+        return scatter_features(embeddings, torch.cat(list(features)), places)
 
     def _pass(
         self, hidden: torch.Tensor | None, positions: torch.Tensor, rows: int, length: int, layers: Callable

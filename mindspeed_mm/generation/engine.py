@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.data.template import Template, get_template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
@@ -22,7 +22,7 @@ from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.images import ImageFeatures
 from mindspeed_mm.generation.jobs import FinishReason, Generated, SampleJob
 from mindspeed_mm.generation.options import GenerationOptions, generation_options
-from mindspeed_mm.generation.prompts import GenerationRequest, expand_images, prompt_ids, stop_rules
+from mindspeed_mm.generation.prompts import GenerationRequest, expand, prompt_ids, prompt_positions, stop_rules
 from mindspeed_mm.generation.scheduler import Entry, Scheduler
 from mindspeed_mm.generation.text import TextStream
 from mindspeed_mm.models.vlm import VLM
@@ -118,22 +118,19 @@ class GenerationEngine:
         self,
         vlm: VLM,
         tokenizer: Tokenizer,
-        image_processor: ImageProcessor,
+        media: MediaProcessor | None,
         template: str | Template,
         *,
-        pad: bool,
         batch_size: int = 16,
         image_token_id: int | None = None,
     ) -> None:
         """`batch_size` is the number of sequences that run together; `image_token_id` stands for image positions in
         the rules that look back at the prompt (None: they are passed over)."""
-        self.vlm, self.tokenizer, self.image_processor = vlm, tokenizer, image_processor
+        self.vlm, self.tokenizer, self.media = vlm, tokenizer, media
         self.template = get_template(template, tokenizer)
-        self.pad = pad
-        self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
         self._image_token_id = image_token_id
         self._decoder = Decoder(vlm)
-        self.image_features = ImageFeatures(self._decoder, image_processor, pad=pad)
+        self.image_features = ImageFeatures(self._decoder, media)
         self._scheduler = Scheduler(self._decoder, self.image_features, batch_size)
         self._template_stops = stop_rules(self.template, tokenizer)
         self._lock = threading.RLock()
@@ -234,8 +231,18 @@ class GenerationEngine:
             self._scheduler.max_rows = before
 
     def prepare(self, request: GenerationRequest) -> list[int]:
-        """Expanded prompt ids of a request. Raises as `prompts.prompt_ids` does."""
-        ids = expand_images(prompt_ids(request, self.tokenizer, self.template), self.tokens_per_image)
+        """Expanded prompt ids of a request. Raises as `prompts.prompt_ids` does, and ImageError where the size of an
+        image decides and cannot be read."""
+        return self._prepare(request, self._images(request))
+
+    def _images(self, request: GenerationRequest) -> Sequence[Any]:
+        """The images of a request, found already where their sizes decide how long the prompt is."""
+        return request.images if self.image_features.fixed else self.image_features.find(request.images)
+
+    def _prepare(self, request: GenerationRequest, images: Sequence[Any]) -> list[int]:
+        fixed = self.image_features.fixed
+        plans = [fixed] * len(images) if fixed else [image.plan for image in images]
+        ids = expand(prompt_ids(request, self.tokenizer, self.template), plans)
         size = self.vlm.spec.text_decoder.language_vocab_size
         if ids and max(ids) >= size:
             raise DataError(
@@ -247,7 +254,9 @@ class GenerationEngine:
     def _entry(self, request, options, text, end) -> Entry:
         if not isinstance(options, GenerationOptions):
             options = generation_options(options or {})
-        prompt = self.prepare(request)
+        images = self._images(request)
+        prompt = self._prepare(request, images)
+        positions = prompt_positions(self.vlm.spec, prompt, () if self.image_features.fixed else images)
         self._decoder.check_length(len(prompt), options.max_new_tokens)
         ids, texts = self._template_stops
         stop_ids = (*(options.eos_token_ids or (self.tokenizer.eos_token_id,)), *ids)
@@ -258,7 +267,7 @@ class GenerationEngine:
             job = BeamJob(history, options, stop_ids, streams[0])
         else:
             job = SampleJob(history, options, stop_ids, streams, text)
-        return Entry(job, prompt, len(prompt) + options.max_new_tokens, request.images, end)
+        return Entry(job, prompt, len(prompt) + options.max_new_tokens, images, end, positions=positions)
 
     def _result(self, request: GenerationRequest, entry: Entry | None, error: ValueError | None) -> GenerationResult:
         if error is not None or entry is None:

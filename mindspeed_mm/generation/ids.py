@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.generation.beam import BeamJob
 from mindspeed_mm.generation.decode import Decoder
-from mindspeed_mm.generation.images import ImageFeatures
+from mindspeed_mm.generation.images import FoundImage, ImageFeatures
 from mindspeed_mm.generation.jobs import SampleJob
 from mindspeed_mm.generation.options import GenerationOptions
+from mindspeed_mm.generation.prompts import prompt_positions
 from mindspeed_mm.generation.scheduler import Entry, Scheduler
 from mindspeed_mm.generation.text import TextStream
 
@@ -20,7 +20,7 @@ from mindspeed_mm.generation.text import TextStream
 def continue_ids(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
-    images: Sequence[Any],
+    images: Sequence[FoundImage],
     options: GenerationOptions,
     *,
     image_features: ImageFeatures,
@@ -33,7 +33,7 @@ def continue_ids(
 
     Args:
         prompts: B id lists of any lengths, IMAGE_TOKEN_INDEX at every image position (expanded).
-        images: of all prompts, in reading order.
+        images: of all prompts, in reading order, as `ImageFeatures.find` gives them.
         tokenizer: needed for stop strings only.
         image_token_id: stands for image positions in the rules that look back at the prompt.
         batch_size: sequences that run together; None: all.
@@ -52,25 +52,40 @@ def continue_ids(
         decoder.check_length(len(prompt), options.max_new_tokens)
     count = options.num_return_sequences
     scheduler = Scheduler(decoder, image_features, batch_size or len(prompts) * max(count, options.num_beams))
-    size, first = decoder.tokens_per_image, 0
+    following = list(images)
     entries, errors = [], []
     for prompt in prompts:
         history = [image_token_id if token == IMAGE_TOKEN_INDEX else token for token in prompt]
         history = [token for token in history if token is not None]
-        own = images[first : first + list(prompt).count(IMAGE_TOKEN_INDEX) // size]
-        first += len(own)
+        own = take_images(prompt, following)
         streams = [TextStream(tokenizer, options.stops) for _ in range(count)] if options.stops else None
         if options.num_beams > 1:
             job = BeamJob(history, options, stop_ids, streams[0] if streams else None)
         else:
             job = SampleJob(history, options, stop_ids, streams)
         length = len(prompt) + options.max_new_tokens
-        entries.append(Entry(job, prompt, length, own, errors.append))
+        positions = prompt_positions(decoder.vlm.spec, prompt, own)
+        entries.append(Entry(job, prompt, length, own, errors.append, positions=positions))
         scheduler.submit(entries[-1])
     while scheduler.busy:
         scheduler.step()
         _raise_first(errors)
     return [list(sequence.token_ids) for entry in entries for sequence in entry.job.sequences]
+
+
+def take_images(prompt: Sequence[int], following: list[FoundImage]) -> list[FoundImage]:
+    """Take the images of an expanded prompt off the front of those that follow. Raises ConfigError where an image is
+    cut in two."""
+    left, own = list(prompt).count(IMAGE_TOKEN_INDEX), []
+    while left and following:
+        own.append(following.pop(0))
+        left -= own[-1].plan.count
+    if left:
+        raise ConfigError(
+            "input_ids hold another number of image positions than their images have features: expand each image by "
+            "its own number"
+        )
+    return own
 
 
 def _raise_first(errors: Sequence[DataError | None]) -> None:

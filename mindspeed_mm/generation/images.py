@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -12,10 +12,12 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
-from mindspeed_mm.data.image import MAX_PIXELS, ImageError, ImageProcessor, load_image, preprocess
+from mindspeed_mm.data.image import MAX_PIXELS, ImageError, image_size, load_image
+from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.data.sample import ImageBytes
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.generation.decode import Decoder
+from mindspeed_mm.models.media import Media
 from mindspeed_mm.platform import current_platform
 
 VISION_ENCODER_BATCH = 16
@@ -35,17 +37,24 @@ class FoundImage(NamedTuple):
 
     key: bytes
     """Digest of the content: of the file's bytes, else of the pixels."""
-    source: torch.Tensor | Image.Image | ImageBytes
+    source: Media | torch.Tensor | Image.Image | ImageBytes
+    plan: ItemPlan
+    """What its size says."""
 
 
 class ImageFeatures:
     """Features of images for one decoder; equal images go through the vision encoder once while they are remembered."""
 
-    def __init__(self, decoder: Decoder, image_processor: ImageProcessor | None, *, pad: bool) -> None:
-        self._decoder, self._processor, self._pad = decoder, image_processor, pad
+    def __init__(self, decoder: Decoder, media: MediaProcessor | None) -> None:
+        """`media` None: the model came without an image processor and takes preprocessed images alone."""
+        self._decoder, self._media = decoder, media
+        spec = decoder.vlm.spec
+        self.fixed = media.fixed if media is not None else spec.family.fixed_plan(spec)
+        """The plan that every image has; None where its size decides."""
         self._known: OrderedDict[bytes, torch.Tensor | None] = OrderedDict()
-        self._batch = max(1, min(VISION_ENCODER_BATCH, current_platform().inference_tokens // decoder.tokens_per_image))
-        self._kept = max(VISION_ENCODER_BATCH, KEPT_BYTES // decoder.image_bytes)
+        self._kept: dict[bytes, int] = {}
+        """Features of the known images."""
+        self._most = KEPT_BYTES // decoder.feature_bytes
         self.computed = 0
         """Images that went through the vision encoder so far."""
 
@@ -56,7 +65,7 @@ class ImageFeatures:
         Raises:
             ImageError: an image is missing, an address, or nothing that can be one.
         """
-        return [_find(image) for image in images]
+        return [self._find(image) for image in images]
 
     def features(self, requests: Sequence[Sequence[FoundImage]]) -> list[list[torch.Tensor | None] | ImageError]:
         """For each of several requests the features of its images, or why one of them cannot be used.
@@ -64,11 +73,15 @@ class ImageFeatures:
         Images of all requests go through the vision encoder together. A request with an image that cannot be used costs
         no other one anything.
         """
-        new: dict[bytes, torch.Tensor] = {}
+        new: dict[bytes, tuple[Media, int]] = {}
         errors: dict[int, ImageError] = {}
         for index, images in enumerate(requests):
             try:
-                own = {p.key: self._pixels(p.source) for p in images if p.key not in self._known and p.key not in new}
+                own = {
+                    image.key: (self._item(image.source), image.plan.count)
+                    for image in images
+                    if image.key not in self._known and image.key not in new
+                }
             except ImageError as error:
                 errors[index] = error
                 continue
@@ -78,58 +91,80 @@ class ImageFeatures:
             errors.get(index) or [found[p.key] if p.key in found else self._known[p.key] for p in images]
             for index, images in enumerate(requests)
         ]
-        self._remember(found, [p.key for images in requests for p in images])
+        self._remember(found, [image for images in requests for image in images])
         return answers
 
-    def _compute(self, new: dict[bytes, torch.Tensor]) -> dict[bytes, torch.Tensor | None]:
-        pixels = list(new.values())
-        features: list[torch.Tensor | None] = []
-        for start in range(0, len(pixels), self._batch):
-            features += self._decoder.image_features(pixels[start : start + self._batch])
-        self.computed += len(pixels)
-        return dict(zip(new, features, strict=True))
+    def _compute(self, new: dict[bytes, tuple[Media, int]]) -> dict[bytes, torch.Tensor | None]:
+        found: dict[bytes, torch.Tensor | None] = {}
+        for keys in _groups({key: count for key, (_, count) in new.items()}, current_platform().inference_tokens):
+            found |= zip(keys, self._decoder.image_features([new[key][0] for key in keys]), strict=True)
+        self.computed += len(new)
+        return found
 
-    def _remember(self, found: dict[bytes, torch.Tensor | None], used: Sequence[bytes]) -> None:
+    def _remember(self, found: dict[bytes, torch.Tensor | None], used: Sequence[FoundImage]) -> None:
         self._known.update(found)
-        for key in used:
-            if key in self._known:
-                self._known.move_to_end(key)
-        while len(self._known) > self._kept:
-            self._known.popitem(last=False)
+        for image in used:
+            if image.key in self._known:
+                self._known.move_to_end(image.key)
+                self._kept[image.key] = image.plan.count
+        total = sum(self._kept.values())
+        while len(self._known) > VISION_ENCODER_BATCH and total > self._most:
+            key, _ = self._known.popitem(last=False)
+            total -= self._kept.pop(key)
 
-    def _pixels(self, image: torch.Tensor | Image.Image | ImageBytes) -> torch.Tensor:
-        size = self._decoder.vlm.spec.vision_encoder.image_size
-        if isinstance(image, torch.Tensor):
-            if image.shape != (3, size, size):
-                raise ImageError(f"found an image of shape {list(image.shape)}; expected [3, {size}, {size}]")
+    def _item(self, image: Media | torch.Tensor | Image.Image | ImageBytes) -> Media:
+        if isinstance(image, Media):
             return image
-        if self._processor is None:
+        if isinstance(image, torch.Tensor):
+            spec = self._decoder.vlm.spec
+            try:
+                return spec.family.media_of_inputs(spec, {"pixel_values": image[None]})
+            except ConfigError as error:
+                raise ImageError(f"a preprocessed image does not fit: {error}") from error
+        return self._processor().item(image)
+
+    def _processor(self) -> MediaProcessor:
+        if self._media is None:
             raise ConfigError("the model came with no image processor: load it with image_processor=FOLDER")
-        pixels = preprocess(image, self._processor, pad=self._pad)
-        if pixels.shape[1:] != (size, size):
+        return self._media
+
+    def _find(self, image: Any) -> FoundImage:
+        if isinstance(image, FoundImage):
+            return image
+        if isinstance(image, torch.Tensor):
+            if self.fixed is None:
+                raise ImageError(
+                    "found a tensor as an image; this model takes images of any size: give the image itself"
+                )
+            image = image.float().contiguous()
+            return FoundImage(_digest(image.numpy(force=True).tobytes()), image, self.fixed)
+        if isinstance(image, Image.Image):
+            image = _as_rgb(image)
+            return FoundImage(_digest(repr(image.size).encode(), image.tobytes()), image, self._plan(image))
+        if isinstance(image, str | Path):
+            image = _read(image)
+        if not isinstance(image, ImageBytes):
             raise ImageError(
-                f"the image processor gives {pixels.shape[2]} x {pixels.shape[1]} pixels, the vision encoder takes "
-                f"{size} x {size}: use the preprocessor_config.json of the vision encoder"
+                f"found a {type(image).__name__} as an image; expected a path, a PIL image, ImageBytes or a tensor"
             )
-        return pixels
+        return FoundImage(_digest(image.data), image, self._plan(image))
+
+    def _plan(self, image: Image.Image | ImageBytes) -> ItemPlan:
+        return self.fixed or self._processor().plan(*image_size(image))
 
 
-def _find(image: Any) -> FoundImage:
-    if isinstance(image, FoundImage):
-        return image
-    if isinstance(image, torch.Tensor):
-        image = image.float().contiguous()
-        return FoundImage(_digest(image.numpy(force=True).tobytes()), image)
-    if isinstance(image, Image.Image):
-        image = _as_rgb(image)
-        return FoundImage(_digest(repr(image.size).encode(), image.tobytes()), image)
-    if isinstance(image, str | Path):
-        image = _read(image)
-    if not isinstance(image, ImageBytes):
-        raise ImageError(
-            f"found a {type(image).__name__} as an image; expected a path, a PIL image, ImageBytes or a tensor"
-        )
-    return FoundImage(_digest(image.data), image)
+def _groups(counts: dict[bytes, int], most: int) -> Iterator[list[bytes]]:
+    """Keys of images that go through the vision encoder together: at most VISION_ENCODER_BATCH with `most` features."""
+    group: list[bytes] = []
+    total = 0
+    for key, count in counts.items():
+        if group and (len(group) == VISION_ENCODER_BATCH or total + count > most):
+            yield group
+            group, total = [], 0
+        group.append(key)
+        total += count
+    if group:
+        yield group
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -23,22 +23,38 @@ SIGN = np.int64(-(2**63))
 """Set in the words of digests, so that none of them is a token's id."""
 
 
-def content(prompt: Sequence[int], images: Sequence[FoundImage], tokens_per_image: int) -> np.ndarray:
+def content(prompt: Sequence[int], images: Sequence[FoundImage]) -> np.ndarray:
     """Content [S] int64 of an expanded prompt, whose image positions show `images` one after the other.
 
     Raises:
-        DataError: the positions are not those of so many images.
+        DataError: the positions are not those of these images.
     """
     values = np.array(prompt, dtype=np.int64)
     places = np.flatnonzero(values == IMAGE_TOKEN_INDEX)
-    if len(places) != len(images) * tokens_per_image:
-        raise DataError(
-            f"a prompt has {len(places)} image positions for {len(images)} images; expected {tokens_per_image} each"
-        )
+    wanted = sum(image.plan.count for image in images)
+    if len(places) != wanted:
+        raise DataError(f"a prompt has {len(places)} image positions for {len(images)} images; expected {wanted}")
     if images:
-        words = [np.resize(np.frombuffer(image.key, dtype=np.int64) | SIGN, tokens_per_image) for image in images]
+        words = [np.resize(np.frombuffer(image.key, dtype=np.int64) | SIGN, image.plan.count) for image in images]
         values[places] = np.concatenate(words)
     return values
+
+
+def whole_images(prompt: Sequence[int], images: Sequence[FoundImage], start: int) -> tuple[int, int]:
+    """(start, images before it) where `start` is moved in front of an image that it would cut in two."""
+    inside = prompt[:start].count(IMAGE_TOKEN_INDEX)
+    for number, image in enumerate(images):
+        if inside < image.plan.count:
+            if inside:
+                start = _place(prompt, sum(earlier.plan.count for earlier in images[:number]))
+            return start, number
+        inside -= image.plan.count
+    return start, len(images)
+
+
+def _place(prompt: Sequence[int], number: int) -> int:
+    """Where the image position of a number stands in a prompt."""
+    return int(np.flatnonzero(np.array(prompt) == IMAGE_TOKEN_INDEX)[number])
 
 
 def common(first: np.ndarray, second: np.ndarray) -> int:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mindspeed_mm.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.encode import encode_prompt
-from mindspeed_mm.data.expand import expand_images as expand_with_labels
+from mindspeed_mm.data.expand import expand_images
+from mindspeed_mm.data.media import ItemPlan
 from mindspeed_mm.data.template import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from mindspeed_mm.generation.images import FoundImage
 
 
 @dataclass(frozen=True)
@@ -90,23 +97,33 @@ def stop_rules(template: Template, tokenizer: Tokenizer) -> tuple[tuple[int, ...
     return tuple(ids), tuple(texts)
 
 
-def expand_images(ids: Sequence[int], tokens_per_image: int) -> list[int]:
-    """Each IMAGE_TOKEN_INDEX becomes `tokens_per_image` of them."""
-    return expand_with_labels(ids, ids, tokens_per_image)[0]
+def expand(ids: Sequence[int], plans: Sequence[ItemPlan]) -> list[int]:
+    """The tokens of its plan in the place of each IMAGE_TOKEN_INDEX."""
+    return expand_images(ids, ids, plans)[0]
 
 
-def as_prompts(input_ids: Sequence[Sequence[int]], images: int, tokens_per_image: int) -> list[list[int]]:
-    """Prompts given as ids, with one placeholder an image or already expanded, in expanded form.
+def prompt_positions(spec: ModelSpec, prompt: Sequence[int], images: Sequence[FoundImage]) -> torch.Tensor | None:
+    """[3, length] positions of an expanded prompt for a family with multimodal positions; None where they count up."""
+    if not spec.family.multimodal_positions:
+        return None
+    grids = torch.tensor([image.plan.grid for image in images], dtype=torch.int64).reshape(-1, 3)
+    return spec.family.positions(spec, torch.tensor(prompt), grids)
+
+
+def as_prompts(input_ids: Sequence[Sequence[int]], plans: Sequence[ItemPlan]) -> list[list[int]]:
+    """Prompts given as ids, with one placeholder an image or already expanded, in expanded form. Tags around an image
+    are what the ids hold.
 
     Raises:
         ConfigError: the number of placeholders fits neither form.
     """
-    found = sum(list(row).count(IMAGE_TOKEN_INDEX) for row in input_ids)
-    if found == images:
-        return [expand_images(row, tokens_per_image) for row in input_ids]
-    if found == images * tokens_per_image:
+    found, features = sum(list(row).count(IMAGE_TOKEN_INDEX) for row in input_ids), sum(plan.count for plan in plans)
+    if found == features:
         return [list(row) for row in input_ids]
+    if found == len(plans):
+        following = iter(ItemPlan(plan.grid, (IMAGE_TOKEN_INDEX,) * plan.count) for plan in plans)
+        return [expand(row, [next(following) for _ in range(list(row).count(IMAGE_TOKEN_INDEX))]) for row in input_ids]
     raise ConfigError(
-        f"input_ids hold {found} image tokens for {images} images; expected {images} (one an image) or "
-        f"{images * tokens_per_image} (expanded)"
+        f"input_ids hold {found} image tokens for {len(plans)} images; expected {len(plans)} (one an image) or "
+        f"{features} (expanded)"
     )

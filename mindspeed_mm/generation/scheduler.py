@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.images import FoundImage, ImageFeatures
 from mindspeed_mm.generation.jobs import Job, Step
-from mindspeed_mm.generation.prefix import KeptRows, common, content, longest
+from mindspeed_mm.generation.prefix import KeptRows, common, content, longest, whole_images
 from mindspeed_mm.platform import current_platform
 
 MAX_PADDING = 0.1
@@ -56,6 +55,15 @@ class Entry:
     source: int | None = None
     """Row that holds the first `start` positions already, when the prompt's turn comes."""
     start: int = 0
+    shown: int = 0
+    """Images among those positions."""
+    positions: torch.Tensor | None = None
+    """[3, length] of the prompt, for a family with multimodal positions; the answer continues behind the largest."""
+
+    @property
+    def offset(self) -> int:
+        """What the position of a token of the answer is ahead of its place in the row."""
+        return 0 if self.positions is None else int(self.positions.max()) + 1 - self.positions.shape[1]
 
     @property
     def rest(self) -> int:
@@ -135,7 +143,7 @@ class Scheduler:
         if entry.content is None:
             try:
                 entry.found_images = self.image_features.find(entry.images)
-                entry.content = content(entry.prompt, entry.found_images, self.decoder.tokens_per_image)
+                entry.content = content(entry.prompt, entry.found_images)
             except DataError as error:
                 self._waiting.remove(entry)
                 entry.on_end(error)
@@ -145,10 +153,8 @@ class Scheduler:
     def _find_source(self, entry: Entry) -> None:
         """Choose the row that spares most of the prompt. Images are taken whole or not at all."""
         entry.source, entry.start = longest(entry.content, self._contents())
-        inside = entry.prompt[: entry.start].count(IMAGE_TOKEN_INDEX) % self.decoder.tokens_per_image
-        if inside:
-            entry.start -= inside
-            entry.source = entry.source if entry.start else None
+        entry.start, entry.shown = whole_images(entry.prompt, entry.found_images, entry.start)
+        entry.source = entry.source if entry.start else None
 
     def _contents(self) -> Iterator[tuple[int, np.ndarray]]:
         yield from ((entry.rows[0], entry.content) for entry in self._active)
@@ -161,15 +167,16 @@ class Scheduler:
         first = self._used_rows()
         starts, rests = [entry.start for entry in group], [entry.prompt[entry.start :] for entry in group]
         self._make_room(group, first, max(starts) + max(map(len, rests)))
-        logits = self.decoder.prefill(rests, features, first, starts)
+        positions = [entry.positions[:, entry.start :] for entry in group if entry.positions is not None]
+        logits = self.decoder.prefill(rests, features, first, starts, positions or None)
         for index, entry in enumerate(group):
             entry.rows, entry.said, entry.length = [first + index], [[]], len(entry.prompt)
         self._advance(group, logits, first)
 
     def _with_features(self, group: list[Entry]) -> tuple[list[Entry], list[torch.Tensor | None]]:
         """The entries whose images can be used, and the features of all that are computed, in their order."""
-        kept, features, size = [], [], self.decoder.tokens_per_image
-        wanted = [entry.found_images[entry.prompt[: entry.start].count(IMAGE_TOKEN_INDEX) // size :] for entry in group]
+        kept, features = [], []
+        wanted = [entry.found_images[entry.shown :] for entry in group]
         for entry, own in zip(group, self.image_features.features(wanted), strict=True):
             if isinstance(own, DataError):
                 entry.on_end(own)
@@ -196,12 +203,13 @@ class Scheduler:
 
     def _decode(self) -> None:
         pairs = [
-            (row, token, entry.length)
+            (row, token, entry.length, entry.length + entry.offset)
             for entry in self._active
             for row, token in zip(entry.rows, entry.tokens, strict=True)
         ]
         pairs.sort()
-        logits = self.decoder.step([token for _, token, _ in pairs], [length for _, _, length in pairs])
+        _, tokens, lengths, positions = map(list, zip(*pairs, strict=True))
+        logits = self.decoder.step(tokens, lengths, positions)
         entries, self._active = self._active, []
         for entry in entries:
             entry.length += 1

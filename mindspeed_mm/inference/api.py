@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from checkpoint_converters.convert import convert
-from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.inference.locate import locate
@@ -64,7 +63,9 @@ def load(
         raise ConfigError(f"quantize {quantize} works in one process: leave the parallel sizes at 1")
     located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
     words = load_tokenizer(located.tokenizer) if located.tokenizer else None
-    processor = ImageProcessor.from_config(located.image_processor) if located.image_processor else None
+    media = None
+    if located.image_processor:
+        media = located.spec.family.media_processor(located.spec, located.image_processor, pad=located.pad)
     platform = get_platform(device)
     # Modules below import megatron.core, which the platform has just prepared.
     from megatron.core import parallel_state
@@ -96,7 +97,7 @@ def load(
         from mindspeed_mm.models.layers.quantized import quantize_decoder
 
         quantize_decoder(vlm.text_decoder, quantize)
-    return LoadedVLM(vlm, located, words, processor)
+    return LoadedVLM(vlm, located, words, media)
 
 
 def _join_ranks(platform: Platform, tensor: int, pipeline: int) -> None:

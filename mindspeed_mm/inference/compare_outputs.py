@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 
-from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
+from mindspeed_mm.models.media import Media
+from mindspeed_mm.models.part import all_parts
+from mindspeed_mm.models.spec import find_family
 from mindspeed_mm.weights.sources import PartSource, Source
 
 MODEL, DECODER, VISION_ENCODER = "model", "text_decoder", "vision_encoder"
@@ -17,8 +21,8 @@ MODEL, DECODER, VISION_ENCODER = "model", "text_decoder", "vision_encoder"
 TEXT_TOKENS = 24
 """Random tokens that stand in where no prompt is given."""
 
-TRANSFORMERS = {MODEL: "llava-hf", DECODER: "hf", VISION_ENCODER: "clip"}
-"""Layouts that transformers loads."""
+RANDOM_SIDE = 40
+"""Height and width of the image that stands in where none is given and the size decides."""
 
 Sources = tuple[Source, Source]
 Compute = Callable[..., torch.Tensor]
@@ -81,8 +85,12 @@ def compare_outputs(
 
 def _foreign(source: Source, kind: str) -> bool:
     """Whether transformers computes this side."""
-    installed = importlib.util.find_spec("transformers") is not None
-    return installed and source.layout == TRANSFORMERS[kind] and source.path.is_dir()
+    if importlib.util.find_spec("transformers") is None or not source.path.is_dir():
+        return False
+    if kind == MODEL:
+        return source.family is not None and source.layout == find_family(source.family).layouts[0].name
+    stock = [part.layouts[0].name for part in all_parts(kind).values() if part.layouts]
+    return source.layout in (stock if kind == VISION_ENCODER else ["hf"])
 
 
 def _models(a: str | Mapping[str, str], b: str, sources: Sources) -> tuple[str, str, bool] | None:
@@ -105,34 +113,41 @@ def _compare_models(a: str, b: str, foreign: bool, images: list[str], prompts: l
     ours = _our_model(vlm)
     other = _stock_model(b) if foreign else _our_model(api.load(b, device="cpu", dtype="fp32"))
     found = Differences("logits")
-    for ids, pixels in _questions(vlm, images, prompts):
-        found.add(ours(ids, pixels), other(ids, pixels))
+    for ids, inputs in _questions(vlm, images, prompts):
+        found.add(ours(ids, inputs), other(ids, inputs))
     return found.figures(foreign=foreign)
 
 
 def _our_model(vlm) -> Compute:
-    return lambda ids, pixels: vlm.logits(ids, None, pixels)
+    return lambda ids, inputs: vlm.logits(ids, **inputs)
 
 
-def _questions(vlm, images: list[str], prompts: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(ids [1, S] with -200 at image positions, pixel values [1, 3, h, w]) of each question."""
-    from mindspeed_mm.data.image import load_image, preprocess
+def _questions(vlm, images: list[str], prompts: list[str]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """(ids [1, S] with -200 at image positions, the image as the family's processor returns it) of each question."""
+    from mindspeed_mm.data.image import image_size, load_image
 
     generator = torch.Generator().manual_seed(0)
-    size = vlm.spec.vision_encoder.image_size
     for number in range(max(len(images), len(prompts), 1)):
-        if images:
-            image = load_image(images[min(number, len(images) - 1)])
-            pixels = preprocess(image, vlm.image_processor, pad=vlm.pad)
+        plan = vlm.spec.family.fixed_plan(vlm.spec)
+        if plan is not None and not images:
+            blank = vlm.model.image_encoder.encoder.blank()
+            media = replace(blank, pixels=torch.randn(blank.pixels.shape, generator=generator))
         else:
-            pixels = torch.randn(3, size, size, generator=generator)
+            image = load_image(images[min(number, len(images) - 1)]) if images else _random_image(generator)
+            plan, media = plan or vlm.media.plan(*image_size(image)), vlm.media.item(image)
         if prompts:
             text = vlm.tokenizer.encode(f"USER: \n{prompts[min(number, len(prompts) - 1)]} ASSISTANT:")
         else:
             rows = min(vlm.spec.text_decoder.language_vocab_size, vlm.image_token_id or 2**31)
             text = _random_ids(rows, generator).tolist()
-        ids = text[:1] + [IMAGE_TOKEN_INDEX] * vlm.tokens_per_image + text[1:]
-        yield torch.tensor([ids]), pixels.unsqueeze(0)
+        ids = text[:1] + list(plan.ids) + text[1:]
+        yield torch.tensor([ids]), vlm.spec.family.inputs_of_media(vlm.spec, media)
+
+
+def _random_image(generator: torch.Generator) -> Image.Image:
+    """Noise that stands in where no image is given."""
+    pixels = torch.randint(256, (RANDOM_SIDE, RANDOM_SIDE, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
 
 
 def _random_ids(rows: int, generator: torch.Generator) -> torch.Tensor:
@@ -175,17 +190,21 @@ def _our_part(source: PartSource, spec: Any) -> Compute:
         hidden = module(module.embed(ids), torch.arange(ids.shape[1]).unsqueeze(0))
         return module.logits(hidden).transpose(0, 1)
 
-    return module if source.part == VISION_ENCODER else logits
+    def features(pixels: torch.Tensor) -> torch.Tensor:
+        return module(Media.of_images(pixels)).values.unsqueeze(0)
+
+    return features if source.part == VISION_ENCODER else logits
 
 
 def _stock_model(folder: str) -> Compute:
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    image_token = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
 
     @torch.inference_mode()
-    def logits(ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids.where(ids >= 0, model.config.image_token_index), pixel_values=pixels).logits.float()
+    def logits(ids: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return model(input_ids=ids.where(ids >= 0, image_token), **inputs).logits.float()
 
     return logits
 
@@ -198,13 +217,15 @@ def _stock_decoder(folder: str, _spec: Any) -> Compute:
 
 
 def _stock_vision_encoder(folder: str, spec: Any) -> Compute:
-    from transformers import CLIPVisionModel
+    from transformers import AutoConfig, AutoModel
 
-    model = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModel.from_config(getattr(config, "vision_config", config))
+    model = type(model).from_pretrained(folder, dtype=torch.float32).eval()
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
         hidden = model(pixels, output_hidden_states=True).hidden_states[spec.num_built_layers]
-        return hidden if spec.select_feature == "cls_patch" else hidden[:, 1:]
+        return hidden if spec.select_feature == "cls_patch" else hidden[:, getattr(spec, "class_token_len", 0) :]
 
     return features
 

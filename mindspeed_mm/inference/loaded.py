@@ -12,6 +12,7 @@ import torch
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.media import FixedSizeImages, MediaProcessor
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.generation.decode import Decoder
@@ -23,20 +24,20 @@ from mindspeed_mm.generation.prompts import as_prompts
 from mindspeed_mm.inference.locate import Located
 from mindspeed_mm.models.fusion import image_positions
 from mindspeed_mm.models.masks import complete_mask
+from mindspeed_mm.models.media import Features, Media
 from mindspeed_mm.models.vlm import VLM
 
 
 class LoadedVLM:
     """A model ready for inference. Made by `mindspeed_mm.inference.api.load`."""
 
-    def __init__(
-        self, vlm: VLM, located: Located, tokenizer: Tokenizer | None, image_processor: ImageProcessor | None
-    ) -> None:
+    def __init__(self, vlm: VLM, located: Located, tokenizer: Tokenizer | None, media: MediaProcessor | None) -> None:
         self.model = vlm.eval().requires_grad_(False)
         self.spec = vlm.spec
         self.image_token_id: int | None = located.image_token_id
         self.template, self.pad = located.template, located.pad
-        self._tokenizer, self._image_processor = tokenizer, image_processor
+        self._placeholders = located.placeholder_ids
+        self._tokenizer, self._media = tokenizer, media
         self._where = located.path
         self.device = next(vlm.parameters()).device
 
@@ -48,16 +49,34 @@ class LoadedVLM:
         return self._tokenizer
 
     @property
-    def image_processor(self) -> ImageProcessor:
-        """The checkpoint's image processor. Raises ConfigError when it came with none."""
-        if self._image_processor is None:
+    def media(self) -> MediaProcessor:
+        """How images become pixels and placeholders. Raises ConfigError when the checkpoint came without an image
+        processor."""
+        if self._media is None:
             raise ConfigError(f"{self._where} holds no preprocessor_config.json: add the vision encoder's")
-        return self._image_processor
+        return self._media
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        """The checkpoint's image processor, as `mm.preprocess` takes it, of a model with images of one size. Raises
+        ConfigError when it came with none, or takes images of any size."""
+        if not isinstance(self.media, FixedSizeImages):
+            raise ConfigError(
+                f"{self._where} takes images of any size, which `mm.preprocess` does not make: vlm.media.item(image) "
+                "gives its pixels"
+            )
+        return self.media.processor
 
     @property
     def tokens_per_image(self) -> int:
-        """P"""
-        return self.spec.vision_encoder.num_image_tokens
+        """P. Raises ConfigError where the size of an image decides."""
+        plan = self.spec.family.fixed_plan(self.spec)
+        if plan is None:
+            raise ConfigError(
+                f"model_id {self.spec.model_id} has no one number of tokens an image: "
+                "vlm.media.plan(height, width).count gives it"
+            )
+        return plan.count
 
     @torch.inference_mode()
     def logits(
@@ -65,32 +84,65 @@ class LoadedVLM:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        **inputs: torch.Tensor,
     ) -> torch.Tensor:
         """Next-token logits of every position.
 
         Args:
-            input_ids: [B, S] int64; image positions (already expanded) hold `image_token_id` or -200.
+            input_ids: [B, S] int64; image positions (already expanded) hold the family's own token id or -200.
             attention_mask: [B, S], 0 at padding (either side), or None.
-            pixel_values: [N, 3, h, w] in reading order, or None.
+            pixel_values, inputs: images in reading order, under the names that the family's transformers processor
+                returns.
 
         Returns:
             [B, S, V] float32. Values at padded positions mean nothing.
+
+        Raises:
+            ConfigError: inputs that the family does not take, or of other shapes.
         """
+        family = self.spec.family
+        given = inputs | ({} if pixel_values is None else {"pixel_values": pixel_values})
+        media = family.media_of_inputs(self.spec, {name: value for name, value in given.items() if value is not None})
         input_ids = input_ids.to(self.device)
-        ids = input_ids.masked_fill(image_positions(input_ids, self.image_token_id), IMAGE_TOKEN_INDEX)
-        positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
-        pixels = None if pixel_values is None else pixel_values.to(self.device)
-        return self.model(ids, positions, pixel_values=pixels, attention_mask=complete_mask(attention_mask, ids))
+        places = image_positions(input_ids)
+        for token_id in self._placeholders:
+            places |= input_ids == token_id
+        ids = input_ids.masked_fill(places, IMAGE_TOKEN_INDEX)
+        if family.multimodal_positions:
+            positions = self._positions(ids, attention_mask, media)
+        else:
+            positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
+        media = None if media is None else media.to(self.device)
+        return self.model(ids, positions, media=media, attention_mask=complete_mask(attention_mask, ids))
+
+    def _positions(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, media: Media | None) -> torch.Tensor:
+        """[3, B, S] positions, each row's from its own ids and items; 0 at padding."""
+        real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        counts = [] if media is None else list(self.spec.family.item_counts(self.spec, media))
+        positions, item = torch.zeros(3, *ids.shape, dtype=torch.int64), 0
+        for row, (own, kept) in enumerate(zip(ids.cpu(), real.cpu(), strict=True)):
+            first, left = item, int((own[kept] == IMAGE_TOKEN_INDEX).sum())
+            while left > 0 and item < len(counts):
+                left -= counts[item]
+                item += 1
+            grids = torch.empty(0, 3, dtype=torch.int64) if media is None else media.grid[first:item]
+            positions[:, row, kept] = self.spec.family.positions(self.spec, own[kept], grids)
+        return positions.to(self.device)
 
     @torch.inference_mode()
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Selected vision encoder features, [N, 3, h, w] -> [N, P, Hv]."""
-        return self.model.image_encoder.features(pixel_values.to(self.device))
+        """Features of the vision encoder, [N, 3, h, w] -> [N, P, Hv], of a model with images of one size."""
+        media = self.spec.family.media_of_inputs(self.spec, {"pixel_values": pixel_values})
+        values = self.model.image_encoder.features(media.to(self.device)).values
+        return values.view(len(media), -1, values.shape[-1])
 
     @torch.inference_mode()
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Projected features, [N, P, Hv] -> [N, P, H]."""
-        return self.model.image_encoder.projector(features.to(self.device))
+        """Projected features, [N, P, Hv] -> [N, P, H], of a model with images of one size."""
+        images, count = features.shape[:2]
+        media = Media.of_images(features.new_empty(images, 0))
+        flat = Features(features.flatten(0, 1).to(self.device), (count,) * images, media)
+        return self.model.image_encoder.projector(flat).values.view(images, count, -1)
 
     def engine(self, template: str | None = None, *, batch_size: int = 16) -> GenerationEngine:
         """Engine that answers requests with this model, in `template` (default: the checkpoint's, else v1), up to
@@ -98,9 +150,8 @@ class LoadedVLM:
         return GenerationEngine(
             self.model,
             self.tokenizer,
-            self.image_processor,
+            self.media,
             template or self.template,
-            pad=self.pad,
             batch_size=batch_size,
             image_token_id=self.image_token_id,
         )
@@ -149,17 +200,18 @@ class LoadedVLM:
     def _continue(self, input_ids, images, options) -> list[list[int]]:
         rows = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
         rows = [rows] if rows and isinstance(rows[0], int) else rows
-        rows = [[IMAGE_TOKEN_INDEX if token == self.image_token_id else token for token in row] for row in rows]
-        shown = [] if images is None else list(images)
-        prompts = as_prompts(rows, len(shown), self.tokens_per_image)
-        stop_ids = options.eos_token_ids if options.eos_token_id is not None else (self.tokenizer.eos_token_id,)
+        rows = [[IMAGE_TOKEN_INDEX if token in self._placeholders else token for token in row] for row in rows]
         decoder = Decoder(self.model)
+        image_features = ImageFeatures(decoder, self._media)
+        found = image_features.find([] if images is None else list(images))
+        prompts = as_prompts(rows, [image.plan for image in found])
+        stop_ids = options.eos_token_ids if options.eos_token_id is not None else (self.tokenizer.eos_token_id,)
         return continue_ids(
             decoder,
             prompts,
-            shown,
+            found,
             options,
-            image_features=ImageFeatures(decoder, self._image_processor, pad=self.pad),
+            image_features=image_features,
             stop_ids=stop_ids,
             tokenizer=self._tokenizer,
             image_token_id=self.image_token_id,

@@ -36,6 +36,8 @@ class Located:
     spec: ModelSpec
     sources: dict[str, Source] | None
     image_token_id: int | None = None
+    placeholder_ids: tuple[int, ...] = ()
+    """All ids that stand for features in given input ids."""
     tokenizer: Path | None = None
     image_processor: Path | dict[str, Any] | None = None
     template: str = DEFAULT_TEMPLATE
@@ -115,6 +117,7 @@ def _of_family(family: Any, path: Path, source: Source, sources: dict[str, Sourc
         spec,
         sources,
         image_token_id=family.image_token_id(config),
+        placeholder_ids=family.placeholder_ids(config),
         tokenizer=_holding(path, TOKENIZER_FILES),
         image_processor=processor,
         pad=family.pads(config),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_mm.data.config import DataConfig
-from mindspeed_mm.data.media import MediaProcessor
+from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.part import SLOTS
 from mindspeed_mm.weights.layouts import Layout
@@ -92,6 +92,11 @@ class Family(ABC):
         """The id that stands at image positions in the input ids of the family's own processor; None: none does."""
         return config.get("image_token_id", config.get("image_token_index"))
 
+    def placeholder_ids(self, config: dict[str, Any]) -> tuple[int, ...]:
+        """All ids that stand for features in the input ids of the family's own processor."""
+        found = self.image_token_id(config)
+        return () if found is None else (found,)
+
     def pads(self, config: dict[str, Any]) -> bool:
         """Whether a config.json asks for images that are padded to squares first."""
         return False
@@ -138,11 +143,23 @@ class Family(ABC):
             ConfigError: unknown inputs, or shapes that do not fit.
         """
 
+    @abstractmethod
+    def inputs_of_media(self, spec: ModelSpec, media: Media) -> dict[str, torch.Tensor]:
+        """What the family's transformers processor returns beside ids and mask, for images alone."""
+
     def default_image_processor(self, spec: ModelSpec) -> dict[str, Any] | None:
         """The preprocessor_config.json of a model that came with none; None where nothing can be assumed."""
         return None
 
+    def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
+        """The plan that every image has; None where the size decides."""
+        return None
+
     # Positions
+
+    def item_counts(self, spec: ModelSpec, media: Media) -> list[int]:
+        """Features of each item, for families with multimodal positions."""
+        raise NotImplementedError(f"family {self.name} has plain positions")
 
     def positions(self, spec: ModelSpec, input_ids: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
         """Positions of one sequence with its placeholders expanded, for families with multimodal positions.

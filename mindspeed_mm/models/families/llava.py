@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor
-from mindspeed_mm.data.media import FixedSizeImages, MediaProcessor
+from mindspeed_mm.data.media import FixedSizeImages, ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.media import Media
@@ -218,6 +219,9 @@ class Llava(Family):
             )
         return FixedSizeImages(processor, spec.vision_encoder.num_image_tokens, pad=pad, fast_resize=fast_resize)
 
+    def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
+        return ItemPlan((1, 1, 1), (IMAGE_TOKEN_INDEX,) * spec.vision_encoder.num_image_tokens)
+
     def media_of_inputs(self, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
         refuse_inputs(self.name, inputs, ("pixel_values",))
         pixels, side = inputs.get("pixel_values"), spec.vision_encoder.image_size
@@ -226,6 +230,9 @@ class Llava(Family):
         if tuple(pixels.shape[1:]) != (3, side, side):
             raise ConfigError(f"pixel_values have shape {list(pixels.shape)}; expected [images, 3, {side}, {side}]")
         return Media.of_images(pixels)
+
+    def inputs_of_media(self, spec: ModelSpec, media: Media) -> dict[str, torch.Tensor]:
+        return {"pixel_values": media.pixels}
 
     def default_image_processor(self, spec: ModelSpec) -> dict[str, Any] | None:
         return part_of(VISION, spec.vision_encoder).image_processor(spec.vision_encoder)
