@@ -10,7 +10,10 @@ FLOORS = (
     ("mindspeed_mm.registry",),
     ("mindspeed_mm.platform", "mindspeed_mm.weights"),
     ("mindspeed_mm.config",),
-    ("mindspeed_mm.models", "mindspeed_mm.data"),
+    ("mindspeed_mm.models",),
+    ("mindspeed_mm.data",),
+    ("mindspeed_mm.models.family",),  # a family knows parts and how images become pixels; both find it by the registry
+    ("mindspeed_mm.models.families",),
     ("mindspeed_mm.generation", "megatron.driver"),
     ("checkpoint_converters",),
     ("mindspeed_mm.inference",),
