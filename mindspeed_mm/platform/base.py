@@ -77,6 +77,7 @@ class Platform(abc.ABC):
 
         Here nothing is chosen.
         """
+        return None
 
     def choices(self) -> str:
         """What was chosen for this machine, in lines for the log; empty where nothing was."""

@@ -43,6 +43,8 @@ GAIN = 1.15
 HOPELESS = 3.0
 """Times slower than the best so far from which a kernel is not tried again."""
 ROUNDS = 6
+LARGEST_FILE = 2**16
+"""Bytes; a table takes a fiftieth of it."""
 
 Table = dict[str, str]
 """Class ("form, size") -> kernel."""
@@ -214,10 +216,10 @@ def cache_file(facts: dict[str, str | int]) -> Path | None:
 
 def _read(path: Path | None, facts: dict[str, str | int], dtype: torch.dtype) -> Table | None:
     """A table that was kept; None where there is none, or one that cannot be used, which is then written anew."""
+    if path is None:
+        return None
     try:
-        kept = (
-            json.loads(path.read_text(encoding="utf-8")) if path is not None and path.stat().st_size < 2**16 else None
-        )
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < LARGEST_FILE else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
