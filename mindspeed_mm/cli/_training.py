@@ -14,6 +14,7 @@ from megatron.driver import initialize, loop, setup
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from megatron.driver.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
+from mindspeed_mm.cli._ended import stopped
 from mindspeed_mm.cli._feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.cli._validation import Validation, gather_counts
 from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
@@ -94,11 +95,14 @@ class TrainingRun:
         with forward_steps(self, state, self.feature_cache) as forward_step:
             report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
         checkpoint = report.checkpoint or (find_checkpoint(self.args.save) if self.args.save else None)
-        return {
+        result = {
             "iteration": report.iteration,
             "loss": report.loss,
             "checkpoint": str(checkpoint) if checkpoint else None,
         }
+        if report.stopped_by is not None:
+            raise stopped(report, self.args, result)
+        return result
 
     def _hooks(self) -> Hooks:
         return Hooks(self._describe, self._extra, self._compare, self.level, self._after_step)
