@@ -18,7 +18,7 @@ class StopRequest:
     """Context in which STOP_SIGNALS are remembered instead of killing the process.
 
     Who presses Ctrl-C twice does not want to wait: a SIGINT or SIGTERM (which torchrun makes of the second one) after
-    a SIGINT raises KeyboardInterrupt. SIGTERM and SIGUSR1 may come several times, since torchrun and Slurm both send them.
+    a SIGINT raises KeyboardInterrupt. SIGTERM and SIGUSR1 may come several times: torchrun and Slurm both send them.
     """
 
     def __init__(self) -> None:
