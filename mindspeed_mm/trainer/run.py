@@ -30,6 +30,7 @@ from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import step_flops
+from mindspeed_mm.trainer.start_checks import check_images
 from mindspeed_mm.trainer.step import level
 from mindspeed_mm.trainer.stopped import stopped
 from mindspeed_mm.trainer.validation import Validation, gather_counts
@@ -82,6 +83,7 @@ class TrainingRun:
 
     def run(self) -> dict[str, Any]:
         """Train to the end and say where the result is."""
+        check_images(self.dataset)
         hooks = self._hooks()
         state = setup.setup(self.args, self._model_provider, self.platform, hooks)
         if state.iteration:

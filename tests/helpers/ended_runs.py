@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import resource
@@ -38,8 +39,11 @@ def main() -> None:
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
-    import mindspeed_mm.data.build  # noqa: F401  before the ranks are forked
-
+    # Before the ranks are forked, all that they need:
+    for name in ("torch.utils.tensorboard", "evaluation.model_engine", "evaluation.runner", "mindspeed_mm.trainer.run"):
+        importlib.import_module(name)
+    for name in ("evaluate", "infer", "train"):
+        importlib.import_module(f"mindspeed_mm.cli.{name}")
     for number, case in enumerate(cases):
         found = one_case(case, folder / f"case_{number}")
         print(json.dumps(found), flush=True)
