@@ -41,7 +41,7 @@ class Comparison:
 
 def compare_reports(first: str | Path, second: str | Path, mode: str = "strict") -> Comparison:
     """Compare two report.json files. Raises DataError for unreadable ones, or of different benchmarks or tables."""
-    a, b = _read(Path(first)), _read(Path(second))
+    a, b = read_report(Path(first)), read_report(Path(second))
     for key in _MUST_AGREE:
         if a[key] != b[key]:
             raise DataError(
@@ -114,7 +114,8 @@ def _flipped(first: list[dict], second: list[dict], mode: str) -> list[dict[str,
     return flipped
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """The report.json of a finished evaluation. Raises DataError when it is none."""
     try:
         if path.stat().st_size > MAX_REPORT_BYTES:
             raise DataError(f"{path} is larger than {MAX_REPORT_BYTES} bytes; expected a report.json.")
@@ -123,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read {path}: {error.strerror}; expected a <model>_<set>_report.json.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}; expected a <model>_<set>_report.json.") from error
-    needed = {"scores", "rows", *_MUST_AGREE}
+    needed = {"model", "scores", "rows", *_MUST_AGREE}
     if not isinstance(report, dict) or not needed <= set(report):
         raise DataError(
             f"{path} is no report of an evaluation; expected a JSON object with {', '.join(sorted(needed))}."

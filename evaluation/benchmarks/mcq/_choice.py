@@ -17,7 +17,7 @@ from evaluation.prompts import (
     PromptStyle,
     pictures_first,
 )
-from evaluation.report import Report, Rows, RowScore, mean, mean_units
+from evaluation.report import Report, Rows, RowScore, mean, mean_cell, mean_units
 from evaluation.scorers import choice_compat, choice_strict
 from evaluation.scorers.circular import ABBREVIATIONS, ROTATION_OFFSET, question_of
 from evaluation.scorers.text import is_cjk
@@ -123,11 +123,15 @@ class MultipleChoice:
             readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
             notes |= _by_picture(readings)
         views, hits, units = self.combine(readings, mode)
+        cells = hits_by_cell(views, hits, table.columns)
         unreadable = choice_compat.UNREADABLE if mode == "compat" else None
         return Report(
             benchmark=self.name,
             mode=mode,
-            table=accuracy_table(views, hits, table.columns),
+            table={line: {name: mean(own) for name, own in columns.items()} for line, columns in cells.items()},
+            cells={
+                line: {name: mean_cell(own) for name, own in columns.items() if own} for line, columns in cells.items()
+            },
             rows=Rows((r.row.index, RowScore(r.letter or unreadable, r.hit, r.log)) for r in readings),
             units=units,
             unparsed=sum(is_unread(reading) for reading in readings),
@@ -212,10 +216,10 @@ def options_of(cells: Mapping[str, str]) -> dict[str, str]:
     return {letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)}
 
 
-def accuracy_table(
+def hits_by_cell(
     views: Sequence[Mapping[str, str]], hits: Sequence[int], columns: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """{split: {"Overall": .., each l2-category: .., each category: ..}}; empty cells belong to no category."""
+) -> dict[str, dict[str, list[int]]]:
+    """{split: {"Overall": hits, each l2-category: .., each category: ..}}; empty cells belong to no category."""
     splits = [view.get("split") or NO_SPLIT for view in views] if "split" in columns else [NO_SPLIT] * len(views)
     groups = [
         (ABBREVIATIONS.get(value, value), column, value)
@@ -226,7 +230,7 @@ def accuracy_table(
     table = {}
     for split in sorted(set(splits)):
         inside = [(view, hit) for view, hit, name in zip(views, hits, splits, strict=True) if name == split]
-        table[split] = {"Overall": mean(hit for _, hit in inside)}
+        table[split] = {"Overall": [hit for _, hit in inside]}
         for name, column, value in groups:
-            table[split][name] = mean(hit for view, hit in inside if view.get(column) == value)
+            table[split][name] = [hit for view, hit in inside if view.get(column) == value]
     return table

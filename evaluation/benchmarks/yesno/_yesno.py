@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from evaluation.benchmarks import Mode
 from evaluation.benchmarks.vqa._open import with_short_instruction
@@ -9,12 +10,23 @@ from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.pandas_rules import seen
 from evaluation.prompts import Prompt, PromptStyle, pictures_first
-from evaluation.report import Report, Rows, RowScore, mean, mean_units
+from evaluation.report import Cell, Report, Rows, RowScore, mean, mean_cell, mean_units
 from evaluation.scorers import yesno
 from evaluation.tsv import Row, Table
 from mindspeed_mm.errors import DataError
 
 JUDGE_OPTIONS = {"A": "yes", "B": "no"}
+
+
+class Combined(NamedTuple):
+    """What readings come to: fields of Report."""
+
+    table: dict[str, dict[str, float]]
+    units: dict[str, Sequence[float]]
+    cells: dict[str, dict[str, Cell]]
+    metric: str = "accuracy"
+    statistic: str = "mean"
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -97,20 +109,16 @@ class YesNo:
         if judge is not None:
             notes["put_to_judge"] = sum(reading.said.lower() == yesno.UNKNOWN for reading in readings)
             readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
-        table_, units, metric, statistic, scale = self.combine(readings, mode, table)
+        combined = self.combine(readings, mode, table)
         return Report(
             benchmark=self.name,
             mode=mode,
-            table=table_,
             rows=Rows((r.row.index, RowScore(r.said, r.hit, f"answer read as {r.said}")) for r in readings),
-            units=units,
             unparsed=sum(reading.said.lower() == yesno.UNKNOWN for reading in readings),
-            metric=metric,
-            statistic=statistic,
-            scale=scale,
             dropped=len(table.dropped),
             missing=missing,
             notes=notes,
+            **combined._asdict(),
         )
 
     def _read(self, table: Table, predictions: Mapping[int | str, str], mode: Mode) -> list[Reading]:
@@ -127,16 +135,17 @@ class YesNo:
             for row, view, answer in zip(rows, views, answers, strict=True)
         ]
 
-    def combine(
-        self, readings: Sequence[Reading], mode: Mode, table: Table
-    ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
-        """Table, units, metric, statistic and scale; here accuracy over all rows and per category."""
+    def combine(self, readings: Sequence[Reading], mode: Mode, table: Table) -> Combined:
+        """Table, units and metric; here accuracy over all rows and per category."""
         names = sorted({reading.view["category"] for reading in readings if reading.view.get("category")})
-        columns = {"Overall": mean(reading.hit for reading in readings)}
+        hits = {"Overall": [reading.hit for reading in readings]}
         for name in names:
-            columns[name] = mean(reading.hit for reading in readings if reading.view.get("category") == name)
-        units = mean_units({reading.row.index: reading.hit for reading in readings})
-        return {"all": columns}, units, "accuracy", "mean", 1.0
+            hits[name] = [reading.hit for reading in readings if reading.view.get("category") == name]
+        return Combined(
+            {"all": {name: mean(own) for name, own in hits.items()}},
+            mean_units({reading.row.index: reading.hit for reading in readings}),
+            {"all": {name: mean_cell(own) for name, own in hits.items()}},
+        )
 
 
 def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.benchmarks import Mode
-from evaluation.benchmarks.yesno._yesno import Reading, YesNo
-from evaluation.report import mean
+from evaluation.benchmarks.yesno._yesno import Combined, Reading, YesNo
+from evaluation.report import Cell, mean
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
 
@@ -37,9 +37,7 @@ class MME(YesNo):
         """LLaVA's question file: its short-answer instruction stands in place of MME's own."""
         return super().official_text(question.removesuffix(OWN_INSTRUCTION).rstrip())
 
-    def combine(
-        self, readings: Sequence[Reading], mode: Mode, table: Table
-    ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
+    def combine(self, readings: Sequence[Reading], mode: Mode, table: Table) -> Combined:
         """Points per category, and their sums for perception and reasoning. Both modes differ in reading only."""
         pictures: dict[tuple[str, str], list[int]] = {}
         for reading in readings:
@@ -53,8 +51,18 @@ class MME(YesNo):
             **points,
         }
         counted = [name for name in names if name in PERCEPTION] or names
-        units = {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in pictures.items()}
-        return {"points": line}, units, "perception points", "MME points", 1.0
+
+        def units_of(counted: Sequence[str]) -> dict[str, list[int]]:
+            return {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in pictures.items()}
+
+        groups = {"perception": PERCEPTION, "reasoning": REASONING, **{name: (name,) for name in names}}
+        parts = {title: [name for name in own if name in names] for title, own in groups.items()}
+        cells = {
+            title: Cell([unit for unit in units_of(own).values() if any(unit[1::4])], "MME points")
+            for title, own in parts.items()
+            if own
+        }
+        return Combined({"points": line}, units_of(counted), {"points": cells}, "perception points", "MME points")
 
 
 def _points(pictures: Sequence[Sequence[int]]) -> float:
