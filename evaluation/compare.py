@@ -31,7 +31,7 @@ class Comparison:
     p_mcnemar: float | None
     """Exact two-sided McNemar test on right and wrong questions; None for metrics that are not 0 or 1 a question."""
     flipped: list[dict[str, Any]]
-    """Rows whose score differs: index, question, and for either run what was read and the score."""
+    """Rows whose score differs: index, question, truth, both answers, and for either run reading and score."""
 
     @property
     def difference(self) -> float:
@@ -109,7 +109,14 @@ def _flipped(first: list[dict], second: list[dict], mode: str) -> list[dict[str,
         other = others.get(row["index"])
         if other is not None and row[mode][1] != other[mode][1]:
             flipped.append(
-                {"index": row["index"], "question": row["question"], "first": row[mode], "second": other[mode]}
+                {
+                    "index": row["index"],
+                    "question": row["question"],
+                    "truth": row.get("truth", ""),
+                    "predictions": [row["prediction"], other["prediction"]],
+                    "first": row[mode],
+                    "second": other[mode],
+                }
             )
     return flipped
 

@@ -77,8 +77,12 @@ def _sheet_row(row: Row, table: Table, answer: str, report: Report | None) -> li
     return [*cells, answer, score.extracted, score.hit, log]
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path` and rename it. Raises DataError, with `path` as before, if it cannot."""
+KEPT = " The answers are kept in the journal: make room and start the same command again."
+
+
+def replace(path: Path, write: Callable[[Path], Any], kept: str = KEPT) -> None:
+    """Let `write` make a file beside `path` and rename it. Raises DataError, with `path` as before and what is `kept`,
+    if it cannot."""
     beside = path.with_name(f".{path.name}.part")
     try:
         write(beside)
@@ -86,7 +90,4 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise DataError(
-            f"cannot write {path}: {error.strerror}. The answers are kept in the journal: make room and start the "
-            "same command again."
-        ) from error
+        raise DataError(f"cannot write {path}: {error.strerror}.{kept}") from error

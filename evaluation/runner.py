@@ -150,9 +150,7 @@ def _on_first_rank(communicator: Communicator, work: Callable[[], Any]) -> Any:
     return outcome
 
 
-def _score(
-    benchmark: Benchmark, table: Table, answers: dict[int | str, str], judge: Judge | None
-) -> dict[str, Report]:
+def _score(benchmark: Benchmark, table: Table, answers: dict[int | str, str], judge: Judge | None) -> dict[str, Report]:
     """Reports by mode."""
     if not benchmark.has_answers(table):
         return {}

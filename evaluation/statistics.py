@@ -44,8 +44,9 @@ STATISTICS: dict[str, Statistic] = {
     "mean F1": _mean_f1,
     "MME points": _mme_points,
 }
-"""mean: (sum of scores, count), or any part and its whole. mean of ratios: several such pairs. mean F1: (TP, FP, FN) per set, the sets' F1 averaged. MME points: (right answers,
-questions, pictures with both right, pictures) per category, 100 * (accuracy + accuracy of pictures) summed."""
+"""mean: (sum of scores, count), or any part and its whole. mean of ratios: several such pairs. mean F1: (TP, FP, FN)
+per set, the sets' F1 averaged. MME points: (right answers, questions, pictures with both right, pictures) per category,
+100 * (accuracy + accuracy of pictures) summed."""
 
 
 def evaluate(units: Sequence[Sequence[float]], statistic: str) -> float:
