@@ -50,7 +50,7 @@ def render_page(
 def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     """What a reader should know of the run, in words."""
     facts = {
-        "table": summary.get("table"),
+        "table": f"{summary.get('table')}: {summary.get('table_is')}",
         "prompts": summary.get("prompt_style"),
         "template": summary.get("template"),
         "decoding": decoding_text(summary.get("decoding")),

@@ -10,8 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks import MODES, PROMPT_STYLES, Benchmark, Mode, Prompt, PromptStyle, find_benchmark
+from evaluation.benchmarks import (
+    MODES,
+    PROMPT_STYLES,
+    Benchmark,
+    Mode,
+    Prompt,
+    PromptStyle,
+    find_benchmark,
+    refuse_other_table,
+)
 from evaluation.engine import Communicator, Engine, GenerationRequest, SingleRank
+from evaluation.identity import told_identity
 from evaluation.journal import FINGERPRINT_DIGITS, Journal, fingerprint
 from evaluation.judge_protocol import Judge
 from evaluation.outputs import check_folder, check_output_name, write_outputs
@@ -61,6 +71,7 @@ def run(
     progress: bool = True,
     judge: Judge | None = None,
     checked: tuple[Table, Benchmark] | None = None,
+    accept_table: bool = False,
 ) -> Result:
     """Evaluate `engine` on the table `tsv` as `benchmark` and write <model>_<benchmark>.* into `out_dir`.
 
@@ -69,6 +80,7 @@ def run(
     returns the same reports; rank 0 writes.
 
     `scoring` chooses the numbers of the sheet and the accuracy table; the JSON report holds those of every mode.
+    `accept_table` scores a table as `benchmark` although its file's name or number of rows speaks for another one.
     `limit` asks the first rows of the table only, `text_questions` also those of a TSV that have no picture. `judge`
     reads, on rank 0, the answers that the rules cannot. `checked` is what `check` returned for the same arguments, so
     that a large table is read once.
@@ -92,6 +104,7 @@ def run(
         limit=limit,
         image_root=image_root,
         text_questions=text_questions,
+        accept_table=accept_table,
     )
     prompts = found.prompts(table, prompt_style)
     rows = table.rows[:limit]
@@ -120,6 +133,7 @@ def run(
         name, _ = free_name(folder, model, benchmark, facts)  # another run may have ended since the first look
         stem = f"{name}_{benchmark}"
         summary = _summary(name, table, facts, limit, scoring, reports, answers)
+        summary["table_is"] = told_identity(found, table)
         files = write_outputs(folder, stem, table, answers, reports.get(scoring), summary)
         files |= write_submission(folder, stem, getattr(found, "submission", None), table, answers)
         return name, files | write_overview(folder)
@@ -177,6 +191,7 @@ def check(
     limit: int | None = None,
     image_root: str | Path | None = None,
     text_questions: bool = False,
+    accept_table: bool = False,
 ) -> tuple[Table, Benchmark]:
     """Read and check all that `run` needs but the engine, as `run` does. Raises DataError."""
     check_output_name(benchmark, "the benchmark's name")
@@ -191,6 +206,7 @@ def check(
         raise DataError(f"found limit {limit}; expected 1 or more, or none to ask every question.")
     table = read_questions(tsv, image_root=image_root, text_questions=text_questions)
     found = find_benchmark(benchmark, table)
+    refuse_other_table(found, table, accept_table=accept_table)
     check_folder(Path(out_dir))
     return table, found
 

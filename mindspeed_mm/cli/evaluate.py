@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-questions", action="store_true", help="ask the rows of a TSV without a picture too (all of ScienceQA)"
     )
+    parser.add_argument(
+        "--accept-table",
+        action="store_true",
+        help="the table is what --evaluation-dataset says, whatever its file name and number of rows speak for",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
     add_launcher_flags(parser)
 
@@ -93,6 +98,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         engine: Any = RecordedAnswers(namespace.predictions, table, by_order=by_order)
     else:
         communicator, engine = _model_engine(config, namespace, options)
+    from evaluation.identity import told_identity
     from evaluation.runner import run as run_evaluation
 
     start = time.perf_counter()
@@ -115,6 +121,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if communicator.rank == 0:
         _print(result, namespace.scoring, seconds)
+        sys.stderr.write(f"table {table.path.name}: {told_identity(benchmark, table)}\n")
         if table.dropped:
             sys.stderr.write(
                 f"left out, because they have no picture: {len(table.dropped)} rows, for example index "
@@ -224,6 +231,7 @@ def _check_table(config, namespace: argparse.Namespace):
         limit=namespace.limit,
         image_root=namespace.image_root,
         text_questions=namespace.text_questions,
+        accept_table=namespace.accept_table,
     )
 
 

@@ -28,6 +28,7 @@ class REC:
 
     name: str = "REC"
     aliases: tuple[str, ...] = ("refcoco", "refcoco+", "refcocog", "rec_shikra")
+    kind = "boxes"
     by_order = True
     """Answers without an index are taken in the order of the questions, as Shikra's files are."""
 

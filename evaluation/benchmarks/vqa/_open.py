@@ -35,6 +35,7 @@ class OpenQuestions:
     strict_score: Scorer
     metric: str = "accuracy"
     aliases: tuple[str, ...] = ()
+    kind = "open questions"
     submission: str | None = None
     """Form of the file that a test server takes (evaluation.submissions)."""
 

@@ -15,6 +15,7 @@ from evaluation.scorers import yesno
 from evaluation.tsv import Row, Table
 from mindspeed_mm.errors import DataError
 
+YES_NO_WORDS = ("yes", "no")
 JUDGE_OPTIONS = {"A": "yes", "B": "no"}
 
 
@@ -44,17 +45,17 @@ class Reading:
         return int(self.said.lower() == self.truth.lower())
 
 
-def is_yes_no(table: Table) -> bool:
-    """True for a table whose answers are all yes or no."""
-    return "answer" in table.columns and all(row.cells["answer"].strip().lower() in ("yes", "no") for row in table.rows)
-
-
 @dataclass(frozen=True)
 class YesNo:
     """A benchmark (evaluation.benchmarks.Benchmark) whose answers are yes or no; here with plain accuracy."""
 
     name: str
     aliases: tuple[str, ...] = ()
+    kind = "yes-no questions"
+
+    def truth(self, cells: Mapping[str, str]) -> str:
+        """The right answer of a row in lower case."""
+        return cells["answer"].strip().lower()
 
     def check(self, table: Table) -> None:
         """Raise DataError when a column is missing, or an answer is neither yes nor no."""
@@ -63,7 +64,7 @@ class YesNo:
                 f"{table.path} lacks column question, which {self.name} needs; found {', '.join(table.columns)}."
             )
         for row in table.rows:
-            if row.cells.get("answer", "").strip().lower() not in ("", "yes", "no"):
+            if "answer" in row.cells and self.truth(row.cells) not in ("", *YES_NO_WORDS):
                 raise DataError(
                     f'{table.path}, row with index {row.index}: the answer is "{row.cells["answer"][:40]}"; '
                     "expected Yes or No."
@@ -71,7 +72,7 @@ class YesNo:
 
     def has_answers(self, table: Table) -> bool:
         """True when every row has an answer."""
-        return is_yes_no(table)
+        return "answer" in table.columns and all(self.truth(row.cells) in YES_NO_WORDS for row in table.rows)
 
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
         """Official: question and LLaVA's short-answer instruction; vlmevalkit: the question alone."""
@@ -131,7 +132,7 @@ class YesNo:
             views = [row.cells for row in rows]
         read = self.compat_reader(table) if mode == "compat" else self.strict_reader()
         return [
-            Reading(row, view, read(answer), row.cells["answer"].strip().lower())
+            Reading(row, view, read(answer), self.truth(row.cells))
             for row, view, answer in zip(rows, views, answers, strict=True)
         ]
 
@@ -146,6 +147,20 @@ class YesNo:
             mean_units({reading.row.index: reading.hit for reading in readings}),
             {"all": {name: mean_cell(own) for name, own in hits.items()}},
         )
+
+
+def refuse_near_names(table: Table, names: Sequence[str], benchmark: str) -> None:
+    """Raise DataError for a category that differs from one of `names` by case or spaces only: it would be counted as
+    another one, and left out of the headline."""
+    meant = {name.lower(): name for name in names}
+    for row in table.rows:
+        for found in row.cells.get("category", "").split(","):
+            name = meant.get(found.strip().lower())
+            if name is not None and found != name:
+                raise DataError(
+                    f'{table.path}, row with index {row.index}: category "{found}" is not {benchmark}\'s "{name}", but '
+                    f'looks like it. Write "{name}" if that is meant, else a name that is less like it.'
+                )
 
 
 def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:

@@ -4,17 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.benchmarks import Mode
-from evaluation.benchmarks.yesno._yesno import Combined, Reading, YesNo
+from evaluation.benchmarks.yesno._yesno import Combined, Reading, YesNo, refuse_near_names
 from evaluation.report import Cell, mean
+from evaluation.scorers.yesno import MME_PERCEPTION, MME_REASONING
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
 
-PERCEPTION = (
-    *("OCR", "artwork", "celebrity", "color", "count"),
-    *("existence", "landmark", "position", "posters", "scene"),
-)
-REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
-"""The categories of MME's paper; 100 + 100 points each."""
 OWN_INSTRUCTION = "Please answer yes or no."
 """Ends every question of MME's tables; LLaVA's question file does without, its conversion for MME's tool adds it."""
 
@@ -32,6 +27,7 @@ class MME(YesNo):
                 f"{table.path} lacks column {', '.join(missing)}, which MME needs: points are given per category, and "
                 f"image_path tells which questions share a picture; found {', '.join(table.columns)}."
             )
+        refuse_near_names(table, (*MME_PERCEPTION, *MME_REASONING), self.name)
 
     def official_text(self, question: str) -> str:
         """LLaVA's question file: its short-answer instruction stands in place of MME's own."""
@@ -46,16 +42,16 @@ class MME(YesNo):
         names = sorted({name for name, _ in pictures})
         points = {name: _points([hits for (own, _), hits in pictures.items() if own == name]) for name in names}
         line = {
-            "perception": sum(points.get(name, 0.0) for name in PERCEPTION),
-            "reasoning": sum(points.get(name, 0.0) for name in REASONING),
+            "perception": sum(points.get(name, 0.0) for name in MME_PERCEPTION),
+            "reasoning": sum(points.get(name, 0.0) for name in MME_REASONING),
             **points,
         }
-        counted = [name for name in names if name in PERCEPTION] or names
+        counted = [name for name in names if name in MME_PERCEPTION] or names
 
         def units_of(counted: Sequence[str]) -> dict[str, list[int]]:
             return {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in pictures.items()}
 
-        groups = {"perception": PERCEPTION, "reasoning": REASONING, **{name: (name,) for name in names}}
+        groups = {"perception": MME_PERCEPTION, "reasoning": MME_REASONING, **{name: (name,) for name in names}}
         parts = {title: [name for name in own if name in names] for title, own in groups.items()}
         cells = {
             title: Cell([unit for unit in units_of(own).values() if any(unit[1::4])], "MME points")

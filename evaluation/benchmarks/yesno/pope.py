@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.benchmarks import Mode
-from evaluation.benchmarks.yesno._yesno import Combined, Reading, YesNo
+from evaluation.benchmarks.yesno._yesno import Combined, Reading, YesNo, refuse_near_names
 from evaluation.report import Cell, mean
 from evaluation.scorers import yesno
 from evaluation.tsv import Table
@@ -22,6 +22,11 @@ _KIT_RATES = {"Overall": "f1", "acc": "accuracy", "precision": "precision", "rec
 @dataclass(frozen=True)
 class POPE(YesNo):
     """Yes-no questions in sets; a question may be in several."""
+
+    def check(self, table: Table) -> None:
+        """Raise DataError also for a set whose name differs from POPE's by case or spaces only."""
+        super().check(table)
+        refuse_near_names(table, yesno.POPE_SETS, self.name)
 
     def strict_reader(self) -> Callable[[str], str]:
         """Unreadable answers are wrong, never a yes."""
