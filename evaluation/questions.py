@@ -103,7 +103,7 @@ def _cells(line: str, where: str) -> dict[str, str]:
         raise DataError(f"{where} is not JSON: {error}; expected one question a line.") from error
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: found {line[:60]}; expected an object.")
-    names = meant_columns([COLUMN_OF_KEY.get(key, key) for key in record], where)
+    names = meant_columns([COLUMN_OF_KEY.get(key, key) for key in record], where, told=False)
     if len(set(names)) < len(names):
         raise DataError(f"{where}: two keys mean the same column ({', '.join(sorted(record))}); keep one.")
     if "image_path" not in names:

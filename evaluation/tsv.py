@@ -218,16 +218,17 @@ COLUMNS = (
 """Columns with a meaning, in every benchmark or most."""
 
 
-def meant_columns(names: Sequence[str], where: Path | str) -> list[str]:
+def meant_columns(names: Sequence[str], where: Path | str, *, told: bool = True) -> list[str]:
     """Names of columns as they are meant: one that differs from a known one by case (not for single letters), spaces
-    around it or a full stop is that one, which is told; unless the known one is there, too."""
+    around it or a full stop is that one (which is `told`), unless the known one is there, too."""
     known = {name.lower(): name for name in COLUMNS if len(name) > 1}
     meant = []
     for name in names:
         bare = name.strip().rstrip(".:").strip()
         new = bare if bare in COLUMNS else known.get(bare.lower(), name)
         if new != name and new not in names:
-            logger.warning('%s: column "%s" is read as %s', where, name, new)
+            if told:
+                logger.warning('%s: column "%s" is read as %s', where, name, new)
             name = new
         meant.append(name)
     return meant
