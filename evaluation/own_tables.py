@@ -95,8 +95,8 @@ def _refuse_half_options(table: Table) -> None:
         return
     raise DataError(
         f"{table.path} has columns {', '.join(single)}. Read as multiple choice, the columns of the options are called "
-        "A, B, ...: rename them so, and give at least two. Read as open questions, they are no options: give them longer "
-        "names."
+        "A, B, ...: rename them so, and give at least two. Read as open questions, they are no options: give them "
+        "longer names."
     )
 
 

@@ -1,7 +1,7 @@
 """Public benchmark tables by which a file is recognised: MD5 sums, and numbers of rows where a source was at hand.
 
 MD5 sums are those of VLMEvalKit 0.2rc1 (`DATASET_MD5` in vlmeval/dataset/image_mcq.py, image_vqa.py, image_yorn.py).
-Numbers of rows with a picture are from Molmo's dataset_sizes.py (AI2D, ScienceQA), dataset cards of lmms-lab (ChartQA,
+Numbers of rows with an image are from Molmo's dataset_sizes.py (AI2D, ScienceQA), dataset cards of lmms-lab (ChartQA,
 DocVQA, InfoVQA, TextVQA, RealWorldQA, MME) and a dataset card of GQA (testdev_balanced). Sets whose public tables
 differ in their number of rows (MMBench, CCBench, POPE), and those without a source, have none.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublicTable:
-    """A public table. `rows` counts those with a picture; None where no source was at hand."""
+    """A public table. `rows` counts those with an image; None where no source was at hand."""
 
     md5: str
     rows: int | None = None

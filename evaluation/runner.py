@@ -81,7 +81,7 @@ def run(
 
     `scoring` chooses the numbers of the sheet and the accuracy table; the JSON report holds those of every mode.
     `accept_table` scores a table as `benchmark` although its file's name or number of rows speaks for another one.
-    `limit` asks the first rows of the table only, `text_questions` also those of a TSV that have no picture. `judge`
+    `limit` asks the first rows of the table only, `text_questions` also those of a TSV that have no image. `judge`
     reads, on rank 0, the answers that the rules cannot. `checked` is what `check` returned for the same arguments, so
     that a large table is read once.
 
@@ -108,16 +108,7 @@ def run(
     )
     prompts = found.prompts(table, prompt_style)
     rows = table.rows[:limit]
-    facts = {
-        "benchmark": found.name,
-        "table_sha256": table.sha256,
-        "prompt_style": prompt_style,
-        "prompts": _prompts_digest(prompts),
-        **engine.describe(),
-    }
-    if (sizes := table.picture_sizes()) is not None:
-        facts["picture_sizes"] = sizes
-
+    facts = _facts(found, table, prompt_style, prompts, engine)
     _tell_name(model, _on_first_rank(communicator, lambda: free_name(folder, model, benchmark, facts)), communicator)
     journal = Journal(folder / f"{model}_{benchmark}{JOURNAL_SUFFIX}", facts, communicator.rank)
     earlier = _merge(communicator.all_gather(journal.read()))
@@ -148,6 +139,22 @@ def _tell_name(model: str, found: tuple[str, str], communicator: Communicator) -
     name, why = found
     if why and communicator.rank == 0:
         logger.warning("%s; nothing is overwritten, this run's results are called %s", why, name)
+
+
+def _facts(
+    benchmark: Benchmark, table: Table, prompt_style: str, prompts: dict[int | str, Prompt], engine: Engine
+) -> dict[str, Any]:
+    """All that the answers depend on; their fingerprint names the run."""
+    facts = {
+        "benchmark": benchmark.name,
+        "table_sha256": table.sha256,
+        "prompt_style": prompt_style,
+        "prompts": _prompts_digest(prompts),
+        **engine.describe(),
+    }
+    if (sizes := table.image_sizes()) is not None:
+        facts["image_sizes"] = sizes
+    return facts
 
 
 def _on_first_rank(communicator: Communicator, work: Callable[[], Any]) -> Any:
@@ -226,7 +233,7 @@ def _answer(
             row.index,
             prompts[row.index].turns,
             prompts[row.index].text,
-            row.picture,
+            row.image,
             functools.partial(table.images, row),
         )
         for row in rows
@@ -270,7 +277,7 @@ def _summary(
         "model": model,
         "table": table.path.name,
         "rows_in_table": len(table.all_cells),
-        "dropped_without_picture": len(table.dropped),
+        "dropped_without_image": len(table.dropped),
         "answered": len(answers),
         "empty_answers": sum(not text for text in answers.values()),
         "limit": limit,

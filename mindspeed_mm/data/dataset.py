@@ -15,7 +15,7 @@ from mindspeed_mm.data.feature_cache import FeatureCache
 from mindspeed_mm.data.image import ImageError, ImageProcessor, load_image, preprocess
 from mindspeed_mm.data.lengths import UNUSABLE, usable_length
 from mindspeed_mm.data.parallel import count_all
-from mindspeed_mm.data.sample import Encoded, Picture, PictureFeatures, Sample
+from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample
 from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,26 @@ class DataSet:
 
         source.index.array("fits", np.int32, check, **encoding.key, max_length=max_length)
 
+    def tell_unused_keys(self) -> None:
+        """Log once which keys of how many records nothing reads."""
+        stored = self.source.index.array("unused keys", np.int64, self._unused_keys).reshape(-1, 2)
+        for number, count in stored[1:].tolist():
+            sample = self.source[number]
+            names = ", ".join(dict.fromkeys(sample.ignored))
+            logger.warning(
+                "%s: %d records have keys that nothing reads: %s (the first is %s)",
+                self.name,
+                count,
+                names,
+                sample.where,
+            )
+
+    def _unused_keys(self) -> np.ndarray:
+        """(first record, number of records) for each set of unused keys, behind a pair of zeros; flat."""
+        digests, first, counts = np.unique(self.source.facts[:, 3], return_index=True, return_counts=True)
+        pairs = np.stack([first, counts], axis=1)[digests != 0]
+        return np.concatenate([np.zeros(2, dtype=np.int64), pairs.reshape(-1)])
+
     def meet_empty_answers(self, policy: str) -> None:
         """Refuse ("error"), leave out ("drop") or count ("mask") the records with an answer that has no text."""
         # Stored apart with a number in front: later starts need not touch the facts, and an array may not be empty.
@@ -169,9 +189,10 @@ class MultimodalDataset(Dataset[Encoded]):
         self.max_length = max_length
         self._pad, self._fast_resize = pad, fast_resize
         self.feature_cache: FeatureCache | None = None
-        """Where features of pictures are looked up, once the tower is there."""
+        """Where features of images are looked up, once the vision encoder is there."""
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
+            data_set.tell_unused_keys()
             data_set.meet_empty_answers(policies.empty_answer)
             if measured or policies.overlong != "error":
                 data_set.measure(encoding, max_length, policies.overlong)
@@ -246,12 +267,12 @@ class MultimodalDataset(Dataset[Encoded]):
         images = tuple(preprocess(image, self.image_processor, self._pad, fast=self._fast_resize) for image in unknown)
         return Encoded(sample.id, ids, labels, images, skipped, features)
 
-    def _known_features(self, image: str | Picture) -> PictureFeatures:
-        """What the feature cache has of a picture. Raises ImageError where its bytes cannot be read."""
+    def _known_features(self, image: str | EncodedImage) -> CachedImage:
+        """What the feature cache has of an image. Raises ImageError where its bytes cannot be read."""
         assert self.feature_cache is not None
         try:
             key = self.feature_cache.key(image)
         except OSError as error:
             load_image(image)  # says what is wrong with a missing file
             raise ImageError(f"image {image} cannot be read ({error}).") from error
-        return PictureFeatures(key, self.feature_cache.read(key))
+        return CachedImage(key, self.feature_cache.read(key))

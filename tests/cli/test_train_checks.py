@@ -1,6 +1,7 @@
 """`train` end to end: what it checks, tells and leaves behind."""
 
 import json
+import shutil
 
 import pytest
 
@@ -44,7 +45,7 @@ def train(tmp_path, golden, single_process, capsys):
 
 
 def test_stage_1_checkpoint_chats_in_v1_and_brings_its_tokenizer(train):
-    from mindspeed_mm.locate import locate
+    from mindspeed_mm.inference.locate import locate
 
     code, result, _ = train("--train-iters", "2")
     assert code == 0 and result["iteration"] == 2
@@ -79,7 +80,23 @@ def test_id_beyond_the_vocabulary_names_the_tokenizer(train, golden):
     assert code == 1 and "tokenizer_chatml gives id 100" in err and "language_vocab_size is 1000" in err
 
 
-def test_missing_picture_stops_with_its_name(train):
+def test_a_mistyped_key_stops_the_start(train):
+    train.records[3]["video"] = "clip.mp4"
+    code, _, err = train("--train-iters", "1")
+    assert code == 1 and "record 3 (id r3), line 1: 'video' is not read here" in err and "Traceback" not in err
+
+
+def test_added_tokens_without_a_row_are_told_at_the_start(train, golden):
+    folder = shutil.copytree(golden / "tokenizer", train.folder / "tok")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"]["1000"] = {"content": "<region>", "special": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    train.dataset_param["tokenizer_config"] = {"from_pretrained": str(folder)}
+    code, _, err = train("--train-iters", "1")
+    assert code == 1 and "added tokens beyond the 1000 rows" in err and "<region> = 1000" in err
+
+
+def test_missing_image_stops_with_its_name(train):
     for record in train.records:
         record["image"] = "gone.png"
     code, _, err = train("--train-iters", "1")
@@ -124,7 +141,7 @@ def fail_on_one_rank(rank_that_fails: int) -> str:
 
     def batches():
         if torch.distributed.get_rank() == rank_that_fails:
-            raise DataError("picture 7 is broken")
+            raise DataError("image 7 is broken")
         yield from range(4)
 
     data = MeteredIterator(batches(), lambda batch: batch)
@@ -138,5 +155,5 @@ def fail_on_one_rank(rank_that_fails: int) -> str:
 def test_bad_data_of_one_rank_stops_all(ranks):
     assert ranks(2).run(fail_on_one_rank, 1) == [
         "TrainingError: the data of another rank cannot be used: see its message",
-        "DataError: picture 7 is broken",
+        "DataError: image 7 is broken",
     ]

@@ -1,19 +1,10 @@
-"""Fixtures of the data tests: the golden reference data, and small data sets made on the spot."""
+"""Fixtures of the data tests: the golden tokenizers, and small data sets made on the spot."""
 
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden reference data (../shared/golden) is not here")
-    return GOLDEN
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +22,7 @@ def chat_tokenizer(golden):
 
 
 @pytest.fixture
-def picture_folder(tmp_path) -> Path:
+def image_folder(tmp_path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for number, colour in enumerate(("red", "green", "blue")):
@@ -40,7 +31,7 @@ def picture_folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def make_config(tmp_path, picture_folder):
+def make_config(tmp_path, image_folder):
     """make_config(records, **dataset_param) -> DataConfig over a JSON file of these records, images 28 px."""
     from mindspeed_mm.data.config import DataConfig
 
@@ -52,7 +43,7 @@ def make_config(tmp_path, picture_folder):
             {
                 "dataset_param": {
                     "dataset_type": "multimodal",
-                    "basic_parameters": {"data_path": str(path), "data_folder": str(picture_folder)},
+                    "basic_parameters": {"data_path": str(path), "data_folder": str(image_folder)},
                     "preprocess_parameters": {"train_pipeline": pipeline},
                     "template_name": "v1",
                 }

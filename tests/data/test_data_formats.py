@@ -20,13 +20,13 @@ from mindspeed_mm.errors import ConfigError, DataError
 
 
 @pytest.fixture
-def read(tmp_path, picture_folder):
+def read(tmp_path, image_folder):
     """read(kind, *records) -> the samples of a JSONL file."""
 
     def make(kind, *records, template="v1", **options):
         path = tmp_path / "data.jsonl"
         path.write_text("\n".join(json.dumps(record) for record in records))
-        parameters = BasicParameters(data_path=str(path), data_folder=str(picture_folder))
+        parameters = BasicParameters(data_path=str(path), data_folder=str(image_folder))
         source = registry.find(DATASETS, kind, "DATASET")(parameters, ReadOptions(get_template(template), **options))
         return [source[number] for number in range(len(source))]
 
@@ -189,8 +189,8 @@ def test_sets_of_several_formats(make_config, tokenizer, tmp_path):
 
 
 def test_parquet(tmp_path, tokenizer, make_config):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
 
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9), "red").save(buffer, "PNG")
@@ -205,8 +205,9 @@ def test_parquet(tmp_path, tokenizer, make_config):
 
 
 def test_a_parquet_row_that_is_no_text(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     from mindspeed_mm.data.parquet import ParquetFile
 
     texts = pyarrow.array([b"good", b"\xff"], pyarrow.binary()).cast(pyarrow.binary()).view(pyarrow.string())

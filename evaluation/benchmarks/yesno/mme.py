@@ -1,4 +1,4 @@
-"""MME (Fu et al., 2023): two questions a picture; per category 100 * (accuracy + share of pictures with both right)."""
+"""MME (Fu et al., 2023): two questions an image; per category 100 * (accuracy + share of images with both right)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ class MME(YesNo):
     """Yes-no questions whose headline is the points in perception."""
 
     def check(self, table: Table) -> None:
-        """Raise DataError also without categories, or without a name of the picture that pairs the questions."""
+        """Raise DataError also without categories, or without a name of the image that pairs the questions."""
         super().check(table)
         missing = [name for name in ("category", "image_path") if name not in table.columns]
         if missing:
             raise DataError(
                 f"{table.path} lacks column {', '.join(missing)}, which MME needs: points are given per category, and "
-                f"image_path tells which questions share a picture; found {', '.join(table.columns)}."
+                f"image_path tells which questions share an image; found {', '.join(table.columns)}."
             )
         refuse_near_names(table, (*MME_PERCEPTION, *MME_REASONING), self.name)
 
@@ -35,12 +35,12 @@ class MME(YesNo):
 
     def combine(self, readings: Sequence[Reading], mode: Mode, table: Table) -> Combined:
         """Points per category, and their sums for perception and reasoning. Both modes differ in reading only."""
-        pictures: dict[tuple[str, str], list[int]] = {}
+        images: dict[tuple[str, str], list[int]] = {}
         for reading in readings:
             key = (reading.row.cells["category"], reading.row.cells["image_path"])
-            pictures.setdefault(key, []).append(reading.hit)
-        names = sorted({name for name, _ in pictures})
-        points = {name: _points([hits for (own, _), hits in pictures.items() if own == name]) for name in names}
+            images.setdefault(key, []).append(reading.hit)
+        names = sorted({name for name, _ in images})
+        points = {name: _points([hits for (own, _), hits in images.items() if own == name]) for name in names}
         line = {
             "perception": sum(points.get(name, 0.0) for name in MME_PERCEPTION),
             "reasoning": sum(points.get(name, 0.0) for name in MME_REASONING),
@@ -49,7 +49,7 @@ class MME(YesNo):
         counted = [name for name in names if name in MME_PERCEPTION] or names
 
         def units_of(counted: Sequence[str]) -> dict[str, list[int]]:
-            return {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in pictures.items()}
+            return {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in images.items()}
 
         groups = {"perception": MME_PERCEPTION, "reasoning": MME_REASONING, **{name: (name,) for name in names}}
         parts = {title: [name for name in own if name in names] for title, own in groups.items()}
@@ -61,8 +61,8 @@ class MME(YesNo):
         return Combined({"points": line}, units_of(counted), {"points": cells}, "perception points", "MME points")
 
 
-def _points(pictures: Sequence[Sequence[int]]) -> float:
-    return 100 * (mean(hit for hits in pictures for hit in hits) + mean(int(all(hits)) for hits in pictures))
+def _points(images: Sequence[Sequence[int]]) -> float:
+    return 100 * (mean(hit for hits in images for hit in hits) + mean(int(all(hits)) for hits in images))
 
 
 def _unit(name: str, hits: Sequence[int], counted: Sequence[str]) -> list[int]:
