@@ -119,21 +119,33 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
     offsets: list[int] = []
     kinds: list[str | int] = []
     images: list[str] = []
+    problems: list[str] = []
+    rows_read = 0
     for offset, record in records:
-        where = f"{path}, data row {len(texts) + 1}"
+        where = f"{path}, data row {rows_read + 1}"
+        rows_read += 1
         if len(record) != len(columns):
-            raise DataError(
-                f"{where} has {len(record)} cells; expected {len(columns)} as in the header. Check its tabs and quotes."
+            own = f" (index {record[index_column][:40]})" if len(record) > index_column else ""
+            problems.append(
+                f"{where} has {len(record)} cells; expected {len(columns)} as in the header{own}. Check its tabs and "
+                "quotes."
             )
+            continue
         index = record[index_column]
         if not index:
-            raise DataError(f"{where} has no index; give every row its own.")
+            problems.append(f"{where} has no index; give every row its own.")
+            continue
         where = f"{path}, row with index {index}"
-        kinds.append(_check_image_cell(record[image_column], columns[image_column], root, where))
+        try:
+            kinds.append(_check_image_cell(record[image_column], columns[image_column], root, where))
+        except DataError as error:
+            problems.append(str(error))
+            continue
         images.append(image_digest(record[image_column]))
         texts.append(index)
         offsets.append(offset)
         all_cells.append({name: cell for name, cell in zip(columns, record, strict=True) if name != "image"})
+    refuse_all(problems)
     if not texts:
         raise DataError(f"{path} has a header but no rows; expected at least one question.")
     sources = _image_sources(texts, kinds, path)
@@ -152,6 +164,17 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
     dropped = tuple(index for i, index in enumerate(indices) if i not in kept)
     sha256, md5 = digests_of_files([path])
     return Table(path, columns, rows, tuple(all_cells), dropped, sha256, root, md5=md5)
+
+
+MAX_NAMED = 20
+"""Problems of one file that an error names one by one."""
+
+
+def refuse_all(problems: Sequence[str]) -> None:
+    """Raise DataError that names all problems of a file, so that they can be corrected together; nothing for none."""
+    if problems:
+        more = [f"and {len(problems) - MAX_NAMED} more"] if len(problems) > MAX_NAMED else []
+        raise DataError("\n  ".join([*problems[:MAX_NAMED], *more]))
 
 
 def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | int:
