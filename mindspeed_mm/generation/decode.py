@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from mindspeed_mm.errors import ConfigError, ContextError
 from mindspeed_mm.generation.lean import LeanStep
 from mindspeed_mm.models.fusion import image_positions, scatter_features
-from mindspeed_mm.models.layers.kv_cache import KVCache
+from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.models.vlm import VLM
 
 
@@ -35,7 +35,8 @@ class Decoder:
         self._lean = LeanStep(vlm.text_decoder) if LeanStep.fits(vlm.text_decoder) else None
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
-        self.max_length = vlm.spec.text_decoder.max_position_embeddings
+        positions, longest = vlm.spec.text_decoder.max_position_embeddings, vlm.text_decoder.rotary.longest
+        self.max_length = positions if longest is None else min(positions, longest)
         self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
         config = vlm.text_decoder.config
         self.picture_bytes = self.tokens_per_image * config.hidden_size * config.params_dtype.itemsize

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.model_types import part_for_model_type
 from mindspeed_mm.models.part import Part, PartSpec
 from mindspeed_mm.models.spec import DEFAULT_MODEL_IDS, PART_KINDS, ModelSpec, find_part, load_model_spec
 from mindspeed_mm.weights.configs import vision_select
@@ -11,8 +12,10 @@ from mindspeed_mm.weights.sources import PartSource, Source
 
 
 def part_of_source(source: PartSource) -> Part:
-    """The part whose weights these are."""
+    """The part whose weights these are. Raises ConfigError for a model_type that no part reads."""
     config = source.config or {}
+    if source.dialect == "hf" and source.part != "vision_projector" and isinstance(config.get("model_type"), str):
+        return part_for_model_type(source.part, config["model_type"])
     model_id = config.get("model_id") if source.dialect == "ours" else None
     return find_part(source.part, model_id or DEFAULT_MODEL_IDS[source.part])
 

@@ -121,6 +121,7 @@ class Part:
     """One kind of part, found by the registry as `PART` of its file.
 
     kind: text_decoder, vision_encoder or vision_projector.
+    model_types: HF's model_type of the configs that `from_hf` reads, the one that `to_hf` writes first.
     from_hf: the part's HF config -> Spec.
     rules: dialect (see weights/sources.py) -> rules.
     checked: Spec fields that a source's config must confirm before its weights are loaded; checked_where: further ones,
@@ -137,6 +138,7 @@ class Part:
     from_hf: Callable[[dict[str, Any]], PartSpec]
     rules: dict[str, RuleSet]
     shapes: Callable[[Any], dict[str, tuple[int, ...]]]
+    model_types: tuple[str, ...] = ()
     checked: tuple[str, ...] = ()
     checked_where: dict[str, str] = field(default_factory=dict)
     to_hf: Callable[..., dict[str, Any]] | None = None

@@ -154,10 +154,12 @@ OUR_PROJECTOR = Layout("mindspeed-mm", r"^encoder\.linear_fc[0-9]+\.weight$", (P
 
 HF = Layout(
     "hf",
-    r"^(model\.)?(embed_tokens\.weight|layers\.[0-9]+\.self_attn\.)",
+    # The last two are InternLM2's.
+    r"^(model\.)?(embed_tokens\.weight|layers\.[0-9]+\.(self_attn\.|attention\.wqkv\.))|^model\.tok_embeddings\.",
     (
         Prefix("model.", TEXT, "model."),
         Prefix("lm_head.", TEXT, "lm_head."),
+        Prefix("output.", TEXT, "output."),
         *(Prefix(name, TEXT, "model." + name) for name in ("embed_tokens.", "layers.", "norm.")),
     ),
     {TEXT: "hf"},

@@ -25,7 +25,7 @@ def test_linears_with_bias_are_refused(golden, monkeypatch):
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
-    from mindspeed_mm.models.layers import quantized
+    from mindspeed_mm.models.kit import quantized
 
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: name)
     layer = SimpleNamespace(self_attention=SimpleNamespace(linear_qkv=torch.nn.Linear(2, 2)))
@@ -42,7 +42,7 @@ def test_every_linear_stays_close_and_memory_shrinks(kind, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
     save_random_llava(tmp_path, {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4})
     exact, small = (mm.load(tmp_path, device="cpu", quantize=value) for value in (None, kind))
-    from mindspeed_mm.models.layers.quantized import LINEARS
+    from mindspeed_mm.models.kit.quantized import LINEARS
 
     layers = [vlm.model.text_decoder.decoder.layers for vlm in (exact, small)]
     for before, after in zip(*layers, strict=True):

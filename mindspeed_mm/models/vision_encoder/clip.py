@@ -322,7 +322,7 @@ def shapes(spec: ClipSpec) -> dict[str, tuple[int, ...]]:
 
 def build(spec: ClipSpec, runtime):
     """The tower, up to the selected feature."""
-    from mindspeed_mm.models.modules.clip import CLIPVisionTower
+    from mindspeed_mm.models.kit.clip import CLIPVisionTower
 
     return CLIPVisionTower(spec, runtime)
 
@@ -330,6 +330,7 @@ def build(spec: ClipSpec, runtime):
 PART = Part(
     name="clip",
     kind="vision_encoder",
+    model_types=MODEL_TYPES,
     Spec=ClipSpec,
     from_hf=from_hf,
     to_hf=to_hf,
