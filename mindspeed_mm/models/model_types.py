@@ -20,7 +20,7 @@ def model_types(kind: str) -> dict[str, Part]:
         for model_type in part.model_types:
             if model_type in found:
                 raise ConfigError(
-                    f'{kind}: both {found[model_type].name} and {name} read model_type "{model_type}"; one must leave it'
+                    f'{kind}: both {found[model_type].name} and {name} read model_type "{model_type}"; keep it in one'
                 )
             found[model_type] = part
     return found

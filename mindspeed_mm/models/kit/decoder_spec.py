@@ -18,6 +18,9 @@ from mindspeed_mm.weights.rules import Geometry
 Positive = Annotated[float, pydantic.Field(gt=0)]
 """A positive number."""
 
+Factors = Annotated[tuple[Positive, ...], pydantic.Strict(False)]
+"""A list of positive numbers (the list need not be a tuple, its numbers are as strict as any)."""
+
 ROPE_KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
@@ -63,8 +66,8 @@ class RopeScaling(StrictModel):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
-    short_factor: tuple[Positive, ...] | None = None
-    long_factor: tuple[Positive, ...] | None = None
+    short_factor: Factors | None = None
+    long_factor: Factors | None = None
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -236,7 +239,8 @@ class DecoderSpec(PartSpec):
         )
 
 
-LayerTypes = tuple[Literal["full_attention", "sliding_attention"], ...]
+LayerTypes = Annotated[tuple[Literal["full_attention", "sliding_attention"], ...], pydantic.Strict(False)]
+"""HF's kind of each layer."""
 
 
 class WindowedSpec(DecoderSpec):

@@ -1,7 +1,9 @@
-"""Qwen2 and Qwen2.5 decoder: Llama with biases on queries, keys and values, windows on the upper layers where the config
-asks for them, and multimodal rotary positions in the VL models."""
+"""Qwen2 and Qwen2.5 decoder: Llama with biases on queries, keys and values, windows on the upper layers where the
+config asks for them, and multimodal rotary positions in the VL models."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from mindspeed_mm.models.kit.decoder_rules import CHECKED, LLAMA_RULES, build_decoder, shapes
 from mindspeed_mm.models.kit.decoder_spec import DecoderTraits, WindowedSpec
@@ -14,7 +16,7 @@ class Qwen2Spec(WindowedSpec):
 
     model_id: Literal["qwen2"] = "qwen2"
     add_qkv_bias: bool = True
-    mrope_section: tuple[Size, Size, Size] | None = None
+    mrope_section: Annotated[tuple[Size, Size, Size], pydantic.Strict(False)] | None = None
     """Pairs of channels of a head that turn by time, height and width (Qwen2-VL, Qwen2.5-VL); None: by one position."""
 
     @property
