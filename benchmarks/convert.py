@@ -58,20 +58,20 @@ def shapes(layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
         result |= {f"{prefix}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
         result[prefix + "mlp.down_proj.weight"] = (hidden, inner)
         result |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    tower = "model.vision_tower.vision_tower.vision_model."
-    result[tower + "embeddings.class_embedding"] = (width,)
-    result[tower + "embeddings.patch_embedding.weight"] = (width, 3, 14, 14)
-    result[tower + "embeddings.position_embedding.weight"] = (577, width)
+    vision_encoder = "model.vision_tower.vision_tower.vision_model."
+    result[vision_encoder + "embeddings.class_embedding"] = (width,)
+    result[vision_encoder + "embeddings.patch_embedding.weight"] = (width, 3, 14, 14)
+    result[vision_encoder + "embeddings.position_embedding.weight"] = (577, width)
     linears = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
     linears |= {"mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
     for layer in range(24):
         for name, shape in linears.items():
-            result[f"{tower}encoder.layers.{layer}.{name}.weight"] = shape
-            result[f"{tower}encoder.layers.{layer}.{name}.bias"] = shape[:1]
+            result[f"{vision_encoder}encoder.layers.{layer}.{name}.weight"] = shape
+            result[f"{vision_encoder}encoder.layers.{layer}.{name}.bias"] = shape[:1]
         for name in ("layer_norm1", "layer_norm2"):
-            result |= {f"{tower}encoder.layers.{layer}.{name}.{kind}": (width,) for kind in ("weight", "bias")}
+            result |= {f"{vision_encoder}encoder.layers.{layer}.{name}.{kind}": (width,) for kind in ("weight", "bias")}
     for name in ("pre_layrnorm", "post_layernorm"):
-        result |= {f"{tower}{name}.{kind}": (width,) for kind in ("weight", "bias")}
+        result |= {f"{vision_encoder}{name}.{kind}": (width,) for kind in ("weight", "bias")}
     for number, narrow in (("0", width), ("2", hidden)):
         result[f"model.mm_projector.{number}.weight"] = (hidden, narrow)
         result[f"model.mm_projector.{number}.bias"] = (hidden,)

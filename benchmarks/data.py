@@ -85,7 +85,7 @@ def report(name: str, command: list[str]) -> None:
 
 
 def make_files(folder: Path, arguments: argparse.Namespace) -> None:
-    """A large JSONL, photo-like pictures of COCO's size, and records that use them."""
+    """A large JSONL, photo-like images of COCO's size, and records that use them."""
     generator = random.Random(0)
 
     def record(number: int, image: str) -> dict:
@@ -97,11 +97,11 @@ def make_files(folder: Path, arguments: argparse.Namespace) -> None:
             turns += [{"from": "gpt", "value": answer}]
         return {"id": f"{number:09d}", "image": image, "conversations": turns}
 
-    pictures = folder / "images"
-    if not pictures.exists():
-        pictures.mkdir()
+    images = folder / "images"
+    if not images.exists():
+        images.mkdir()
         for number in range(IMAGES):
-            (pictures / f"{number:06d}.jpg").write_bytes(photo(number))
+            (images / f"{number:06d}.jpg").write_bytes(photo(number))
     for name, count in (("large.jsonl", arguments.records), ("checked.jsonl", arguments.checked)):
         if (folder / name).exists():
             continue
@@ -121,12 +121,12 @@ def photo(seed: int) -> bytes:
 
     generator = np.random.default_rng(seed)
     width, height = (640, 480) if seed % 3 else (480, 640)
-    picture = np.zeros((height, width, 3), dtype=np.float32)
+    image = np.zeros((height, width, 3), dtype=np.float32)
     for side, weight in ((4, 90), (16, 50), (64, 30), (240, 12)):
         small = Image.fromarray(generator.integers(0, 255, (side, side, 3), dtype=np.uint8))
-        picture += np.asarray(small.resize((width, height)), dtype=np.float32) * weight / 182
+        image += np.asarray(small.resize((width, height)), dtype=np.float32) * weight / 182
     buffer = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
@@ -216,7 +216,7 @@ def first_batch(arguments: argparse.Namespace) -> dict:
 
 
 def images(arguments: argparse.Namespace) -> dict:
-    """Pictures per second of one core at 336 px: ours, ours with fast_resize, transformers' CLIPImageProcessor with
+    """Images per second of one core at 336 px: ours, ours with fast_resize, transformers' CLIPImageProcessor with
     Pillow."""
     import torch
     from PIL import Image
@@ -230,10 +230,10 @@ def images(arguments: argparse.Namespace) -> dict:
     ours, theirs = ImageProcessor(**fields), CLIPImageProcessor(**fields)
 
     def peer(path):
-        picture = Image.open(path).convert("RGB")
-        side = max(picture.size)
+        image = Image.open(path).convert("RGB")
+        side = max(image.size)
         square = Image.new("RGB", (side, side), (122, 116, 104))
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return theirs.preprocess(square, return_tensors="pt")["pixel_values"][0]
 
     ways = {

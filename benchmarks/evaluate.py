@@ -2,7 +2,7 @@
 
 The loop is LLaVA's model_vqa_loader: batch 1, transformers' generate, and a DataLoader whose four workers tokenise and
 preprocess ahead. Both sides see the same ids and pixels in float32, greedy, and must give the same answers. Tables have
-the shape of public benchmarks: how many questions are asked on one picture, and how long they are. Prints one JSON
+the shape of public benchmarks: how many questions are asked on one image, and how long they are. Prints one JSON
 object a shape.
 
     python benchmarks/evaluate.py --tokenizer DIR            a random model of some million parameters
@@ -32,17 +32,17 @@ from evaluation.ranks import connect
 LOADER_WORKERS = 4
 """num_workers of LLaVA's model_vqa_loader."""
 SIDE = 336
-"""Side of the random model's pictures in pixels: 576 image tokens, as in LLaVA-1.5."""
+"""Side of the random model's images in pixels: 576 image tokens, as in LLaVA-1.5."""
 PHOTO = (640, 480)
-"""Size of the JPEG pictures: COCO's most frequent one."""
+"""Size of the JPEG images: COCO's most frequent one."""
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class Shape(NamedTuple):
     """What a benchmark's table looks like."""
 
-    questions_per_picture: int
-    """Rounded: GQA's 12,578 questions are about 398 pictures, POPE's 9,000 about 500, MME's 2,374 about 1,187; MMBench
+    questions_per_image: int
+    """Rounded: GQA's 12,578 questions are about 398 images, POPE's 9,000 about 500, MME's 2,374 about 1,187; MMBench
     asks each question in as many rotations as it has options."""
     tokens: int
     """Typical length of the question itself: "Is there a dog in the image?" of POPE has about ten."""
@@ -103,7 +103,7 @@ def measure(model: Path, table: Path, folder: Path, options: argparse.Namespace)
     asked = len(engine.requests)
     return {
         "questions": asked,
-        "pictures": len({request.picture for request in engine.requests}),
+        "images": len({request.image for request in engine.requests}),
         "batch_size": options.batch_size,
         "max_new_tokens": options.max_new_tokens,
         "device": options.device,
@@ -196,21 +196,21 @@ def reference_loop(
 
 
 def write_table(path: Path, shape: Shape, questions: int, tokenizer: str | Path) -> Path:
-    """A table of `shape`: photo-like pictures in JPEG, the first row of each picture holds it."""
-    from mindspeed_mm.api import load_tokenizer
+    """A table of `shape`: photo-like images in JPEG, the first row of each image holds it."""
+    from mindspeed_mm.inference.api import load_tokenizer
 
     draw, encode = random.Random(0), load_tokenizer(str(tokenizer)).encode
     letters = "ABCDEFGH"[: shape.options]
     lines = ["\t".join(["index", "image", "question", *(letters or ()), "answer"])]
     for number in range(questions):
-        first = number - number % shape.questions_per_picture
-        picture = photo(first) if number == first else str(first)
+        first = number - number % shape.questions_per_image
+        image = photo(first) if number == first else str(first)
         question, tokens = "Which", draw.gauss(shape.tokens, shape.tokens / 4)
         while len(encode(question, False)) < tokens - 1:
             question += f" {draw.choice(WORDS)}"
         question += "?"
         options = [draw.choice(WORDS) for _ in letters]
-        lines.append("\t".join([str(number), picture, question, *options, "A" if letters else draw.choice(WORDS)]))
+        lines.append("\t".join([str(number), image, question, *options, "A" if letters else draw.choice(WORDS)]))
     path.write_text("\n".join(lines) + "\n", encoding="ascii")
     return path
 
@@ -233,7 +233,7 @@ def random_model(folder: Path, tokenizer: Path) -> Path:
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig
     from transformers import LlavaForConditionalGeneration as Llava
 
-    from mindspeed_mm.api import load_tokenizer
+    from mindspeed_mm.inference.api import load_tokenizer
 
     torch.manual_seed(0)
     size = load_tokenizer(str(tokenizer)).vocab_size

@@ -53,11 +53,11 @@ def epochs(runs: list[list[dict[str, Any]]], steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SHAPES, default="small")
-    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--out", metavar="JSON", help="default: stdout")
     args = parser.parse_args()
-    steps = args.pictures // BATCH
+    steps = args.images // BATCH
     kept: dict[str, list[list[dict[str, Any]]]] = {"without": [], "with": []}
     settings = vars(args) | machine()
     with tempfile.TemporaryDirectory() as made:
@@ -65,7 +65,7 @@ def main() -> None:
         make_files(folder, args.size)
         turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
         records = []
-        for number in range(args.pictures):
+        for number in range(args.images):
             (folder / f"{number}.jpg").write_bytes(photo(number))
             records.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
         (folder / "data.json").write_text(json.dumps(records))

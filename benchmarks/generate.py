@@ -6,7 +6,7 @@
 On a GPU the type is bf16, and batches of 1, 8, 64 and 64 mixed requests are measured unless told otherwise.
 
 A measurement of one is followed by one of the other, so that both see the same load of the machine; medians are shown.
-In the mixed batch, prompts and answers have different lengths and some prompts share a picture. transformers' generate
+In the mixed batch, prompts and answers have different lengths and some prompts share an image. transformers' generate
 pads all prompts to the longest and runs until the longest answer ends; only tokens that were asked for are counted.
 """
 
@@ -32,7 +32,7 @@ import mindspeed_mm as mm
 IMAGE_ID = 3
 FIRST_WORD = 10
 
-# LLM width, layers, heads, MLP, vocabulary; tower width, layers, heads, MLP, image size. 7b is LLaVA-1.5's.
+# LLM width, layers, heads, MLP, vocabulary; vision encoder width, layers, heads, MLP, image size. 7b is LLaVA-1.5's.
 SIZES = {
     "tiny": ((256, 4, 4, 688, 2000), (128, 3, 2, 256, 56)),
     "small": ((512, 8, 8, 1376, 32000), (256, 6, 4, 1024, 112)),
@@ -52,10 +52,10 @@ SIDES = ("ours", "theirs")
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt of ids, image tokens expanded, its pictures, and how many tokens to answer."""
+    """A prompt of ids, image tokens expanded, its images, and how many tokens to answer."""
 
     ids: list[int]
-    pictures: list[torch.Tensor]
+    images: list[torch.Tensor]
     new_tokens: int
 
 
@@ -88,23 +88,23 @@ def save_model(size: str, dtype: torch.dtype, folder: str) -> None:
     torch.set_default_dtype(previous)
 
 
-def make_request(words: int, pictures: list[torch.Tensor], new_tokens: int, size: str, draw: random.Random) -> Request:
-    """Random words around pictures that come first."""
+def make_request(words: int, images: list[torch.Tensor], new_tokens: int, size: str, draw: random.Random) -> Request:
+    """Random words around images that come first."""
     vocabulary, image = SIZES[size][0][4], SIZES[size][1][4]
-    tokens = len(pictures) * (image // PATCH) ** 2
+    tokens = len(images) * (image // PATCH) ** 2
     text = [draw.randrange(FIRST_WORD, vocabulary) for _ in range(words)]
-    return Request([1, *[IMAGE_ID] * tokens, *text], pictures, new_tokens)
+    return Request([1, *[IMAGE_ID] * tokens, *text], images, new_tokens)
 
 
 def mixed_requests(count: int, size: str, longest: int) -> list[Request]:
-    """Prompts of 8 to 256 words, answers of 1/8 to all of `longest` tokens, half of them about one of four pictures."""
+    """Prompts of 8 to 256 words, answers of 1/8 to all of `longest` tokens, half of them about one of four images."""
     draw = random.Random(1)
     image = SIZES[size][1][4]
-    pictures = [torch.randn(3, image, image) for _ in range(4)]
+    images = [torch.randn(3, image, image) for _ in range(4)]
     return [
         make_request(
             draw.choice((8, 16, 32, 64, 128, 256)),
-            [draw.choice(pictures)] if index % 2 else [],
+            [draw.choice(images)] if index % 2 else [],
             max(1, longest * draw.randrange(1, 9) // 8),
             size,
             draw,
@@ -122,19 +122,19 @@ class Ours:
         self.decoder, self.rows = Decoder(vlm.model), rows
 
     def __call__(self, requests: list[Request]) -> list[list[int]]:
+        from mindspeed_mm.generation.images import ImageFeatures
         from mindspeed_mm.generation.jobs import SampleJob
         from mindspeed_mm.generation.options import GenerationOptions
-        from mindspeed_mm.generation.pictures import PictureFeatures
         from mindspeed_mm.generation.scheduler import Entry, Scheduler
 
-        features = PictureFeatures(self.decoder, None, pad=True)  # no picture is remembered from earlier runs
+        features = ImageFeatures(self.decoder, None, pad=True)  # no image is remembered from earlier runs
         scheduler = Scheduler(self.decoder, features, self.rows)
         jobs = []
         for request in requests:
             jobs.append(SampleJob(request.ids, GenerationOptions(max_new_tokens=request.new_tokens), ()))
             prompt = [-200 if token == IMAGE_ID else token for token in request.ids]
             length = len(prompt) + request.new_tokens
-            scheduler.submit(Entry(jobs[-1], prompt, length, request.pictures, lambda error: None))
+            scheduler.submit(Entry(jobs[-1], prompt, length, request.images, lambda error: None))
         while scheduler.step():
             pass
         return [job.sequences[0].token_ids for job in jobs]
@@ -156,10 +156,10 @@ class Theirs:
         for row, request in enumerate(requests):
             ids[row, width - len(request.ids) :] = torch.tensor(request.ids)
             mask[row, width - len(request.ids) :] = 1
-        pictures = [picture for request in requests for picture in request.pictures]
+        images = [shown for request in requests for shown in request.images]
         inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-        if pictures:
-            inputs["pixel_values"] = torch.stack(pictures).to(self.device, self.model.dtype)
+        if images:
+            inputs["pixel_values"] = torch.stack(images).to(self.device, self.model.dtype)
         longest = max(request.new_tokens for request in requests)
         config = transformers.GenerationConfig(
             max_new_tokens=longest, do_sample=False, pad_token_id=0, eos_token_id=None
@@ -170,7 +170,7 @@ class Theirs:
 
 def measure(ours: Callable, theirs: Callable, requests: list[Request], repeats: int, synchronize: Callable) -> dict:
     """Median seconds of both for the whole batch and for its first tokens, after one run to warm up."""
-    first = [Request(request.ids, request.pictures, 1) for request in requests]
+    first = [Request(request.ids, request.images, 1) for request in requests]
     same = [a == b for a, b in zip(ours(requests), theirs(requests), strict=True)]
     seconds: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_first": [], "theirs_first": []}
     for _ in range(repeats):
@@ -270,8 +270,8 @@ def main() -> None:
         "memory": memory,
     }
     for count in args.batch:
-        pictures = [torch.randn(3, image, image) for _ in range(count)]
-        requests = [make_request(32, [picture], args.new_tokens, args.size, draw) for picture in pictures]
+        images = [torch.randn(3, image, image) for _ in range(count)]
+        requests = [make_request(32, [shown], args.new_tokens, args.size, draw) for shown in images]
         found = measure(Ours(vlm, count), theirs, requests, args.repeats, platform.synchronize)
         reached = decode_bandwidth(found["seconds"], requests, vlm.model, args.size)
         found["bandwidth_share"] = {who: value / memory["bytes_per_s"] for who, value in reached.items()}

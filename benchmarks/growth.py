@@ -1,11 +1,11 @@
-"""How the cost of our training step grows: seconds over pictures, length, layers, and tokens of a micro-batch.
+"""How the cost of our training step grows: seconds over images, length, layers, and tokens of a micro-batch.
 
     python benchmarks/growth.py --out benchmarks/results/growth_cpu.json
     python benchmarks/growth.py --device cuda --size small --bf16 --out benchmarks/results/growth_h200.json
 
 Stage 2 (decoder and projector trained) from llava_shapes.py; one figure changes, the others stay at the base: a row of
-one picture and 448 tokens of text. Points of a curve take turns, medians over the rounds behind the first. Beside the
-seconds stand the operations that training/flops.py counts. benchmarks/plots.py draws the curves.
+one image and 448 tokens of text. Points of a curve take turns, medians over the rounds behind the first. Beside the
+seconds stand the operations that trainer/flops.py counts. benchmarks/plots.py draws the curves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mindspeed_mm.data.sample import Batch, Encoded
 TRAINED = ("text_decoder", "vision_projector")
 TEXT = 448
 CURVES = {"images": (0, 1, 2, 4), "text": (128, 256, 512, 1024, 2048), "layers": (1, 2, 4, 8), "rows": (1, 2, 4)}
-"""Pictures in the row, tokens of text, decoder layers, rows of the micro-batch."""
+"""Images in the row, tokens of text, decoder layers, rows of the micro-batch."""
 
 
 def batch_of(size: str, *, images: int = 1, text: int = TEXT, rows: int = 1) -> Batch:
@@ -37,13 +37,13 @@ def batch_of(size: str, *, images: int = 1, text: int = TEXT, rows: int = 1) -> 
     words = [draw.randrange(10, SHAPES[size].image_token_id) for _ in range(text)]
     ids = [1] + [IMAGE_TOKEN_INDEX] * (IMAGE_TOKENS * images) + words
     labels = [IGNORE_INDEX] * (len(ids) - text // 2) + words[text - text // 2 :]
-    pictures = tuple(torch.randn(3, IMAGE_SIZE, IMAGE_SIZE) for _ in range(images))
-    return Collator(0, (IMAGE_SIZE, IMAGE_SIZE))([Encoded(f"row {row}", ids, labels, pictures) for row in range(rows)])
+    pixels = tuple(torch.randn(3, IMAGE_SIZE, IMAGE_SIZE) for _ in range(images))
+    return Collator(0, (IMAGE_SIZE, IMAGE_SIZE))([Encoded(f"row {row}", ids, labels, pixels) for row in range(rows)])
 
 
 def measure(args: argparse.Namespace, model: dict[str, Any], batches: dict[int, Batch]) -> list[dict[str, float]]:
     """A point for each batch, all on one model."""
-    from mindspeed_mm.training.flops import step_flops
+    from mindspeed_mm.trainer.flops import step_flops
 
     flags = "--micro-batch-size 1 --global-batch-size 1"
     step = OwnStep(model, flags, device=args.device, bf16=args.bf16, ranks=1)

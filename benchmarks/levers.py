@@ -71,7 +71,7 @@ def variants(side: Ours, kind: str) -> dict[str, Callable[[], contextlib.Abstrac
     """Name of the lever that is taken back -> a context without it."""
     from mindspeed_mm.models import loss
     from mindspeed_mm.platform import host_linear
-    from mindspeed_mm.training import step
+    from mindspeed_mm.trainer import step
 
     platform = type(side.platform)
     taken_back: dict[str, Callable[[], contextlib.AbstractContextManager]] = {

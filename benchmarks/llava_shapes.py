@@ -1,12 +1,13 @@
 """Models of the training benchmarks: LLaVA-1.5's proportions at several sizes, as our model.json and as transformers'.
 
 What decides where the time of a step goes is kept from LLaVA-1.5 7B: vocabulary 8 times the width, MLP 2.7 times, heads
-of 128 channels, 576 image tokens of 336 x 336 pixels, a tower a quarter as wide whose layers take 4 to 5 % of the
-operations that the decoder spends on an image token. Small models have fewer layers, so that head and attention weigh
+of 128 channels, 576 image tokens of 336 x 336 pixels, a vision encoder a quarter as wide whose layers take 4 to 5 % of
+the operations that the decoder spends on an image token. Small models have fewer layers, so that head and attention
+weigh
 more in them: see docs/performance.md.
 
-"light" is no LLaVA-1.5: its tower has five sixths as many parameters as its decoder, like CLIP-L before a decoder of
-half a billion.
+"light" is no LLaVA-1.5: its vision encoder has five sixths as many parameters as its decoder, like CLIP-L before a
+decoder of half a billion.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ CONTEXT = 4096
 
 
 class Shape(NamedTuple):
-    """Decoder width, layers, heads, MLP, vocabulary; tower width, layers, heads."""
+    """Decoder width, layers, heads, MLP, vocabulary; vision encoder width, layers, heads."""
 
     hidden: int
     layers: int
     heads: int
     ffn: int
     vocabulary: int
-    tower_hidden: int
-    tower_layers: int
-    tower_heads: int
+    vision_encoder_hidden: int
+    vision_encoder_layers: int
+    vision_encoder_heads: int
 
     @property
     def image_token_id(self) -> int:
@@ -68,14 +69,16 @@ def model_json(size: str, trained: tuple[str, ...], weights: str | None, recompu
         "image_encoder": {
             "vision_encoder": block(
                 "vision_encoder",
-                num_layers=shape.tower_layers,
-                hidden_size=shape.tower_hidden,
-                num_attention_heads=shape.tower_heads,
-                ffn_hidden_size=4 * shape.tower_hidden,
+                num_layers=shape.vision_encoder_layers,
+                hidden_size=shape.vision_encoder_hidden,
+                num_attention_heads=shape.vision_encoder_heads,
+                ffn_hidden_size=4 * shape.vision_encoder_hidden,
                 image_size=IMAGE_SIZE,
                 patch_size=PATCH,
             ),
-            "vision_projector": block("vision_projector", input_size=shape.tower_hidden, hidden_size=shape.hidden),
+            "vision_projector": block(
+                "vision_projector", input_size=shape.vision_encoder_hidden, hidden_size=shape.hidden
+            ),
         },
     }
 
@@ -96,10 +99,10 @@ def transformers_config(size: str):
             rms_norm_eps=1e-5,
         ),
         vision_config=transformers.CLIPVisionConfig(
-            hidden_size=shape.tower_hidden,
-            num_hidden_layers=shape.tower_layers,
-            num_attention_heads=shape.tower_heads,
-            intermediate_size=4 * shape.tower_hidden,
+            hidden_size=shape.vision_encoder_hidden,
+            num_hidden_layers=shape.vision_encoder_layers,
+            num_attention_heads=shape.vision_encoder_heads,
+            intermediate_size=4 * shape.vision_encoder_hidden,
             image_size=IMAGE_SIZE,
             patch_size=PATCH,
         ),

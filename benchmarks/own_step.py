@@ -23,7 +23,7 @@ class OwnStep:
         from mindspeed_mm.models.build import build_vlm
         from mindspeed_mm.models.runtime import Runtime
         from mindspeed_mm.models.spec import load_model_spec
-        from mindspeed_mm.training.step import forward_step
+        from mindspeed_mm.trainer.step import forward_step
 
         parser = argparse.ArgumentParser()
         arguments.add_arguments(parser)

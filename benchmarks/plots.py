@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-TITLES = {"images": "pictures in a row", "text": "tokens of text", "layers": "decoder layers", "rows": "rows"}
+TITLES = {"images": "images in a row", "text": "tokens of text", "layers": "decoder layers", "rows": "rows"}
 OUT = Path(__file__).parent.parent / "docs" / "images" / "cost.png"
 
 

@@ -5,7 +5,8 @@
 Every layout trains on the same global batch of the same samples ("equal" of training_work.py), one sample a
 micro-batch. Layouts take turns, each in processes of its own under torchrun; the first step of each is left out, and
 medians are taken over all others. "apart" is what the machine has to give: as many runs of one rank side by side, which
-share nothing but its memory (on the CPU only). On GPUs: `--device cuda --size small --bf16`; the tower has 2 heads.
+share nothing but its memory (on the CPU only). On GPUs: `--device cuda --size small --bf16`; the vision encoder has 2
+heads.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def run_layout(layout: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = [size for size, shape in SHAPES.items() if shape.tower_heads > 1]  # TP divides the heads
+    sizes = [size for size, shape in SHAPES.items() if shape.vision_encoder_heads > 1]  # TP divides the heads
     parser.add_argument("--size", choices=sizes, default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true")

@@ -1,5 +1,5 @@
 """Time from the shell to the first optimizer step of a tiny model: `torchrun -m mindspeed_mm train` and a plain
-transformers script under torchrun, on the same weights, picture and conversation.
+transformers script under torchrun, on the same weights, image and conversation.
 
     python benchmarks/startup.py --out benchmarks/results/startup_cpu.json
     python benchmarks/startup.py --ranks 2 --where
@@ -55,7 +55,7 @@ model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=
 optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0, fused=True)
 batch = json.loads((folder / "batch.json").read_text())
 tokenizer(batch["text"])
-pixels = processor(Image.open(folder / "picture.png").convert("RGB"), return_tensors="pt")["pixel_values"]
+pixels = processor(Image.open(folder / "image.png").convert("RGB"), return_tensors="pt")["pixel_values"]
 ids = torch.tensor([batch["input_ids"]])
 out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.tensor([batch["labels"]]),
     pixel_values=pixels)
@@ -69,7 +69,7 @@ dist.destroy_process_group()
 
 
 def make_files(folder: Path, size: str = SIZE) -> None:
-    """Weights, tokenizer, picture, record, configs, and the batch as ids for the peer."""
+    """Weights, tokenizer, image, record, configs, and the batch as ids for the peer."""
     import numpy as np
     import sentencepiece
     from PIL import Image
@@ -95,9 +95,9 @@ def make_files(folder: Path, size: str = SIZE) -> None:
     clip = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
     _write(model / "preprocessor_config.json", {"image_processor_type": "CLIPImageProcessor", **clip})
     pixels = np.random.default_rng(0).integers(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "picture.png")
+    Image.fromarray(pixels).save(folder / "image.png")
     turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
-    record = {"id": "0", "image": "picture.png", "conversations": turns}
+    record = {"id": "0", "image": "image.png", "conversations": turns}
     _write(folder / "data.json", [record])
     data = {"data_path": str(folder / "data.json"), "data_folder": str(folder)}
     parameters = {
@@ -110,8 +110,8 @@ def make_files(folder: Path, size: str = SIZE) -> None:
     parts = ("text_decoder", "vision_encoder", "vision_projector")
     _write(folder / "mm_model.json", model_json(SIZE, parts, str(model)))
     ids, labels = mm.encode(turns, mm.load_tokenizer(model), "v1")
-    place, picture = ids.index(IMAGE_TOKEN_INDEX), [SHAPES[SIZE].image_token_id] * IMAGE_TOKENS
-    ids = ids[:place] + picture + ids[place + 1 :]
+    place, image = ids.index(IMAGE_TOKEN_INDEX), [SHAPES[SIZE].image_token_id] * IMAGE_TOKENS
+    ids = ids[:place] + image + ids[place + 1 :]
     labels = labels[:place] + [-100] * IMAGE_TOKENS + labels[place + 1 :]
     _write(folder / "batch.json", {"text": f"{QUESTION} {ANSWER}", "input_ids": ids, "labels": labels})
     (folder / "peer.py").write_text(PEER.replace("LEARNING_RATE", str(LEARNING_RATE)))

@@ -32,7 +32,7 @@ LOSS_TOLERANCE = 2e-3
 def work_facts(job: Job) -> dict[str, float]:
     """Real tokens, padding and model operations of a round."""
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.training.flops import step_flops
+    from mindspeed_mm.trainer.flops import step_flops
 
     work = make_work(job.kind, job.size, job.batch, job.steps)
     spec = load_model_spec(model_json(job.size, TRAINED[job.kind], None))

@@ -66,8 +66,8 @@ class Ours:
         from mindspeed_mm.models.build import build_vlm
         from mindspeed_mm.models.runtime import Runtime
         from mindspeed_mm.models.spec import load_model_spec
-        from mindspeed_mm.training.flops import step_flops
-        from mindspeed_mm.training.step import forward_step
+        from mindspeed_mm.trainer.flops import step_flops
+        from mindspeed_mm.trainer.step import forward_step
 
         parser = argparse.ArgumentParser()
         arguments.add_arguments(parser)

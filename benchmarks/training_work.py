@@ -3,7 +3,7 @@
 - stage1: an image and a caption of 10 to 40 tokens, which is supervised (LLaVA-Pretrain's captions).
 - equal: an image and 448 tokens of text, half of it supervised.
 - mixed: like the 665k mix of LLaVA-1.5. Of 16 samples 10 are short visual questions (40 to 160 tokens of text, a sixth
-  supervised), 5 long conversations about a picture (200 to 600, two thirds supervised) and one is text only (700 to
+  supervised), 5 long conversations about an image (200 to 600, two thirds supervised) and one is text only (700 to
   1900, two thirds supervised; the mix has 40k ShareGPT conversations, cut at 2048 tokens, in 665k).
 """
 
@@ -61,22 +61,22 @@ def make_samples(kind: str, size: str, count: int) -> list[Encoded]:
 
 def _sample(kind: str, number: int, size: str, draw: random.Random) -> Encoded:
     if kind == "stage1":
-        text, supervised, picture = draw.randint(10, 40), 1.0, True
+        text, supervised, with_image = draw.randint(10, 40), 1.0, True
     elif kind == "equal":
-        text, supervised, picture = 448, 0.5, True
+        text, supervised, with_image = 448, 0.5, True
     else:
         place = (number * 5) % 16  # kinds alternate: each batch of 8 has about its share of each
         ranges = ((700, 1900, 2 / 3, False),) + ((200, 600, 2 / 3, True),) * 5 + ((40, 160, 1 / 6, True),) * 10
-        low, high, supervised, picture = ranges[place]
+        low, high, supervised, with_image = ranges[place]
         text = draw.randint(low, high)
     words = [draw.randrange(FIRST_WORD, SHAPES[size].image_token_id) for _ in range(text)]
     answer = max(1, round(text * supervised))
-    front = [1] + [IMAGE_TOKEN_INDEX] * (IMAGE_TOKENS if picture else 0)
+    front = [1] + [IMAGE_TOKEN_INDEX] * (IMAGE_TOKENS if with_image else 0)
     ids = front + words
     labels = [IGNORE_INDEX] * (len(ids) - answer) + ids[len(ids) - answer :]
     generator = torch.Generator().manual_seed(number)
     image = torch.randn(3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-    return Encoded(f"{kind}-{number}", ids, labels, (image,) if picture else ())
+    return Encoded(f"{kind}-{number}", ids, labels, (image,) if with_image else ())
 
 
 def transformers_inputs(batch: Batch, size: str) -> dict[str, torch.Tensor]:

@@ -69,7 +69,7 @@ class Companions:
 def companions_of(
     source: Source, tokenizer: str | Path | None = None, image_processor: str | Path | None = None
 ) -> Companions:
-    """The files of a source: those given, its own folder's, its parts' (the tower's), a training run's."""
+    """The files of a source: those given, its own folder's, its parts' (the vision encoder's), a training run's."""
     config = source.config or {}
     folders = [Path(path) for path in (tokenizer, image_processor) if path]
     folders += [source.path, *(part.path for part in source.part_sources.values())]

@@ -48,7 +48,7 @@ def llava_hf_config(
 
     Raises WeightError for a projector that this class does not have.
     """
-    text, tower, projector = (specs[kind] for kind in ("text_decoder", "vision_encoder", "vision_projector"))
+    text, vision_encoder, projector = (specs[kind] for kind in ("text_decoder", "vision_encoder", "vision_projector"))
     if projector.num_layers != 2 or projector.ffn_hidden_size != projector.hidden_size:
         raise WeightError(
             f"the projector has {projector.num_layers} linears of width {projector.ffn_hidden_size}; expected 2 as "
@@ -60,7 +60,7 @@ def llava_hf_config(
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "ignore_index": -100,
-        "image_seq_length": tower.num_image_tokens,
+        "image_seq_length": vision_encoder.num_image_tokens,
         "image_token_index": vocabulary.image_id,
         "multimodal_projector_bias": True,
         "pad_token_id": vocabulary.pad_id,
@@ -68,9 +68,9 @@ def llava_hf_config(
         "text_config": text_config | {"pad_token_id": vocabulary.pad_id, "vocab_size": vocabulary.rows},
         "tie_word_embeddings": text.share_embeddings_and_output_weights,
         "torch_dtype": dtype,
-        "vision_config": hf_config("vision_encoder", tower, dtype),
-        "vision_feature_layer": tower.select_layer,
-        "vision_feature_select_strategy": strategies[tower.select_feature],
+        "vision_config": hf_config("vision_encoder", vision_encoder, dtype),
+        "vision_feature_layer": vision_encoder.select_layer,
+        "vision_feature_select_strategy": strategies[vision_encoder.select_feature],
         "vocab_size": text.language_vocab_size,
     }
 
@@ -87,7 +87,8 @@ def processor_config(spec: PartSpec) -> dict[str, Any]:
 
 
 def image_processor_config(spec: PartSpec) -> dict[str, Any]:
-    """preprocessor_config.json of a tower whose source has none: that of every CLIP release, at the tower's size."""
+    """preprocessor_config.json of a vision encoder whose source has none: that of every CLIP release, at the vision
+    encoder's size."""
     size = spec.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -125,9 +126,9 @@ def projector_config(spec: PartSpec) -> dict[str, Any]:
 
 
 def llava_config(
-    specs: dict[str, PartSpec], dtype: str, source: Source, tower: str, tokens: dict[str, Any], rows: int
+    specs: dict[str, PartSpec], dtype: str, source: Source, vision_encoder: str, tokens: dict[str, Any], rows: int
 ) -> dict[str, Any]:
-    """config.json of the liuhaotian layout; `tower` is its mm_vision_tower."""
+    """config.json of the liuhaotian layout; `vision_encoder` is its mm_vision_tower."""
     text, vision = specs["text_decoder"], specs["vision_encoder"]
     own = dict(source.config or {}) if source.layout == "llava" else {}
     return {
@@ -141,13 +142,13 @@ def llava_config(
         "model_type": "llava_llama",
         "mm_vision_select_feature": vision.select_feature,
         "mm_vision_select_layer": vision.select_layer,
-        "mm_vision_tower": tower,
+        "mm_vision_tower": vision_encoder,
         "vocab_size": rows,
     }
 
 
-def own_tower_name(source: Source) -> str | None:
-    """The hub name by which a liuhaotian source calls its tower; None where it is a path."""
+def own_vision_encoder_name(source: Source) -> str | None:
+    """The hub name by which a liuhaotian source calls its vision encoder; None where it is a path."""
     name = (source.config or {}).get("mm_vision_tower") if source.layout == "llava" else None
     known = isinstance(name, str) and name and not (source.path / name).exists() and not Path(name).is_absolute()
     return name if known and not name.startswith(".") else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint_converters.checkpoint import register_checkpoints
 from checkpoint_converters.companions import companions_of
 from checkpoint_converters.plan import Wanted, as_dtype, part_jobs, total_bytes
 from checkpoint_converters.progress import bytes_bar
@@ -79,8 +80,8 @@ def convert(
         source: weights in any readable layout, or {kind of part: path} where they lie apart.
         target: folder to write; it must not exist or be empty. "projector" also takes the name of one file.
         to: layout to write: "mindspeed-mm" (converted_clip.pt, converted_vicuna.pt, mlp.pt, and for a whole model
-            model.json; may join other files of a folder), "llava-hf", "llava", "hf" (the decoder), "clip" (the tower),
-            "projector", "checkpoint" (weights alone, as the folder that training and inference start from).
+            model.json; may join other files of a folder), "llava-hf", "llava", "hf" (the decoder), "clip" (the vision
+            encoder), "projector", "checkpoint" (weights alone, as the folder that training and inference start from).
         dtype: type to store (fp32, fp16, bf16 or torch's); None and "keep" keep each tensor's own.
         num_attention_heads: heads of a vision encoder whose source does not say (None: width / 64).
         parts: kinds to convert, None for all that source and target have.
@@ -129,6 +130,7 @@ def convert(
 
 def open_parts(source: str | Path | Source | Mapping[str, str | Path]) -> Source:
     """Open a source, or one that is put together of several. Raises WeightError."""
+    register_checkpoints()
     if isinstance(source, Source):
         return source
     if not isinstance(source, Mapping):

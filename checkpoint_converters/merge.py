@@ -89,7 +89,7 @@ def merge(
     shards = _shards(base)
     places = {name: file for file, names in shards.items() for name in names}
     changes = _changes(source, places, [Path(path) for path in partial])
-    _check_tower(source, changes)
+    _check_vision_encoder(source, changes)
     last = list(shards)[-1]
     wanted = as_dtype(dtype)
     jobs = {
@@ -109,7 +109,7 @@ def merge(
             write = write_safetensors if file.endswith(".safetensors") else write_torch
             write(folder / file, shard, runner, advance=advance)
         _write_index(base, folder, jobs, places, stale)
-        _keep_tower(source, folder)
+        _keep_vision_encoder(source, folder)
     added = tuple(sorted(name for name in changes if name not in places))
     return Merged(tuple(sorted(name for name in changes if name in places)), added)
 
@@ -223,25 +223,27 @@ def _reading(file, name: str, change: _Change | None, dtype: torch.dtype):
     return make
 
 
-def _check_tower(source: Source, changes: dict[str, _Change]) -> None:
-    """A liuhaotian folder that carries its tower twice must not get two different ones."""
-    tower = source.path / str((source.config or {}).get("mm_vision_tower"))
+def _check_vision_encoder(source: Source, changes: dict[str, _Change]) -> None:
+    """A liuhaotian folder that carries its vision encoder twice must not get two different ones."""
+    vision_encoder = source.path / str((source.config or {}).get("mm_vision_tower"))
     changed = [change for name, change in changes.items() if name.startswith(WRITTEN["llava"][VISION][1])]
-    if source.layout == "llava" and changed and tower.exists():
+    if source.layout == "llava" and changed and vision_encoder.exists():
         raise WeightError(
-            f"{changed[0].files.path}: tensor {changed[0].stored} changes the tower, which {tower} holds once more; "
-            "expected a base with one tower. Convert the base to llava-hf and merge into that."
+            f"{changed[0].files.path}: tensor {changed[0].stored} changes the vision encoder, "
+            f"which {vision_encoder} holds once more; "
+            "expected a base with one vision encoder. Convert the base to llava-hf and merge into that."
         )
 
 
-def _keep_tower(source: Source, folder: Path) -> None:
-    """A tower beside the base, which its config names by a relative path, is named by its whole path in the copy."""
+def _keep_vision_encoder(source: Source, folder: Path) -> None:
+    """A vision encoder beside the base, which its config names by a relative path, is named by its whole path in the
+    copy."""
     name = (source.config or {}).get("mm_vision_tower")
     if source.layout != "llava" or not isinstance(name, str) or not name or Path(name).is_absolute():
         return
-    tower = (source.path / name).resolve()
-    if tower.exists() and not tower.is_relative_to(source.path.resolve()):
-        write_json(folder / "config.json", source.config | {"mm_vision_tower": str(tower)})
+    vision_encoder = (source.path / name).resolve()
+    if vision_encoder.exists() and not vision_encoder.is_relative_to(source.path.resolve()):
+        write_json(folder / "config.json", source.config | {"mm_vision_tower": str(vision_encoder)})
 
 
 def _other_formats(base: Path, used: set[str]) -> set[str]:

@@ -61,7 +61,7 @@ class Wanted:
 
     dialect, prefix: names; dtype: None keeps each tensor's own; rows: of the two vocabulary matrices, None keeps them
     (further rows are the mean row: the score of such a token is the mean of all scores and never the highest);
-    built_only: leave out what our modules do not build (a tower's layers behind the feature).
+    built_only: leave out what our modules do not build (a vision encoder's layers behind the feature).
     """
 
     dialect: str

@@ -21,8 +21,7 @@ from checkpoint_converters.companions import (
     rows_without_image,
 )
 from checkpoint_converters.plan import Job, Wanted, part_jobs, renamed, stored_dtype
-from checkpoint_converters.write import TOWER_FOLDER, write_json
-from mindspeed_mm.errors import WeightError
+from checkpoint_converters.write import VISION_ENCODER_FOLDER, write_json
 from mindspeed_mm.models.describe import model_block
 from mindspeed_mm.models.part import PartSpec
 from mindspeed_mm.models.spec import PART_KINDS
@@ -92,8 +91,6 @@ class TargetPlan:
 
 def plan_target(conversion: Conversion, to: str) -> TargetPlan:
     """The plan of one layout of TARGETS. Raises WeightError where the source cannot be written in it."""
-    if to not in _PLANS:
-        raise WeightError(f"layout {to} is written by a module that was not imported; use mm.convert or the command.")
     return _PLANS[to](conversion)
 
 
@@ -138,10 +135,12 @@ def _plan_hf(conversion: Conversion) -> TargetPlan:
 
 def _plan_clip(conversion: Conversion) -> TargetPlan:
     jobs = conversion.jobs("clip", VISION)
-    return TargetPlan([WeightFiles(".", "safetensors", jobs)], lambda folder: _finish_tower(conversion, folder, jobs))
+    return TargetPlan(
+        [WeightFiles(".", "safetensors", jobs)], lambda folder: _finish_vision_encoder(conversion, folder, jobs)
+    )
 
 
-def _finish_tower(conversion: Conversion, folder: Path, jobs: list[Job]) -> None:
+def _finish_vision_encoder(conversion: Conversion, folder: Path, jobs: list[Job]) -> None:
     spec = conversion.specs[VISION]
     conversion.companions.copy(folder, PROCESSOR_FILES)
     if not (folder / PROCESSOR_FILES[0]).is_file():
@@ -184,18 +183,20 @@ def _plan_llava_hf(conversion: Conversion) -> TargetPlan:
 
 
 def _plan_llava(conversion: Conversion) -> TargetPlan:
-    """The main checkpoint as torch files with an index; a tower that has no hub name follows in its own folder, since
-    LLaVA's loader takes the tower from where mm_vision_tower points."""
+    """The main checkpoint as torch files with an index; a vision encoder that has no hub name follows in its own
+    folder, since LLaVA's loader takes the vision encoder from where mm_vision_tower points."""
     rows = rows_without_image(conversion.source, conversion.specs[TEXT].language_vocab_size)
     jobs = [job for kind in PART_KINDS for job in conversion.jobs("llava", kind, rows)]
-    name = configs.own_tower_name(conversion.source)
-    tower = [] if name else conversion.jobs("clip", VISION)
-    files = [WeightFiles(".", "bin", jobs)] + ([WeightFiles(TOWER_FOLDER, "safetensors", tower)] if tower else [])
+    name = configs.own_vision_encoder_name(conversion.source)
+    vision_encoder = [] if name else conversion.jobs("clip", VISION)
+    files = [WeightFiles(".", "bin", jobs)] + (
+        [WeightFiles(VISION_ENCODER_FOLDER, "safetensors", vision_encoder)] if vision_encoder else []
+    )
     tokens = configs.text_tokens(conversion.source)
     if rows != conversion.specs[TEXT].language_vocab_size:
         tokens = {key: value for key, value in tokens.items() if key != "pad_token_id"} | {"pad_token_id": 0}
     config = configs.llava_config(
-        conversion.specs, stored_dtype(jobs), conversion.source, name or TOWER_FOLDER, tokens, rows
+        conversion.specs, stored_dtype(jobs), conversion.source, name or VISION_ENCODER_FOLDER, tokens, rows
     )
 
     def finish(folder: Path) -> None:
@@ -205,8 +206,8 @@ def _plan_llava(conversion: Conversion) -> TargetPlan:
             generation = folder / GENERATION_FILES[0]
             if generation.is_file():
                 write_json(generation, read_json_object(generation) | {"pad_token_id": tokens["pad_token_id"]})
-        if tower:
-            _finish_tower(conversion, folder / TOWER_FOLDER, tower)
+        if vision_encoder:
+            _finish_vision_encoder(conversion, folder / VISION_ENCODER_FOLDER, vision_encoder)
         else:
             conversion.companions.copy(folder, PROCESSOR_FILES)
         write_json(folder / "config.json", config)

@@ -27,8 +27,8 @@ SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 OWN_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja")
-TOWER_FOLDER = "vision_tower"
-OWN_FOLDERS = (TOWER_FOLDER, "release", "tokenizer")
+VISION_ENCODER_FOLDER = "vision_tower"
+OWN_FOLDERS = (VISION_ENCODER_FOLDER, "release", "tokenizer")
 """What a converted folder holds: --overwrite removes nothing else."""
 
 Advance = Callable[[int], None]

@@ -11,16 +11,16 @@ import PIL.Image
 class GenerationRequest:
     """One prompt: either (question, answer) pairs whose last answer is None, for a template, or the finished text.
 
-    Both hold one `<image>` per picture.
+    Both hold one `<image>` per image.
     """
 
     id: int | str
     turns: tuple[tuple[str, str | None], ...] | None
     text: str | None
-    picture: str
-    """Equal for requests on the same pictures, which stand next to each other."""
+    image: str
+    """Equal for requests on the same images, which stand next to each other."""
     images: Callable[[], tuple[PIL.Image.Image, ...]]
-    """Decodes the pictures, in reading order and any PIL mode. To be called when the request's turn comes, from any
+    """Decodes the images, in reading order and any PIL mode. To be called when the request's turn comes, from any
     thread; raises DataError."""
 
 

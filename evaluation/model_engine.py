@@ -14,9 +14,9 @@ from evaluation.engine import GenerationRequest
 from mindspeed_mm.data.image import preprocess
 from mindspeed_mm.errors import ContextError, DataError
 from mindspeed_mm.generation import engine as generation
+from mindspeed_mm.generation.images import DIGEST_BYTES, FoundImage
 from mindspeed_mm.generation.options import GenerationOptions
-from mindspeed_mm.generation.pictures import DIGEST_BYTES, Picture
-from mindspeed_mm.loaded import LoadedVLM
+from mindspeed_mm.inference.loaded import LoadedVLM
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class ModelEngine:
-    """An evaluation.engine.Engine that asks a LoadedVLM. The next pictures are decoded and preprocessed by a thread
+    """An evaluation.engine.Engine that asks a LoadedVLM. The next images are decoded and preprocessed by a thread
     while the model answers."""
 
     def __init__(self, vlm: LoadedVLM, options: GenerationOptions, template: str | None = None):
@@ -54,8 +54,8 @@ class ModelEngine:
         engine = self._vlm.engine(self._template, batch_size=batch_size)
         ended: deque[tuple[GenerationRequest, generation.GenerationHandle]] = deque()
         open_requests = 0
-        for request, pictures in self._with_pictures(requests, ahead=batch_size):
-            asked = generation.GenerationRequest(str(request.id), request.turns or (), request.text, pictures)
+        for request, images in self._with_images(requests, ahead=batch_size):
+            asked = generation.GenerationRequest(str(request.id), request.turns or (), request.text, images)
             engine.submit(asked, self._options, on_end=lambda handle, request=request: ended.append((request, handle)))
             open_requests += 1
             while open_requests - len(ended) >= IN_FLIGHT * batch_size:
@@ -67,28 +67,28 @@ class ModelEngine:
             open_requests -= len(ended)
             yield from _texts(ended)
 
-    def _with_pictures(
+    def _with_images(
         self, requests: Sequence[GenerationRequest], ahead: int
-    ) -> Iterator[tuple[GenerationRequest, tuple[Picture, ...]]]:
-        """Requests with their preprocessed pictures, which a thread makes for up to `ahead` requests that come next."""
-        queue: deque[tuple[GenerationRequest, Future[tuple[Picture, ...]]]] = deque()
-        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pictures")
+    ) -> Iterator[tuple[GenerationRequest, tuple[FoundImage, ...]]]:
+        """Requests with their preprocessed images, which a thread makes for up to `ahead` requests that come next."""
+        queue: deque[tuple[GenerationRequest, Future[tuple[FoundImage, ...]]]] = deque()
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
         try:
             for request in requests:
-                is_known = queue and queue[-1][0].picture == request.picture
-                queue.append((request, queue[-1][1] if is_known else pool.submit(self._pictures, request)))
+                is_known = queue and queue[-1][0].image == request.image
+                queue.append((request, queue[-1][1] if is_known else pool.submit(self._images, request)))
                 if len(queue) > ahead:
-                    first, pictures = queue.popleft()
-                    yield first, pictures.result()
-            for first, pictures in queue:
-                yield first, pictures.result()
+                    first, images = queue.popleft()
+                    yield first, images.result()
+            for first, images in queue:
+                yield first, images.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _pictures(self, request: GenerationRequest) -> tuple[Picture, ...]:
+    def _images(self, request: GenerationRequest) -> tuple[FoundImage, ...]:
         return tuple(
-            Picture(
-                hashlib.blake2b(f"{request.picture}/{number}".encode(), digest_size=DIGEST_BYTES).digest(),
+            FoundImage(
+                hashlib.blake2b(f"{request.image}/{number}".encode(), digest_size=DIGEST_BYTES).digest(),
                 preprocess(image, self._vlm.image_processor, pad=self._vlm.pad),
             )
             for number, image in enumerate(request.images())
@@ -100,7 +100,7 @@ class ModelEngine:
 
 
 def _texts(ended: deque[tuple[GenerationRequest, generation.GenerationHandle]]) -> Iterator[tuple[int | str, str]]:
-    """Take the requests that have ended: (id, text). One that does not fit into the model's context (seven pictures of
+    """Take the requests that have ended: (id, text). One that does not fit into the model's context (seven images of
     MMMU) has no answer, "", and is told. Raises DataError for one that failed otherwise."""
     while ended:
         request, handle = ended.popleft()

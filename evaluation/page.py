@@ -19,7 +19,7 @@ from evaluation.tsv import Row, Table
 from mindspeed_mm.errors import DataError
 
 MAX_ROWS = 500
-"""Rows shown, wrong ones first; a page with every picture of a large table would not open."""
+"""Rows shown, wrong ones first; a page with every image of a large table would not open."""
 THUMBNAIL = 112
 """Longer side of a thumbnail in pixels."""
 SHOWN = 600
@@ -70,19 +70,19 @@ def _chart(report: Report) -> list[tuple[str, list[tuple[str, float, float]]]]:
 def _row(
     row: Row, table: Table, answer: str, report: Report | None, thumbnails: dict[str, list[str]]
 ) -> dict[str, Any]:
-    """What the template shows of a row. `thumbnails` keeps those made so far, by the rows' `picture`."""
+    """What the template shows of a row. `thumbnails` keeps those made so far, by the rows' `image`."""
     score = report.rows[row.index] if report is not None else None
     cells = row.cells
-    pictures, problem = [], ""
+    images, problem = [], ""
     try:
-        pictures = thumbnails.get(row.picture) or [_thumbnail(image) for image in table.images(row)]
-        if row.picture:
-            thumbnails[row.picture] = pictures
+        images = thumbnails.get(row.image) or [_thumbnail(image) for image in table.images(row)]
+        if row.image:
+            thumbnails[row.image] = images
     except DataError as error:  # answers that were recorded elsewhere are scored all the same
         problem = str(error)
     return {
         "index": row.index,
-        "pictures": pictures,
+        "images": images,
         "problem": problem,
         "question": cells.get("question", cells.get("expression", ""))[:SHOWN],
         "options": [f"{letter}. {cells[letter][:SHOWN]}" for letter in "ABCDEFGHI" if cells.get(letter)],

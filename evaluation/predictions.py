@@ -24,7 +24,7 @@ def match_predictions(
 
     Accepts {index: answer}, a sequence of {"index": ..., "prediction": ...} (or LLaVA's question_id and text, POPE's
     question_id and answer), or a file of these: .json, .jsonl, or .xlsx with columns index and prediction. Answers to
-    rows that the table dropped (no picture) are left out. `by_order`: records without an index (Shikra's pred) belong
+    rows that the table dropped (no image) are left out. `by_order`: records without an index (Shikra's pred) belong
     to the rows in their order.
 
     Raises DataError: unreadable file, record without the two keys, answer that is not a text, repeated index, index

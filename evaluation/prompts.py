@@ -30,19 +30,19 @@ KIT_PROMPT = (
 class Prompt:
     """One of the two is given: pairs (question, open answer None) for a template, or the finished text.
 
-    Both hold one `<image>` per picture.
+    Both hold one `<image>` per image.
     """
 
     turns: tuple[tuple[str, str | None], ...] | None = None
     text: str | None = None
 
 
-def pictures_first(text: str, row: Row, style: PromptStyle, table: Table) -> Prompt:
-    """The prompt of a row whose pictures stand before the text. Raises DataError for a text that holds `<image>`."""
+def images_first(text: str, row: Row, style: PromptStyle, table: Table) -> Prompt:
+    """The prompt of a row whose images stand before the text. Raises DataError for a text that holds `<image>`."""
     if IMAGE_TOKEN in text:
         raise DataError(
-            f"{table.path}, row with index {row.index}: the text holds {IMAGE_TOKEN}, which stands for a picture; "
-            "pictures are placed before the question. Remove it there."
+            f"{table.path}, row with index {row.index}: the text holds {IMAGE_TOKEN}, which stands for an image; "
+            "images are placed before the question. Remove it there."
         )
     if style == "official":
         return Prompt(turns=((f"{IMAGE_TOKEN}\n" * row.image_count + text, None),))

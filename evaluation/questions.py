@@ -1,7 +1,7 @@
-"""Open a benchmark's file: a TSV, or questions as JSON lines with the pictures as files.
+"""Open a benchmark's file: a TSV, or questions as JSON lines with the images as files.
 
 JSON lines come as POPE's coco_pope_*.json, LLaVA's question files and Shikra's REC files. Their keys are renamed to
-the columns of a TSV; pictures are looked for below `image_root`, or else in the file's folder and folders known to
+the columns of a TSV; images are looked for below `image_root`, or else in the file's folder and folders known to
 stand beside it.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.prompts import SHORT_INSTRUCTION
-from evaluation.tsv import Row, Table, find_images, picture_digest, read_table, sha256_of_files, typed_indices
+from evaluation.tsv import Row, Table, find_images, image_digest, read_table, sha256_of_files, typed_indices
 from mindspeed_mm.errors import DataError
 
 COLUMN_OF_KEY = {
@@ -28,7 +28,7 @@ COLUMN_OF_KEY = {
 POPE_FILE = "coco_pope_{}.json"
 POPE_SETS = ("random", "popular", "adversarial")
 IMAGE_FOLDERS = ("", "images", "val2014", "../images", "../val2014")
-"""Where pictures are looked for when no folder is given, from the file's folder."""
+"""Where images are looked for when no folder is given, from the file's folder."""
 LABEL_FOLDERS = ("", "coco")
 """Where POPE's labelled files are looked for, from the folder of LLaVA's question file."""
 MAX_FILE_BYTES = 2**31
@@ -37,7 +37,7 @@ _SUFFIXES = (".json", ".jsonl")
 
 def read_questions(path: str | Path, *, image_root: str | Path | None = None, text_questions: bool = False) -> Table:
     """Read and check a benchmark's file; a folder must hold POPE's three sets. `text_questions` keeps the rows of a TSV
-    that have no picture. Raises DataError (see read_table)."""
+    that have no image. Raises DataError (see read_table)."""
     path = Path(path)
     if path.is_dir():
         files = [path / POPE_FILE.format(name) for name in POPE_SETS]
@@ -65,7 +65,7 @@ def _records(path: Path) -> list[dict[str, str]]:
     """Cells per line, all texts; lines without an index get their number, from 0."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} is larger than {MAX_FILE_BYTES} bytes; expected questions without their pictures.")
+            raise DataError(f"{path} is larger than {MAX_FILE_BYTES} bytes; expected questions without their images.")
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line ends may stand in a text
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; expected questions as JSON lines there.") from error
@@ -149,7 +149,7 @@ def _table(path: Path, files: list[Path], records: list[dict[str, str]], image_r
             i,
             0,
             len(find_images(cells["image_path"], root, f"{path}, row with index {index}")),
-            picture_digest(cells["image_path"]),
+            image_digest(cells["image_path"]),
         )
         for i, (index, cells) in enumerate(zip(typed_indices(texts), records, strict=True))
     )

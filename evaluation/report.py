@@ -56,7 +56,7 @@ class Report:
     statistic: str = "mean"
     scale: float = 1.0
     dropped: int = 0
-    """Rows of the file without a picture, which are not part of the benchmark."""
+    """Rows of the file without an image, which are not part of the benchmark."""
     missing: int = 0
     """Rows without an answer; they are left out of the scores."""
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Report:
             "interval_method": "percentile bootstrap",
             "n": self.n,
             "unparsed": self.unparsed,
-            "dropped_without_picture": self.dropped,
+            "dropped_without_image": self.dropped,
             "missing_answers": self.missing,
             **({"notes": dict(self.notes)} if self.notes else {}),
             "table_scale": self.scale,

@@ -62,7 +62,7 @@ def run(
     returns the same reports; rank 0 writes.
 
     `scoring` chooses the numbers of the sheet and the accuracy table; the JSON report holds those of every mode.
-    `limit` asks the first rows of the table only, `text_questions` also those of a TSV that have no picture. `judge`
+    `limit` asks the first rows of the table only, `text_questions` also those of a TSV that have no image. `judge`
     reads, on rank 0, the answers that the rules cannot. `checked` is what `check` returned for the same arguments, so
     that a large table is read once.
 
@@ -91,8 +91,8 @@ def run(
         "prompts": _prompts_digest(prompts),
         **engine.describe(),
     }
-    if (sizes := table.picture_sizes()) is not None:
-        facts["picture_sizes"] = sizes
+    if (sizes := table.image_sizes()) is not None:
+        facts["image_sizes"] = sizes
 
     stem = f"{model}_{benchmark}"
     journal = Journal(folder / f"{stem}.journal", facts, communicator.rank)
@@ -184,7 +184,7 @@ def _answer(
             row.index,
             prompts[row.index].turns,
             prompts[row.index].text,
-            row.picture,
+            row.image,
             functools.partial(table.images, row),
         )
         for row in rows
@@ -228,7 +228,7 @@ def _summary(
         "model": model,
         "table": table.path.name,
         "rows_in_table": len(table.all_cells),
-        "dropped_without_picture": len(table.dropped),
+        "dropped_without_image": len(table.dropped),
         "answered": len(answers),
         "empty_answers": sum(not text for text in answers.values()),
         "limit": limit,

@@ -26,7 +26,7 @@ def score(
     `benchmark` is a name in any case ("ai2d_test", "AI2D_TEST") or the user's own name of a table; `predictions`
     {index: answer}, [{"index", "prediction"}], or a .json, .jsonl or .xlsx file of these; `tsv` the benchmark's file
     (see evaluation.questions). `mode` "strict" is the benchmark's definition, "compat" equals VLMEvalKit row by row.
-    `text_questions` scores the rows without a picture too. `judge` reads the answers that the rules cannot; by default
+    `text_questions` scores the rows without an image too. `judge` reads the answers that the rules cannot; by default
     they are wrong.
 
     Raises DataError for an unusable table or answers (see read_questions and match_predictions) or an unknown name.

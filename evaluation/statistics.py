@@ -1,6 +1,6 @@
 """Metrics as functions of sums over questions, so that one bootstrap serves all of them.
 
-A unit is what is drawn again together: a question, all rotations of one, or both questions on a picture. Each unit has
+A unit is what is drawn again together: a question, all rotations of one, or both questions on an image. Each unit has
 K numbers; a metric is a function of their sums [..., K] over the drawn units.
 """
 
@@ -30,13 +30,13 @@ def _mean_f1(sums: np.ndarray) -> np.ndarray:
 
 
 def _mme_points(sums: np.ndarray) -> np.ndarray:
-    hits, questions, both, pictures = (sums[..., i::4] for i in range(4))
-    return 100 * (_divide(hits, questions) + _divide(both, pictures)).sum(axis=-1)
+    hits, questions, both, images = (sums[..., i::4] for i in range(4))
+    return 100 * (_divide(hits, questions) + _divide(both, images)).sum(axis=-1)
 
 
 STATISTICS: dict[str, Statistic] = {"mean": _mean, "mean F1": _mean_f1, "MME points": _mme_points}
 """mean: (sum of scores, count). mean F1: (TP, FP, FN) per set, the sets' F1 averaged. MME points: (right answers,
-questions, pictures with both right, pictures) per category, 100 * (accuracy + accuracy of pictures) summed."""
+questions, images with both right, images) per category, 100 * (accuracy + accuracy of images) summed."""
 
 
 def evaluate(units: Sequence[Sequence[float]], statistic: str) -> float:

@@ -47,14 +47,14 @@ def _identifier(row: Row) -> int | str:
     return int(value) if str(value).isdecimal() else value
 
 
-def _picture(row: Row) -> str:
-    """Name of the picture's file."""
+def _image(row: Row) -> str:
+    """Name of the image's file."""
     return row.cells.get("image_path", str(row.index)).rsplit("/", 1)[-1]
 
 
 _JSON_FORMS: dict[str, Callable[[Row, str], dict[str, Any]]] = {
     "vqa": lambda row, answer: {"question_id": _identifier(row), "answer": m4c_normalise(answer)},
-    "vizwiz": lambda row, answer: {"image": _picture(row), "answer": m4c_normalise(answer)},
+    "vizwiz": lambda row, answer: {"image": _image(row), "answer": m4c_normalise(answer)},
     "docvqa": lambda row, answer: {"questionId": _identifier(row), "answer": answer.strip()},
     "gqa": lambda row, answer: {"questionId": str(_identifier(row)), "prediction": gqa_export(answer)},
 }

@@ -1,7 +1,7 @@
-"""Benchmark tables in VLMEvalKit's TSV form: a header line, one row per question, pictures inside as base64.
+"""Benchmark tables in VLMEvalKit's TSV form: a header line, one row per question, images inside as base64.
 
-All cells stay text: "None", "NA", "007" and "1+1" are what they are. The picture cell, by far the largest part of a
-file, is checked while the table is opened and read again from the file when the picture is needed, so a table of a
+All cells stay text: "None", "NA", "007" and "1+1" are what they are. The image cell, by far the largest part of a
+file, is checked while the table is opened and read again from the file when the image is needed, so a table of a
 gigabyte needs memory for its texts only.
 """
 
@@ -23,13 +23,13 @@ from evaluation.pandas_rules import NA_TEXTS
 from mindspeed_mm.errors import DataError
 
 MAX_CELL_CHARACTERS = 256 * 2**20
-"""Longest cell, and longest line, accepted: base64 of a 192 MiB picture file; the csv module's default is 131,072."""
+"""Longest cell, and longest line, accepted: base64 of a 192 MiB image file; the csv module's default is 131,072."""
 
 MAX_REFERENCE_CHARACTERS = 64
-"""A picture cell of at most this length names the row that holds the picture (VLMEvalKit's rule)."""
+"""An image cell of at most this length names the row that holds the image (VLMEvalKit's rule)."""
 
 MAX_PIXELS = 128 * 2**20
-"""Largest picture that is decoded (width x height); above it a small file could exhaust the memory."""
+"""Largest image that is decoded (width x height); above it a small file could exhaust the memory."""
 
 _BLOCK = 2**20
 _DIGEST_BYTES = 16
@@ -46,10 +46,10 @@ class Row:
     cells: dict[str, str]
     position: int
     image_source: int
-    """Byte offset of the record that holds the picture (the row's own one, or the one it refers to)."""
+    """Byte offset of the record that holds the image (the row's own one, or the one it refers to)."""
     image_count: int
-    picture: str = ""
-    """Digest of what the picture cell holds (or of the cell it refers to): equal for questions on equal pictures."""
+    image: str = ""
+    """Digest of what the image cell holds (or of the cell it refers to): equal for questions on equal images."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Table:
     """Whether the file has the form of a benchmark's own questions instead of VLMEvalKit's table."""
 
     def images(self, row: Row) -> tuple[PIL.Image.Image, ...]:
-        """Decode the pictures of `row`, in order and in the mode they were stored in. Raises DataError."""
+        """Decode the images of `row`, in order and in the mode they were stored in. Raises DataError."""
         where = f"{self.path}, row with index {row.index}"
         if row.image_count == 0:
             return ()
@@ -78,9 +78,9 @@ class Table:
             contents = [_decode(text, where) for text in _image_texts(cells[self.columns.index("image")], where)]
         return tuple(_open_image(content, where) for content in contents)
 
-    def picture_sizes(self) -> str | None:
-        """Digest of the sizes of the picture files, which tells other pictures under the same names apart without
-        reading them; None where the pictures stand in the table itself."""
+    def image_sizes(self) -> str | None:
+        """Digest of the sizes of the image files, which tells other images under the same names apart without
+        reading them; None where the images stand in the table itself."""
         if "image" in self.columns:
             return None
         names = {name for row in self.rows if row.image_count for name in _image_texts(row.cells["image_path"], "")}
@@ -94,12 +94,12 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
     """Read and check a TSV.
 
     Needed columns are `index` and either `image` (base64, a Python list of base64 texts, or the index of the row that
-    holds the picture) or `image_path` (a file, or a Python list of files, below `image_root`, which is by default the
-    folder of the TSV). Rows without a picture are kept with `text_questions`; else they are dropped, as VLMEvalKit
+    holds the image) or `image_path` (a file, or a Python list of files, below `image_root`, which is by default the
+    folder of the TSV). Rows without an image are kept with `text_questions`; else they are dropped, as VLMEvalKit
     does, and named in `Table.dropped`.
 
     Raises DataError with file and row: unreadable file, missing or repeated column, short or long row, repeated index,
-    unclosed quote, bad base64, reference to a row without a picture, missing picture file.
+    unclosed quote, bad base64, reference to a row without an image, missing image file.
     """
     path = Path(path)
     root = Path(image_root) if image_root is not None else path.parent
@@ -112,7 +112,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
     all_cells: list[dict[str, str]] = []
     offsets: list[int] = []
     kinds: list[str | int] = []
-    pictures: list[str] = []
+    images: list[str] = []
     for offset, record in records:
         where = f"{path}, data row {len(texts) + 1}"
         if len(record) != len(columns):
@@ -124,7 +124,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
             raise DataError(f"{where} has no index; give every row its own.")
         where = f"{path}, row with index {index}"
         kinds.append(_check_image_cell(record[image_column], columns[image_column], root, where))
-        pictures.append(picture_digest(record[image_column]))
+        images.append(image_digest(record[image_column]))
         texts.append(index)
         offsets.append(offset)
         all_cells.append({name: cell for name, cell in zip(columns, record, strict=True) if name != "image"})
@@ -133,13 +133,13 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
     sources = _image_sources(texts, kinds, path)
     indices = typed_indices(texts)
     rows = tuple(
-        Row(indices[i], all_cells[i], i, offsets[sources[i]], int(kinds[sources[i]]), pictures[sources[i]])
+        Row(indices[i], all_cells[i], i, offsets[sources[i]], int(kinds[sources[i]]), images[sources[i]])
         for i in range(len(texts))
         if kinds[i] != 0 or text_questions
     )
     if not rows:
         raise DataError(
-            f"{path}: none of the {len(texts)} rows has a picture; fill column {columns[image_column]}, or ask for "
+            f"{path}: none of the {len(texts)} rows has an image; fill column {columns[image_column]}, or ask for "
             "text questions too."
         )
     kept = {row.position for row in rows}
@@ -148,7 +148,7 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
 
 
 def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | int:
-    """What a picture cell holds: the number of its pictures, or the index of the row that is referred to."""
+    """What an image cell holds: the number of its images, or the index of the row that is referred to."""
     if cell in NA_TEXTS:
         return 0
     if column == "image_path":
@@ -159,7 +159,7 @@ def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | i
 
 
 def _image_sources(texts: list[str], kinds: list[str | int], path: Path) -> list[int]:
-    """Number of the data row that holds the pictures, per row; also finds repeated indices."""
+    """Number of the data row that holds the images, per row; also finds repeated indices."""
     numbers: dict[str, int] = {}
     for i, text in enumerate(texts):
         if text in numbers:
@@ -172,9 +172,9 @@ def _image_sources(texts: list[str], kinds: list[str | int], path: Path) -> list
         target = numbers.get(kind) if isinstance(kind, str) else i
         if target is None or (target != i and kinds[target] == 0) or isinstance(kinds[target], str):
             raise DataError(
-                f'{path}, row with index {texts[i]}: its picture cell "{kind}" refers to a row that '
-                f"{'does not exist' if target is None else 'holds no picture of its own'}; "
-                "expected base64 or the index of a row with a picture."
+                f'{path}, row with index {texts[i]}: its image cell "{kind}" refers to a row that '
+                f"{'does not exist' if target is None else 'holds no image of its own'}; "
+                "expected base64 or the index of a row with an image."
             )
         sources.append(target)
     return sources
@@ -204,15 +204,15 @@ def _check_columns(header: list[str], path: Path) -> tuple[str, ...]:
 
 
 def _image_texts(cell: str, where: str) -> list[str]:
-    """The base64 texts of a picture cell, or the names of an image_path cell: one, or a Python list of them."""
+    """The base64 texts of an image cell, or the names of an image_path cell: one, or a Python list of them."""
     if not cell.startswith("["):
         return [cell]
     try:
         values = ast.literal_eval(cell)
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise DataError(f"{where}: the picture list is not a Python list of texts: {cell[:40]}...") from error
+        raise DataError(f"{where}: the image list is not a Python list of texts: {cell[:40]}...") from error
     if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
-        raise DataError(f"{where}: the picture list must hold one or more texts; found {cell[:40]}...")
+        raise DataError(f"{where}: the image list must hold one or more texts; found {cell[:40]}...")
     return values
 
 
@@ -221,7 +221,7 @@ def _decode(text: str, where: str) -> bytes:
         return binascii.a2b_base64(text, strict_mode=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(
-            f"{where}: the picture is not base64 ({error}); found {text[:20]!r}..., {len(text)} characters. "
+            f"{where}: the image is not base64 ({error}); found {text[:20]!r}..., {len(text)} characters. "
             "Export the row again."
         ) from error
 
@@ -233,10 +233,10 @@ def find_images(cell: str, root: Path, where: str) -> list[Path]:
         target = (root / name).resolve()
         if not target.is_relative_to(root.resolve()):
             raise DataError(
-                f"{where}: picture file {name} lies outside {root}; give the folder that holds it as image_root."
+                f"{where}: image file {name} lies outside {root}; give the folder that holds it as image_root."
             )
         if not target.is_file():
-            raise DataError(f"{where}: picture file {name} does not exist below {root}.")
+            raise DataError(f"{where}: image file {name} does not exist below {root}.")
         paths.append(target)
     return paths
 
@@ -246,18 +246,18 @@ def _open_image(content: bytes, where: str) -> PIL.Image.Image:
         image = PIL.Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise DataError(
-                f"{where}: the picture has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read."
+                f"{where}: the image has {image.width} x {image.height} pixels; at most {MAX_PIXELS} are read."
             )
         image.load()
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise DataError(
-            f"{where}: the picture cannot be decoded ({error}); expected one of {', '.join(IMAGE_FORMATS)}."
+            f"{where}: the image cannot be decoded ({error}); expected one of {', '.join(IMAGE_FORMATS)}."
         ) from error
     return image
 
 
-def picture_digest(cell: str) -> str:
-    """Short name of a picture cell's content."""
+def image_digest(cell: str) -> str:
+    """Short name of an image cell's content."""
     return hashlib.blake2b(cell.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).hexdigest()
 
 
@@ -316,7 +316,7 @@ class _Lines:
         if len(line) > MAX_CELL_CHARACTERS:
             raise DataError(
                 f"{self.path}, line {self.number + 1} is longer than {MAX_CELL_CHARACTERS} bytes; expected a table of "
-                "questions. Store smaller pictures."
+                "questions. Store smaller images."
             )
         if not line:
             self.ended = True
@@ -332,7 +332,7 @@ class _Lines:
 
 @contextmanager
 def _wide_cells():
-    """Let the csv module read picture cells; its limit is global to the process, so it is put back."""
+    """Let the csv module read image cells; its limit is global to the process, so it is put back."""
     previous = csv.field_size_limit(MAX_CELL_CHARACTERS)
     try:
         yield

@@ -1,6 +1,6 @@
 """In which order questions are asked, and which copy of the model asks which.
 
-Questions on one picture stand next to each other, so that an engine computes the picture once; long ones come first, so
+Questions on one image stand next to each other, so that an engine computes the image once; long ones come first, so
 that memory trouble shows early and a batch holds similar lengths. Answers do not depend on any of it.
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from evaluation.prompts import Prompt
 from evaluation.tsv import Row
 
-PICTURE_COST = 2000
-"""Characters of text that take about as long as a picture of 576 tokens."""
+IMAGE_COST = 2000
+"""Characters of text that take about as long as an image of 576 tokens."""
 
 PARTS = 8
-"""Questions on one picture are divided into parts of at most 1/8 of a replica's share, so that one picture with many
+"""Questions on one image are divided into parts of at most 1/8 of a replica's share, so that one image with many
 questions does not leave the other replicas idle."""
 
 
@@ -23,7 +23,7 @@ def divide(rows: Sequence[Row], prompts: Mapping[int | str, Prompt], replicas: i
     limit = len(rows) if replicas == 1 else max(1, len(rows) // (PARTS * replicas))
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.picture, []).append(row)
+        groups.setdefault(row.image, []).append(row)
     parts = []
     for group in groups.values():
         group.sort(key=lambda row: _length(prompts[row.index]), reverse=True)
@@ -50,5 +50,5 @@ def _length(prompt: Prompt) -> int:
 
 
 def _cost(part: Sequence[Row], prompts: Mapping[int | str, Prompt]) -> int:
-    """Pictures once and texts each, in characters."""
-    return PICTURE_COST * part[0].image_count + sum(_length(prompts[row.index]) for row in part)
+    """Images once and texts each, in characters."""
+    return IMAGE_COST * part[0].image_count + sum(_length(prompts[row.index]) for row in part)

@@ -8,8 +8,8 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "load": "mindspeed_mm.api",
-    "convert": "mindspeed_mm.api",
+    "load": "mindspeed_mm.inference.api",
+    "convert": "mindspeed_mm.inference.api",
     "load_tokenizer": "mindspeed_mm.data.tokenizer",
     "encode": "mindspeed_mm.data.encode",
     "render": "mindspeed_mm.data.rendering",

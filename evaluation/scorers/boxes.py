@@ -1,6 +1,6 @@
 """Boxes in text and their overlap, in the form of Shikra's referring-expression task (REC; Chen et al., 2023).
 
-A box is (left, top, right, bottom), 0..1 of the picture padded to a square; in text [0.123,0.456,0.789,1.000].
+A box is (left, top, right, bottom), 0..1 of the image padded to a square; in text [0.123,0.456,0.789,1.000].
 """
 
 import math
@@ -54,13 +54,13 @@ def extract_token_boxes(text: str, bins: int) -> list[list[list[float]]]:
 
 
 def norm_box(box: Box, width: float, height: float) -> list[float]:
-    """A box in pixels as fractions of the picture, clamped to 0..1 and rounded to three decimals."""
+    """A box in pixels as fractions of the image, clamped to 0..1 and rounded to three decimals."""
     sizes = (width, height, width, height)
     return [round(max(0.0, min(value / size, 1.0)), PRECISION) for value, size in zip(box, sizes, strict=True)]
 
 
 def pad_box(box: Box, width: int, height: int) -> list[float]:
-    """A box in pixels after the shorter side of its picture was padded to a square."""
+    """A box in pixels after the shorter side of its image was padded to a square."""
     longer = max(width, height)
     x, y = (longer - width) // 2, (longer - height) // 2
     return [box[0] + x, box[1] + y, box[2] + x, box[3] + y]

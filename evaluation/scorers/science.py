@@ -31,24 +31,24 @@ def prediction_index(letter: str, choices: int) -> int:
 
 
 def llava_score(problems: Mapping[str, Mapping], predictions: Sequence[Mapping]) -> dict[str, Any]:
-    """LLaVA's accuracies; a missing prediction is a failed one without a picture.
+    """LLaVA's accuracies; a missing prediction is a failed one without an image.
 
-    Raises ZeroDivisionError when no prompt has a picture, as the public script does.
+    Raises ZeroDivisionError when no prompt has an image, as the public script does.
     """
     by_id = {record["question_id"]: record for record in predictions}
-    results, parsed, pictured = {}, {}, []
+    results, parsed, with_image = {}, {}, []
     for name, problem in problems.items():
         record = by_id.get(name, {"text": FAILED, "prompt": ""})
         parsed[name] = llava_parse(record["text"])
         results[name] = prediction_index(parsed[name], len(problem["choices"]))
         if IMAGE_TAG in record["prompt"]:
-            pictured.append(results[name] == problem["answer"])
+            with_image.append(results[name] == problem["answer"])
     correct = sum(results[name] == problem["answer"] for name, problem in problems.items())
     return {
         "acc": correct / len(problems) * 100,
         "correct": correct,
         "count": len(problems),
-        "img_accuracy_printed": f"{sum(pictured) / len(pictured) * 100:.2f}",
+        "img_accuracy_printed": f"{sum(with_image) / len(with_image) * 100:.2f}",
         "results": results,
         "parsed": parsed,
     }

@@ -1,4 +1,4 @@
-"""Convert a CLIP vision tower into converted_clip.pt.
+"""Convert a CLIP vision encoder into converted_clip.pt.
 
 Example: python examples/llava1.5/clip_converter.py --download-root ViT-L-14-336px.pt --output weights
 """
@@ -17,11 +17,14 @@ def main() -> int:
     """Parse the flags and convert; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--download-root", type=Path, required=True, help="OpenAI's CLIP archive (.pt), or any other layout of a tower"
+        "--download-root",
+        type=Path,
+        required=True,
+        help="OpenAI's CLIP archive (.pt), or any other layout of a vision encoder",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for converted_clip.pt; it is created")
     parser.add_argument(
-        "--num-attention-heads", type=int, help="heads of the tower (default: its config, or width / 64)"
+        "--num-attention-heads", type=int, help="heads of the vision encoder (default: its config, or width / 64)"
     )
     add_dtype(parser, "fp32")
     flags = parser.parse_args()

@@ -49,7 +49,7 @@ def model_config(converted: Path, vocab_size: int) -> dict:
 
 
 def data_config(data: Path, records: str, models: Path, template: str) -> dict:
-    """Pictures and records of one stage."""
+    """Images and records of one stage."""
     return {
         "dataset_param": {
             "dataset_type": "multimodal",

@@ -1,6 +1,6 @@
 """The toy set: 1,797 real scans of handwritten digits (scikit-learn's `load_digits`) as a LLaVA-format data set.
 
-Writes pictures as PNG files, captions for stage 1, multi-turn questions for stage 2, and a VLMEvalKit
+Writes images as PNG files, captions for stage 1, multi-turn questions for stage 2, and a VLMEvalKit
 multiple-choice TSV over the 360 digits that no training record uses. The same files come out on every machine.
 """
 
@@ -43,8 +43,8 @@ def held_out_indices(labels: np.ndarray) -> list[int]:
     return sorted(chosen)
 
 
-def picture(scan: np.ndarray) -> Image.Image:
-    """A scan (8 x 8, values 0 to 16, ink is high) as a grey picture of IMAGE_SIZE with dark ink on white."""
+def image(scan: np.ndarray) -> Image.Image:
+    """A scan (8 x 8, values 0 to 16, ink is high) as a grey image of IMAGE_SIZE with dark ink on white."""
     grey = np.round(255.0 * (1.0 - scan / 16.0)).astype(np.uint8)
     return Image.fromarray(grey).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
 
@@ -112,10 +112,10 @@ def question_records(rows: list[int], labels: np.ndarray, per_digit: int, rng: r
 
 
 def record(row: int, kind: str, turns: list[tuple[str, str]]) -> dict:
-    return {"id": f"digit-{row:04d}-{kind}", "image": picture_name(row), "conversations": conversation(turns)}
+    return {"id": f"digit-{row:04d}-{kind}", "image": image_name(row), "conversations": conversation(turns)}
 
 
-def picture_name(row: int) -> str:
+def image_name(row: int) -> str:
     return f"digit_{row:04d}.png"
 
 
@@ -127,7 +127,7 @@ def benchmark_rows(rows: list[int], labels: np.ndarray, scans: np.ndarray, rng: 
     for index, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         digit = int(labels[row])
         buffer = io.BytesIO()
-        picture(scans[row]).save(buffer, format="PNG")
+        image(scans[row]).save(buffer, format="PNG")
         table.append(
             {
                 "index": index,
@@ -158,11 +158,11 @@ def make_data(folder: Path, questions_per_digit: int) -> dict[str, int]:
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     for row, scan in enumerate(scans):
-        picture(scan).save(images / picture_name(row))
+        image(scan).save(images / image_name(row))
     captions = caption_records(training, labels)
     questions = question_records(training, labels, questions_per_digit, random.Random("stage 2"))
     table = benchmark_rows(held_out, labels, scans, random.Random("benchmark"))
     (folder / "stage1.json").write_text(json.dumps(captions, indent=1), encoding="utf-8")
     (folder / "stage2.json").write_text(json.dumps(questions, indent=1), encoding="utf-8")
     write_tsv(folder / "digits_mcq.tsv", table)
-    return {"pictures": len(labels), "captions": len(captions), "questions": len(questions), "benchmark": len(table)}
+    return {"images": len(labels), "captions": len(captions), "questions": len(questions), "benchmark": len(table)}

@@ -66,7 +66,7 @@ def plot_test_sheet(path: Path, answers: list[Answer], accuracy: float) -> None:
     chosen = sheet_selection(answers)
     figure, axes = plt.subplots(SHEET_ROWS, SHEET_COLUMNS, figsize=(15, 13.5), constrained_layout=True)
     for axis, item in zip(axes.flat, chosen, strict=False):
-        axis.imshow(item.picture, cmap="gray", vmin=0, vmax=255)
+        axis.imshow(item.image, cmap="gray", vmin=0, vmax=255)
         axis.set_xticks([])
         axis.set_yticks([])
         colour = RIGHT if item.hit else WRONG

@@ -15,7 +15,7 @@ from PIL import Image
 class Answer:
     """One held-out question with what the model said."""
 
-    picture: Image.Image
+    image: Image.Image
     question: str
     options: dict[str, str]
     answer: str
@@ -39,7 +39,7 @@ def loss_drop(metrics: list[dict]) -> tuple[float, float]:
 
 
 def read_answers(predictions: Path, table: Path) -> list[Answer]:
-    """Joins <model>_<set>.xlsx with the pictures of the TSV, in the TSV's order."""
+    """Joins <model>_<set>.xlsx with the images of the TSV, in the TSV's order."""
     header, *rows = openpyxl.load_workbook(predictions, read_only=True).active.values
     said = {str(record["index"]): record for record in (dict(zip(header, row, strict=True)) for row in rows)}
     csv.field_size_limit(1 << 24)
@@ -47,7 +47,7 @@ def read_answers(predictions: Path, table: Path) -> list[Answer]:
         questions = list(csv.DictReader(stream, delimiter="\t"))
     return [
         Answer(
-            picture=Image.open(io.BytesIO(base64.b64decode(row["image"]))).convert("L"),
+            image=Image.open(io.BytesIO(base64.b64decode(row["image"]))).convert("L"),
             question=row["question"],
             options={letter: row[letter] for letter in "ABCD"},
             answer=row["answer"],

@@ -18,7 +18,7 @@ from examples.quickstart.commands import (
     shortened,
 )
 from examples.quickstart.configs import write_configs
-from examples.quickstart.make_data import CHOOSING, make_data, picture_name
+from examples.quickstart.make_data import CHOOSING, image_name, make_data
 from examples.quickstart.make_models import make_models
 from examples.quickstart.plots import plot_losses, plot_test_sheet
 from examples.quickstart.results import loss_drop, read_answers, read_metrics
@@ -59,10 +59,10 @@ class Run:
 
 
 def data(run: Run) -> dict:
-    """Pictures, captions, questions and the benchmark."""
+    """Images, captions, questions and the benchmark."""
     counts = make_data(run.folder.fresh("data"), run.settings.questions_per_digit)
     say(
-        f"{counts['pictures']} pictures, {counts['captions']} captions, {counts['questions']} conversations, "
+        f"{counts['images']} images, {counts['captions']} captions, {counts['questions']} conversations, "
         f"{counts['benchmark']} multiple-choice questions over digits that are never trained on"
     )
     return counts
@@ -201,24 +201,24 @@ def evaluate(run: Run) -> dict:
 
 
 def infer(run: Run) -> dict:
-    """One held-out picture, two questions."""
+    """One held-out image, two questions."""
     questions = json.loads((run.out / "data" / "stage2.json").read_text(encoding="utf-8"))
     trained = {record["image"] for record in questions}
-    row = next(row for row in range(10_000) if picture_name(row) not in trained)
+    row = next(row for row in range(10_000) if image_name(row) not in trained)
     lines = run.command(
         "infer",
         *("mindspeed-mm", "infer", "--load", run.out / "stage2"),
-        *("--image", run.out / "data" / "images" / picture_name(row)),
+        *("--image", run.out / "data" / "images" / image_name(row)),
         *("--prompt", CHOOSING[-1], "--max-new-tokens", "8", "--temperature", "0", "--json"),
         OMP_NUM_THREADS=1,
     )
     answers = json_result(lines)["answers"]
     for answer in answers:
-        say(f"    {picture_name(row)}: {answer['prompt']} -> {answer['answer']}")
-    return {"picture": picture_name(row), "answers": answers}
+        say(f"    {image_name(row)}: {answer['prompt']} -> {answer['answer']}")
+    return {"image": image_name(row), "answers": answers}
 
 
-def pictures(run: Run) -> dict:
+def images(run: Run) -> dict:
     """loss_curves.png and test_sheet.png."""
     killed = run.folder.result("interruption")
     curves, sheet = run.out / "loss_curves.png", run.out / "test_sheet.png"
@@ -244,6 +244,6 @@ STEPS: tuple[tuple[str, str, Callable[[Run], dict]], ...] = (
     ("interruption", "Stage 2: fine-tuning on questions, interrupted", interruption),
     ("stage2", "Stage 2 again: the same command resumes", stage2),
     ("evaluate", "Evaluate on the held-out questions", evaluate),
-    ("infer", "Ask about one held-out picture", infer),
-    ("pictures", "Draw the loss curves and the test sheet", pictures),
+    ("infer", "Ask about one held-out image", infer),
+    ("images", "Draw the loss curves and the test sheet", images),
 )

@@ -18,8 +18,9 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import Store
 
-from megatron.driver import locks, preflight, reach, watch
+from megatron.driver import preflight, reach, watch
 from megatron.driver.arguments import DriverArguments
+from megatron.driver.checkpoint import locks
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
 

@@ -17,11 +17,11 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron.driver.arguments import DriverArguments
+from megatron.driver.checkpoint.saver import SaveClock, Saver
 from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder, StepMetrics
 from megatron.driver.profiling import Profiler
-from megatron.driver.saver import SaveClock, Saver
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.errors import DataError, TrainingError
 from mindspeed_mm.platform.regions import region

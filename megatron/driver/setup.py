@@ -14,10 +14,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.driver.arguments import DriverArguments
-from megatron.driver.checkpointing import prepare_folders
+from megatron.driver.checkpoint.checkpointing import prepare_folders
+from megatron.driver.checkpoint.optimizer_state import begin_state
+from megatron.driver.checkpoint.resuming import load_checkpoint
 from megatron.driver.initialize import is_rank_0
-from megatron.driver.optimizer_state import begin_state
-from megatron.driver.resuming import load_checkpoint
 from megatron.driver.state import Hooks, TrainState, compute_dtype
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform

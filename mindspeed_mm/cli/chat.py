@@ -1,4 +1,4 @@
-"""`mindspeed-mm chat`: a conversation about pictures in the terminal, or over a pipe."""
+"""`mindspeed-mm chat`: a conversation about images in the terminal, or over a pipe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from mindspeed_mm.cli._loading import (
+from mindspeed_mm.cli.flags.model import (
     add_model_arguments,
     add_option_arguments,
     add_parallel_arguments,
@@ -26,12 +26,12 @@ from mindspeed_mm.cli._loading import (
 )
 from mindspeed_mm.errors import ConfigError, DataError
 
-HELP = "talk about pictures in the terminal; reads questions from a pipe as well"
+HELP = "talk about images in the terminal; reads questions from a pipe as well"
 EXAMPLE = "mindspeed-mm chat --model llava-1.5-7b-hf --image view.jpg"
 
-COMMANDS = """/image FILE ...   show pictures with the next question (or drop files into the terminal)
+COMMANDS = """/image FILE ...   show images with the next question (or drop files into the terminal)
 /system TEXT      start anew with this system text; without a text: the template's own
-/reset            forget the conversation and its pictures
+/reset            forget the conversation and its images
 /save FILE        write the conversation as a LLaVA record
 /help             this list
 /exit             leave (as Ctrl-D does); Ctrl-C ends an answer"""
@@ -44,9 +44,7 @@ WORD = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|((?:\\.|[^\s'"\\])+))(?=\s|$)"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument(
-        "--image", metavar="FILE", action="append", default=[], help="picture to begin with; repeatable"
-    )
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="image to begin with; repeatable")
     parser.add_argument("--system", metavar="TEXT", help="system text in place of the template's")
     add_option_arguments(parser)
     add_parallel_arguments(parser)
@@ -95,7 +93,7 @@ class Terminal:
 
     def _talk(self) -> None:
         if self._interactive:
-            self._tell("Ask about your pictures; /help lists the commands.")
+            self._tell("Ask about your images; /help lists the commands.")
         for line in self._lines() if self._alone else shared(self._lines() if self._first else iter(())):
             if line in ("/exit", "/quit"):
                 break
@@ -159,14 +157,14 @@ class Terminal:
             self.show(file)
 
     def show(self, path: str) -> None:
-        """Load a picture and show it with the next question. Raises ImageError for one that cannot be used."""
+        """Load an image and show it with the next question. Raises ImageError for one that cannot be used."""
         from mindspeed_mm.data.image import load_image
-        from mindspeed_mm.generation.pictures import refuse_url
+        from mindspeed_mm.generation.images import refuse_url
 
         refuse_url(path)
         path = local_path(path)
         self._session.add_image(path, load_image(path))
-        self._tell(f"[picture {len(self._session.images)}: {path}]")
+        self._tell(f"[image {len(self._session.images)}: {path}]")
 
     def _answer(self, question: str) -> None:
         if self._interactive:
@@ -254,7 +252,7 @@ def words(text: str) -> list[str] | None:
 
 
 def dropped_files(line: str) -> tuple[list[str], str]:
-    """(picture files at the start of a line, the rest of it). A word is a picture file by its suffix and its form: it
+    """(image files at the start of a line, the rest of it). A word is an image file by its suffix and its form: it
     is quoted, a file:// address, has a folder in it, or is there."""
     files, position = [], 0
     while match := WORD.match(line, position):

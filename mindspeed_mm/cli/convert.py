@@ -82,8 +82,6 @@ def _accept_paths_anywhere(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
     """Convert. Returns the written files for --json."""
-    import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
-    import mindspeed_mm.checkpoint_target  # noqa: F401
     from checkpoint_converters.convert import convert
 
     source, target = _source(namespace)

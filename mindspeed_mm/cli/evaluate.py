@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.cli._launcher_flags import add_launcher_flags, check_launcher_flags
-from mindspeed_mm.cli._loading import add_model_arguments, add_parallel_arguments, load_model
+from mindspeed_mm.cli.flags.launcher import add_launcher_flags, check_launcher_flags
+from mindspeed_mm.cli.flags.model import add_model_arguments, add_parallel_arguments, load_model
 from mindspeed_mm.errors import ConfigError
 
 HELP = "score a model on a benchmark (VLMEvalKit's TSVs and others); a killed run goes on where it was"
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="questions answered at a time on each device")
     parser.add_argument("--max-new-tokens", type=int, help="at most so many tokens an answer (default 128)")
     parser.add_argument(
-        "--text-questions", action="store_true", help="ask the rows of a TSV without a picture too (all of ScienceQA)"
+        "--text-questions", action="store_true", help="ask the rows of a TSV without an image too (all of ScienceQA)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
     add_launcher_flags(parser)
@@ -108,7 +108,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         _print(result, namespace.scoring, seconds)
         if table.dropped:
             sys.stderr.write(
-                f"left out, because they have no picture: {len(table.dropped)} rows, for example index "
+                f"left out, because they have no image: {len(table.dropped)} rows, for example index "
                 f"{table.dropped[0]} (--text-questions asks them too)\n"
             )
     return _summary(result, config, namespace, seconds)

@@ -1,4 +1,4 @@
-"""`mindspeed-mm infer`: answers prompts about pictures, from flags, an inference_llava.json or a file of requests."""
+"""`mindspeed-mm infer`: answers prompts about images, from flags, an inference_llava.json or a file of requests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.cli._launcher_flags import add_launcher_flags, check_launcher_flags
-from mindspeed_mm.cli._loading import (
+from mindspeed_mm.cli.flags.launcher import add_launcher_flags, check_launcher_flags
+from mindspeed_mm.cli.flags.model import (
     add_model_arguments,
     add_option_arguments,
     add_parallel_arguments,
@@ -23,7 +23,7 @@ from mindspeed_mm.cli._loading import (
 )
 from mindspeed_mm.errors import ConfigError, DataError
 
-HELP = "answer prompts about pictures, from flags alone, an inference_llava.json or a JSONL file"
+HELP = "answer prompts about images, from flags alone, an inference_llava.json or a JSONL file"
 EXAMPLE = 'mindspeed-mm infer --model llava-1.5-7b-hf --image view.jpg --prompt "What is in the picture?"'
 
 BATCH_SIZE = 8
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mm-model", metavar="JSON", help="the guide's inference_llava.json; flags win over it")
     add_model_arguments(parser)
-    parser.add_argument("--image", metavar="FILE", action="append", help="picture; give several for several prompts")
+    parser.add_argument("--image", metavar="FILE", action="append", help="image; give several for several prompts")
     parser.add_argument("--prompt", metavar="TEXT", action="append", help="question; may be given several times")
     parser.add_argument(
         "--input", metavar="JSONL", help='many requests, a line each: {"image": "view.jpg", "prompt": "What is it?"}'
@@ -111,7 +111,7 @@ def _answer(engine, questions, options: dict[str, Any], batch_size: int) -> dict
         questions, engine.generate(requests, options, batch_size, on_error="return"), strict=True
     ):
         if result.error is not None:
-            where = f"request {result.id}: "  # which the errors of pictures and options do not name
+            where = f"request {result.id}: "  # which the errors of images and options do not name
             errors.append(where + result.error.removeprefix(where))
             continue
         for sequence in result.sequences:
@@ -131,9 +131,9 @@ def _answer(engine, questions, options: dict[str, Any], batch_size: int) -> dict
 
 def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict[str, Any]) -> dict[str, Any]:
     """Answers of the file --input into the file --output."""
-    from mindspeed_mm.cli._jsonl import Answers, read_requests, weights_stamp
     from mindspeed_mm.cli.main import is_first_rank
     from mindspeed_mm.data.progress import progress_bar
+    from mindspeed_mm.inference.request_file import Answers, read_requests, weights_stamp
 
     requests, folder = read_requests(Path(namespace.input)), Path(namespace.input).parent
     facts = {
@@ -176,7 +176,7 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     """One record a request, as they end; so many of them are in flight."""
     from mindspeed_mm.generation.engine import GenerationRequest
-    from mindspeed_mm.generation.pictures import refuse_url
+    from mindspeed_mm.generation.images import refuse_url
 
     ended: list[dict[str, Any]] = []
 

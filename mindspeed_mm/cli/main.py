@@ -24,10 +24,11 @@ EXIT_INTERRUPTED = 130
 
 
 def command_names() -> list[str]:
-    """Every module of this package but this one is a command."""
+    """Every file of this package but this one is a command; what commands share lies in folders."""
     package = importlib.import_module("mindspeed_mm.cli")
-    names = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "main"]
-    return sorted(name for name in names if not name.startswith("_"))
+    return sorted(
+        module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg and module.name != "main"
+    )
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.planning.flags import LAYOUT_FLAGS
 
 HELP = "predict memory, communication and time of a training run, and find the layouts that fit"
 EXAMPLE = (
@@ -16,14 +17,6 @@ EXAMPLE = (
 
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-LAYOUT_FLAGS = {
-    "tensor_model_parallel_size": "tensor",
-    "pipeline_model_parallel_size": "pipeline",
-    "context_parallel_size": "context",
-    "micro_batch_size": "micro_batch",
-}
-"""Flags of train that the search varies where they are not given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mm-data", metavar="JSON", help="data sets: number and lengths of the samples are read from them"
     )
     what.add_argument("--sample-tokens", type=float, metavar="N", help="mean tokens of a sample, image tokens included")
-    what.add_argument("--sample-images", type=float, metavar="N", help="mean pictures of a sample (default 1)")
+    what.add_argument("--sample-images", type=float, metavar="N", help="mean images of a sample (default 1)")
     what.add_argument(
         "--sample-supervised", type=float, metavar="N", help="mean labels of a sample (default: all text)"
     )
@@ -84,13 +77,13 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.platform import get_platform
 
     platform = get_platform(namespace.device if namespace.calibrate else "cpu")
-    from mindspeed_mm.cli import _plan_report
-    from mindspeed_mm.cli._planning import Planner
+    from mindspeed_mm.planning import report as tables
+    from mindspeed_mm.planning.planner import Planner
 
     planner = Planner(namespace, platform)
     result = planner.search()
-    _plan_report.show(result, namespace.top)
-    report = _plan_report.as_json(result, namespace.top)
+    tables.show(result, namespace.top)
+    report = tables.as_json(result, namespace.top)
     if not result.fitting:
         least = result.others[0]
         error = ConfigError(

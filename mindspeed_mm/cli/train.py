@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mm-tool", metavar="JSON", help="tools.json of the ancestor: its profile block")
     group.add_argument("--allow-nonfinite", action="store_true", help="also start from weights with NaN or Inf")
     group.add_argument(
-        "--feature-cache", metavar="DIR", help="keep the features of a frozen tower here: later epochs skip the tower"
+        "--feature-cache",
+        metavar="DIR",
+        help="keep the features of a frozen vision encoder here: later epochs skip the vision encoder",
     )
     group.add_argument(
         "--feature-cache-size", type=size, metavar="SIZE", help="at most so much in that folder (default 50GB)"
@@ -43,9 +45,9 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
 
     platform = get_platform(namespace.device)
     from megatron.driver import arguments, initialize, watch
-    from mindspeed_mm.cli._feature_cache import options_of
-    from mindspeed_mm.cli._out_of_memory import explaining_out_of_memory
-    from mindspeed_mm.cli._training import TrainingRun
+    from mindspeed_mm.trainer.feature_cache import options_of
+    from mindspeed_mm.trainer.out_of_memory import explaining_out_of_memory
+    from mindspeed_mm.trainer.run import TrainingRun
 
     if namespace.mm_tool is not None:
         apply_tools(namespace, namespace.mm_tool)

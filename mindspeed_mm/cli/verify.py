@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="the same model in any layout; of two whole models, llava-hf is computed with transformers",
     )
-    parser.add_argument("--images", nargs="+", default=[], help="pictures, one for each prompt (default: a random one)")
+    parser.add_argument("--images", nargs="+", default=[], help="images, one for each prompt (default: a random one)")
     parser.add_argument("--prompts", nargs="+", default=[], help="questions (default: random tokens)")
     parser.add_argument("--atol", type=float, default=0.0, help="largest difference of a tensor (default: %(default)s)")
     parser.add_argument(
@@ -61,13 +61,12 @@ def verify(
 ) -> dict[str, Any]:
     """Compare two sources; the table goes to stdout.
 
-    Logits are compared where both are whole models, else the logits of decoders and the features of towers that both
-    hold, on random inputs. They are judged where all tensors are equal; where types differ
+    Logits are compared where both are whole models, else the logits of decoders and the features of vision encoders
+    that both hold, on random inputs. They are judged where all tensors are equal; where types differ
     (bf16 against fp32), tensors must be equal after rounding and the logits are shown.
 
     Raises WeightError where they differ by more than the tolerances, which makes the exit code 1.
     """
-    import mindspeed_mm.checkpoint_source  # noqa: F401  registers the checkpoint layout
     from checkpoint_converters.compare import compare
     from checkpoint_converters.convert import open_parts
 
@@ -81,7 +80,7 @@ def verify(
     problems = [_problem(part) for part in parts if not part.within(atol)]
     outputs = {}
     if logits:
-        from mindspeed_mm.cli._verify_outputs import compare_outputs
+        from mindspeed_mm.inference.compare_outputs import compare_outputs
 
         outputs = compare_outputs(a, b, sources, images or [], prompts or [], num_attention_heads)
     for kind, figures in outputs.items():

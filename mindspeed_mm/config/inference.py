@@ -22,7 +22,7 @@ class TokenizerBlock(StrictModel):
 
 class InferenceFile(StrictModel):
     """Keys beside the model blocks. Only what differs from the defaults must be given. The requests come from a file of
-    their own; prompts and pictures given here are not asked."""
+    their own; prompts and images given here are not asked."""
 
     pipeline_class: Literal["LlavaPipeline"] = "LlavaPipeline"
     tokenizer: TokenizerBlock | None = None
@@ -30,8 +30,8 @@ class InferenceFile(StrictModel):
     image_processer_path: str | None = None
     """Default: the preprocessor_config.json that comes with the weights."""
     image_path: str | list[str] | None = None
-    """One picture, or one a prompt; a single picture with several prompts is asked about by each, a single prompt with
-    several `<image>` may take several pictures."""
+    """One image, or one a prompt; a single image with several prompts is asked about by each, a single prompt with
+    several `<image>` may take several images."""
     prompts: str | list[str] | None = None
     generation_config: dict[str, Any] = {}
     dtype: Literal["fp32", "float32", "fp16", "float16", "half", "bf16", "bfloat16"] | None = None
@@ -53,7 +53,7 @@ class InferenceConfig(InferenceFile):
 
     @property
     def questions(self) -> list[tuple[str, tuple[str, ...]]]:
-        """(prompt, its pictures). One prompt with as many `<image>` as there are pictures takes them all; else pictures
+        """(prompt, its images). One prompt with as many `<image>` as there are images takes them all; else images
         and prompts go together one by one, or one of either with all of the other.
 
         Raises:
@@ -61,15 +61,15 @@ class InferenceConfig(InferenceFile):
         """
         prompts = [self.prompts] if isinstance(self.prompts, str) else self.prompts
         if self.image_path is None or isinstance(self.image_path, str):
-            pictures = () if self.image_path is None else (self.image_path,)
-            return [(prompt, pictures) for prompt in prompts]
+            images = () if self.image_path is None else (self.image_path,)
+            return [(prompt, images) for prompt in prompts]
         if len(prompts) == 1 and len(self.image_path) > 1 and prompts[0].count(IMAGE_TOKEN) == len(self.image_path):
             return [(prompts[0], tuple(self.image_path))]
         if len(prompts) == 1:
             prompts = prompts * len(self.image_path)
         if len(prompts) != len(self.image_path):
             raise ValueError(
-                f"image_path has {len(self.image_path)} pictures for {len(prompts)} prompts: "
+                f"image_path has {len(self.image_path)} images for {len(prompts)} prompts: "
                 "give one each, or one for all"
             )
         return [(prompt, (path,)) for prompt, path in zip(prompts, self.image_path, strict=True)]

@@ -43,7 +43,7 @@ class DataCounts:
     samples: int = 0
     skipped: int = 0
     run_samples: int = 0
-    """Of all ranks and of the whole run, as of the last time that ranks were asked (see cli/_validation.py)."""
+    """Of all ranks and of the whole run, as of the last time that ranks were asked (see trainer/validation.py)."""
     run_skipped: int = 0
     before: tuple[int, int] = (0, 0)
     """Samples and skips of the run before it was resumed."""
@@ -261,7 +261,7 @@ class _ErrorsAsValues(Dataset[Any]):
         try:
             return self._dataset.row(index) if isinstance(index, tuple) else self._dataset[index]
         except DataError as error:
-            error.__cause__ = error.__context__ = None  # a picture's error may not survive pickling
+            error.__cause__ = error.__context__ = None  # an image's error may not survive pickling
             return error
 
 

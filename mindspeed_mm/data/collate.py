@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mindspeed_mm.constants import IGNORE_INDEX
-from mindspeed_mm.data.sample import Batch, CachedPictures, Encoded
+from mindspeed_mm.data.sample import Batch, CachedImages, Encoded
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Collator:
         )
 
 
-def _cached(samples: Sequence[Encoded]) -> CachedPictures | None:
-    """What a feature cache knows of the pictures; None without one."""
-    pictures = [picture for sample in samples for picture in sample.features]
-    if not pictures:
+def _cached(samples: Sequence[Encoded]) -> CachedImages | None:
+    """What a feature cache knows of the images; None without one."""
+    images = [image for sample in samples for image in sample.features]
+    if not images:
         return None
-    known = [picture.values for picture in pictures if picture.values is not None]
-    return CachedPictures(
-        keys=tuple(picture.key for picture in pictures),
-        known=tuple(picture.values is not None for picture in pictures),
+    known = [image.values for image in images if image.values is not None]
+    return CachedImages(
+        keys=tuple(image.key for image in images),
+        known=tuple(image.values is not None for image in images),
         features=torch.stack(known) if known else torch.empty(0),
     )

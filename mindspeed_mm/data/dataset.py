@@ -15,7 +15,7 @@ from mindspeed_mm.data.feature_cache import FeatureCache
 from mindspeed_mm.data.image import ImageError, ImageProcessor, load_image, preprocess
 from mindspeed_mm.data.lengths import UNUSABLE, usable_length
 from mindspeed_mm.data.parallel import count_all
-from mindspeed_mm.data.sample import Encoded, Picture, PictureFeatures, Sample
+from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample
 from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class MultimodalDataset(Dataset[Encoded]):
         self.max_length = max_length
         self._pad, self._fast_resize = pad, fast_resize
         self.feature_cache: FeatureCache | None = None
-        """Where features of pictures are looked up, once the tower is there."""
+        """Where features of images are looked up, once the vision encoder is there."""
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
             data_set.meet_empty_answers(policies.empty_answer)
@@ -246,12 +246,12 @@ class MultimodalDataset(Dataset[Encoded]):
         images = tuple(preprocess(image, self.image_processor, self._pad, fast=self._fast_resize) for image in unknown)
         return Encoded(sample.id, ids, labels, images, skipped, features)
 
-    def _known_features(self, image: str | Picture) -> PictureFeatures:
-        """What the feature cache has of a picture. Raises ImageError where its bytes cannot be read."""
+    def _known_features(self, image: str | EncodedImage) -> CachedImage:
+        """What the feature cache has of an image. Raises ImageError where its bytes cannot be read."""
         assert self.feature_cache is not None
         try:
             key = self.feature_cache.key(image)
         except OSError as error:
             load_image(image)  # says what is wrong with a missing file
             raise ImageError(f"image {image} cannot be read ({error}).") from error
-        return PictureFeatures(key, self.feature_cache.read(key))
+        return CachedImage(key, self.feature_cache.read(key))

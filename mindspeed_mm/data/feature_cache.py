@@ -1,8 +1,9 @@
-"""Features of pictures on disk, for a tower that is not trained: later epochs neither decode a picture nor encode it.
+"""Features of images on disk, for a vision encoder that is not trained: later epochs neither decode an image nor encode
+it.
 
-A file holds the features of one picture. Its name is the SHA-256 of the picture's encoded bytes, the name of its folder
+A file holds the features of one image. Its name is the SHA-256 of the image's encoded bytes, the name of its folder
 that of everything else which the features depend on (`fingerprint`). Files are written beside, renamed and never
-changed, so that any number of workers, ranks and runs share a folder. Nothing is evicted: an epoch reads every picture
+changed, so that any number of workers, ranks and runs share a folder. Nothing is evicted: an epoch reads every image
 once, and whatever a full cache gave up for a new one would be missed just as much.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mindspeed_mm.data.sample import Picture
+from mindspeed_mm.data.sample import EncodedImage
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,11 @@ ABANDONED_SECONDS = 3600.0
 
 
 def fingerprint(settings: dict[str, Any], weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Hexadecimal SHA-256 of what features depend on beside the picture.
+    """Hexadecimal SHA-256 of what features depend on beside the image.
 
     Args:
-        settings: JSON values: the tower's architecture, how pixels are made, precision, device.
-        weights: the tower's names and tensors.
+        settings: JSON values: the vision encoder's architecture, how pixels are made, precision, device.
+        weights: the vision encoder's names and tensors.
     """
     digest = hashlib.sha256(json.dumps({"format": FORMAT} | settings, sort_keys=True).encode())
     for name, tensor in sorted(weights, key=lambda item: item[0]):
@@ -69,7 +70,7 @@ def used_bytes(folder: Path) -> int:
 
 
 class FeatureCache:
-    """The features that one tower gives for one way of making pixels."""
+    """The features that one vision encoder gives for one way of making pixels."""
 
     def __init__(self, folder: Path, name: str, shape: tuple[int, int], dtype: torch.dtype, room: float) -> None:
         """`folder`/`name` holds the files, `name` being a fingerprint; `shape` is [P, Hv]; `room` is how many bytes
@@ -80,8 +81,8 @@ class FeatureCache:
         self._told = False
 
     @staticmethod
-    def key(image: str | Path | Picture) -> str:
-        """Hexadecimal SHA-256 of an encoded picture. Raises OSError where it cannot be read."""
+    def key(image: str | Path | EncodedImage) -> str:
+        """Hexadecimal SHA-256 of an encoded image. Raises OSError where it cannot be read."""
         content = Path(image).read_bytes() if isinstance(image, str | Path) else image.read()
         return hashlib.sha256(content).hexdigest()
 
@@ -96,7 +97,7 @@ class FeatureCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._tell(f"{path} cannot be read ({error}): such pictures are encoded every time")
+            self._tell(f"{path} cannot be read ({error}): such images are encoded every time")
             return None
         checksum = int.from_bytes(content[-CHECKSUM_BYTES:], "little")
         if len(content) != self._size or zlib.crc32(memoryview(content)[:-CHECKSUM_BYTES]) != checksum:
@@ -110,9 +111,7 @@ class FeatureCache:
         the storing, not the run; both are logged once."""
         path = self._path(key)
         if self._room < self._size:
-            self._tell(
-                "the room for features is used up: further pictures are encoded every time (--feature-cache-size)"
-            )
+            self._tell("the room for features is used up: further images are encoded every time (--feature-cache-size)")
             return
         if path.exists():
             return
@@ -126,7 +125,7 @@ class FeatureCache:
             os.replace(unfinished, path)
         except OSError as error:
             self._room = 0
-            self._tell(f"nothing more is stored in {self._folder} ({error}): further pictures are encoded every time")
+            self._tell(f"nothing more is stored in {self._folder} ({error}): further images are encoded every time")
             with contextlib.suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             return

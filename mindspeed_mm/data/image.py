@@ -21,11 +21,11 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
-from mindspeed_mm.data.sample import Picture
+from mindspeed_mm.data.sample import EncodedImage
 from mindspeed_mm.errors import ConfigError, DataError
 
 MAX_PIXELS = 2 * 89_478_485
-"""Largest picture that is decoded, padded or resized to: Pillow's own limit for a decompression bomb (3 bytes each)."""
+"""Largest image that is decoded, padded or resized to: Pillow's own limit for a decompression bomb (3 bytes each)."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Raster formats only: Pillow would start other programs for some of the rest (EPS)."""
@@ -57,7 +57,7 @@ FIXED_KEYS = {"data_format": "channels_first", "default_to_square": False}
 
 
 class ImageError(DataError):
-    """A picture cannot be used; the policy `image_error` of the data config decides what follows."""
+    """An image cannot be used; the policy `image_error` of the data config decides what follows."""
 
 
 class ImageProcessor(StrictModel):
@@ -127,7 +127,7 @@ class ImageProcessor(StrictModel):
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """(height, width) of every preprocessed image, or None where it depends on the picture."""
+        """(height, width) of every preprocessed image, or None where it depends on the image."""
         if self.do_center_crop:
             return self.crop_size["height"], self.crop_size["width"]
         if self.do_resize and "height" in self.size:
@@ -154,10 +154,10 @@ def _config_file(path: Path) -> Path:
     raise ConfigError(f"{path} holds no {CONFIG_NAMES[0]}; expected the folder of a CLIP image processor.")
 
 
-def load_image(path: str | Path | Picture) -> Image.Image:
-    """Decode a picture to RGB; its content decides the format, whatever the file's suffix says.
+def load_image(path: str | Path | EncodedImage) -> Image.Image:
+    """Decode an image to RGB; its content decides the format, whatever the file's suffix says.
 
-    Raises ImageError naming the path when it is missing, empty, truncated, too large or not a picture.
+    Raises ImageError naming the path when it is missing, empty, truncated, too large or not an image.
     """
     try:
         with warnings.catch_warnings():
@@ -186,8 +186,8 @@ def load_image(path: str | Path | Picture) -> Image.Image:
         ) from error
 
 
-def other_suffix(path: str | Path | Picture) -> Path | None:
-    """A file of the same name with another suffix of a picture, where there is one."""
+def other_suffix(path: str | Path | EncodedImage) -> Path | None:
+    """A file of the same name with another suffix of an image, where there is one."""
     if not isinstance(path, str | Path) or not Path(path).name:
         return None
     candidates = (Path(path).with_suffix(suffix) for suffix in SUFFIXES)
@@ -206,11 +206,11 @@ def _to_rgb(image: Image.Image, path: Any) -> Image.Image:
     return image.convert("RGB")
 
 
-def _opened(source: str | Path | Picture) -> str | Path | io.BytesIO:
+def _opened(source: str | Path | EncodedImage) -> str | Path | io.BytesIO:
     return source if isinstance(source, str | Path) else io.BytesIO(source.read())
 
 
-def _is_empty(source: str | Path | Picture) -> bool:
+def _is_empty(source: str | Path | EncodedImage) -> bool:
     """Whether there is not a single byte."""
     if isinstance(source, str | Path):
         return os.path.isfile(source) and not os.path.getsize(source)
@@ -218,34 +218,34 @@ def _is_empty(source: str | Path | Picture) -> bool:
 
 
 def preprocess(
-    image: str | Path | Picture | Image.Image,
+    image: str | Path | EncodedImage | Image.Image,
     image_processor: ImageProcessor | str | Path | dict[str, Any],
     pad: bool = True,
     *,
     fast: bool = False,
 ) -> torch.Tensor:
-    """A picture as the vision encoder sees it: [3, H, W] float32.
+    """An image as the vision encoder sees it: [3, H, W] float32.
 
     `image_processor` may also be a config that ImageProcessor.from_config takes.
     `pad` adds borders in the mean colour to make it square first (LLaVA's image_aspect_ratio "pad"); otherwise the
     centre crop cuts the longer side. `fast` resizes with torch's kernel instead of Pillow's (bicubic and bilinear
-    only): a level of 255 may differ by one (about 0.4% of them do). Raises ImageError for a picture that cannot be
+    only): a level of 255 may differ by one (about 0.4% of them do). Raises ImageError for an image that cannot be
     used.
     """
     if not isinstance(image_processor, ImageProcessor):
         image_processor = ImageProcessor.from_config(image_processor)
     path = image if not isinstance(image, Image.Image) else "(in memory)"
-    picture = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
-    if min(picture.size) == 0:
+    pil_image = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
+    if min(pil_image.size) == 0:
         raise ImageError(f"image {path} has no pixels; replace it.")
     if pad or image_processor.do_pad:
-        picture = _expand_to_square(picture, image_processor, path)
+        pil_image = _expand_to_square(pil_image, image_processor, path)
     if image_processor.do_resize:
-        size = _target_size(picture, image_processor, path)
+        size = _target_size(pil_image, image_processor, path)
         resample = image_processor.resample
-        pixels = _fast_resized(picture, size, resample) if fast else np.asarray(picture.resize(size, resample))
+        pixels = _fast_resized(pil_image, size, resample) if fast else np.asarray(pil_image.resize(size, resample))
     else:
-        pixels = np.asarray(picture)
+        pixels = np.asarray(pil_image)
     if image_processor.do_center_crop:
         pixels = _center_crop(pixels, image_processor.crop_size["height"], image_processor.crop_size["width"])
     # A channel has 256 values, so what becomes of each is computed once and looked up: the same bits, much faster.
@@ -279,29 +279,29 @@ def _bound(pixels: int, found: str, path: Any) -> None:
         raise ImageError(f"image {path} {found}; at most {MAX_PIXELS} are decoded. Scale it down or remove the record.")
 
 
-def _expand_to_square(picture: Image.Image, image_processor: ImageProcessor, path: Any) -> Image.Image:
-    """LLaVA's expand2square: the mean colour cut to integers, the picture in the middle (offset rounded down)."""
-    width, height = picture.size
+def _expand_to_square(pil_image: Image.Image, image_processor: ImageProcessor, path: Any) -> Image.Image:
+    """LLaVA's expand2square: the mean colour cut to integers, the image in the middle (offset rounded down)."""
+    width, height = pil_image.size
     if width == height:
-        return picture
+        return pil_image
     side = max(width, height)
     _bound(side * side, f"is {width} x {height}, {side * side} pixels when padded to a square", path)
     square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in image_processor.image_mean))
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    square.paste(pil_image, ((side - width) // 2, (side - height) // 2))
     return square
 
 
-def _fast_resized(picture: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
+def _fast_resized(pil_image: Image.Image, size: tuple[int, int], resample: int) -> np.ndarray:
     """[height, width, 3] uint8 by torch's antialiased kernel, whose filters are Pillow's up to rounding."""
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(pil_image)).permute(2, 0, 1)[None]
     resized = interpolate(pixels, (size[1], size[0]), mode=FAST_FILTERS[resample], antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _target_size(picture: Image.Image, image_processor: ImageProcessor, path: Any) -> tuple[int, int]:
+def _target_size(pil_image: Image.Image, image_processor: ImageProcessor, path: Any) -> tuple[int, int]:
     """(width, height): a fixed size, or the shortest edge to its length and the other in proportion (rounded down)."""
     size = image_processor.size
-    width, height = picture.size
+    width, height = pil_image.size
     if "shortest_edge" in size:
         edge = size["shortest_edge"]
         longer = int(edge * max(width, height) / min(width, height))
@@ -313,7 +313,7 @@ def _target_size(picture: Image.Image, image_processor: ImageProcessor, path: An
 
 
 def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[h, w, 3] -> [height, width, 3]; the offset is rounded down. A picture that is smaller gets black borders."""
+    """[h, w, 3] -> [height, width, 3]; the offset is rounded down. An image that is smaller gets black borders."""
     missing_h, missing_w = max(height - pixels.shape[0], 0), max(width - pixels.shape[1], 0)
     if missing_h or missing_w:
         # transformers rounds the border up, then places the crop by its (negative, rounded down) offset

@@ -19,7 +19,7 @@ from mindspeed_mm.data.facts import longest_text, unanswered
 from mindspeed_mm.data.image import FORMATS, ImageError, load_image, other_suffix
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
-from mindspeed_mm.data.sample import Picture, Sample
+from mindspeed_mm.data.sample import EncodedImage, Sample
 from mindspeed_mm.errors import DataError
 
 SHOWN = 100
@@ -207,9 +207,9 @@ class Check:
                     "an answer that begins before.",
                 )
 
-    def _image(self, image: str | Picture, where: str, found: Found) -> None:
+    def _image(self, image: str | EncodedImage, where: str, found: Found) -> None:
         try:
-            picture = load_image(image)
+            pil_image = load_image(image)
         except ImageError as error:
             missing = isinstance(image, str) and not os.path.exists(image)
             found.problem("missing image" if missing else "broken image", f"{where}: {error}")
@@ -217,8 +217,10 @@ class Check:
             if other is not None:
                 found.suffixes[str(image)] = other.suffix
             return
-        found.sizes.append(picture.size)
-        found.largest = sorted([*found.largest, (picture.width * picture.height, f"{where}: {image}")], reverse=True)
+        found.sizes.append(pil_image.size)
+        found.largest = sorted(
+            [*found.largest, (pil_image.width * pil_image.height, f"{where}: {image}")], reverse=True
+        )
         del found.largest[WORST:]
         if isinstance(image, str):
             self._file(Path(image), where, found)
@@ -226,9 +228,9 @@ class Check:
     def _file(self, path: Path, where: str, found: Found) -> None:
         """The header once more, for what decoding does not tell."""
         try:
-            with Image.open(path, formats=FORMATS) as picture:
-                kind, mode = picture.format or "?", picture.mode
-                rotated = picture.getexif().get(0x0112, 1) != 1
+            with Image.open(path, formats=FORMATS) as pil_image:
+                kind, mode = pil_image.format or "?", pil_image.mode
+                rotated = pil_image.getexif().get(0x0112, 1) != 1
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
             found.problem("broken image", f"{where}: {path}: {error}")
             return

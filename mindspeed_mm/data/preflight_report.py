@@ -173,7 +173,7 @@ def fix_suffixes(data_path: Path, folder: str, suffixes: dict[str, str]) -> Path
     """Write a copy of a data file whose image names have the right suffixes; the file itself stays as it is.
 
     `suffixes` are found by check-data: path of an image -> suffix. Where no file of the new name exists, the image is
-    linked (or copied) to it, so that other data files keep working; where another picture has that name already, the
+    linked (or copied) to it, so that other data files keep working; where another image has that name already, the
     suffix is put behind the whole name. Returns the copy's path. Raises DataError for a file that is no JSON or JSONL,
     and for a damaged record.
     """

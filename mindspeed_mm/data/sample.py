@@ -20,8 +20,8 @@ class Turn:
     """Where in the text `<image>` begins that is meant as these seven characters."""
 
 
-class Picture(Protocol):
-    """An encoded picture that is no file of its own."""
+class EncodedImage(Protocol):
+    """An encoded image that is no file of its own."""
 
     @property
     def size(self) -> int:
@@ -35,7 +35,7 @@ class Picture(Protocol):
 
 @dataclass(frozen=True)
 class ImageBytes:
-    """An encoded picture in memory (a value of a parquet file, an upload)."""
+    """An encoded image in memory (a value of a parquet file, an upload)."""
 
     name: str
     """For messages."""
@@ -54,7 +54,7 @@ class ImageBytes:
 
 @dataclass(frozen=True)
 class ImageMember:
-    """An encoded picture inside a larger file (a member of a tar file); read when it is needed."""
+    """An encoded image inside a larger file (a member of a tar file); read when it is needed."""
 
     name: str
     """For messages."""
@@ -81,8 +81,8 @@ class Sample:
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str | Picture, ...]
-    """Paths, or pictures inside of other files."""
+    images: tuple[str | EncodedImage, ...]
+    """Paths, or images inside of other files."""
 
     where: str
     """File and record number, for messages."""
@@ -92,8 +92,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class PictureFeatures:
-    """One picture of a sample, as a feature cache sees it."""
+class CachedImage:
+    """One image of a sample, as a feature cache sees it."""
 
     key: str
     """Its name there."""
@@ -119,13 +119,13 @@ class Encoded:
     skipped: tuple[str, ...] = ()
     """Why records before this one were left out (image_error policy "skip"); empty otherwise."""
 
-    features: tuple[PictureFeatures, ...] = ()
-    """With a feature cache: an entry for each picture. `images` then holds only those whose features are not known."""
+    features: tuple[CachedImage, ...] = ()
+    """With a feature cache: an entry for each image. `images` then holds only those whose features are not known."""
 
 
 @dataclass(frozen=True)
-class CachedPictures:
-    """What a feature cache knows of the N pictures of a batch."""
+class CachedImages:
+    """What a feature cache knows of the N images of a batch."""
 
     keys: tuple[str, ...]
     """[N] names in the cache."""
@@ -170,12 +170,12 @@ class Batch:
     """[B, S] int64 of packed rows: 1, 2, ... for the samples of a row, 0 for padding. Attention stays inside a segment.
     None: one sample a row, causal attention is right."""
 
-    cached: CachedPictures | None = None
-    """Which features of the pictures are known; None: no feature cache, or no pictures."""
+    cached: CachedImages | None = None
+    """Which features of the images are known; None: no feature cache, or no images."""
 
     @property
     def num_images(self) -> int:
-        """Pictures of the batch, with features or pixels."""
+        """Images of the batch, with features or pixels."""
         return self.pixel_values.shape[0] if self.cached is None else len(self.cached.keys)
 
     def pin_memory(self) -> "Batch":

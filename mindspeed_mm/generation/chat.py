@@ -1,4 +1,4 @@
-"""A conversation about pictures, turn by turn. No terminal and no files here."""
+"""A conversation about images, turn by turn. No terminal and no files here."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class ChatSession:
         self._engine, self._options = engine, options
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []
-        """(question, answer) pairs; a picture stands as IMAGE_TOKEN in front of the question it came with."""
+        """(question, answer) pairs; an image stands as IMAGE_TOKEN in front of the question it came with."""
         self.images: list[tuple[str, Image.Image]] = []
-        """(name, picture) of the whole conversation in reading order."""
+        """(name, image) of the whole conversation in reading order."""
         self.result: GenerationResult | None = None
         """Of the last question."""
         self._handle: GenerationHandle | None = None
         self._pending = 0
 
     def add_image(self, name: str, image: Image.Image) -> None:
-        """Show a picture with the next question."""
+        """Show an image with the next question."""
         self.images.append((name, image))
         self._pending += 1
 
     def reset(self) -> None:
-        """Forget turns and pictures; the system text stays."""
+        """Forget turns and images; the system text stays."""
         self.turns, self.images, self._pending = [], [], 0
 
     def set_system(self, text: str | None) -> None:

@@ -3,7 +3,7 @@ layout.
 
 Every rank runs the same passes in the same order; each returns the same logits on all of them.
 
-Legend: R rows, S prompt length, V vocabulary, N pictures, P tokens a picture, H decoder width.
+Legend: R rows, S prompt length, V vocabulary, N images, P tokens an image, H decoder width.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Decoder:
         self.max_length = positions if longest is None else min(positions, longest)
         self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
         config = vlm.text_decoder.config
-        self.picture_bytes = self.tokens_per_image * config.hidden_size * config.params_dtype.itemsize
+        self.image_bytes = self.tokens_per_image * config.hidden_size * config.params_dtype.itemsize
 
     @torch.inference_mode()
     def image_features(self, pixel_values: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Projected features [P, H] of N preprocessed pictures [3, h, w]; None on later pipeline stages."""
+        """Projected features [P, H] of N preprocessed images [3, h, w]; None on later pipeline stages."""
         if self.vlm.image_encoder is None or not pixel_values:
             return [None] * len(pixel_values)
         return list(self.vlm.image_encoder(torch.stack(list(pixel_values)).to(self.device)))
@@ -61,7 +61,7 @@ class Decoder:
         Args:
             prompts: id lists of any lengths, IMAGE_TOKEN_INDEX at every image position (expanded).
             starts: [R] tokens that the rows hold already, behind which the prompts go; None: none.
-            features: what `image_features` gave for their pictures, in reading order.
+            features: what `image_features` gave for their images, in reading order.
 
         Returns:
             [rows, V] float32, the logits behind each prompt's last token.

@@ -19,9 +19,9 @@ from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.generation.beam import BeamJob
 from mindspeed_mm.generation.decode import Decoder
+from mindspeed_mm.generation.images import ImageFeatures
 from mindspeed_mm.generation.jobs import FinishReason, Generated, SampleJob
 from mindspeed_mm.generation.options import GenerationOptions, generation_options
-from mindspeed_mm.generation.pictures import PictureFeatures
 from mindspeed_mm.generation.prompts import GenerationRequest, expand_images, prompt_ids, stop_rules
 from mindspeed_mm.generation.scheduler import Entry, Scheduler
 from mindspeed_mm.generation.text import TextStream
@@ -110,7 +110,7 @@ class GenerationHandle:
 class GenerationEngine:
     """Answers requests, in a batch that new ones join and finished ones leave.
 
-    Pictures' features and the beginnings of prompts are remembered, so the weights must not change: make a new engine
+    Images' features and the beginnings of prompts are remembered, so the weights must not change: make a new engine
     after training steps.
     """
 
@@ -133,8 +133,8 @@ class GenerationEngine:
         self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
         self._image_token_id = image_token_id
         self._decoder = Decoder(vlm)
-        self.pictures = PictureFeatures(self._decoder, image_processor, pad=pad)
-        self._scheduler = Scheduler(self._decoder, self.pictures, batch_size)
+        self.image_features = ImageFeatures(self._decoder, image_processor, pad=pad)
+        self._scheduler = Scheduler(self._decoder, self.image_features, batch_size)
         self._template_stops = stop_rules(self.template, tokenizer)
         self._lock = threading.RLock()
 

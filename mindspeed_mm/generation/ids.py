@@ -10,9 +10,9 @@ from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.generation.beam import BeamJob
 from mindspeed_mm.generation.decode import Decoder
+from mindspeed_mm.generation.images import ImageFeatures
 from mindspeed_mm.generation.jobs import SampleJob
 from mindspeed_mm.generation.options import GenerationOptions
-from mindspeed_mm.generation.pictures import PictureFeatures
 from mindspeed_mm.generation.scheduler import Entry, Scheduler
 from mindspeed_mm.generation.text import TextStream
 
@@ -23,7 +23,7 @@ def continue_ids(
     images: Sequence[Any],
     options: GenerationOptions,
     *,
-    pictures: PictureFeatures,
+    image_features: ImageFeatures,
     stop_ids: Sequence[int],
     tokenizer: Tokenizer | None = None,
     image_token_id: int | None = None,
@@ -44,14 +44,14 @@ def continue_ids(
     Raises:
         ConfigError: an empty prompt, one that exceeds the model's context with max_new_tokens, or stop strings
             without a tokenizer.
-        DataError: a picture cannot be used.
+        DataError: an image cannot be used.
     """
     if options.stops and tokenizer is None:
         raise ConfigError("stop_strings need a tokenizer, and the model came with none: load it with tokenizer=FOLDER")
     for prompt in prompts:
         decoder.check_length(len(prompt), options.max_new_tokens)
     count = options.num_return_sequences
-    scheduler = Scheduler(decoder, pictures, batch_size or len(prompts) * max(count, options.num_beams))
+    scheduler = Scheduler(decoder, image_features, batch_size or len(prompts) * max(count, options.num_beams))
     size, first = decoder.tokens_per_image, 0
     entries, errors = [], []
     for prompt in prompts:

@@ -1,6 +1,6 @@
 """What the rows of the cache hold, so that a prompt continues where another one began alike.
 
-A row's content is an array of int64, one value a position: the token's id, or a part of the digest of the picture that
+A row's content is an array of int64, one value a position: the token's id, or a part of the digest of the image that
 stands there. Rows in use are known to the scheduler; the free ones keep what they held, the least recently used gives
 way first. No memory is set aside for this.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.errors import DataError
-from mindspeed_mm.generation.pictures import Picture
+from mindspeed_mm.generation.images import FoundImage
 
 MIN_REUSE = 16
 """Positions that are worth another row's; fewer are computed again."""
@@ -23,20 +23,20 @@ SIGN = np.int64(-(2**63))
 """Set in the words of digests, so that none of them is a token's id."""
 
 
-def content(prompt: Sequence[int], pictures: Sequence[Picture], tokens_per_image: int) -> np.ndarray:
-    """Content [S] int64 of an expanded prompt, whose image positions show `pictures` one after the other.
+def content(prompt: Sequence[int], images: Sequence[FoundImage], tokens_per_image: int) -> np.ndarray:
+    """Content [S] int64 of an expanded prompt, whose image positions show `images` one after the other.
 
     Raises:
-        DataError: the positions are not those of so many pictures.
+        DataError: the positions are not those of so many images.
     """
     values = np.array(prompt, dtype=np.int64)
     places = np.flatnonzero(values == IMAGE_TOKEN_INDEX)
-    if len(places) != len(pictures) * tokens_per_image:
+    if len(places) != len(images) * tokens_per_image:
         raise DataError(
-            f"a prompt has {len(places)} image positions for {len(pictures)} pictures; expected {tokens_per_image} each"
+            f"a prompt has {len(places)} image positions for {len(images)} images; expected {tokens_per_image} each"
         )
-    if pictures:
-        words = [np.resize(np.frombuffer(picture.key, dtype=np.int64) | SIGN, tokens_per_image) for picture in pictures]
+    if images:
+        words = [np.resize(np.frombuffer(image.key, dtype=np.int64) | SIGN, tokens_per_image) for image in images]
         values[places] = np.concatenate(words)
     return values
 

@@ -28,7 +28,7 @@ class GenerationRequest:
     """(question, answer) pairs, the last answer None."""
     prompt: str | None = None
     images: tuple[Any, ...] = field(default=())
-    """PIL pictures, paths, or encoded bytes (ImageBytes), in reading order."""
+    """PIL images, paths, or encoded bytes (ImageBytes), in reading order."""
     system: str | None = None
     """Takes the place of the template's system text."""
 
@@ -51,7 +51,7 @@ def prompt_ids(request: GenerationRequest, tokenizer: Tokenizer, template: Templ
         (question, answer), *rest = request.turns
         if not (request.turns[-1][0] or "").strip():
             raise DataError(
-                f"request {request.id}: the prompt is empty; give it a text ({IMAGE_TOKEN} alone for a picture alone)"
+                f"request {request.id}: the prompt is empty; give it a text ({IMAGE_TOKEN} alone for an image alone)"
             )
         turns = [(_with_images(question, images, request.turns), answer), *rest]
         ids = encode_prompt(turns, tokenizer, template, system=request.system, special_text="text")

@@ -17,8 +17,8 @@ import torch
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation.decode import Decoder
+from mindspeed_mm.generation.images import FoundImage, ImageFeatures
 from mindspeed_mm.generation.jobs import Job, Step
-from mindspeed_mm.generation.pictures import Picture, PictureFeatures
 from mindspeed_mm.generation.prefix import KeptRows, common, content, longest
 from mindspeed_mm.platform import current_platform
 
@@ -39,7 +39,7 @@ class Entry:
     max_length: int
     """Of prompt and answer together."""
     images: Sequence[Any]
-    """What PictureFeatures takes; looked at when the prompt's turn comes, and an error fails this request alone."""
+    """What ImageFeatures takes; looked at when the prompt's turn comes, and an error fails this request alone."""
     on_end: Callable[[DataError | None], None]
     """Called once: with None at the end (or when cancelled), or with the error."""
     cancelled: bool = False
@@ -50,9 +50,9 @@ class Entry:
     """The tokens of each row behind the prompt that are in the cache."""
     length: int = 0
     """Tokens that each of its rows holds in the cache."""
-    pictures: list[Picture] = field(default_factory=list)
+    found_images: list[FoundImage] = field(default_factory=list)
     content: np.ndarray | None = None
-    """Of the prompt, see prefix.py; None until the pictures were found."""
+    """Of the prompt, see prefix.py; None until the images were found."""
     source: int | None = None
     """Row that holds the first `start` positions already, when the prompt's turn comes."""
     start: int = 0
@@ -66,8 +66,8 @@ class Entry:
 class Scheduler:
     """Runs entries in batches of up to `max_rows` rows. A request that needs more rows runs alone."""
 
-    def __init__(self, decoder: Decoder, pictures: PictureFeatures, max_rows: int = 16) -> None:
-        self.decoder, self.pictures, self.max_rows = decoder, pictures, max_rows
+    def __init__(self, decoder: Decoder, image_features: ImageFeatures, max_rows: int = 16) -> None:
+        self.decoder, self.image_features, self.max_rows = decoder, image_features, max_rows
         self._prefill_tokens = current_platform().inference_tokens  # one longer prompt goes alone
         self._waiting: list[Entry] = []
         self._active: list[Entry] = []
@@ -131,11 +131,11 @@ class Scheduler:
         return group
 
     def _is_known(self, entry: Entry) -> bool:
-        """Find the pictures of a waiting request; one that fails leaves the queue."""
+        """Find the images of a waiting request; one that fails leaves the queue."""
         if entry.content is None:
             try:
-                entry.pictures = self.pictures.find(entry.images)
-                entry.content = content(entry.prompt, entry.pictures, self.decoder.tokens_per_image)
+                entry.found_images = self.image_features.find(entry.images)
+                entry.content = content(entry.prompt, entry.found_images, self.decoder.tokens_per_image)
             except DataError as error:
                 self._waiting.remove(entry)
                 entry.on_end(error)
@@ -143,7 +143,7 @@ class Scheduler:
         return True
 
     def _find_source(self, entry: Entry) -> None:
-        """Choose the row that spares most of the prompt. Pictures are taken whole or not at all."""
+        """Choose the row that spares most of the prompt. Images are taken whole or not at all."""
         entry.source, entry.start = longest(entry.content, self._contents())
         inside = entry.prompt[: entry.start].count(IMAGE_TOKEN_INDEX) % self.decoder.tokens_per_image
         if inside:
@@ -167,10 +167,10 @@ class Scheduler:
         self._advance(group, logits, first)
 
     def _with_features(self, group: list[Entry]) -> tuple[list[Entry], list[torch.Tensor | None]]:
-        """The entries whose pictures can be used, and the features of all that are computed, in their order."""
+        """The entries whose images can be used, and the features of all that are computed, in their order."""
         kept, features, size = [], [], self.decoder.tokens_per_image
-        wanted = [entry.pictures[entry.prompt[: entry.start].count(IMAGE_TOKEN_INDEX) // size :] for entry in group]
-        for entry, own in zip(group, self.pictures.features(wanted), strict=True):
+        wanted = [entry.found_images[entry.prompt[: entry.start].count(IMAGE_TOKEN_INDEX) // size :] for entry in group]
+        for entry, own in zip(group, self.image_features.features(wanted), strict=True):
             if isinstance(own, DataError):
                 entry.on_end(own)
                 continue

@@ -47,8 +47,8 @@ def describe_part(source: PartSource, **given: Any) -> PartSpec:
 def describe_model(source: Source, **vision_encoder: Any) -> ModelSpec:
     """ModelSpec of a source that holds all parts.
 
-    `vision_encoder` are fields of the vision encoder that the user states. A liuhaotian checkpoint whose tower has no
-    config beside it is described by the tower's shapes. Raises WeightError when a part is not there.
+    `vision_encoder` are fields of the vision encoder that the user states. A liuhaotian checkpoint whose vision encoder
+    has no config beside it is described by the vision encoder's shapes. Raises WeightError when a part is not there.
     """
     specs = {kind: describe_part(source.part(kind)) for kind in PART_KINDS if kind != "vision_encoder"}
     if source.layout == "llava":

@@ -21,7 +21,7 @@ def scatter_features(embeddings: torch.Tensor, features: torch.Tensor, positions
 
     Args:
         embeddings: [S, B, H].
-        features: [N, P, H] projected features, pictures in reading order (row by row); N may be 0.
+        features: [N, P, H] projected features, images in reading order (row by row); N may be 0.
         positions: bool [B, S], best in host memory: where they are True is then known without waiting for the device.
 
     Returns:
@@ -34,7 +34,7 @@ def scatter_features(embeddings: torch.Tensor, features: torch.Tensor, positions
     wanted, found = rows.numel(), features.shape[0] * features.shape[1]
     if wanted != found:
         raise DataError(
-            f"the batch has {wanted} image positions but {features.shape[0]} pictures of {features.shape[1]} tokens "
+            f"the batch has {wanted} image positions but {features.shape[0]} images of {features.shape[1]} tokens "
             f"each = {found} features: expand each image placeholder to {features.shape[1]} positions"
         )
     flat = features.reshape(-1, features.shape[-1]).to(embeddings.dtype)

@@ -52,7 +52,7 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
 
     Args:
         spec: the part's spec; its field names are those of TransformerConfig.
-        num_layers: layers that exist (a tower builds fewer than its source has).
+        num_layers: layers that exist (a vision encoder builds fewer than its source has).
         pipelined: True where the layers are spread over the pipeline stages, False where one stage holds the part.
         overrides: fields that the part sets itself.
     """
@@ -75,7 +75,7 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "pipeline_model_parallel_size": runtime.pipeline_model_parallel_size if pipelined else 1,
         "virtual_pipeline_model_parallel_size": runtime.virtual_pipeline_model_parallel_size if pipelined else None,
         "pipeline_model_parallel_layout": _stages(spec, runtime) if pipelined else None,
-        # Whatever stands on the first stage alone sees whole pictures on every rank.
+        # Whatever stands on the first stage alone sees whole images on every rank.
         "context_parallel_size": runtime.context_parallel_size if pipelined else 1,
         "sequence_parallel": runtime.sequence_parallel,
         "params_dtype": runtime.params_dtype,

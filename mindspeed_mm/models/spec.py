@@ -43,22 +43,22 @@ class ModelSpec(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> "ModelSpec":
-        tower, projector = self.image_encoder.vision_encoder, self.image_encoder.vision_projector
+        vision_encoder, projector = self.image_encoder.vision_encoder, self.image_encoder.vision_projector
         problems = []
-        if projector.input_size != tower.hidden_size:
+        if projector.input_size != vision_encoder.hidden_size:
             problems.append(
                 f"image_encoder.vision_projector.input_size: found {projector.input_size}, expected "
-                f"{tower.hidden_size}, the vision_encoder's hidden_size"
+                f"{vision_encoder.hidden_size}, the vision_encoder's hidden_size"
             )
         if projector.hidden_size != self.text_decoder.hidden_size:
             problems.append(
                 f"image_encoder.vision_projector.hidden_size: found {projector.hidden_size}, expected "
                 f"{self.text_decoder.hidden_size}, the text_decoder's hidden_size"
             )
-        if tower.num_image_tokens >= self.text_decoder.language_max_sequence_length:
+        if vision_encoder.num_image_tokens >= self.text_decoder.language_max_sequence_length:
             problems.append(
                 f"text_decoder.language_max_sequence_length: found {self.text_decoder.language_max_sequence_length}, "
-                f"expected more than the {tower.num_image_tokens} tokens of one image"
+                f"expected more than the {vision_encoder.num_image_tokens} tokens of one image"
             )
         if problems:
             raise ValueError("\n  ".join(problems))

@@ -1,6 +1,6 @@
-"""The vision-language model: tower, projector and decoder in one module.
+"""The vision-language model: vision encoder, projector and decoder in one module.
 
-Legend: B batch, S sequence, N pictures, P image tokens a picture, Hv tower width, H decoder width, V vocabulary.
+Legend: B batch, S sequence, N images, P image tokens an image, Hv vision encoder width, H decoder width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mindspeed_mm.platform.segments import Segments
 
 
 class ImageEncoder(MegatronModule):
-    """Tower and projector. A frozen tower runs without autograd and keeps no activations."""
+    """Vision encoder and projector. A frozen vision encoder runs without autograd and keeps no activations."""
 
     def __init__(self, spec: ModelSpec, runtime: Runtime) -> None:
         parts = spec.parts()
@@ -35,33 +35,34 @@ class ImageEncoder(MegatronModule):
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """[N, 3, h, w] -> [N, P, Hv]"""
-        with region("tower"), torch.no_grad() if self.encoder_frozen else contextlib.nullcontext():
+        with region("vision_encoder"), torch.no_grad() if self.encoder_frozen else contextlib.nullcontext():
             return self.encoder(pixel_values.to(self.encoder.conv1.weight.dtype))
 
     def forward(self, pixel_values: torch.Tensor, features: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, 3, h, w] -> [N, P, H]; N may be 0. With the tower's features [N, P, Hv], pixels are not looked at.
+        """[N, 3, h, w] -> [N, P, H]; N may be 0. With the vision encoder's features [N, P, Hv], pixels are not looked
+        at.
 
-        Context-parallel ranks share the pictures: each encodes an equal number of them, blank ones filling up, and all
-        get all features. Backwards each picture's gradient is the sum over the ranks, whose slices of the sequence each
+        Context-parallel ranks share the images: each encodes an equal number of them, blank ones filling up, and all
+        get all features. Backwards each image's gradient is the sum over the ranks, whose slices of the sequence each
         hold some of its features.
         """
         if features is not None:
             with region("projector"):
                 return self.projector(features)
-        pictures = pixel_values.shape[0]
-        if self.context_group is None or pictures == 0:
+        images = pixel_values.shape[0]
+        if self.context_group is None or images == 0:
             return self._encode(pixel_values)
         ranks = self.context_group.size()
-        share = -(-pictures // ranks)
-        filled = torch.cat((pixel_values, pixel_values.new_zeros(share * ranks - pictures, *pixel_values.shape[1:])))
+        share = -(-images // ranks)
+        filled = torch.cat((pixel_values, pixel_values.new_zeros(share * ranks - images, *pixel_values.shape[1:])))
         own = self._encode(filled[share * self.context_group.rank() :][:share])
-        return tensor_parallel.gather_from_sequence_parallel_region(own, group=self.context_group)[:pictures]
+        return tensor_parallel.gather_from_sequence_parallel_region(own, group=self.context_group)[:images]
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The pictures of this rank, [N, 3, h, w] -> [N, P, H]; N may be 0.
+        """The images of this rank, [N, 3, h, w] -> [N, P, H]; N may be 0.
 
-        Without pictures a blank one goes through whatever is trained and none of its features are returned: every rank
-        then runs the same backward pass, and the gradients of the blank picture are exact zeros.
+        Without images a blank one goes through whatever is trained and none of its features are returned: every rank
+        then runs the same backward pass, and the gradients of the blank image are exact zeros.
         """
         if pixel_values.shape[0] > 0:
             features = self.features(pixel_values)
@@ -79,8 +80,8 @@ class ImageEncoder(MegatronModule):
 class VLM(MegatronModule):
     """Decoder with image features at its image positions.
 
-    Data has expanded every image placeholder to P positions; the model never splices, truncates or pads. Tower and
-    projector live on the first pipeline stage, the head on the last.
+    Data has expanded every image placeholder to P positions; the model never splices, truncates or pads. Vision encoder
+    and projector live on the first pipeline stage, the head on the last.
     """
 
     def __init__(
@@ -156,11 +157,11 @@ class VLM(MegatronModule):
             input_ids: [B, S] int64, IMAGE_TOKEN_INDEX at image positions.
             position_ids: [B or 1, S] int64.
             labels: [B, S] int64, the id each position predicts, IGNORE_INDEX where none; None for logits.
-            pixel_values: [N, 3, h, w] float, pictures in reading order, N = 0 or None without pictures.
+            pixel_values: [N, 3, h, w] float, images in reading order, N = 0 or None without images.
             attention_mask: complete bool mask [B, 1, S, S], True = may attend; None = causal, which is right for
                 right-padded rows.
-            image_features: [N, P, Hv], the tower's output for all pictures where it is known already (a feature cache);
-                `pixel_values` is not looked at then.
+            image_features: [N, P, Hv], the vision encoder's output for all images where it is known already (a feature
+                cache); `pixel_values` is not looked at then.
             segments: the sequences of a single row (B is 1): causal attention inside each of them.
 
         Returns:

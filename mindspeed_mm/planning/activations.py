@@ -113,12 +113,12 @@ def decoder_sizes(job: Job) -> LayerSizes:
     )
 
 
-def tower_sizes(job: Job) -> LayerSizes:
-    """The tower's layers, on the pictures of this rank, without sequence parallelism."""
-    tower = job.spec.vision_encoder
-    tokens = job.images * tower.num_positions
+def vision_encoder_sizes(job: Job) -> LayerSizes:
+    """The vision encoder's layers, on the images of this rank, without sequence parallelism."""
+    vision_encoder = job.spec.vision_encoder
+    tokens = job.images * vision_encoder.num_positions
     return LayerSizes(
-        spec=tower,
+        spec=vision_encoder,
         tokens=tokens,
         norm_tokens=tokens,
         element=job.element,
@@ -164,18 +164,19 @@ def stack(sizes: LayerSizes, layers: int) -> Stack:
     return Stack(again * boundary + angles + others, max(gradients, whole + gradients - others))
 
 
-def tower(job: Job) -> Stack:
-    """A trained tower; a frozen one runs without autograd and keeps nothing."""
+def vision_encoder(job: Job) -> Stack:
+    """A trained vision encoder; a frozen one runs without autograd and keeps nothing."""
     if not job.trained("vision_encoder") or job.images == 0:
         return Stack(0.0, 0.0)
-    spec, sizes = job.spec.vision_encoder, tower_sizes(job)
+    spec, sizes = job.spec.vision_encoder, vision_encoder_sizes(job)
     layers = stack(sizes, spec.num_built_layers)
     pixels = job.images * spec.num_channels * spec.image_size**2 * job.element
     return Stack(layers.kept + pixels + norm(sizes), layers.at_work)
 
 
 def projector(job: Job) -> float:
-    """The tower's features, and around each activation its input and output, as far as their linears are trained."""
+    """The vision encoder's features, and around each activation its input and output, as far as their linears are
+    trained."""
     if not job.gradients_flow("vision_projector") or job.images == 0:
         return 0.0
     spec, rows = job.spec.vision_encoder, job.images * job.spec.vision_encoder.num_positions

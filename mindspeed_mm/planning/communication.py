@@ -43,7 +43,7 @@ def stage_traffic(job: Job, stage: int) -> Traffic:
     count = job.num_micro_batches
     tensor, context = _decoder_traffic(job, stage)
     if stage == 0:
-        context += _shared_pictures(job)
+        context += _shared_images(job)
         tensor += _image_traffic(job) + _embedding_traffic(job)
     if stage == job.pipeline - 1:
         tensor += _head_traffic(job)
@@ -90,18 +90,18 @@ def _decoder_traffic(job: Job, stage: int) -> tuple[float, float]:
 
 
 def _image_traffic(job: Job) -> float:
-    """Tower (two sums a layer and direction) and projector (one for each pair of linears)."""
-    tower, projector = job.spec.vision_encoder, job.spec.vision_projector
+    """Vision encoder (two sums a layer and direction) and projector (one for each pair of linears)."""
+    vision_encoder, projector = job.spec.vision_encoder, job.spec.vision_projector
     flow = job.gradients_flow("vision_encoder")
-    hidden = job.images * tower.num_positions * tower.hidden_size * job.element
-    sums = tower.num_built_layers * (2 * _passes(tower, flow) + (2 if flow else 0))
-    features = job.images * tower.num_image_tokens * projector.hidden_size * job.element
+    hidden = job.images * vision_encoder.num_positions * vision_encoder.hidden_size * job.element
+    sums = vision_encoder.num_built_layers * (2 * _passes(vision_encoder, flow) + (2 if flow else 0))
+    features = job.images * vision_encoder.num_image_tokens * projector.hidden_size * job.element
     pairs = len(projector.sizes) // 2
     return 2 * (sums * ring(hidden, job.tensor) + pairs * ring(features, job.tensor))
 
 
-def _shared_pictures(job: Job) -> float:
-    """Features of the pictures that context-parallel ranks share: gathered; their gradients summed and scattered."""
+def _shared_images(job: Job) -> float:
+    """Features of the images that context-parallel ranks share: gathered; their gradients summed and scattered."""
     features = job.images * job.context * job.spec.vision_encoder.num_image_tokens * job.spec.text_decoder.hidden_size
     return (1 + job.gradients_flow("vision_projector")) * ring(features * job.element, job.context)
 

@@ -15,7 +15,7 @@ from mindspeed_mm.planning.communication import stage_traffic
 from mindspeed_mm.planning.hardware import Hardware
 from mindspeed_mm.planning.job import Job
 from mindspeed_mm.planning.parameters import held_layers, stage_parameters
-from mindspeed_mm.training.flops import forward_flops, step_flops
+from mindspeed_mm.trainer.flops import forward_flops, step_flops
 
 PASSES_OVER_ACTIVATIONS = 5
 """What a layer keeps is written and read in the forward pass, read in the backward pass, and its gradient written and
@@ -68,7 +68,7 @@ def stage_flops(job: Job, stage: int) -> float:
     total = share * decoder / job.context
     if stage == 0 and job.images:
         again = _again(job, "vision_encoder", 0)
-        image = (forward.tower + forward.patches) * (3 + again if trained["vision_encoder"] else 1)
+        image = (forward.vision_encoder + forward.patches) * (3 + again if trained["vision_encoder"] else 1)
         # megatron.core's linears compute the gradient of their input, whether it is needed or not.
         image += forward.projector * (1 + flow["vision_projector"] + trained["vision_projector"])
         total += image * job.images / (job.micro_batch_size * job.row.images)
@@ -121,7 +121,7 @@ def _elementwise(job: Job, stage: int) -> float:
     if job.gradients_flow("text_decoder"):
         total += held_layers(job, stage) * activations.layer(activations.decoder_sizes(job))
     if stage == 0 and job.images:
-        layers = job.spec.vision_encoder.num_built_layers * activations.layer(activations.tower_sizes(job))
+        layers = job.spec.vision_encoder.num_built_layers * activations.layer(activations.vision_encoder_sizes(job))
         total += layers if job.trained("vision_encoder") else layers * 2 / PASSES_OVER_ACTIVATIONS
     return PASSES_OVER_ACTIVATIONS * total
 

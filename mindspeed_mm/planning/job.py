@@ -20,7 +20,7 @@ class Row:
     lengths: tuple[float, ...]
     """Real positions of each sample in it, image positions included."""
     images: float = 1.0
-    """Pictures in the row."""
+    """Images in the row."""
     supervised: float | None = None
     """Positions with a label; None: all real ones that are no image position."""
 
@@ -116,9 +116,9 @@ class Job:
 
     @property
     def images(self) -> float:
-        """Pictures of a micro-batch that one rank encodes: context-parallel ranks share them, blank ones filling up."""
-        pictures = self.micro_batch_size * self.row.images
-        return pictures if self.context == 1 else math.ceil(pictures / self.context)
+        """Images of a micro-batch that one rank encodes: context-parallel ranks share them, blank ones filling up."""
+        images = self.micro_batch_size * self.row.images
+        return images if self.context == 1 else math.ceil(images / self.context)
 
     @property
     def supervised(self) -> float:

@@ -29,7 +29,7 @@ class RankMemory:
     """What comes on top at the highest point of a step: logits, gradients under way, a layer that is run again, or the
     optimizer's buffers, whichever is highest."""
     batch: float
-    """Ids and pictures of the micro-batches at hand."""
+    """Ids and images of the micro-batches at hand."""
 
     @property
     def static(self) -> float:
@@ -91,9 +91,9 @@ def _stage_activations(job: Job, stage: int) -> tuple[float, float, float, float
         layers = activations.stack(activations.decoder_sizes(job), held_layers(job, stage))
         kept, again = layers.kept, layers.at_work
     if first:
-        tower = activations.tower(job)
-        kept += tower.kept + activations.projector(job) + activations.embedding(job)
-        again = max(again, tower.at_work)
+        vision_encoder = activations.vision_encoder(job)
+        kept += vision_encoder.kept + activations.projector(job) + activations.embedding(job)
+        again = max(again, vision_encoder.at_work)
     hidden = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element
     # The schedule keeps what a stage sends; and what it receives, which the first norm keeps where gradients flow.
     kept += hidden * ((not last) + (not first and not job.gradients_flow("text_decoder")))
@@ -110,11 +110,11 @@ def _optimizer_buffers(job: Job, parameters: float) -> float:
 
 
 def _batch_bytes(job: Job) -> float:
-    """A micro-batch: three tensors of int64, and the pictures in float32. Every stage reads all of it."""
+    """A micro-batch: three tensors of int64, and the images in float32. Every stage reads all of it."""
     ids = 3 * 8 * job.micro_batch_size * job.positions
-    tower = job.spec.vision_encoder
-    pictures = SINGLE * job.micro_batch_size * job.row.images * tower.num_channels * tower.image_size**2
-    return ids + pictures
+    vision_encoder = job.spec.vision_encoder
+    images = SINGLE * job.micro_batch_size * job.row.images * vision_encoder.num_channels * vision_encoder.image_size**2
+    return ids + images
 
 
 @dataclass(frozen=True)

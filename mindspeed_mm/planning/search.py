@@ -87,8 +87,8 @@ def with_recompute(spec: ModelSpec, recompute: str) -> ModelSpec:
         fields = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     encoder = spec.image_encoder
     if not spec.vision_encoder.freeze:
-        tower = spec.vision_encoder.model_copy(update=fields)
-        encoder = encoder.model_copy(update={"vision_encoder": tower})
+        vision_encoder = spec.vision_encoder.model_copy(update=fields)
+        encoder = encoder.model_copy(update={"vision_encoder": vision_encoder})
     text = spec.text_decoder.model_copy(update=fields)
     return spec.model_copy(update={"text_decoder": text, "image_encoder": encoder})
 

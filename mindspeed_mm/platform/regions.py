@@ -1,7 +1,7 @@
 """Names for the stretches of a training step, recorded while a step is profiled and free of cost otherwise.
 
-The model and the driver mark their stretches with `with region("tower"):`; `recording` makes each of them a range of
-torch's profiler, and waits for the device at its ends, so that the host's clock shows where the time goes.
+The model and the driver mark their stretches with `with region("vision_encoder"):`; `recording` makes each of them a
+range of torch's profiler, and waits for the device at its ends, so that the host's clock shows where the time goes.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Geometry:
     """What the rules need to know of a part.
 
     `num_layers` counts the layers that exist on our side; layers from there up to `source_layers` may be in a source
-    and are known to be unused (a CLIP tower whose features are taken before its last layer).
+    and are known to be unused (a CLIP vision encoder whose features are taken before its last layer).
     """
 
     num_layers: int

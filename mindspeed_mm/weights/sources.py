@@ -25,8 +25,9 @@ _DETECTORS: list[Detector] = []
 
 def register_detector(detector: Detector) -> None:
     """Add a reader of a further layout (the training checkpoint). It is asked before the built-in ones and returns None
-    for paths that are not its own."""
-    _DETECTORS.append(detector)
+    for paths that are not its own. Adding it again has no effect."""
+    if detector not in _DETECTORS:
+        _DETECTORS.append(detector)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Source:
     """Weights at a path.
 
     config: the folder's config.json (of layout mindspeed-mm: its model.json), or None.
-    dropped: stored names that belong to no part of ours (a text tower, say).
+    dropped: stored names that belong to no part of ours (a text vision encoder, say).
     """
 
     path: Path
@@ -111,11 +112,13 @@ class Source:
             return self.part_sources[part]
         cure = f"Give the path of the {part}'s own weights."
         if part == VISION and self.config and self.config.get("mm_vision_tower"):
-            tower = self.config["mm_vision_tower"]
+            vision_encoder = self.config["mm_vision_tower"]
             cure = (
-                f"Its config names the tower {tower!r}, which is not a path here. Put the path of the tower's folder "
-                "or file into mm_vision_tower of config.json; or join the parts, by ckpt_path in a model.json or by "
-                f"`mindspeed-mm convert --text-decoder {self.path} --projector {self.path} --vision-encoder TOWER`."
+                f"Its config names the vision encoder {vision_encoder!r}, which is not a path here. "
+                "Put the path of the vision encoder's folder or file into mm_vision_tower of config.json; "
+                "or join the parts, by ckpt_path in a model.json or by "
+                f"`mindspeed-mm convert --text-decoder {self.path} --projector {self.path} "
+                "--vision-encoder VISION_ENCODER`."
             )
         raise WeightError(
             f"{self.path}: found layout {self.layout} with {', '.join(self.parts)}; expected a {part}. {cure}"
@@ -133,11 +136,11 @@ def open_source(path: str | Path) -> Source:
         if source is not None:
             return source
     source = _open(path)
-    return replace(source, part_sources=_with_tower(source)) if source.layout == "llava" else source
+    return replace(source, part_sources=_with_vision_encoder(source)) if source.layout == "llava" else source
 
 
 def _open(path: Path) -> Source:
-    """Open a path; the tower that a liuhaotian checkpoint names is not followed."""
+    """Open a path; the vision encoder that a liuhaotian checkpoint names is not followed."""
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -242,21 +245,21 @@ def _part_config(layout: Layout, part: str, config: dict[str, Any] | None) -> di
     return config if layout.name in ("hf", "clip") else None
 
 
-def _with_tower(source: Source) -> dict[str, PartSource]:
-    """A liuhaotian checkpoint names its tower by path, relative to its folder; tensors inside come first."""
+def _with_vision_encoder(source: Source) -> dict[str, PartSource]:
+    """A liuhaotian checkpoint names its vision encoder by path, relative to its folder; tensors inside come first."""
     config, parts = source.config or {}, source.part_sources
     select = configs.vision_select(config)
-    tower = _tower_source(source.path, config)
-    described = tower.config if tower else None
-    if described is not None and tower.dialect == "hf":
+    vision_encoder = _vision_encoder_source(source.path, config)
+    described = vision_encoder.config if vision_encoder else None
+    if described is not None and vision_encoder.dialect == "hf":
         described = {**described, **select}
     if VISION in parts:
-        hf = described if tower and tower.dialect == "hf" else None
+        hf = described if vision_encoder and vision_encoder.dialect == "hf" else None
         return {**parts, VISION: replace(parts[VISION], config=hf)}
-    return {**parts, VISION: replace(tower, config=described)} if tower else parts
+    return {**parts, VISION: replace(vision_encoder, config=described)} if vision_encoder else parts
 
 
-def _tower_source(folder: Path, config: dict[str, Any]) -> PartSource | None:
+def _vision_encoder_source(folder: Path, config: dict[str, Any]) -> PartSource | None:
     name = config.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
         return None

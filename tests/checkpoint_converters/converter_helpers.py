@@ -76,18 +76,18 @@ def write_llava(folder, golden, *, text=None, vision=None, dtype=torch.float32, 
     state = random_hf_state(spec)
     if spec.share_embeddings_and_output_weights:
         state.pop("lm_head.weight", None)
-    tower = "model.vision_tower.vision_tower.vision_model."
-    state |= {tower + name: tensor for name, tensor in clip_state(vision).items()}
+    vision_encoder = "model.vision_tower.vision_tower.vision_model."
+    state |= {vision_encoder + name: tensor for name, tensor in clip_state(vision).items()}
     linears = projector_state(text, vision, kind=projector)
     state |= {"model.mm_projector." + name: tensor for name, tensor in linears.items()}
     folder.mkdir(parents=True)
     save_file({name: tensor.to(dtype) for name, tensor in state.items()}, folder / "model.safetensors")
     config = text | {"mm_hidden_size": vision["hidden_size"], "mm_projector_type": projector}
-    config |= {"mm_vision_tower": "tower", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
+    config |= {"mm_vision_tower": "vision_encoder", "mm_vision_select_layer": -2, "image_aspect_ratio": "pad"}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tower").mkdir()
-    save_file(clip_state(vision), folder / "tower" / "model.safetensors")
-    (folder / "tower" / "config.json").write_text(json.dumps(vision))
+    (folder / "vision_encoder").mkdir()
+    save_file(clip_state(vision), folder / "vision_encoder" / "model.safetensors")
+    (folder / "vision_encoder" / "config.json").write_text(json.dumps(vision))
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(golden / "models" / "llava_original" / name, folder / name)
     return folder

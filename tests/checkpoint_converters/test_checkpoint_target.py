@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mindspeed_mm as mm
-from checkpoint_converters.convert import convert
 from checkpoint_converters.stream import Runner
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.spec import load_model_spec
@@ -82,14 +81,6 @@ def test_a_full_disk_and_damaged_weights_are_told_as_everywhere(golden, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_without_the_module_that_writes_it_the_layout_is_refused(golden, tmp_path, monkeypatch):
-    from checkpoint_converters import targets
-
-    monkeypatch.delitem(targets._PLANS, "checkpoint")
-    with pytest.raises(WeightError, match="layout checkpoint is written by a module that was not imported"):
-        convert(golden / "models" / "llava_original", tmp_path / "out", to="checkpoint")
-
-
 FOUR = tuple(
     {"num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 12, "ckpt_path": None, "fresh": True}.items()
 )
@@ -103,7 +94,7 @@ def test_a_checkpoint_of_four_tensor_parallel_ranks_is_a_source(golden, ranks, t
     run["extra"] = {"model": description(golden, layout), "data": {}}  # what the command adds
     (folder / "run.json").write_text(json.dumps(run))
     sums = json.loads((folder / "checksums.json").read_text())
-    from megatron.driver.integrity import digest
+    from megatron.driver.checkpoint.integrity import digest
 
     (folder / "checksums.json").write_text(json.dumps(sums | {"run.json": digest(folder / "run.json")}))
     spec = load_model_spec(run["extra"]["model"])

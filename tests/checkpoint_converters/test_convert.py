@@ -116,7 +116,7 @@ def test_files_of_the_ancestor_have_no_record_and_load(models, spec, tmp_path):
         assert_equal(loaded(spec, kind, tmp_path / name), loaded(spec, kind, models / "llava_original"))
 
 
-def test_a_tower_of_the_later_ancestor_lacks_its_last_layer(models, spec, tmp_path):
+def test_a_vision_encoder_of_the_later_ancestor_lacks_its_last_layer(models, spec, tmp_path):
     convert(models / "clip_hf", tmp_path, to="mindspeed-mm")
     state = torch.load(tmp_path / "converted_clip.pt", weights_only=True)
     short = {name: tensor for name, tensor in state.items() if ".layers.3." not in name}
@@ -257,7 +257,7 @@ def test_describing_takes_stated_fields_over_the_config(models):
     assert (given.num_attention_heads, given.num_query_groups, given.kv_channels) == (8, 8, 8)
 
 
-def test_a_llava_without_its_towers_config_is_described_by_shapes(models, tmp_path):
+def test_a_llava_without_its_vision_encoders_config_is_described_by_shapes(models, tmp_path):
     folder = tmp_path / "llava"
     shutil.copytree(models / "llava_original", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -267,8 +267,8 @@ def test_a_llava_without_its_towers_config_is_described_by_shapes(models, tmp_pa
     spec = describe_model(open_source(folder))
     assert (spec.vision_encoder.num_attention_heads, spec.vision_encoder.num_built_layers) == (1, 2)  # 64 / 64
     convert(folder, tmp_path / "out", to="mindspeed-mm", num_attention_heads=4)
-    tower = describe_model(open_source(tmp_path / "out")).vision_encoder
-    assert (tower.num_attention_heads, tower.select_layer) == (4, -3)
+    vision_encoder = describe_model(open_source(tmp_path / "out")).vision_encoder
+    assert (vision_encoder.num_attention_heads, vision_encoder.select_layer) == (4, -3)
 
 
 def test_describing_from_shapes(models, spec):

@@ -34,7 +34,7 @@ def test_whole_models_go_through_every_layout_and_back(golden, tmp_path, middle,
     convert(source, tmp_path / "middle", to=middle)
     convert(tmp_path / "middle", tmp_path / "back", to="llava")
     back, original = tensors(tmp_path / "back"), tensors(source)
-    if middle == "mindspeed-mm":  # which has no place for the tower's final norm
+    if middle == "mindspeed-mm":  # which has no place for the vision encoder's final norm
         original = {name: tensor for name, tensor in original.items() if "post_layernorm" not in name[1]}
         filled = {name: back.pop(name) for name in list(back) if "post_layernorm" in name[1]}
         assert {tuple(tensor.unique().tolist()) for tensor in filled.values()} == {(0.0,), (1.0,)}
@@ -72,12 +72,12 @@ def test_logits_stay_equal_to_the_last_bit(golden, tmp_path, source, to):
     assert torch.equal(*results)
 
 
-def generated(folder, picture):
+def generated(folder, image):
     """(text, logits) of greedy decoding with stock transformers, which is given nothing but a folder."""
     transformers = pytest.importorskip("transformers")
     processor = transformers.AutoProcessor.from_pretrained(folder)
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    inputs = processor(images=picture, text=QUESTION, return_tensors="pt")
+    inputs = processor(images=image, text=QUESTION, return_tensors="pt")
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         return processor.decode(ids[0]), model(**inputs).logits
@@ -91,12 +91,12 @@ def test_stock_transformers_gives_equal_logits_and_text(golden, tmp_path, source
         convert(golden / "models" / "llava_original", tmp_path / source, to=source)
     folder = tmp_path / source if source == "mindspeed-mm" else golden / "models" / source
     convert(folder, tmp_path / "out", to="llava-hf", dtype="fp32")
-    picture = Image.open(golden / "images" / "src" / "landscape.png").convert("RGB")
+    image = Image.open(golden / "images" / "src" / "landscape.png").convert("RGB")
     reference = tmp_path / "reference"  # the hub's folders without a processor_config.json leave out its two keys
     shutil.copytree(golden / "models" / "llava_hf", reference)
     shutil.copyfile(tmp_path / "out" / "processor_config.json", reference / "processor_config.json")
-    text, logits = generated(tmp_path / "out", picture)
-    expected_text, expected = generated(reference, picture)
+    text, logits = generated(tmp_path / "out", image)
+    expected_text, expected = generated(reference, image)
     assert text == expected_text
     assert torch.equal(logits[..., :1000], expected[..., :1000])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -130,7 +130,7 @@ def test_the_liuhaotian_layout_carries_what_its_loader_reads(golden, tmp_path):
     assert_equal(tensors(tmp_path / "out"), tensors(golden / "models" / "llava_original"))
 
 
-def test_a_tower_that_the_hub_has_keeps_its_name(golden, tmp_path):
+def test_a_vision_encoder_that_the_hub_has_keeps_its_name(golden, tmp_path):
     source = write_llava(tmp_path / "source", golden)
     config = json.loads((source / "config.json").read_text())
     name = "openai/clip-vit-large-patch14-336"
@@ -159,7 +159,7 @@ def test_parts_leave_alone_and_return(golden, tmp_path, source, to):
     assert original.layout != found.layout
 
 
-def test_the_tower_loads_in_stock_transformers(golden, tmp_path):
+def test_the_vision_encoder_loads_in_stock_transformers(golden, tmp_path):
     transformers = pytest.importorskip("transformers")
     convert(golden / "models" / "llava_original", tmp_path / "out", to="clip", dtype="fp32")
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
@@ -187,8 +187,8 @@ def test_a_model_is_put_together_of_several_sources(golden, tmp_path):
     found, expected = our_tensors(tmp_path / "out", spec), our_tensors(models / "llava_original", spec)
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
     assert shown(describe_model(open_source(tmp_path / "out"))) == shown(spec)
-    with pytest.raises(WeightError, match="found sources for .'tower'.; expected some of text_decoder"):
-        convert({"tower": models / "clip_hf"}, tmp_path / "no", to="clip")
+    with pytest.raises(WeightError, match="found sources for .'sight'.; expected some of text_decoder"):
+        convert({"sight": models / "clip_hf"}, tmp_path / "no", to="clip")
     with pytest.raises(WeightError, match="found sources for nothing"):
         convert({}, tmp_path / "no", to="clip")
 
@@ -201,18 +201,22 @@ def test_a_model_is_put_together_of_several_sources(golden, tmp_path):
     layers=st.integers(1, 2),
     vocabulary=st.integers(1000, 1100),
     tied=st.booleans(),
-    tower=st.tuples(st.integers(1, 3), st.integers(2, 3), st.integers(1, 3)),
+    vision_encoder=st.tuples(st.integers(1, 3), st.integers(2, 3), st.integers(1, 3)),
     to=st.sampled_from(WHOLE),
 )
 def test_random_geometries_round_trip(
-    golden, tmp_path_factory, groups, per_group, channels, layers, vocabulary, tied, tower, to
+    golden, tmp_path_factory, groups, per_group, channels, layers, vocabulary, tied, vision_encoder, to
 ):
     folder = tmp_path_factory.mktemp("geometry")
     heads = groups * per_group
     text = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": channels}
     text |= {"num_hidden_layers": layers, "vocab_size": vocabulary, "tie_word_embeddings": tied, "hidden_size": 10}
-    vision = {"num_attention_heads": tower[0], "hidden_size": 4 * tower[0], "num_hidden_layers": tower[1]}
-    source = write_llava(folder / "source", golden, text=text, vision=vision | {"image_size": 4 * tower[2]})
+    vision = {
+        "num_attention_heads": vision_encoder[0],
+        "hidden_size": 4 * vision_encoder[0],
+        "num_hidden_layers": vision_encoder[1],
+    }
+    source = write_llava(folder / "source", golden, text=text, vision=vision | {"image_size": 4 * vision_encoder[2]})
     spec = describe_model(open_source(source))
     convert(source, folder / "middle", to=to)
     convert(folder / "middle", folder / "back", to="llava")

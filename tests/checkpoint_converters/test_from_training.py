@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import mindspeed_mm as mm
-from mindspeed_mm import checkpoint_source
+from checkpoint_converters.checkpoint import source as checkpoint_source
 from mindspeed_mm.errors import CheckpointError
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.weights.sources import open_source

@@ -93,9 +93,9 @@ def test_weights_in_a_second_format_do_not_stay_as_they_were(golden, tmp_path, c
     assert torch.equal(open_source(tmp_path / "out").part("vision_projector").get("0.bias"), projector("")["0.bias"])
 
 
-def test_a_tower_beside_the_base_is_found_from_anywhere(base, tmp_path):
-    (base / "vision_tower").rename(tmp_path / "tower")
-    config = json.loads((base / "config.json").read_text()) | {"mm_vision_tower": "../tower"}
+def test_a_vision_encoder_beside_the_base_is_found_from_anywhere(base, tmp_path):
+    (base / "vision_tower").rename(tmp_path / "vision_encoder")
+    config = json.loads((base / "config.json").read_text()) | {"mm_vision_tower": "../vision_encoder"}
     (base / "config.json").write_text(json.dumps(config))
     torch.save(projector(), tmp_path / "p.bin")
     merge(base, [tmp_path / "p.bin"], tmp_path / "far" / "out")
@@ -103,18 +103,20 @@ def test_a_tower_beside_the_base_is_found_from_anywhere(base, tmp_path):
     assert json.loads((base / "config.json").read_text()) == config
 
 
-def test_a_tower_in_shards_stays_whole_and_is_not_changed_in_one_of_two_places(base, tmp_path):
+def test_a_vision_encoder_in_shards_stays_whole_and_is_not_changed_in_one_of_two_places(base, tmp_path):
     torch.save(projector(), tmp_path / "p.bin")
     convert(base, tmp_path / "small", to="llava", shard_size=5_000)
     merge(tmp_path / "small", [tmp_path / "p.bin"], tmp_path / "out")
-    towers = [content(tmp_path / name / "vision_tower") for name in ("small", "out")]
-    assert towers[0] == towers[1] and any(path.name.endswith(".index.json") for path in towers[0])
+    vision_encoders = [content(tmp_path / name / "vision_tower") for name in ("small", "out")]
+    assert vision_encoders[0] == vision_encoders[1] and any(
+        path.name.endswith(".index.json") for path in vision_encoders[0]
+    )
     name = "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding"
-    torch.save({name: torch.ones(8)}, tmp_path / "tower.bin")
-    with pytest.raises(WeightError, match="changes the tower, which .*vision_tower holds once more"):
-        merge(base, [tmp_path / "tower.bin"], tmp_path / "no")
+    torch.save({name: torch.ones(8)}, tmp_path / "vision_encoder.bin")
+    with pytest.raises(WeightError, match="changes the vision encoder, which .*vision_tower holds once more"):
+        merge(base, [tmp_path / "vision_encoder.bin"], tmp_path / "no")
     convert(base, tmp_path / "hf", to="llava-hf")
-    merge(tmp_path / "hf", [tmp_path / "tower.bin"], tmp_path / "tuned")
+    merge(tmp_path / "hf", [tmp_path / "vision_encoder.bin"], tmp_path / "tuned")
     part = open_source(tmp_path / "tuned").part("vision_encoder")
     assert torch.equal(part.get("embeddings.class_embedding"), torch.ones(8))
 

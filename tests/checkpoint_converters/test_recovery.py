@@ -112,14 +112,16 @@ def test_a_wrong_flag_is_still_refused(source, tmp_path, capsys):
     assert "--overwrit" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_tower_of_the_hub_that_is_not_here(source, tmp_path):
-    text = (source / "config.json").read_text().replace('"tower"', '"openai/clip-vit-large-patch14-336"')
+def test_a_vision_encoder_of_the_hub_that_is_not_here(source, tmp_path):
+    text = (source / "config.json").read_text().replace('"vision_encoder"', '"openai/clip-vit-large-patch14-336"')
     (source / "config.json").write_text(text)
     state = {name: tensor for name, tensor in _load(source).items() if "vision_tower" not in name}
     _save(source, state)
-    with pytest.raises(WeightError, match="Put the path of the tower's folder or file into mm_vision_tower .*--vision"):
+    with pytest.raises(
+        WeightError, match="Put the path of the vision encoder's folder or file into mm_vision_tower .*--vision"
+    ):
         mm.load(source, device="cpu")
-    parts = {"text_decoder": source, "vision_projector": source, "vision_encoder": source / "tower"}
+    parts = {"text_decoder": source, "vision_projector": source, "vision_encoder": source / "vision_encoder"}
     mm.convert(parts, tmp_path / "out", to="llava")
     assert len(open_source(tmp_path / "out").parts) == 3
 

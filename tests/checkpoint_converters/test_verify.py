@@ -78,11 +78,11 @@ def test_sources_without_a_common_part(golden):
 def test_the_command_compares_logits_and_fails_over_tolerance(golden, tmp_path, capsys):
     pytest.importorskip("transformers")
     a, b = golden / "models" / "llava_original", tmp_path / "out"
-    picture = str(golden / "images" / "src" / "landscape.png")
+    image = str(golden / "images" / "src" / "landscape.png")
     assert main(["convert", str(a), str(b), "--to", "llava-hf", "--dtype", "fp32", "--verify", "--json"]) == 0
     done = json.loads(capsys.readouterr().out.splitlines()[-1])["verify"]["logits"]
     assert done["against"] == "transformers" and done["max"] < 1e-4 and done["top1"] == 1.0
-    assert main(["verify", str(a), str(b), "--images", picture, "--prompts", "What is it?"]) == 0
+    assert main(["verify", str(a), str(b), "--images", image, "--prompts", "What is it?"]) == 0
     capsys.readouterr()
     state = load_file(b / "model.safetensors")
     state["multi_modal_projector.linear_1.bias"] += 1.0
@@ -111,14 +111,14 @@ def test_parts_compute_what_transformers_does(golden, capsys, names):
 
 
 def test_parts_that_compute_another_thing_are_refused(golden, tmp_path, capsys):
-    tower = golden / "models" / "clip_hf"
-    convert(tower, tmp_path / "other", to="clip")
+    vision_encoder = golden / "models" / "clip_hf"
+    convert(vision_encoder, tmp_path / "other", to="clip")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     config["hidden_act"] = "gelu"  # which no tensor shows
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    assert main(["verify", str(tower), str(tmp_path / "other")]) == 1
+    assert main(["verify", str(vision_encoder), str(tmp_path / "other")]) == 1
     assert "features differ by" in capsys.readouterr().err
-    assert main(["verify", str(tower), str(tmp_path / "other"), "--no-logits"]) == 0
+    assert main(["verify", str(vision_encoder), str(tmp_path / "other"), "--no-logits"]) == 0
 
 
 def test_transformers_computes_llava_hf_on_either_side_and_a_model_put_together(golden, tmp_path, capsys):

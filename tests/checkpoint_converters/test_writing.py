@@ -223,7 +223,7 @@ def test_choices_that_make_no_sense(source, tmp_path, options, message):
         convert(source, tmp_path / "out", **options)
 
 
-def test_a_decoder_is_no_tower(golden, tmp_path):
+def test_a_decoder_is_no_vision_encoder(golden, tmp_path):
     models = golden / "models"
     with pytest.raises(WeightError, match="found layout hf with text_decoder; expected a vision_encoder"):
         convert(models / "vicuna", tmp_path / "out", to="clip")

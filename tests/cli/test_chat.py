@@ -31,16 +31,16 @@ def conversation(output):
     return json.loads(output.out.splitlines()[-1])["conversation"]
 
 
-def test_turns_pictures_and_save(chat, golden, tmp_path):
-    picture = tmp_path / "my view.png"
-    shutil.copy(golden / "images" / "src" / "gray.png", picture)
+def test_turns_images_and_save(chat, golden, tmp_path):
+    image = tmp_path / "my view.png"
+    shutil.copy(golden / "images" / "src" / "gray.png", image)
     saved = tmp_path / "chat.json"
-    code, output = chat("Hi", "", f"'{picture}' What is it?", "/help", "And now?", f"/save {saved}")
+    code, output = chat("Hi", "", f"'{image}' What is it?", "/help", "And now?", f"/save {saved}")
     assert code == 0 and "/reset" in output.err
     assert "USER" not in output.out and "ASSISTANT" not in output.out  # answers alone
     record = conversation(output)
     assert [turn["value"] for turn in record["conversations"][::2]] == ["Hi", "<image>\nWhat is it?", "And now?"]
-    assert record["image"] == str(picture) and json.loads(saved.read_text()) == [record]
+    assert record["image"] == str(image) and json.loads(saved.read_text()) == [record]
     assert output.out.splitlines()[0] == record["conversations"][1]["value"]
 
 
@@ -64,8 +64,8 @@ def test_the_prompt_is_the_training_template(chat, golden):
 
 
 def test_reset_and_system_start_anew(chat, golden):
-    picture = golden / "images" / "src" / "gray.png"
-    code, output = chat("Hi", "/reset", "/system Be brief.", "Yes?", flags=["--image", str(picture)])
+    image = golden / "images" / "src" / "gray.png"
+    code, output = chat("Hi", "/reset", "/system Be brief.", "Yes?", flags=["--image", str(image)])
     assert code == 0
     values = [turn["value"] for turn in conversation(output)["conversations"]]
     assert values[:2] == ["Be brief.", "Yes?"] and len(values) == 3

@@ -90,14 +90,14 @@ class Terminal:
 
 
 def test_a_session(ranks, golden, tmp_path):
-    picture = tmp_path / "my view.png"
-    shutil.copy(golden / "images" / "src" / "gray.png", picture)
+    image = tmp_path / "my view.png"
+    shutil.copy(golden / "images" / "src" / "gray.png", image)
     line = ["chat", "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--json"]
     # Every answer is long: it could not end by itself between two keys.
     line += ["--max-new-tokens", "1700", "--option", "min_new_tokens=1700"]
     with ThreadPoolExecutor(1) as thread, contextlib.closing(Terminal()) as terminal:
         code = thread.submit(partial(ranks(1).run, run_in_terminal, terminal.path, line, timeout=5 * PATIENCE))
-        result = talk(terminal, picture)
+        result = talk(terminal, image)
         assert code.result() == [0]
     assert result["turns"] == 3
     turns = result["conversation"]["conversations"]
@@ -105,7 +105,7 @@ def test_a_session(ranks, golden, tmp_path):
     assert all(turn["value"] for turn in turns[1::2])
 
 
-def talk(terminal, picture):
+def talk(terminal, image):
     """What the command tells at the end of a talk of three questions."""
     begun = "ASSISTANT: [^\r\n]{8}"
     assert "/help lists the commands" in terminal.wait_for(PROMPT)
@@ -119,8 +119,8 @@ def talk(terminal, picture):
     terminal.press_ctrl_c("Ctrl-D leaves")
     terminal.wait_for(PROMPT)
 
-    terminal.type(f"'{picture}'\n")  # as a terminal pastes a dropped file
-    assert "[picture 1: " in terminal.wait_for(re.escape(f"{picture}]"))
+    terminal.type(f"'{image}'\n")  # as a terminal pastes a dropped file
+    assert "[image 1: " in terminal.wait_for(re.escape(f"{image}]"))
     terminal.wait_for(PROMPT)
     terminal.type("https://example.org/a.png\n")
     terminal.wait_for("is an address, and nothing is downloaded")
@@ -129,7 +129,7 @@ def talk(terminal, picture):
     terminal.wait_for(begun)
     terminal.press_ctrl_c(PROMPT)
 
-    terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: the question, the address, the picture, "Hi"
+    terminal.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # four up: the question, the address, the image, "Hi"
     terminal.wait_for(begun)
     terminal.press_ctrl_c(PROMPT)
     terminal.type("\x04")

@@ -18,11 +18,11 @@ def commands(golden, folder, name, flags):
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    picture = str(golden / "images" / "src" / "gray.png")
+    image = str(golden / "images" / "src" / "gray.png")
     model = ["--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--max-new-tokens", "4", *flags]
-    questions = ["--image", picture, "--prompt", "What is it?", "--prompt", "Why?", "--json"]
+    questions = ["--image", image, "--prompt", "What is it?", "--prompt", "Why?", "--json"]
     file = ["--input", str(folder / "in.jsonl"), "--output", str(folder / f"{name}.jsonl")]
-    talk = f"Hi\n'{picture}' What is it?\n/image none.png\n/save {folder}/{name}.json\nAnd now?\n"
+    talk = f"Hi\n'{image}' What is it?\n/image none.png\n/save {folder}/{name}.json\nAnd now?\n"
     try:
         return [
             captured(main, ["infer", *model, *questions]),
@@ -48,8 +48,8 @@ def captured(main, line, text=""):
 @pytest.fixture(scope="module")
 def folder(golden, tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
-    picture = str(golden / "images" / "src" / "gray.png")
-    lines = [{"prompt": "Hi"}, {"prompt": "What?", "image": picture}, {"prompt": "", "id": "bad"}, {"prompt": "Where?"}]
+    image = str(golden / "images" / "src" / "gray.png")
+    lines = [{"prompt": "Hi"}, {"prompt": "What?", "image": image}, {"prompt": "", "id": "bad"}, {"prompt": "Where?"}]
     (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

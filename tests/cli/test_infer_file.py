@@ -29,16 +29,16 @@ def answers(tmp_path):
 
 
 def test_answers_stand_in_order_and_bad_lines_fail_alone(golden, command, tmp_path, capsys):
-    picture = str(golden / "images" / "src" / "gray.png")
+    image = str(golden / "images" / "src" / "gray.png")
     (tmp_path / "bad.png").write_text("x")
     lines = [
-        {"id": "long", "prompt": "word " * 30, "image": picture},
+        {"id": "long", "prompt": "word " * 30, "image": image},
         {"prompt": "Hi", "image": "bad.png"},
         "{not json}\n",
         {"prompt": "Hi", "image": "https://example.org/a.png"},
         {"prompt": "Hi", "options": {"temperature": -1}},
         {"prompt": ""},
-        {"prompt": "<image> and <image>", "image": picture},
+        {"prompt": "<image> and <image>", "image": image},
         {"prompt": "Hi", "extra": 1},
         {"id": 9, "prompt": "Hi", "system": "Be brief.", "options": {"max_new_tokens": 2, "num_beams": 2}},
         '{"prompt": "one \u2028 line \x85", "options": {"logprobs": 2}}\n',
@@ -86,7 +86,7 @@ def test_interrupted_run_goes_on(command, tmp_path, capsys):
 
 
 def test_only_what_has_changed_is_answered_again(golden, command, tmp_path, capsys):
-    """A picture's file, a request's options, its system text and its pictures count as its prompt does."""
+    """An image's file, a request's options, its system text and its images count as its prompt does."""
     sources = [golden / "images" / "src" / name for name in ("gray.png", "landscape.png")]
     for number in range(2):
         shutil.copy(sources[0], tmp_path / f"{number}.png")
@@ -123,7 +123,7 @@ def test_other_weights_are_told(golden, tmp_path, capsys):
 
 
 def test_weights_that_a_file_names_count(tmp_path):
-    from mindspeed_mm.cli._jsonl import weights_stamp
+    from mindspeed_mm.inference.request_file import weights_stamp
 
     (tmp_path / "a.bin").write_text("x")
     (tmp_path / "spec.json").write_text(json.dumps({"part": [{"ckpt_path": str(tmp_path / "a.bin")}]}))
@@ -172,7 +172,7 @@ def test_one_bad_prompt_among_several(golden, capsys, tmp_path):
     )
 
 
-def test_several_pictures_for_one_prompt():
+def test_several_images_for_one_prompt():
     from mindspeed_mm.config.inference import InferenceConfig
 
     config = InferenceConfig(prompts="<image> or <image>?", image_path=["a.png", "b.png"])
@@ -192,7 +192,7 @@ def test_flags_say_whether_to_sample(flags, found):
     """On top of a file that draws with top_p."""
     import argparse
 
-    from mindspeed_mm.cli._loading import add_option_arguments, given_options
+    from mindspeed_mm.cli.flags.model import add_option_arguments, given_options
     from mindspeed_mm.generation.options import generation_options
 
     parser = argparse.ArgumentParser()

@@ -54,9 +54,9 @@ def test_other_ranks_leave_config_errors_to_the_first(tmp_path, capsys, monkeypa
 
 
 def test_infer_answers_and_ends_with_json(golden, capsys):
-    picture = str(golden / "images" / "src" / "gray.png")
+    image = str(golden / "images" / "src" / "gray.png")
     model = str(golden / "models" / "llava_hf")
-    line = ["infer", "--model", model, "--image", picture, "--prompt", "Hi?", "--prompt", "You?", "--json"]
+    line = ["infer", "--model", model, "--image", image, "--prompt", "Hi?", "--prompt", "You?", "--json"]
     assert main([*line, "--max-new-tokens", "3", "--device", "cpu"]) == 0
     output = capsys.readouterr().out.splitlines()
     result = json.loads(output[-1])
@@ -88,10 +88,10 @@ def test_infer_reads_the_guides_json(golden, tmp_path, capsys):
 
 def test_lists_must_fit(golden, capsys):
     model = str(golden / "models" / "llava_hf")
-    picture = str(golden / "images" / "src" / "gray.png")
-    line = ["infer", "--model", model, "--image", picture, "--image", picture]
+    image = str(golden / "images" / "src" / "gray.png")
+    line = ["infer", "--model", model, "--image", image, "--image", image]
     assert main([*line, "--prompt", "a", "--prompt", "b", "--prompt", "c"]) == 1
-    assert "2 pictures for 3 prompts" in capsys.readouterr().err
+    assert "2 images for 3 prompts" in capsys.readouterr().err
 
 
 def test_an_empty_prompt_fails_alone(golden, tmp_path, capsys):

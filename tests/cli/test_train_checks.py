@@ -44,7 +44,7 @@ def train(tmp_path, golden, single_process, capsys):
 
 
 def test_stage_1_checkpoint_chats_in_v1_and_brings_its_tokenizer(train):
-    from mindspeed_mm.locate import locate
+    from mindspeed_mm.inference.locate import locate
 
     code, result, _ = train("--train-iters", "2")
     assert code == 0 and result["iteration"] == 2
@@ -79,7 +79,7 @@ def test_id_beyond_the_vocabulary_names_the_tokenizer(train, golden):
     assert code == 1 and "tokenizer_chatml gives id 100" in err and "language_vocab_size is 1000" in err
 
 
-def test_missing_picture_stops_with_its_name(train):
+def test_missing_image_stops_with_its_name(train):
     for record in train.records:
         record["image"] = "gone.png"
     code, _, err = train("--train-iters", "1")
@@ -124,7 +124,7 @@ def fail_on_one_rank(rank_that_fails: int) -> str:
 
     def batches():
         if torch.distributed.get_rank() == rank_that_fails:
-            raise DataError("picture 7 is broken")
+            raise DataError("image 7 is broken")
         yield from range(4)
 
     data = MeteredIterator(batches(), lambda batch: batch)
@@ -138,5 +138,5 @@ def fail_on_one_rank(rank_that_fails: int) -> str:
 def test_bad_data_of_one_rank_stops_all(ranks):
     assert ranks(2).run(fail_on_one_rank, 1) == [
         "TrainingError: the data of another rank cannot be used: see its message",
-        "DataError: picture 7 is broken",
+        "DataError: image 7 is broken",
     ]

@@ -1,4 +1,5 @@
-"""`train --feature-cache`: the losses of a run without it, the tower left out of later epochs, on one and two ranks."""
+"""`train --feature-cache`: the losses of a run without it, the vision encoder left out of later epochs, on one and two
+ranks."""
 
 import json
 import os
@@ -14,15 +15,15 @@ FLAGS = "--device cpu --lr 1e-3 --lr-decay-style constant --micro-batch-size 2 -
 
 @pytest.fixture(scope="module")
 def folder(golden, tmp_path_factory):
-    """Six samples with four pictures, one of them used by three; an epoch and a half in three steps of four."""
+    """Six samples with four images, one of them used by three; an epoch and a half in three steps of four."""
     folder = tmp_path_factory.mktemp("feature_cache")
     for number, colour in enumerate(("red", "green", "blue", "white")):
         Image.new("RGB", (60, 40), colour).save(folder / f"{number}.png")
     records = []
-    for number, picture in enumerate((0, 1, 2, None, 0, 3)):
-        text = "Hi" if picture is None else "<image>\nHi"
+    for number, shown in enumerate((0, 1, 2, None, 0, 3)):
+        text = "Hi" if shown is None else "<image>\nHi"
         turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "Ho " * (number + 1)}]
-        image = {} if picture is None else {"image": f"{picture}.png"}
+        image = {} if shown is None else {"image": f"{shown}.png"}
         records.append({"id": str(number), "conversations": turns} | image)
     (folder / "records.json").write_text(json.dumps(records))
     parameters = {
@@ -32,7 +33,7 @@ def folder(golden, tmp_path_factory):
         "tokenizer_config": {"from_pretrained": str(golden / "tokenizer")},
     }
     (folder / "data.json").write_text(json.dumps({"dataset_param": parameters}))
-    for name, trained in (("stage2", ("text_decoder", "vision_projector")), ("tower", ("vision_encoder",))):
+    for name, trained in (("stage2", ("text_decoder", "vision_projector")), ("vision_encoder", ("vision_encoder",))):
         (folder / f"{name}.json").write_text(json.dumps(model_json(golden, trained=trained)))
     return folder
 
@@ -74,7 +75,7 @@ def test_losses_are_those_without_a_cache(ranks, folder, world, flags):
     )
     assert plain[0] == filling[0] == full[0] == 0
     assert filling[1] == pytest.approx(plain[1], rel=1e-5) and full[1] == pytest.approx(plain[1], rel=1e-5)
-    # The tower's operations: all in the first step, fewer where pictures come again, none with a full cache.
+    # The vision encoder's operations: all in the first step, fewer where images come again, none with a full cache.
     assert filling[2][0] == plain[2][0] and filling[2][2] < plain[2][2]
     assert all(cached < whole for cached, whole in zip(full[2], plain[2], strict=True))
     assert len(list(cache.glob("*/*/*"))) == 4
@@ -101,7 +102,10 @@ def test_a_small_room_is_kept(folder, single_process, capsys):
     [
         (["--feature-cache-size", "1GB"], "given without --feature-cache"),
         (["--feature-cache", "FOLDER/data.json"], "is not a folder"),
-        (["--feature-cache", "FOLDER/x", "--mm-model", "FOLDER/tower.json"], "needs a tower that is not trained"),
+        (
+            ["--feature-cache", "FOLDER/x", "--mm-model", "FOLDER/vision_encoder.json"],
+            "needs a vision encoder that is not trained",
+        ),
     ],
 )
 def test_what_cannot_be_cached_is_refused(folder, single_process, capsys, flags, message):
@@ -109,14 +113,14 @@ def test_what_cannot_be_cached_is_refused(folder, single_process, capsys, flags,
     assert code == 1 and message in capsys.readouterr().err
 
 
-def test_ranks_that_share_pictures_are_refused():
+def test_ranks_that_share_images_are_refused():
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
     from mindspeed_mm.errors import ConfigError
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.training.feature_cache import check_cachable
+    from mindspeed_mm.trainer.caching_step import check_cachable
     from tests.planning.planned_run import model
 
     with pytest.raises(ConfigError, match="tensor 2 x context 1, whose ranks encode"):

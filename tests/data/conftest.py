@@ -31,7 +31,7 @@ def chat_tokenizer(golden):
 
 
 @pytest.fixture
-def picture_folder(tmp_path) -> Path:
+def image_folder(tmp_path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for number, colour in enumerate(("red", "green", "blue")):
@@ -40,7 +40,7 @@ def picture_folder(tmp_path) -> Path:
 
 
 @pytest.fixture
-def make_config(tmp_path, picture_folder):
+def make_config(tmp_path, image_folder):
     """make_config(records, **dataset_param) -> DataConfig over a JSON file of these records, images 28 px."""
     from mindspeed_mm.data.config import DataConfig
 
@@ -52,7 +52,7 @@ def make_config(tmp_path, picture_folder):
             {
                 "dataset_param": {
                     "dataset_type": "multimodal",
-                    "basic_parameters": {"data_path": str(path), "data_folder": str(picture_folder)},
+                    "basic_parameters": {"data_path": str(path), "data_folder": str(image_folder)},
                     "preprocess_parameters": {"train_pipeline": pipeline},
                     "template_name": "v1",
                 }

@@ -122,8 +122,8 @@ def test_settings_that_do_not_fit(make_dataset, make_config, tokenizer):
         make_dataset([make_record(0)], preprocess_parameters=pipeline)
 
 
-def test_image_errors_stop_by_default(make_dataset, picture_folder):
-    (picture_folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+def test_image_errors_stop_by_default(make_dataset, image_folder):
+    (image_folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     dataset = make_dataset([make_record(0, "none.png"), make_record(1, "broken.png")])
     with pytest.raises(DataError, match=r"record 0 \(id r0\): image .*none.png is missing"):
         dataset[0]

@@ -20,13 +20,13 @@ from mindspeed_mm.errors import ConfigError, DataError
 
 
 @pytest.fixture
-def read(tmp_path, picture_folder):
+def read(tmp_path, image_folder):
     """read(kind, *records) -> the samples of a JSONL file."""
 
     def make(kind, *records, template="v1", **options):
         path = tmp_path / "data.jsonl"
         path.write_text("\n".join(json.dumps(record) for record in records))
-        parameters = BasicParameters(data_path=str(path), data_folder=str(picture_folder))
+        parameters = BasicParameters(data_path=str(path), data_folder=str(image_folder))
         source = registry.find(DATASETS, kind, "DATASET")(parameters, ReadOptions(get_template(template), **options))
         return [source[number] for number in range(len(source))]
 

@@ -27,7 +27,7 @@ def expected(golden):
 
 
 @pytest.mark.parametrize("name", ["cmyk", "gray", "landscape", "palette", "portrait", "tiny"])
-def test_golden_pictures(golden, expected, name):
+def test_golden_images(golden, expected, name):
     entry = json.loads((golden / "images/preprocessed_meta.json").read_text())["images"][name]
     path = golden / "images" / entry["file"]
     decoded = hashlib.sha256(np.asarray(load_image(path)).tobytes()).hexdigest()
@@ -49,10 +49,10 @@ def test_golden_pictures(golden, expected, name):
 
 @pytest.mark.parametrize("pad", [True, False])
 @pytest.mark.parametrize("size", [(9, 1), (1, 9), (7, 3), (1, 1), (3, 3)])
-def test_thin_pictures_keep_their_channels(size, pad):
+def test_thin_images_keep_their_channels(size, pad):
     """transformers guesses the channel axis from the shape and errs on these."""
-    picture = Image.new("RGB", size, (255, 0, 0))
-    pixels = preprocess(picture, clip(4, do_normalize=False), pad=pad)
+    image = Image.new("RGB", size, (255, 0, 0))
+    pixels = preprocess(image, clip(4, do_normalize=False), pad=pad)
     assert pixels.shape == (3, 4, 4)
     middle = pixels[:, 2, 2] if pad else pixels[:, 0, 0]
     assert middle[0] > middle[1] and middle[0] > middle[2]
@@ -61,18 +61,18 @@ def test_thin_pictures_keep_their_channels(size, pad):
 
 
 def test_flags():
-    picture = Image.new("RGB", (6, 4), (10, 20, 30))
-    kept = preprocess(picture, clip(4, do_resize=False, do_rescale=False, do_normalize=False), pad=False)
+    image = Image.new("RGB", (6, 4), (10, 20, 30))
+    kept = preprocess(image, clip(4, do_resize=False, do_rescale=False, do_normalize=False), pad=False)
     assert kept.shape == (3, 4, 4) and kept[:, 0, 0].tolist() == [10, 20, 30]
     whole = ImageProcessor.from_config({"size": {"height": 2, "width": 5}, "do_center_crop": False})
-    assert preprocess(picture, whole, pad=False).shape == (3, 2, 5) and whole.output_size == (2, 5)
+    assert preprocess(image, whole, pad=False).shape == (3, 2, 5) and whole.output_size == (2, 5)
     assert ImageProcessor.from_config({"do_center_crop": False}).output_size is None
-    bordered = preprocess(picture, clip(8, do_resize=False, do_rescale=False, do_normalize=False), pad=False)
+    bordered = preprocess(image, clip(8, do_resize=False, do_rescale=False, do_normalize=False), pad=False)
     assert bordered.shape == (3, 8, 8) and int((bordered[0] > 0).sum()) == 24
     assert bordered[0, 2:6, 1:7].min() == 10
 
 
-def test_a_square_picture_is_not_padded_and_others_get_the_mean_colour():
+def test_a_square_image_is_not_padded_and_others_get_the_mean_colour():
     processor = clip(8, do_rescale=False, do_normalize=False, do_resize=False)
     pixels = preprocess(Image.new("RGB", (8, 4), "black"), processor)
     assert pixels[:, 0, 0].tolist() == [122, 116, 104] and pixels[:, 2, 0].tolist() == [0, 0, 0]
@@ -82,8 +82,8 @@ def test_save_and_load(tmp_path):
     processor = clip(14, image_mean=[0.5, 0.5, 0.5])
     processor.save(tmp_path)
     assert ImageProcessor.from_config(tmp_path) == processor
-    picture = Image.new("RGB", (30, 20), "red")
-    assert torch.equal(preprocess(picture, tmp_path), preprocess(picture, processor))
+    image = Image.new("RGB", (30, 20), "red")
+    assert torch.equal(preprocess(image, tmp_path), preprocess(image, processor))
 
 
 def test_a_nested_processor_config(tmp_path):
@@ -102,9 +102,9 @@ def test_processors_of_stock_exports(kind):
 def test_llavas_own_processor_pads(tmp_path):
     fields = {"image_processor_type": "LlavaImageProcessor", "size": 30, "crop_size": 30, "do_pad": True}
     processor = ImageProcessor.from_config(fields)
-    picture = Image.effect_noise((40, 20), 50).convert("RGB")
+    image = Image.effect_noise((40, 20), 50).convert("RGB")
     plain = ImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
-    assert torch.equal(preprocess(picture, processor, pad=False), preprocess(picture, plain, pad=True))
+    assert torch.equal(preprocess(image, processor, pad=False), preprocess(image, plain, pad=True))
     processor.save(tmp_path)
     assert ImageProcessor.from_config(tmp_path) == processor
     plain.save(tmp_path)
@@ -135,10 +135,10 @@ def test_missing_config(tmp_path):
         ImageProcessor.from_config(tmp_path)
 
 
-def test_bad_files(tmp_path, picture_folder):
+def test_bad_files(tmp_path, image_folder):
     with pytest.raises(DataError, match="image .*none.png is missing"):
         load_image(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "zero.png").write_bytes(b"")
     for empty in (tmp_path / "zero.png", ImageBytes("zero", b""), ImageMember("zero", tmp_path / "text.png", 3, 0)):
         with pytest.raises(DataError, match=r"image .*zero.* is empty \(0 bytes\); expected a whole JPEG"):
@@ -168,8 +168,8 @@ def test_too_many_pixels(tmp_path, monkeypatch):
 
 
 def test_transparency_is_dropped():
-    picture = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
-    pixels = preprocess(picture, clip(4, do_rescale=False, do_normalize=False))
+    image = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
+    pixels = preprocess(image, clip(4, do_rescale=False, do_normalize=False))
     assert pixels[:, 0, 0].tolist() == [200, 100, 50]
 
 

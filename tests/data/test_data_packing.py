@@ -109,7 +109,7 @@ def test_packed_equals_unpacked(golden, single_process):
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
     from mindspeed_mm.platform import get_platform
-    from mindspeed_mm.training.step import forward_step
+    from mindspeed_mm.trainer.step import forward_step
     from tests.helpers.golden_model import model_json, training_samples
     from tests.helpers.tiny_training import arguments
 

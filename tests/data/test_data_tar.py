@@ -13,7 +13,7 @@ from mindspeed_mm.data.sample import ImageMember
 from mindspeed_mm.errors import DataError
 
 
-def picture(colour):
+def image(colour):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
     return buffer.getvalue()
@@ -31,7 +31,7 @@ TEXT_ONLY = b'{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt
 
 
 def pair(name, text="A caption."):
-    return [(f"{name}.jpg", picture("red")), (f"{name}.txt", text.encode())]
+    return [(f"{name}.jpg", image("red")), (f"{name}.txt", text.encode())]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_shards(build, tmp_path, tokenizer):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
     record = json.dumps({"id": "own", "conversations": turns}).encode()
     unnamed = b'{"id": null, "caption": "x"}'
-    members = [(pair("x/000")[0]), ("x/000.json", unnamed), ("x/001.png", picture("blue")), ("x/001.json", record)]
+    members = [(pair("x/000")[0]), ("x/000.json", unnamed), ("x/001.png", image("blue")), ("x/001.json", record)]
     write(tmp_path / "shards" / "b.tar", members)
     write(tmp_path / "shards" / "a.tar", pair("007", "First."))
     dataset = build()
@@ -99,9 +99,9 @@ def test_metadata_beside_a_caption_is_ignored(build, tmp_path):
     assert len(build()) == 2
 
 
-def test_lengths_do_not_need_the_pictures(build, tmp_path, monkeypatch):
+def test_lengths_do_not_need_the_images(build, tmp_path, monkeypatch):
     write(tmp_path / "shards" / "a.tar", [*pair("0"), *pair("1")])
-    monkeypatch.setattr(ImageMember, "read", lambda self: pytest.fail("a picture was read"))
+    monkeypatch.setattr(ImageMember, "read", lambda self: pytest.fail("an image was read"))
     assert build(overlong="drop").lengths.tolist()
 
 
@@ -132,7 +132,7 @@ def test_no_tar(build, tmp_path):
         build()
 
 
-def test_a_bad_picture_in_a_shard(build, tmp_path):
-    write(tmp_path / "shards" / "a.tar", [("a.jpg", b"no picture"), ("a.txt", b"x")])
+def test_a_bad_image_in_a_shard(build, tmp_path):
+    write(tmp_path / "shards" / "a.tar", [("a.jpg", b"no image"), ("a.txt", b"x")])
     with pytest.raises(DataError, match="a.tar: record 0: image .*a.tar: record 0: image cannot be decoded"):
         build()[0]

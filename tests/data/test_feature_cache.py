@@ -13,8 +13,8 @@ from mindspeed_mm.data.sample import ImageBytes
 
 SHAPE = (4, 6)
 FILE_BYTES = 4 * 6 * 2 + 4
-KEY = FeatureCache.key(ImageBytes("a", b"picture a"))
-OTHER = FeatureCache.key(ImageBytes("b", b"picture b"))
+KEY = FeatureCache.key(ImageBytes("a", b"image a"))
+OTHER = FeatureCache.key(ImageBytes("b", b"image b"))
 
 
 def cache(folder, room=1e6, name="f" * 64):
@@ -33,8 +33,8 @@ def test_what_is_written_is_read(tmp_path):
     assert used_bytes(tmp_path) == FILE_BYTES
 
 
-def test_a_picture_is_its_content(tmp_path):
-    (tmp_path / "x.png").write_bytes(b"picture a")
+def test_an_image_is_its_content(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"image a")
     assert FeatureCache.key(str(tmp_path / "x.png")) == KEY != OTHER
 
 

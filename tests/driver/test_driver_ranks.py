@@ -22,7 +22,7 @@ def trained(flags, world_size, train_iters, batch, model=None):
 
 def full(folder):
     """Full tensors of the newest checkpoint."""
-    from megatron.driver.reading import read_checkpoint
+    from megatron.driver.checkpoint.reading import read_checkpoint
 
     checkpoint = read_checkpoint(folder)
     return {name: checkpoint.get(name).float().numpy() for name in checkpoint.names}

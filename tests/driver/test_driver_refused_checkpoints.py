@@ -17,8 +17,8 @@ from tests.helpers.tiny_training import whole_run as run
 
 get_platform("cpu")
 
-from megatron.driver import integrity, reading, storage  # noqa: E402
-from megatron.driver.reading import read_checkpoint  # noqa: E402
+from megatron.driver.checkpoint import integrity, reading, storage  # noqa: E402
+from megatron.driver.checkpoint.reading import read_checkpoint  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("single_process")

@@ -19,8 +19,8 @@ from tests.helpers.tiny_training import whole_run as run
 
 get_platform("cpu")
 
-from megatron.driver import checkpointing, locks, saver, storage  # noqa: E402
-from megatron.driver.reading import read_checkpoint  # noqa: E402
+from megatron.driver.checkpoint import checkpointing, locks, saver, storage  # noqa: E402
+from megatron.driver.checkpoint.reading import read_checkpoint  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -163,7 +163,7 @@ def test_saving_by_the_clock(tmp_path, monkeypatch):
 def test_two_runs_in_one_folder(tmp_path):
     """Another process holds the lock, and loses it with its life."""
     hold = (
-        "import sys; from pathlib import Path; from megatron.driver import locks; "
+        "import sys; from pathlib import Path; from megatron.driver.checkpoint import locks; "
         "locks.acquire(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(

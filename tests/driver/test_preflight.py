@@ -98,8 +98,8 @@ def test_a_rank_that_stands_still_is_found(monkeypatch):
     store.pop("lost")
     now[0] += 4.0
     store.set("alive/2", "done")
-    store.set("failed/1", "DataError: no picture")
-    assert first._watch_all() == "rank 1 on host-1 stopped: DataError: no picture"
+    store.set("failed/1", "DataError: no image")
+    assert first._watch_all() == "rank 1 on host-1 stopped: DataError: no image"
     store.pop("lost")
     assert last._watch_first() is None
     now[0] += 20.0

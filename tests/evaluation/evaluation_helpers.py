@@ -7,7 +7,7 @@ import io
 from PIL import Image
 
 
-def picture(colour: str = "red", size: tuple[int, int] = (4, 3), mode: str = "RGB") -> str:
+def image_cell(colour: str = "red", size: tuple[int, int] = (4, 3), mode: str = "RGB") -> str:
     """Base64 of a PNG."""
     data = io.BytesIO()
     Image.new("RGB", size, colour).convert(mode).save(data, "PNG")
@@ -28,7 +28,7 @@ def choice_rows(count: int = 6) -> list[dict[str, str]]:
     return [
         {
             "index": str(number),
-            "image": picture() if number % 2 == 0 else str(number - 1),
+            "image": image_cell() if number % 2 == 0 else str(number - 1),
             "question": f"Question {number}{' and more' * number}?",
             "A": "cat",
             "B": "dog",
@@ -45,7 +45,7 @@ class FakeEngine:
 
     def __init__(self, answers, *, name="fake", fails_after=None):
         self.answers, self.name, self.fails_after = answers, name, fails_after
-        self.asked, self.pictures = [], []
+        self.asked, self.images = [], []
 
     def describe(self):
         return {"weights": self.name, "template": "v1", "decoding": {"max_new_tokens": 4}}
@@ -55,5 +55,5 @@ class FakeEngine:
             if self.fails_after is not None and len(self.asked) >= self.fails_after:
                 raise KeyboardInterrupt
             self.asked.append(request)
-            self.pictures.append([image.copy() for image in request.images()])
+            self.images.append([image.copy() for image in request.images()])
             yield request.id, self.answers[request.id]

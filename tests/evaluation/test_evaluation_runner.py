@@ -5,7 +5,7 @@ import threading
 
 import openpyxl
 import pytest
-from evaluation_helpers import FakeEngine, choice_rows, picture, write_table
+from evaluation_helpers import FakeEngine, choice_rows, image_cell, write_table
 
 from evaluation.recorded import RecordedAnswers
 from evaluation.runner import run
@@ -77,7 +77,7 @@ def test_the_report_says_what_the_numbers_depend_on(table_path, tmp_path):
     assert set(report["scores"]) == {"strict", "compat"}
 
 
-def test_requests_carry_prompt_and_pictures(table_path, tmp_path):
+def test_requests_carry_prompt_and_images(table_path, tmp_path):
     engine = FakeEngine(ANSWERS)
     evaluate(table_path, tmp_path / "a", engine)
     evaluate(table_path, tmp_path / "b", engine, prompt_style="vlmevalkit", limit=1)
@@ -85,7 +85,7 @@ def test_requests_carry_prompt_and_pictures(table_path, tmp_path):
     assert official.text is None and official.turns[0][0].startswith("<image>\nQuestion")
     assert kit.turns is None and kit.text.endswith(" ASSISTANT: ")
     assert official.images()[0].size == (4, 3)
-    assert len({request.picture for request in engine.asked}) == 1, "all rows show the same picture"
+    assert len({request.image_cell for request in engine.asked}) == 1, "all rows show the same image"
     assert [request.id for request in engine.asked[:6]] == [0, 1, 2, 3, 4, 5], "long ones first; this engine turns them"
 
 
@@ -147,23 +147,23 @@ def test_answers_of_another_model_style_or_table_are_not_used(table_path, tmp_pa
     assert evaluate(table_path, tmp_path).resumed == 0
 
 
-def test_answers_to_other_pictures_of_the_same_name_are_not_used(tmp_path):
-    (tmp_path / "a.png").write_bytes(base64.b64decode(picture()))
+def test_answers_to_other_images_of_the_same_name_are_not_used(tmp_path):
+    (tmp_path / "a.png").write_bytes(base64.b64decode(image_cell()))
     path = write_table(tmp_path / "t.tsv", [{"index": "0", "image_path": "a.png", "question": "?", "answer": "A"}])
     assert evaluate(path, tmp_path).resumed == 0
     assert evaluate(path, tmp_path).resumed == 1
-    (tmp_path / "a.png").write_bytes(base64.b64decode(picture(size=(90, 80))))
+    (tmp_path / "a.png").write_bytes(base64.b64decode(image_cell(size=(90, 80))))
     assert evaluate(path, tmp_path).resumed == 0
 
 
-def test_recorded_answers_to_a_damaged_picture_are_scored_and_the_page_tells(tmp_path):
-    damaged = base64.b64encode(b"no picture" * 9).decode()
+def test_recorded_answers_to_a_damaged_image_are_scored_and_the_page_tells(tmp_path):
+    damaged = base64.b64encode(b"no image" * 9).decode()
     path = write_table(tmp_path / "t.tsv", [{"index": "0", "image": damaged, "question": "?", "answer": "A"}])
     (tmp_path / "answers.json").write_text('{"0": "A"}')
     table = read_table(path)
     result = evaluate(path, tmp_path, RecordedAnswers(tmp_path / "answers.json", table))
     assert result.reports["strict"].overall == 1
-    assert "row with index 0: the picture cannot be decoded" in result.files["page"].read_text()
+    assert "row with index 0: the image cannot be decoded" in result.files["page"].read_text()
 
 
 def test_a_limited_run_is_continued_by_the_whole(table_path, tmp_path):
@@ -238,10 +238,10 @@ def test_a_folder_that_cannot_be_written(table_path, tmp_path, monkeypatch):
         evaluate(table_path, tmp_path)
 
 
-def test_a_broken_picture_ends_the_run_and_keeps_the_journal(tmp_path):
+def test_a_broken_image_ends_the_run_and_keeps_the_journal(tmp_path):
     rows = choice_rows(2)
-    rows[1]["image"] = base64.b64encode(b"no picture " * 10).decode()
+    rows[1]["image"] = base64.b64encode(b"no image " * 10).decode()
     path = write_table(tmp_path / "t.tsv", rows)
-    with pytest.raises(DataError, match="row with index 1: the picture cannot be decoded"):
+    with pytest.raises(DataError, match="row with index 1: the image cannot be decoded"):
         evaluate(path, tmp_path / "out")
     assert len(list((tmp_path / "out" / "m_toy.journal").iterdir())) == 1

@@ -2,7 +2,7 @@ import base64
 import csv
 
 import pytest
-from evaluation_helpers import choice_rows, picture, write_table
+from evaluation_helpers import choice_rows, image_cell, write_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,10 +22,10 @@ def test_cells_stay_text(tmp_path):
     assert [row.index for row in table.rows] == [0, 1]
 
 
-def test_pictures_come_back_as_stored(tmp_path):
+def test_images_come_back_as_stored(tmp_path):
     rows = choice_rows(4)
-    rows[0]["image"] = picture("blue", (5, 6), "P")
-    rows[2]["image"] = repr([picture("red"), picture("green")])
+    rows[0]["image"] = image_cell("blue", (5, 6), "P")
+    rows[2]["image"] = repr([image_cell("red"), image_cell("green")])
     table = read_table(write_table(tmp_path / "t.tsv", rows))
     first, referring, several, referring_to_several = (table.images(row) for row in table.rows)
     assert [(image.mode, image.size) for image in first] == [("P", (5, 6))]
@@ -35,7 +35,7 @@ def test_pictures_come_back_as_stored(tmp_path):
     assert [row.image_count for row in table.rows] == [1, 1, 2, 2]
 
 
-def test_rows_without_a_picture_are_dropped_and_named(tmp_path):
+def test_rows_without_an_image_are_dropped_and_named(tmp_path):
     rows = choice_rows(4)
     rows[1]["image"], rows[3]["image"] = "", "nan"
     table = read_table(write_table(tmp_path / "t.tsv", rows))
@@ -44,7 +44,7 @@ def test_rows_without_a_picture_are_dropped_and_named(tmp_path):
     assert len(table.all_cells) == 4
 
 
-def test_pictures_from_files(tmp_path):
+def test_images_from_files(tmp_path):
     Image.new("RGB", (2, 2), "red").save(tmp_path / "a.png")
     rows = [{"index": "x", "image_path": "a.png", "question": "?"}, {"index": "y", "image_path": "['a.png', 'a.png']"}]
     table = read_table(write_table(tmp_path / "t.tsv", [rows[0], rows[1] | {"question": "?"}]))
@@ -54,7 +54,7 @@ def test_pictures_from_files(tmp_path):
 
 @pytest.mark.parametrize("texts", [["7", "07"], ["7", "a"], ["7", "-1"], ["7", "9" * 30]])
 def test_indices_stay_text_unless_all_are_plain_integers(tmp_path, texts):
-    rows = [row | {"index": text, "image": picture()} for row, text in zip(choice_rows(2), texts, strict=True)]
+    rows = [row | {"index": text, "image": image_cell()} for row, text in zip(choice_rows(2), texts, strict=True)]
     assert [row.index for row in read_table(write_table(tmp_path / "t.tsv", rows)).rows] == texts
 
 
@@ -70,7 +70,7 @@ def test_any_text_survives(tmp_path_factory, cells, newline):
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", lineterminator=newline, quoting=csv.QUOTE_ALL)
         writer.writerow(["index", "image", "question"])
-        writer.writerows([str(i), picture(), cell] for i, cell in enumerate(cells))
+        writer.writerows([str(i), image_cell(), cell] for i, cell in enumerate(cells))
     table = read_table(path)
     assert [row.cells["question"] for row in table.rows] == cells
     assert table.images(table.rows[-1])[0].size == (4, 3)
@@ -78,7 +78,7 @@ def test_any_text_survives(tmp_path_factory, cells, newline):
 
 def test_byte_order_mark_and_blank_lines(tmp_path):
     path = tmp_path / "t.tsv"
-    path.write_text(f"\ufeffindex\timage\n\n1\t{picture()}\n\n", encoding="utf-8")
+    path.write_text(f"\ufeffindex\timage\n\n1\t{image_cell()}\n\n", encoding="utf-8")
     assert [row.index for row in read_table(path).rows] == [1]
 
 
@@ -100,11 +100,11 @@ def with_cell(name, value):
     [
         (with_cell("index", "0"), r"index 0 is used by data rows 1 and 2"),
         (with_cell("index", ""), r"data row 2 has no index"),
-        (with_cell("image", "5"), r'index 1: its picture cell "5" refers to a row that does not exist'),
-        (with_cell("image", "1"), r"refers to a row that holds no picture of its own"),
-        (with_cell("image", "!" * 80), r"index 1: the picture is not base64"),
-        (with_cell("image", picture()[:-1]), r"index 1: the picture is not base64"),
-        (with_cell("image", "[" + "x" * 80), r"the picture list is not a Python list"),
+        (with_cell("image", "5"), r'index 1: its image cell "5" refers to a row that does not exist'),
+        (with_cell("image", "1"), r"refers to a row that holds no image of its own"),
+        (with_cell("image", "!" * 80), r"index 1: the image is not base64"),
+        (with_cell("image", image_cell()[:-1]), r"index 1: the image is not base64"),
+        (with_cell("image", "[" + "x" * 80), r"the image list is not a Python list"),
         (with_cell("image", "[1, 2" + " " * 80 + "]"), r"must hold one or more texts"),
         (with_cell("image", "__import__('os')" + " " * 80), r"not base64"),
     ],
@@ -121,7 +121,7 @@ def test_damaged_rows_are_refused(tmp_path, change, message):
     [
         (b"", "is empty"),
         (b"index\timage\n", "has a header but no rows"),
-        (b"index\timage\n1\t\n", "none of the 1 rows has a picture"),
+        (b"index\timage\n1\t\n", "none of the 1 rows has an image"),
         (b"index\tquestion\n1\t2\n", "found columns index, question; expected index and image"),
         (b"index\timage\timage\n1\t2\t3\n", "column image is given twice"),
         (b"index\timage\n1\n", r"data row 1 has 1 cells; expected 2"),
@@ -157,15 +157,15 @@ def test_too_long_a_cell_of_many_lines(tmp_path, monkeypatch):
         read_table(path)
 
 
-def test_picture_that_cannot_be_decoded(tmp_path):
+def test_image_that_cannot_be_decoded(tmp_path):
     rows = choice_rows(1)
-    rows[0]["image"] = base64.b64encode(b"no picture " * 10).decode()
+    rows[0]["image"] = base64.b64encode(b"no image " * 10).decode()
     table = read_table(write_table(tmp_path / "t.tsv", rows))
-    with pytest.raises(DataError, match=r"row with index 0: the picture cannot be decoded"):
+    with pytest.raises(DataError, match=r"row with index 0: the image cannot be decoded"):
         table.images(table.rows[0])
 
 
-def test_picture_that_is_too_large(table_path, monkeypatch):
+def test_image_that_is_too_large(table_path, monkeypatch):
     table = read_table(table_path)
     monkeypatch.setattr(tsv, "MAX_PIXELS", 11)
     with pytest.raises(DataError, match=r"4 x 3 pixels; at most 11"):

@@ -6,7 +6,7 @@ import socket
 import threading
 
 import pytest
-from evaluation_helpers import FakeEngine, picture, write_table
+from evaluation_helpers import FakeEngine, image_cell, write_table
 
 import evaluation
 from evaluation.judge import HttpJudge
@@ -77,7 +77,7 @@ def test_only_unreadable_answers_are_asked_about(server, table_path, tmp_path):
 
 
 def test_yes_no_questions(server, tmp_path):
-    rows = [{"index": "0", "image": picture(), "question": "Is it?", "answer": "No"}]
+    rows = [{"index": "0", "image": image_cell(), "question": "Is it?", "answer": "No"}]
     path = write_table(tmp_path / "t.tsv", rows)
     judge = HttpJudge(server.url, tmp_path / "j.jsonl")
     assert evaluation.score("mine", {0: "hardly"}, path, judge=judge).rows[0][:2] == ("no", 1)

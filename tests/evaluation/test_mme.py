@@ -1,7 +1,7 @@
-"""MME: points of pairs of questions on a picture."""
+"""MME: points of pairs of questions on an image."""
 
 import pytest
-from evaluation_helpers import FakeEngine, picture, write_table
+from evaluation_helpers import FakeEngine, image_cell, write_table
 
 import mindspeed_mm as mm
 from evaluation.runner import run
@@ -11,19 +11,19 @@ SAID = {
     "color": (("No", "No"), ("Yes", "No, it is not.")),
     "code_reasoning": (("Yes", "No"), ("Nope", "Yes")),
 }
-"""Answers to the question whose answer is Yes and the one whose answer is No, per picture."""
+"""Answers to the question whose answer is Yes and the one whose answer is No, per image."""
 
 
 @pytest.fixture
 def table(tmp_path):
     rows, answers = [], {}
-    for category, pictures in SAID.items():
-        for number, pair in enumerate(pictures):
+    for category, images in SAID.items():
+        for number, pair in enumerate(images):
             for truth, said in zip(("Yes", "No"), pair, strict=True):
                 index = len(rows)
                 question = f"Is it {truth}? Please answer yes or no."
                 path = f"{category}/{number}.jpg"
-                row = {"index": index, "image": picture(), "image_path": path, "question": question}
+                row = {"index": index, "image": image_cell(), "image_path": path, "question": question}
                 rows.append(row | {"answer": truth, "category": category})
                 answers[index] = said
     return write_table(tmp_path / "MME.tsv", rows), answers

@@ -1,7 +1,7 @@
 """Prompts and scores of multiple-choice tables, against VLMEvalKit's and on tables of one's own."""
 
 import pytest
-from evaluation_helpers import choice_rows, picture, write_table
+from evaluation_helpers import choice_rows, image_cell, write_table
 
 import evaluation
 from evaluation.benchmarks import find_benchmark, known_benchmarks
@@ -23,10 +23,10 @@ def test_official_prompt_keeps_the_text_of_the_table(table_path):
     )
 
 
-def test_hint_pictures_chinese_and_open_questions(tmp_path):
-    rows = [row | {"hint": "", "image": picture()} for row in choice_rows(3)]
+def test_hint_images_chinese_and_open_questions(tmp_path):
+    rows = [row | {"hint": "", "image": image_cell()} for row in choice_rows(3)]
     rows[0]["hint"] = "Look twice."
-    rows[1] |= {"question": "\u8fd9\u662f\u4ec0\u4e48\uff1f", "image": repr([picture(), picture()])}
+    rows[1] |= {"question": "\u8fd9\u662f\u4ec0\u4e48\uff1f", "image": repr([image_cell(), image_cell()])}
     rows[2] |= {"A": "", "B": "", "C": ""}
     table = read_table(write_table(tmp_path / "t.tsv", rows))
     prompts = find_benchmark("mine", table).prompts(table, "official")

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import openpyxl
 import pytest
-from evaluation_helpers import FakeEngine, choice_rows, picture, write_table
+from evaluation_helpers import FakeEngine, choice_rows, image_cell, write_table
 
 import evaluation
 from evaluation import outputs
@@ -29,7 +29,7 @@ def evaluate(table, out, answers=ANSWERS, name="toy", model="m", **options):
 
 
 def open_rows(count, **columns):
-    rows = [{"index": str(i), "image": picture(), "question": f"Q{i}?"} for i in range(count)]
+    rows = [{"index": str(i), "image": image_cell(), "question": f"Q{i}?"} for i in range(count)]
     return [row | {name: values[i] for name, values in columns.items()} for i, row in enumerate(rows)]
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from evaluation_helpers import choice_rows, picture, write_table
+from evaluation_helpers import choice_rows, image_cell, write_table
 
 import evaluation
 from evaluation.benchmarks import find_benchmark, known_benchmarks
@@ -13,7 +13,7 @@ from mindspeed_mm.errors import DataError
 
 def question_rows(answers, **columns):
     return [
-        {"index": str(i), "image": picture(), "question": f"Question {i}?", "answer": answer}
+        {"index": str(i), "image": image_cell(), "question": f"Question {i}?", "answer": answer}
         | {name: values[i] for name, values in columns.items()}
         for i, answer in enumerate(answers)
     ]
@@ -185,7 +185,7 @@ QUESTION = {"question_id": 1, "image": "a.jpg", "text": "Is it?", "label": "yes"
         ([QUESTION, QUESTION], "index 1 is used more than once"),
         ([QUESTION | {"id": 2}], "two keys mean the same column"),
         ([{"question_id": 1, "text": "x"}], "expected image or img_path"),
-        ([QUESTION | {"image": "b.jpg"}], "picture file b.jpg does not exist"),
+        ([QUESTION | {"image": "b.jpg"}], "image file b.jpg does not exist"),
     ],
 )
 def test_json_lines_that_are_refused(tmp_path, records, message):
@@ -223,10 +223,10 @@ def test_boxes_that_are_no_boxes(tmp_path, box):
         evaluation.score("rec", {0: "[0,0,1,1]"}, path)
 
 
-def test_a_box_on_two_pictures(tmp_path):
+def test_a_box_on_two_images(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     record = {"img_path": "['a.jpg', 'a.jpg']", "expression": "x", "bbox": [0, 0, 1, 1]}
-    with pytest.raises(DataError, match="index 0: found 2 pictures; a box needs just one"):
+    with pytest.raises(DataError, match="index 0: found 2 images; a box needs just one"):
         evaluation.score("rec", {0: "[0,0,1,1]"}, lines(tmp_path / "q.jsonl", record))
 
 

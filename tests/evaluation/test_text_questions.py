@@ -1,4 +1,4 @@
-"""Questions without a picture, which LLaVA asks of ScienceQA and VLMEvalKit drops."""
+"""Questions without an image, which LLaVA asks of ScienceQA and VLMEvalKit drops."""
 
 import json
 
@@ -18,7 +18,7 @@ ANSWERS = {0: "A", 1: "A", 2: "A", 3: "B", 4: "A", 5: "B"}
 
 @pytest.fixture
 def mixed_path(tmp_path):
-    """Six questions, right answers A, B, A, B, ...; the last two have no picture."""
+    """Six questions, right answers A, B, A, B, ...; the last two have no image."""
     rows = choice_rows()
     rows[4]["image"], rows[5]["image"] = "", "NA"
     return write_table(tmp_path / "mixed.tsv", rows)
@@ -31,12 +31,12 @@ def test_they_are_dropped_unless_asked_for(mixed_path):
     assert table.images(table.rows[5]) == () and len(table.images(table.rows[1])) == 1
 
 
-def test_scores_with_and_without_a_picture_are_told(mixed_path, tmp_path):
+def test_scores_with_and_without_an_image_are_told(mixed_path, tmp_path):
     engine = FakeEngine(ANSWERS)
     result = run("toy", mixed_path, engine, tmp_path, model="m", progress=False, text_questions=True)
     report = result.reports["strict"]
     assert report.n == 6 and report.overall == pytest.approx(5 / 6) and report.dropped == 0
-    assert report.notes == {"accuracy_with_picture": 0.75, "accuracy_text_only": 1.0}
+    assert report.notes == {"accuracy_with_image": 0.75, "accuracy_text_only": 1.0}
     asked = {request.id: request.turns[0][0] for request in engine.asked}
     assert asked[4].startswith("Question 4") and asked[3].startswith("<image>\nQuestion 3")
     saved = json.loads(result.files["report"].read_text())
@@ -48,7 +48,7 @@ def test_scores_with_and_without_a_picture_are_told(mixed_path, tmp_path):
 def test_a_table_of_text_only(tmp_path):
     rows = [row | {"image": ""} for row in choice_rows()]
     path = write_table(tmp_path / "t.tsv", rows)
-    with pytest.raises(DataError, match="none of the 6 rows has a picture; fill column image, or ask for text"):
+    with pytest.raises(DataError, match="none of the 6 rows has an image; fill column image, or ask for text"):
         read_table(path)
     assert mm.score("toy", ANSWERS, path, text_questions=True).notes == {}
 
@@ -75,9 +75,9 @@ def test_the_command_tells_which_rows_it_leaves_out(golden, mixed_path, tmp_path
     line = ["evaluate", "--predictions", str(answers), "--dataset-path", str(mixed_path)]
     line += ["--evaluation-dataset", "toy", "--result-output-path", str(tmp_path / "o")]
     assert main(line) == 0
-    assert "no picture: 2 rows, for example index 4 (--text-questions asks" in capsys.readouterr().err
+    assert "no image: 2 rows, for example index 4 (--text-questions asks" in capsys.readouterr().err
     assert main([*line, "--text-questions"]) == 0
-    assert "no picture" not in capsys.readouterr().err
+    assert "no image" not in capsys.readouterr().err
 
 
 def test_the_command_asks_them(golden, mixed_path, tmp_path, capsys):

@@ -25,14 +25,14 @@ def engine(vlm):
     return vlm.engine(batch_size=4)
 
 
-def picture(number=0):
+def image(number=0):
     return Image.new("RGB", (30, 20), (200, 30 * number, 90))
 
 
 def request(index, **fields):
     from mindspeed_mm.generation.engine import GenerationRequest
 
-    images = (picture(index),) if index % 2 else ()
+    images = (image(index),) if index % 2 else ()
     turns = ((QUESTIONS[index], None),)
     return GenerationRequest(str(index), **({"turns": turns, "images": images} | fields))
 
@@ -124,12 +124,12 @@ def test_changed_layers_go_through_their_modules(vlm):
     hook.remove()
 
 
-def test_a_picture_goes_through_the_tower_once(vlm):
+def test_an_image_goes_through_the_vision_encoder_once(vlm):
     engine = vlm.engine()
-    shown = picture(1)
+    shown = image(1)
     requests = [request(index, images=(shown,)) for index in (0, 1, 3)]
-    list(engine.generate([*requests, request(4, images=(shown.copy(), picture(2)))], {"max_new_tokens": 2}, 2))
-    assert engine.pictures.computed == 2
+    list(engine.generate([*requests, request(4, images=(shown.copy(), image(2)))], {"max_new_tokens": 2}, 2))
+    assert engine.image_features.computed == 2
 
 
 def test_stream_joins_to_the_text(engine):
@@ -197,7 +197,7 @@ def test_same_seed_same_answer(engine):
 def bad_requests(tmp_path):
     """name -> (request fields, options, error)"""
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     huge = tmp_path / "huge.png"
     Image.new("1", (20_000, 20_000)).save(huge)
     long = ("word " * 3000, None)
@@ -210,14 +210,14 @@ def bad_requests(tmp_path):
             r"huge.png cannot be decoded \(Image size \(400000000 pixels\) exceeds limit",
         ),
         "address": ({"images": ("https://example.org/a.png",)}, {}, "is an address, and nothing is downloaded"),
-        "no picture": ({"turns": (("<image>\nHi", None),)}, {}, "found 0 images and 1 <image> placeholders"),
-        "two pictures": (
-            {"turns": (("<image>\nHi", None),), "images": (picture(), picture())},
+        "no image": ({"turns": (("<image>\nHi", None),)}, {}, "found 0 images and 1 <image> placeholders"),
+        "two images": (
+            {"turns": (("<image>\nHi", None),), "images": (image(), image())},
             {},
             "found 2 images and 1 <image> placeholders",
         ),
         "empty": ({"turns": (("  ", None),)}, {}, "the prompt is empty; give it a text"),
-        "empty with a picture": ({"turns": (("", None),), "images": (picture(),)}, {}, "<image> alone for a picture"),
+        "empty with an image": ({"turns": (("", None),), "images": (image(),)}, {}, "<image> alone for an image"),
         "empty raw": ({"turns": (), "prompt": ""}, {}, "the prompt is empty; give it a text$"),
         "nothing": ({"turns": ()}, {}, "neither turns nor a prompt"),
         "NaN": ({}, {"temperature": float("nan")}, "temperature"),
@@ -259,7 +259,7 @@ def test_generate_returns_or_raises_errors(engine, tmp_path):
     assert not engine.busy
 
 
-def test_tiny_picture_is_fine(engine):
+def test_tiny_image_is_fine(engine):
     assert engine.submit(request(0, images=(Image.new("L", (1, 1)),)), {"max_new_tokens": 2}).wait().error is None
 
 

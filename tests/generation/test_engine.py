@@ -16,7 +16,7 @@ def engine(golden):
 
 
 @pytest.fixture
-def picture():
+def image():
     return Image.new("RGB", (30, 20), (200, 30, 90))
 
 
@@ -26,39 +26,39 @@ def request(name, text, *images, **fields):
     return GenerationRequest(name, turns=((text, None),), images=images, **fields)
 
 
-def test_images_without_placeholder_go_in_front(engine, picture):
-    bare = engine.prepare(request("a", "What?", picture))
-    placed = engine.prepare(request("b", "<image>\nWhat?", picture))
+def test_images_without_placeholder_go_in_front(engine, image):
+    bare = engine.prepare(request("a", "What?", image))
+    placed = engine.prepare(request("b", "<image>\nWhat?", image))
     assert bare == placed and bare.count(-200) == 16
 
 
-def test_prompt_is_the_training_prompt(engine, picture):
+def test_prompt_is_the_training_prompt(engine, image):
     from mindspeed_mm.data.encode import encode
     from mindspeed_mm.data.expand import expand_images
 
-    ids = engine.prepare(request("a", "What is it?", picture))
+    ids = engine.prepare(request("a", "What is it?", image))
     conversation = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A."}]
     trained, labels = expand_images(*encode(conversation, engine.tokenizer, "v1"), 16)
     answer_start = next(i for i, label in enumerate(labels) if label != -100)
     assert ids == trained[:answer_start]
 
 
-def test_raw_prompt_is_tokenised_as_it_is(engine, picture):
+def test_raw_prompt_is_tokenised_as_it_is(engine, image):
     from mindspeed_mm.generation.engine import GenerationRequest
 
-    ids = engine.prepare(GenerationRequest("a", prompt="USER: <image>\nHi ASSISTANT:", images=(picture,)))
+    ids = engine.prepare(GenerationRequest("a", prompt="USER: <image>\nHi ASSISTANT:", images=(image,)))
     assert ids[:1] == [engine.tokenizer.bos_token_id] and ids.count(-200) == 16
 
 
-def test_wrong_number_of_images_names_the_request(engine, picture):
+def test_wrong_number_of_images_names_the_request(engine, image):
     with pytest.raises(DataError, match="request q7: found 2 images and 1 <image> placeholders"):
-        engine.prepare(request("q7", "<image>\nWhat?", picture, picture))
+        engine.prepare(request("q7", "<image>\nWhat?", image, image))
     with pytest.raises(DataError, match="request q8: found 0 images and 1 <image> placeholders"):
         engine.prepare(request("q8", "<image>\nWhat?"))
 
 
-def test_batches_do_not_change_answers(engine, picture):
-    requests = [request(str(i), "word " * i + "what?", *([picture] if i % 2 else [])) for i in range(1, 6)]
+def test_batches_do_not_change_answers(engine, image):
+    requests = [request(str(i), "word " * i + "what?", *([image] if i % 2 else [])) for i in range(1, 6)]
     alone = {r.id: r.token_ids for r in engine.generate(requests, SHORT, batch_size=1)}
     together = {r.id: r.token_ids for r in engine.generate(requests, SHORT, batch_size=3)}
     assert alone == together and list(together) == ["1", "2", "3", "4", "5"]

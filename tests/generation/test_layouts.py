@@ -32,7 +32,7 @@ def test_converted(golden, tmp_path, source, to):
 
 @pytest.mark.parametrize("files", ["clip_hf", "clip_openai.pt"])
 def test_parts_of_their_own(golden, tmp_path, files):
-    """Tower, projector and decoder come from three files of three layouts."""
+    """Vision encoder, projector and decoder come from three files of three layouts."""
     from tests.helpers.golden_model import model_json
 
     spec = tmp_path / "model.json"
@@ -44,7 +44,7 @@ def test_parts_of_their_own(golden, tmp_path, files):
 
 def from_checkpoint(golden, save, model, tensor, pipeline):
     """(found, expected) of a training checkpoint, which the helper's bare driver does not describe."""
-    from mindspeed_mm import checkpoint_source
+    from checkpoint_converters.checkpoint import source as checkpoint_source
 
     original, data = checkpoint_source.read_checkpoint, {"tokenizer": str(golden / "tokenizer")}
 

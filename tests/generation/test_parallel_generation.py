@@ -23,8 +23,8 @@ def tokens(golden, tensor: int, pipeline: int):
         pipeline_model_parallel_size=pipeline,
     )
     torch.manual_seed(0)
-    picture = torch.randn(1, 3, 56, 56)
-    found = [vlm.generate(images=picture if index == 0 else None, **request) for index, request in enumerate(REQUESTS)]
+    image = torch.randn(1, 3, 56, 56)
+    found = [vlm.generate(images=image if index == 0 else None, **request) for index, request in enumerate(REQUESTS)]
     return [*found, vlm.generate("What is it?", max_new_tokens=6), shared_beginnings(vlm)]
 
 

@@ -71,16 +71,16 @@ def fake_logits(values):
     return torch.rand(VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
 
-class FakePictures:
-    """Pictures are numbers, which are their features."""
+class FakeImageFeatures:
+    """Images are numbers, which are their features."""
 
     def find(self, images):
-        from mindspeed_mm.generation.pictures import Picture
+        from mindspeed_mm.generation.images import FoundImage
 
-        return [Picture(bytes([image] * 16), image) for image in images]
+        return [FoundImage(bytes([image] * 16), image) for image in images]
 
     def features(self, requests):
-        return [[picture.source for picture in pictures] for pictures in requests]
+        return [[found.source for found in images] for images in requests]
 
 
 def alone(prompt, images, options):
@@ -112,11 +112,11 @@ def test_rows_hold_what_their_requests_said(work, rows):
     from mindspeed_mm.generation.options import GenerationOptions
     from mindspeed_mm.generation.scheduler import Entry, Scheduler
 
-    scheduler = Scheduler(FakeDecoder(), FakePictures(), rows)
+    scheduler = Scheduler(FakeDecoder(), FakeImageFeatures(), rows)
     asked = []
-    for (pieces, pictures, new_tokens), pause, cancel in work:
+    for (pieces, given_images, new_tokens), pause, cancel in work:
         prompt = [token for piece in pieces for token in piece]
-        images = pictures[: prompt.count(-200) // PATCHES]
+        images = given_images[: prompt.count(-200) // PATCHES]
         options = {"max_new_tokens": new_tokens}
         job = SampleJob(prompt, GenerationOptions(**options), (0, 1, 2))
         entry = Entry(job, prompt, len(prompt) + new_tokens, images, lambda error: None)
@@ -140,7 +140,7 @@ def vlm(golden):
     return mm.load(golden / "models" / "llava_hf", device="cpu")
 
 
-def picture(number):
+def image_of(number):
     return Image.new("RGB", (30, 20), (200, 60 * number, 90))
 
 
@@ -148,10 +148,10 @@ TEXTS = ("What?", "What is in the picture, and where is it?", "word " * 40, "wor
 
 
 def request(index, size=4):
-    """Two pictures or none, four questions that partly begin alike."""
+    """Two images or none, four questions that partly begin alike."""
     from mindspeed_mm.generation.engine import GenerationRequest
 
-    shown = () if index % 3 == 0 else (picture(index % 3),)
+    shown = () if index % 3 == 0 else (image_of(index % 3),)
     return GenerationRequest(str(index), turns=((TEXTS[index % 4], None),), images=shown)
 
 
@@ -194,7 +194,7 @@ def engine(vlm):
     return vlm.engine(batch_size=4)
 
 
-def test_questions_about_one_picture_share_it(vlm):
+def test_questions_about_one_image_share_it(vlm):
     engine = vlm.engine(batch_size=8)
     requests = [request(1, 8)] * 3 + [request(5, 8)]
     results = list(engine.generate([*requests, request(4)], {"max_new_tokens": 3}, 8))
@@ -204,7 +204,7 @@ def test_questions_about_one_picture_share_it(vlm):
     # The first is computed whole; the same question again but for its last token; other questions up to themselves.
     assert cached[0] == 0 and cached[1] == cached[2] == len(first) - 1
     assert cached[4] == shared > 16 + first.count(-200)
-    assert engine.pictures.computed == 2
+    assert engine.image_features.computed == 2
 
 
 def test_a_turn_goes_on_where_the_last_one_ended(vlm):
@@ -212,9 +212,9 @@ def test_a_turn_goes_on_where_the_last_one_ended(vlm):
 
     engine = vlm.engine(batch_size=1)
     session = ChatSession(engine, {"max_new_tokens": 8})
-    session.add_image("a", picture(1))
+    session.add_image("a", image_of(1))
     fresh = ChatSession(vlm.engine(), {"max_new_tokens": 8})
-    fresh.add_image("a", picture(1))
+    fresh.add_image("a", image_of(1))
     for question in ("What is it?", "And where?", "Why?"):
         before = session.result
         list(session.ask(question))
@@ -246,23 +246,23 @@ def test_free_rows_are_bounded_by_the_batch(vlm):
     assert engine._decoder.cache.rows == 2
 
 
-def test_a_picture_is_taken_whole_or_not_at_all(vlm):
-    """A row that holds one picture and a half of another one's key."""
+def test_an_image_is_taken_whole_or_not_at_all(vlm):
+    """A row that holds one image and a half of another one's key."""
     from mindspeed_mm.generation.engine import GenerationRequest
 
     engine = vlm.engine()
-    shown = [GenerationRequest("a", prompt="<image>" * n, images=(picture(1),) * n) for n in (1, 2)]
+    shown = [GenerationRequest("a", prompt="<image>" * n, images=(image_of(1),) * n) for n in (1, 2)]
     found = [engine.submit(r, {"max_new_tokens": 3}).wait() for r in shown]
     assert [result.cached_tokens for result in found] == [0, 17]
     again = engine.submit(shown[1], {"max_new_tokens": 3}).wait()
     assert again.cached_tokens == 17 and again.token_ids == found[1].token_ids  # the last position is computed
 
 
-def test_positions_must_be_those_of_the_pictures():
-    from mindspeed_mm.generation.pictures import Picture
+def test_positions_must_be_those_of_the_images():
+    from mindspeed_mm.generation.images import FoundImage
     from mindspeed_mm.generation.prefix import content
 
-    with pytest.raises(DataError, match="a prompt has 3 image positions for 1 pictures; expected 4 each"):
-        content([1, -200, -200, -200], [Picture(bytes(16), None)], 4)
-    values = content([1, *[-200] * 4, 9], [Picture(bytes(range(16)), None)], 4)
+    with pytest.raises(DataError, match="a prompt has 3 image positions for 1 images; expected 4 each"):
+        content([1, -200, -200, -200], [FoundImage(bytes(16), None)], 4)
+    values = content([1, *[-200] * 4, 9], [FoundImage(bytes(range(16)), None)], 4)
     assert values[0] == 1 and values[5] == 9 and (values[1:5] < 0).all() and values[1] != values[2]

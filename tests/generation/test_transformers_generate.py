@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 
 
 def prompts() -> list[tuple[list[int], torch.Tensor | None]]:
-    """(ids, pictures) of different lengths, with two pictures, one and none."""
+    """(ids, images) of different lengths, with two images, one and none."""
     ids, pixels = batch()
     row = ids[0].tolist()
     return [(row, pixels), (row[:20], pixels[:1]), (row[13:40], None), (row[2:9], None)]
@@ -63,8 +63,8 @@ def test_tokens_equal_transformers(models, case):
     theirs, ours = models
     options = {"eos_token_id": [2], **CASES[case]}
     wanted = [row for ids, pixels in prompts() for row in expected(theirs, ids, pixels, **options)]
-    pictures = [picture for _, pixels in prompts() if pixels is not None for picture in pixels]
-    found = ours.generate(input_ids=[ids for ids, _ in prompts()], images=pictures, max_new_tokens=14, **options)
+    images = [image for _, pixels in prompts() if pixels is not None for image in pixels]
+    found = ours.generate(input_ids=[ids for ids, _ in prompts()], images=images, max_new_tokens=14, **options)
     assert found == wanted
 
 
@@ -85,14 +85,14 @@ def test_beam_scores_equal_transformers(models):
     )
     from mindspeed_mm.generation.beam import BeamJob
     from mindspeed_mm.generation.decode import Decoder
-    from mindspeed_mm.generation.pictures import PictureFeatures
+    from mindspeed_mm.generation.images import ImageFeatures
     from mindspeed_mm.generation.scheduler import Entry, Scheduler
 
     decoder = Decoder(ours.model)
     job = BeamJob(ids, GenerationOptions(**options), [7, 8, 9])
     prompt = [-200 if token == IMAGE else token for token in ids]
-    pictures = PictureFeatures(decoder, None, pad=True)
-    scheduler = Scheduler(decoder, pictures)
+    images = ImageFeatures(decoder, None, pad=True)
+    scheduler = Scheduler(decoder, images)
     scheduler.submit(Entry(job, prompt, len(ids) + 8, list(pixels), lambda error: None))
     while scheduler.step():
         pass

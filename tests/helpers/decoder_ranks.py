@@ -68,7 +68,7 @@ def take_step(path: str, spread: Spread, step: Step) -> Shard:
     from mindspeed_mm.models.spec import load_model_spec
     from mindspeed_mm.platform.distributed import init_single_process
     from mindspeed_mm.platform.segments import Segments
-    from mindspeed_mm.training.step import sum_losses
+    from mindspeed_mm.trainer.step import sum_losses
 
     if spread.ranks == 1:
         init_single_process(platform)

@@ -70,8 +70,8 @@ def training_samples(golden: Path) -> list[list[Encoded]]:
                 arrays["labels"][step, sample, :length].tolist(),
                 IMAGE_TOKENS,
             )
-            pictures = [images[pool[i]] for i in arrays["image_index"][step, sample].tolist() if i >= 0]
-            row.append(Encoded(f"{step}.{sample}", ids, labels, tuple(pictures)))
+            shown = [images[pool[i]] for i in arrays["image_index"][step, sample].tolist() if i >= 0]
+            row.append(Encoded(f"{step}.{sample}", ids, labels, tuple(shown)))
         steps.append(row)
     return steps
 

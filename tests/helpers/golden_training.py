@@ -53,13 +53,13 @@ class Layout(NamedTuple):
     trained: str = "b"
     decoder: tuple[tuple[str, Any], ...] = ()
     """Keys of the text_decoder block."""
-    tower: tuple[tuple[str, Any], ...] = ()
+    vision_encoder: tuple[tuple[str, Any], ...] = ()
     grouped: bool = False
     """GROUPED instead of the golden weights."""
     packed: bool = False
     """Two rows of two samples each, instead of four rows."""
     text_steps: bool = False
-    """Every second step has no picture at all."""
+    """Every second step has no image at all."""
 
     @property
     def ranks(self) -> int:
@@ -70,7 +70,7 @@ def train_golden(golden: Path, layout: Layout, save: str, flags: str = "", steps
     """Train golden steps on this rank into `save`; the iteration that was reached."""
     state, args, batches, hooks = begin(golden, layout, f"--save {save} {flags}", steps)
     from megatron.driver import loop
-    from mindspeed_mm.training.step import forward_step
+    from mindspeed_mm.trainer.step import forward_step
 
     return loop.train(state, args, forward_step, batches, hooks).iteration
 
@@ -79,7 +79,7 @@ def validate_golden(golden: Path, layout: Layout, batches: int) -> float:
     """Loss of the first golden batches, without training."""
     state, args, data, hooks = begin(golden, layout, "", STEPS)
     from megatron.driver import validation
-    from mindspeed_mm.training.step import forward_step
+    from mindspeed_mm.trainer.step import forward_step
 
     return validation.evaluate(state, args, forward_step, data, batches, hooks)
 
@@ -95,7 +95,7 @@ def begin(golden: Path, layout: Layout, flags: str, steps: int) -> tuple:
     from mindspeed_mm.models.parallel import layout_problems
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.training.step import level
+    from mindspeed_mm.trainer.step import level
 
     args = driver_arguments(layout, f"{FLAGS[layout.trained]} {flags}", steps)
     runtime = Runtime(
@@ -138,16 +138,16 @@ def description(golden: Path, layout: Layout) -> dict[str, Any]:
     """The golden model.json with the layout's changes."""
     model = copy.deepcopy(model_json(golden, trained=TRAINED[layout.trained]))
     model["text_decoder"] |= (GROUPED if layout.grouped else {}) | dict(layout.decoder)
-    model["image_encoder"]["vision_encoder"] |= dict(layout.tower)
+    model["image_encoder"]["vision_encoder"] |= dict(layout.vision_encoder)
     return model
 
 
 def micro_batches(golden: Path, layout: Layout, rank: int, multiple: int, first_step: int = 0) -> Iterator[Batch]:
-    """The micro-batches of one data-parallel rank; their lengths differ, and some have no picture."""
+    """The micro-batches of one data-parallel rank; their lengths differ, and some have no image."""
     collate = Collator(0, (56, 56), pad_multiple=multiple, row_length=256 if layout.packed else None)
     for number, samples in enumerate(training_samples(golden)[first_step:], first_step):
         if layout.text_steps and number % 2:
-            samples = [without_pictures(sample) for sample in samples]
+            samples = [without_images(sample) for sample in samples]
         if layout.packed:
             samples = [samples[:2], samples[2:]]
         for start in range(0, len(samples), layout.micro_batch * layout.data):
@@ -155,7 +155,7 @@ def micro_batches(golden: Path, layout: Layout, rank: int, multiple: int, first_
             yield collate(samples[first : first + layout.micro_batch])
 
 
-def without_pictures(sample: Encoded) -> Encoded:
+def without_images(sample: Encoded) -> Encoded:
     """The sample's text alone."""
     kept = [place for place, token in enumerate(sample.input_ids) if token != IMAGE_TOKEN_INDEX]
     ids, labels = [sample.input_ids[place] for place in kept], [sample.labels[place] for place in kept]
@@ -169,7 +169,7 @@ def records(save: Path) -> list[dict[str, Any]]:
 
 def full_tensors(save: Path) -> dict[str, torch.Tensor]:
     """All model tensors of the newest checkpoint, whole."""
-    from megatron.driver.reading import read_checkpoint
+    from megatron.driver.checkpoint.reading import read_checkpoint
 
     checkpoint = read_checkpoint(save)
     return {name: checkpoint.get(name) for name in checkpoint.names}

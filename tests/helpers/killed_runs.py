@@ -39,7 +39,7 @@ def main() -> None:
     get_platform("cpu")
     from megatron.core.models.gpt import GPTModel  # noqa: F401
 
-    import mindspeed_mm.cli._training  # noqa: F401  before the ranks are forked
+    import mindspeed_mm.trainer.run  # noqa: F401  before the ranks are forked
 
     dice = random.Random(plan["seed"])
     level = 0

@@ -103,7 +103,7 @@ def _serve(pipe: Connection) -> None:
     get_platform("cpu")
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-    from megatron.driver import locks
+    from megatron.driver.checkpoint import locks
     from megatron.driver.initialize import shutdown
 
     gc.freeze()  # what was imported stays, and is not looked at again

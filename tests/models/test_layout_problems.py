@@ -20,29 +20,29 @@ TEXT = {
     "language_vocab_size": 100,
     "fresh": True,
 }
-TOWER = {"num_layers": 4, "hidden_size": 128, "patch_size": 14, "image_size": 56, "num_attention_heads": 4}
+VISION_ENCODER = {"num_layers": 4, "hidden_size": 128, "patch_size": 14, "image_size": 56, "num_attention_heads": 4}
 
 
-def spec(text=None, tower=None):
+def spec(text=None, vision_encoder=None):
     return load_model_spec(
         {
             "text_decoder": TEXT | (text or {}),
             "image_encoder": {
-                "vision_encoder": TOWER | {"fresh": True} | (tower or {}),
+                "vision_encoder": VISION_ENCODER | {"fresh": True} | (vision_encoder or {}),
                 "vision_projector": {"input_size": 128, "hidden_size": 96},
             },
         }
     )
 
 
-def problems(text=None, tower=None, tp=1, pp=1, cp=1, virtual=None):
+def problems(text=None, vision_encoder=None, tp=1, pp=1, cp=1, virtual=None):
     runtime = Runtime(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=virtual,
         context_parallel_size=cp,
     )
-    return "\n".join(layout_problems(spec(text, tower), runtime))
+    return "\n".join(layout_problems(spec(text, vision_encoder), runtime))
 
 
 FULL = {"recompute_granularity": "full"}
@@ -81,7 +81,7 @@ FULL = {"recompute_granularity": "full"}
             r"\[3, 3\] does not fit: expected 2 lists of 2 numbers, one list for each virtual stage",
         ),
         (
-            {"pp": 2, "tower": {"pipeline_num_layers": [4, 0, 0]}},
+            {"pp": 2, "vision_encoder": {"pipeline_num_layers": [4, 0, 0]}},
             r"vision_encoder.pipeline_num_layers \[4, 0, 0\] does not fit: expected a list of 2",
         ),
         (
@@ -90,7 +90,7 @@ FULL = {"recompute_granularity": "full"}
         ),
         ({"text": FULL}, 'text_decoder.recompute_granularity "full" needs recompute_method'),
         (
-            {"tower": {"recompute_num_layers": 1}},
+            {"vision_encoder": {"recompute_num_layers": 1}},
             'vision_encoder.recompute_method .* belong to recompute_granularity "full"',
         ),
         (
@@ -118,8 +118,8 @@ def test_layers_of_the_stages():
     assert stage_layers(spec({"pipeline_num_layers": [[0, 1], [2, 3]]}).text_decoder, 4) == [0, 1, 2, 3]
 
 
-def test_the_tower_may_be_named_on_the_first_stage():
-    assert problems(tower={"pipeline_num_layers": [4, 0]}, pp=2) == ""
+def test_the_vision_encoder_may_be_named_on_the_first_stage():
+    assert problems(vision_encoder={"pipeline_num_layers": [4, 0]}, pp=2) == ""
     layers = {"pipeline_num_layers": [[0, 1], [2, 3]]}
     assert problems(layers, {"pipeline_num_layers": [[4, 0], [0, 0]]}, pp=2, virtual=2) == ""
 
@@ -133,9 +133,12 @@ def test_the_tower_may_be_named_on_the_first_stage():
         ({"text": {"pipeline_num_layers": [3, -1, 4]}}, r"found \[3, -1, 4\], expected the number of layers of each"),
         ({"text": {"pipeline_num_layers": [[3], [1, 2]]}}, r"found \[\[3\], \[1, 2\]\], .* all of one length"),
         ({"text": {"pipeline_num_layers": [[3, 3], 0]}}, r"found \[\[3, 3\], 0\], expected"),
-        ({"tower": {"pipeline_num_layers": []}}, r"found \[\], expected the number of layers"),
+        ({"vision_encoder": {"pipeline_num_layers": []}}, r"found \[\], expected the number of layers"),
         ({"text": {"pipeline_num_layers": "3,3"}}, "pipeline_num_layers: found .*valid array"),
-        ({"tower": {"pipeline_num_layers": [2, 2]}}, r"spreads the tower, which .* as a whole.* expected \[4, 0\]"),
+        (
+            {"vision_encoder": {"pipeline_num_layers": [2, 2]}},
+            r"spreads the vision encoder, which .* as a whole.* expected \[4, 0\]",
+        ),
     ],
 )
 def test_splits_that_contradict_the_spec(changes, message):

@@ -135,8 +135,12 @@ def test_a_spec_survives_json():
 def test_only_what_matters_must_be_given():
     decoder = load_config(LlamaSpec, LLAMA, what="x")
     assert (decoder.num_query_groups, decoder.kv_channels, decoder.language_max_sequence_length) == (4, 2, 4096)
-    tower = load_config(ClipSpec, CLIP, what="x")
-    assert (tower.num_attention_heads, tower.kv_channels, tower.ffn_hidden_size) == (2, 64, 512)
+    vision_encoder = load_config(ClipSpec, CLIP, what="x")
+    assert (vision_encoder.num_attention_heads, vision_encoder.kv_channels, vision_encoder.ffn_hidden_size) == (
+        2,
+        64,
+        512,
+    )
     projector = load_config(MlpSpec, {"input_size": 3, "hidden_size": 5}, what="x")
     assert projector.ffn_hidden_size == 5
 
@@ -219,7 +223,7 @@ def test_a_llama_that_cannot_be_built(changes, message):
         ({"post_layer_norm": True}, "the feature is taken before the final norm"),
     ],
 )
-def test_a_tower_that_cannot_be_built(changes, message):
+def test_a_vision_encoder_that_cannot_be_built(changes, message):
     with pytest.raises(ConfigError, match=message):
         load_config(ClipSpec, {**CLIP, **changes}, what="x")
 
@@ -264,8 +268,13 @@ def test_configs_may_omit_what_transformers_defaults():
     decoder = llama.from_hf({"model_type": "llama"})
     assert (decoder.num_layers, decoder.hidden_size, decoder.ffn_hidden_size) == (32, 4096, 11008)
     assert (decoder.layernorm_epsilon, decoder.rotary_base, decoder.num_query_groups) == (1e-6, 10000.0, 32)
-    tower = clip.from_hf({"model_type": "clip_vision_model"})
-    assert (tower.hidden_size, tower.num_layers, tower.num_attention_heads, tower.patch_size) == (768, 12, 12, 32)
+    vision_encoder = clip.from_hf({"model_type": "clip_vision_model"})
+    assert (
+        vision_encoder.hidden_size,
+        vision_encoder.num_layers,
+        vision_encoder.num_attention_heads,
+        vision_encoder.patch_size,
+    ) == (768, 12, 12, 32)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +359,7 @@ def test_goldens_describe_one_model(golden):
     original = read("llava_original")
     assert llama.from_hf(text_config(hub)).language_vocab_size == 1024
     assert llama.from_hf(original).language_vocab_size == 1000
-    tower = clip.from_hf(read("clip_hf") | vision_select(original))
-    assert tower.model_copy(update={"params_dtype": None}) == clip.from_hf(vision_config(hub))
+    vision_encoder = clip.from_hf(read("clip_hf") | vision_select(original))
+    assert vision_encoder.model_copy(update={"params_dtype": None}) == clip.from_hf(vision_config(hub))
     assert mlp.from_hf(original) == mlp.from_hf(hub)
     assert llama.from_hf(read("vicuna_bin")) == llama.from_hf(read("vicuna"))

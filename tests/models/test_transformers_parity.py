@@ -64,14 +64,14 @@ def save_random_llava(folder, text: dict, **options) -> transformers.LlavaForCon
 
 
 def batch(images: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids [1, S] with 4 image positions a picture, pixel_values)."""
+    """(input_ids [1, S] with 4 image positions an image, pixel_values)."""
     torch.manual_seed(1)
-    picture = torch.full((1, 4), 130)
+    image = torch.full((1, 4), 130)
     pieces = [
         torch.randint(3, 130, (1, 9)),
-        picture,
+        image,
         torch.randint(3, 130, (1, 30)),
-        picture,
+        image,
         torch.randint(3, 130, (1, 5)),
     ]
     return torch.cat(pieces, dim=1), torch.randn(images, 3, 28, 28)
@@ -92,13 +92,13 @@ def test_class_token_is_kept_on_demand(tmp_path):
     _, pixels = batch()
     vlm = mm.load(tmp_path, device="cpu")
     with torch.no_grad():
-        tower = model.model.vision_tower
-        hidden = tower(pixels, output_hidden_states=True).hidden_states[-1]
+        vision_encoder = model.model.vision_tower
+        hidden = vision_encoder(pixels, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(vlm.vision_features(pixels), hidden, atol=2e-5, rtol=1e-4)
 
 
 def test_last_patch_reaches_the_first_token(tmp_path):
-    """The tower is not causal (megatron.core's own local ViT spec is)."""
+    """The vision encoder is not causal (megatron.core's own local ViT spec is)."""
     save_random_llava(tmp_path, {})
     vlm = mm.load(tmp_path, device="cpu")
     _, pixels = batch(1)

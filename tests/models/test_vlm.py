@@ -98,10 +98,10 @@ def test_all_masked_batch_has_a_loss_of_nothing(golden):
     assert all(parameter.grad.abs().max() == 0 for parameter in vlm.parameters() if parameter.grad is not None)
 
 
-def test_image_positions_must_match_pictures(golden):
+def test_image_positions_must_match_images(golden):
     vlm = build(golden)
     images = load_file(golden / "images" / "preprocessed.safetensors")
-    with pytest.raises(DataError, match="15 image positions but 1 pictures of 16 tokens each = 16"):
+    with pytest.raises(DataError, match="15 image positions but 1 images of 16 tokens each = 16"):
         vlm(torch.full((1, 15), -200), torch.arange(15)[None], pixel_values=images["gray.pad"][None])
 
 

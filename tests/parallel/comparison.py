@@ -25,8 +25,8 @@ def names(layouts, *, slow=()):
 
 
 def relative(name, found, wanted):
-    """Norm of the difference over the norm. The tower's key biases are left out: softmax does not see them, so their
-    gradient is rounding noise, which Adam scales up to whole steps."""
+    """Norm of the difference over the norm. The vision encoder's key biases are left out: softmax does not see them, so
+    their gradient is rounding noise, which Adam scales up to whole steps."""
     if name.endswith("linear_qkv.bias"):
         found, wanted = (tensor.view(4, 3, 16)[:, ::2] for tensor in (found, wanted))
     return (found - wanted).norm().item() / wanted.norm().item()

@@ -89,7 +89,7 @@ def main() -> None:
         table.line(f"{name}, packed rows", layout._replace(packed=True))
     for name, layout in BATCHES.items():
         if name != "one":
-            table.line(f"{name}, every second step without pictures", layout._replace(text_steps=True, trained="c"))
+            table.line(f"{name}, every second step without images", layout._replace(text_steps=True, trained="c"))
     table.grouped(GROUPED)
     table.grouped({"TP4": Layout(tensor=4, grouped=True, decoder=FOUR_GROUPS)}, FOUR_GROUPS)
 

@@ -1,4 +1,4 @@
-"""Batches of every kind at every layout: packed rows, and steps without a picture."""
+"""Batches of every kind at every layout: packed rows, and steps without an image."""
 
 import pytest
 
@@ -24,14 +24,14 @@ def test_packed_rows_train_like_plain_ones(ranks, golden, single, tmp_path, name
 
 @pytest.fixture(scope="module")
 def text_steps(ranks, golden, tmp_path_factory):
-    """One process, every second step without pictures."""
+    """One process, every second step without images."""
     save = tmp_path_factory.mktemp("text-steps")
     ranks(1).run(train_golden, golden, Layout(text_steps=True, trained="c"), str(save))
     return records(save), full_tensors(save)
 
 
 @pytest.mark.parametrize("name", names([name for name in LAYOUTS if name != "one"], slow=("PP2", "TP2 SP")))
-def test_steps_without_pictures(ranks, golden, text_steps, tmp_path, name):
+def test_steps_without_images(ranks, golden, text_steps, tmp_path, name):
     layout = LAYOUTS[name]._replace(text_steps=True, trained="c")
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path))
     compare((records(tmp_path), full_tensors(tmp_path)), text_steps)
@@ -44,11 +44,11 @@ def test_validation_at_every_layout(ranks, golden):
             assert loss == pytest.approx(wanted, rel=1e-6), name
 
 
-def pictures_encoded(golden, layout):
-    """How many pictures the tower of this rank sees in the first micro-batch."""
+def images_encoded(golden, layout):
+    """How many images the vision encoder of this rank sees in the first micro-batch."""
     state, args, data, hooks = begin(golden, layout, "", 5)
     from megatron.driver import validation
-    from mindspeed_mm.training.step import forward_step
+    from mindspeed_mm.trainer.step import forward_step
 
     seen = []
     state.modules[0].image_encoder.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
@@ -57,6 +57,6 @@ def pictures_encoded(golden, layout):
 
 
 @pytest.mark.parametrize(("micro_batch", "share"), [(4, [2]), (1, [1, 1, 1, 1])])
-def test_context_parallel_ranks_share_the_pictures(ranks, golden, micro_batch, share):
-    """Four rows with a picture each; where there is one for two ranks, one of them gets a blank one."""
-    assert ranks(2).run(pictures_encoded, golden, Layout(context=2, micro_batch=micro_batch)) == [share, share]
+def test_context_parallel_ranks_share_the_images(ranks, golden, micro_batch, share):
+    """Four rows with an image each; where there is one for two ranks, one of them gets a blank one."""
+    assert ranks(2).run(images_encoded, golden, Layout(context=2, micro_batch=micro_batch)) == [share, share]

@@ -45,9 +45,9 @@ def folder(golden, tmp_path):
     rows = []
     for number in range(12):
         words = " ".join(["Hi"] * (1 + 3 * number % 7))
-        picture = number % 3 == 0
-        turns = [{"from": "human", "value": ("<image>\n" if picture else "") + words}, answer]
-        rows.append({"id": str(number), "conversations": turns} | ({"image": "red.png"} if picture else {}))
+        image = number % 3 == 0
+        turns = [{"from": "human", "value": ("<image>\n" if image else "") + words}, answer]
+        rows.append({"id": str(number), "conversations": turns} | ({"image": "red.png"} if image else {}))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     model = model_json(golden, trained=("text_decoder", "vision_projector"))
     (tmp_path / "model.json").write_text(json.dumps(model))

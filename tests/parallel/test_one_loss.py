@@ -58,14 +58,14 @@ PAIRS = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("r
 BLOCK = (("recompute_granularity", "full"), ("recompute_method", "block"), ("recompute_num_layers", 1))
 SELECTIVE = (("recompute_granularity", "selective"),)
 RECOMPUTED = {
-    "uniform": Layout(decoder=PAIRS, tower=FULL),
-    "block": Layout(decoder=BLOCK, tower=BLOCK),
-    "selective": Layout(decoder=SELECTIVE, tower=SELECTIVE),
-    "uniform, projector only": Layout(decoder=FULL, tower=FULL, trained="a"),
-    "uniform, PP2 VPP2": Layout(decoder=FULL, tower=FULL, pipeline=2, virtual=2),
-    "uniform, TP2 SP": Layout(decoder=PAIRS, tower=FULL, tensor=2, flags="--sequence-parallel"),
-    "block, PP2": Layout(decoder=BLOCK, tower=BLOCK, pipeline=2),
-    "selective, CP2": Layout(decoder=SELECTIVE, tower=SELECTIVE, context=2),
+    "uniform": Layout(decoder=PAIRS, vision_encoder=FULL),
+    "block": Layout(decoder=BLOCK, vision_encoder=BLOCK),
+    "selective": Layout(decoder=SELECTIVE, vision_encoder=SELECTIVE),
+    "uniform, projector only": Layout(decoder=FULL, vision_encoder=FULL, trained="a"),
+    "uniform, PP2 VPP2": Layout(decoder=FULL, vision_encoder=FULL, pipeline=2, virtual=2),
+    "uniform, TP2 SP": Layout(decoder=PAIRS, vision_encoder=FULL, tensor=2, flags="--sequence-parallel"),
+    "block, PP2": Layout(decoder=BLOCK, vision_encoder=BLOCK, pipeline=2),
+    "selective, CP2": Layout(decoder=SELECTIVE, vision_encoder=SELECTIVE, context=2),
 }
 
 

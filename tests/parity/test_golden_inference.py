@@ -54,10 +54,10 @@ def test_greedy_tokens_equal_transformers(vlm, golden):
     meta = json.loads((golden / "expected" / "meta.json").read_text())
     images = load_file(golden / "images" / "preprocessed.safetensors")
     for name, case in meta["generation"].items():
-        pictures = [images[f"{picture}.pad"] for picture in case["images"]]
-        free = vlm.generate(input_ids=case["input_ids"], images=pictures, max_new_tokens=24, eos_token_id=-1)
+        shown = [images[f"{image}.pad"] for image in case["images"]]
+        free = vlm.generate(input_ids=case["input_ids"], images=shown, max_new_tokens=24, eos_token_id=-1)
         assert free == [case["new_tokens_no_stop"]], name
-        stopped = vlm.generate(input_ids=case["input_ids"], images=pictures, max_new_tokens=24)
+        stopped = vlm.generate(input_ids=case["input_ids"], images=shown, max_new_tokens=24)
         assert stopped == [case["new_tokens_eos_stop"]], name
 
 
@@ -65,9 +65,9 @@ def test_greedy_tokens_do_not_depend_on_the_batch(vlm, golden):
     meta = json.loads((golden / "expected" / "meta.json").read_text())
     images = load_file(golden / "images" / "preprocessed.safetensors")
     cases = list(meta["generation"].values())
-    pictures = [images[f"{picture}.pad"] for case in cases for picture in case["images"]]
+    shown = [images[f"{image}.pad"] for case in cases for image in case["images"]]
     rows = [case["input_ids"] for case in cases]
-    together = vlm.generate(input_ids=rows, images=pictures, max_new_tokens=24)
+    together = vlm.generate(input_ids=rows, images=shown, max_new_tokens=24)
     assert together == [case["new_tokens_eos_stop"] for case in cases]
 
 
@@ -80,7 +80,7 @@ def test_left_padding_is_hidden(vlm, golden):
     assert (logits[:, 5:, :1000] - expected["logits"]).abs().max() < 3e-4
 
 
-def test_raw_picture_to_text(vlm, golden):
+def test_raw_image_to_text(vlm, golden):
     answer = vlm.generate("What is this?", [golden / "images" / "src" / "landscape.png"], max_new_tokens=4)
     assert len(answer) == 1 and isinstance(answer[0], str)
 
@@ -88,7 +88,7 @@ def test_raw_picture_to_text(vlm, golden):
 def test_image_count_must_fit(vlm, golden):
     with pytest.raises(ValueError, match="0 image tokens for 1 images"):
         vlm.generate(input_ids=[1, 5, 7], images=[torch.zeros(3, 56, 56)])
-    with pytest.raises(ValueError, match="16 image positions but 0 pictures"):
+    with pytest.raises(ValueError, match="16 image positions but 0 images"):
         vlm.logits(torch.full((1, 16), -200))
     with pytest.raises(ValueError, match="exceed the model's context of 2048 tokens"):
         vlm.generate(input_ids=[1, 5, 7], max_new_tokens=2048)

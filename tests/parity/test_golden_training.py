@@ -35,11 +35,11 @@ def run_mode(golden, mode: str, micro_batch: int) -> SimpleNamespace:
     import argparse
 
     from megatron.driver import arguments, initialize, loop, setup
-    from megatron.driver.saver import Saver
+    from megatron.driver.checkpoint.saver import Saver
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.training.step import forward_step
+    from mindspeed_mm.trainer.step import forward_step
 
     parser = argparse.ArgumentParser()
     arguments.add_arguments(parser)

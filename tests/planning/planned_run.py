@@ -17,7 +17,7 @@ TEXT = {
     "language_vocab_size": 1024,
     "max_position_embeddings": 2048,
 }
-TOWER = {
+VISION_ENCODER = {
     "num_layers": 3,
     "hidden_size": 64,
     "num_attention_heads": 4,
@@ -36,11 +36,11 @@ def model(trained: tuple[str, ...] = STAGE_2, **decoder: Any) -> dict:
     def block(kind: str, shape: dict) -> dict:
         return shape | {"freeze": kind not in trained, "fresh": True}
 
-    projector = {"input_size": TOWER["hidden_size"], "hidden_size": TEXT["hidden_size"]}
+    projector = {"input_size": VISION_ENCODER["hidden_size"], "hidden_size": TEXT["hidden_size"]}
     return {
         "text_decoder": block("text_decoder", TEXT | decoder),
         "image_encoder": {
-            "vision_encoder": block("vision_encoder", TOWER),
+            "vision_encoder": block("vision_encoder", VISION_ENCODER),
             "vision_projector": block("vision_projector", projector),
         },
     }
@@ -52,9 +52,9 @@ def planned(work: Work):
 
     get_platform("cpu")
     from megatron.driver import arguments
-    from mindspeed_mm.cli._planning import job_of
     from mindspeed_mm.models.spec import load_model_spec
     from mindspeed_mm.planning.job import Row
+    from mindspeed_mm.planning.planner import job_of
 
     parser = argparse.ArgumentParser()
     arguments.add_arguments(parser)

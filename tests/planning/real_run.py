@@ -55,7 +55,7 @@ def measure(work: Work) -> Measured:
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.training.step import forward_step
+    from mindspeed_mm.trainer.step import forward_step
 
     parser = argparse.ArgumentParser()
     arguments.add_arguments(parser)
@@ -149,9 +149,9 @@ def _peak(profile: torch.profiler.profile) -> int:
 
 
 def batches_of(work: Work, spec, micro_batch: int, multiple: int) -> Iterator[Batch]:
-    """Endless equal micro-batches: one picture a sample, then text, the last positions supervised."""
-    pictures, side = spec.vision_encoder.num_image_tokens, spec.vision_encoder.image_size
-    ids = [-200] * pictures + [5] * (work.tokens - pictures)
+    """Endless equal micro-batches: one image a sample, then text, the last positions supervised."""
+    images, side = spec.vision_encoder.num_image_tokens, spec.vision_encoder.image_size
+    ids = [-200] * images + [5] * (work.tokens - images)
     labels = [-100] * (work.tokens - work.supervised) + ids[work.tokens - work.supervised :]
     sample = Encoded("row", ids, labels, (torch.zeros(3, side, side),))
     length = work.packed * work.tokens if work.packed else None

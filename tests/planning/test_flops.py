@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.planning.planned_run import EVERYTHING, STAGE_1, STAGE_2, TOWER, model
+from tests.planning.planned_run import EVERYTHING, STAGE_1, STAGE_2, VISION_ENCODER, model
 from tests.planning.real_run import Work, batches_of
 
 
@@ -18,8 +18,8 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     from mindspeed_mm.models.spec import load_model_spec
     from mindspeed_mm.platform import fused, get_platform, host_linear
     from mindspeed_mm.platform.distributed import init_single_process
-    from mindspeed_mm.training.flops import forward_flops, score_flops, step_flops
-    from mindspeed_mm.training.step import forward_step
+    from mindspeed_mm.trainer.flops import forward_flops, score_flops, step_flops
+    from mindspeed_mm.trainer.step import forward_step
 
     init_single_process(get_platform("cpu"))
     spec = load_model_spec(model(trained))
@@ -32,8 +32,8 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output, loss = forward_step(iter([batch]), vlm)
         loss(output)[0].backward()
-    pictures = batch.pixel_values.shape[0]
-    facts = {"lengths": batch.lengths, "images": pictures, "supervised": batch.supervised}
+    images = batch.pixel_values.shape[0]
+    facts = {"lengths": batch.lengths, "images": images, "supervised": batch.supervised}
     assert sum(batch.lengths) == 2 * max(1, packed) * 192
     ours, own_scores = step_flops(spec, **facts), forward_flops(spec, **facts).scores
     # We count each sample's own triangle, whatever row it stands in.
@@ -45,4 +45,4 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     assert own_scores == pytest.approx(square / 2 / max(1, packed))
     # Plain products take each sample's square.
     assert counter.get_total_flops() == pytest.approx(ours + 3 * own_scores, rel=1e-9)
-    assert TOWER["num_layers"] == spec.vision_encoder.num_built_layers + 1
+    assert VISION_ENCODER["num_layers"] == spec.vision_encoder.num_built_layers + 1

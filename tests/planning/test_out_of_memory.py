@@ -59,7 +59,7 @@ def training(job, save=None, platform=None):
 )
 def test_message(error):
     job = planned(RUN)
-    from mindspeed_mm.cli._out_of_memory import explaining_out_of_memory
+    from mindspeed_mm.trainer.out_of_memory import explaining_out_of_memory
 
     with (
         pytest.raises(TrainingError, match="the memory of cpu is full") as caught,
@@ -75,7 +75,7 @@ def test_message(error):
 
 def test_snapshot(tmp_path):
     job = planned(RUN)
-    from mindspeed_mm.cli._out_of_memory import explaining_out_of_memory
+    from mindspeed_mm.trainer.out_of_memory import explaining_out_of_memory
 
     run = training(job, str(tmp_path), FullPlatform())
     with pytest.raises(TrainingError, match="out_of_memory_rank0.pickle"), explaining_out_of_memory(run):
@@ -85,7 +85,7 @@ def test_snapshot(tmp_path):
 
 def test_other_errors_stay():
     job = planned(RUN)
-    from mindspeed_mm.cli._out_of_memory import explaining_out_of_memory
+    from mindspeed_mm.trainer.out_of_memory import explaining_out_of_memory
 
     with pytest.raises(RuntimeError, match="shapes differ"), explaining_out_of_memory(training(job)):
         raise RuntimeError("shapes differ")
@@ -93,8 +93,8 @@ def test_other_errors_stay():
 
 def test_remedies_save_memory_and_the_cheapest_comes_first():
     job = planned(RUN)
-    from mindspeed_mm.cli._out_of_memory import _seconds, remedies
     from mindspeed_mm.planning.memory import peak_memory
+    from mindspeed_mm.trainer.out_of_memory import _seconds, remedies
 
     found = remedies(job)
     assert len(found) == 3
@@ -108,7 +108,7 @@ def test_remedies_save_memory_and_the_cheapest_comes_first():
 def test_nothing_left_to_change():
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     job = planned(Work(model(**full), "--bf16"))
-    from mindspeed_mm.cli._out_of_memory import remedies
+    from mindspeed_mm.trainer.out_of_memory import remedies
 
     job = dataclasses.replace(job, micro_batch_size=1)
     assert [remedy.text for remedy in remedies(job)] == []

@@ -25,9 +25,9 @@ from examples.quickstart.make_data import (
     TSV_COLUMNS,
     choice_question,
     held_out_indices,
+    image,
     make_data,
     options,
-    picture,
 )
 
 
@@ -48,7 +48,7 @@ def rows(folder):
 
 
 def test_counts(data):
-    assert data[1] == {"pictures": 1797, "captions": 4 * 1437, "questions": 2 * 1437, "benchmark": 360}
+    assert data[1] == {"images": 1797, "captions": 4 * 1437, "questions": 2 * 1437, "benchmark": 360}
 
 
 def test_split_is_stratified_and_fixed():
@@ -58,7 +58,7 @@ def test_split_is_stratified_and_fixed():
     assert held_out == sorted(set(held_out)) == held_out_indices(labels)
 
 
-def test_no_held_out_picture_is_trained_on(data):
+def test_no_held_out_image_is_trained_on(data):
     folder, _ = data
     trained = {record["image"] for name in ("stage1.json", "stage2.json") for record in records(folder, name)}
     held_out = {f"digit_{row:04d}.png" for row in held_out_indices(load_digits().target)}
@@ -82,7 +82,7 @@ def test_benchmark_is_balanced_and_right(data):
         assert len({row[letter] for letter in LETTERS}) == 4
 
 
-def test_benchmark_holds_the_pictures(data):
+def test_benchmark_holds_the_images(data):
     row = rows(data[0])[0]
     shown = Image.open(io.BytesIO(base64.b64decode(row["image"])))
     first = held_out_indices(load_digits().target)[0]
@@ -127,5 +127,5 @@ def test_evaluation_asks_what_training_asked(data):
 def test_ink_is_dark():
     scan = np.zeros((8, 8))
     scan[:, :4] = 16
-    grey = np.asarray(picture(scan))
+    grey = np.asarray(image(scan))
     assert grey[:, 0].max() < 20 and grey[:, -1].min() > 235

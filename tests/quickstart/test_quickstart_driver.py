@@ -34,10 +34,10 @@ def python(code: str) -> Command:
 def test_a_run_is_taken_up_again(tmp_path):
     folder = RunFolder(tmp_path / "out", "print")
     folder.open(clean=False)
-    folder.finish("data", {"pictures": 3})
+    folder.finish("data", {"images": 3})
     again = RunFolder(tmp_path / "out", "print")
     again.open(clean=False)
-    assert again.result("data") == {"pictures": 3} and again.result("models") is None
+    assert again.result("data") == {"images": 3} and again.result("models") is None
 
 
 def test_another_run_is_refused_and_untouched(tmp_path):
@@ -168,12 +168,12 @@ def test_loss_drop_compares_the_ends():
     assert loss_drop([{"loss": float(value)} for value in range(20, 0, -1)]) == (19.5, 1.5)
 
 
-def test_pictures_are_drawn(tmp_path):
+def test_images_are_drawn(tmp_path):
     records = [{"iteration": step, "loss": 5.0 / step} for step in range(1, 41)]
     plot_losses(tmp_path / "a.png", records, records, {"checkpoint": 20, "killed_at": 30, "lost": [[30, 0.2]]})
     options = dict(zip("ABCD", ("one", "two", "three", "four"), strict=True))
-    picture = Image.new("L", (32, 32))
-    answers = [Answer(picture, "Which?", options, "A", said, said == "A") for said in ("A", "B", "I do not know") * 20]
+    drawn = Image.new("L", (32, 32))
+    answers = [Answer(drawn, "Which?", options, "A", said, said == "A") for said in ("A", "B", "I do not know") * 20]
     plot_test_sheet(tmp_path / "b.png", answers, 1 / 3)
     assert len(sheet_selection(answers)) == 24
     for name in ("a.png", "b.png"):

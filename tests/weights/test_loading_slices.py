@@ -43,7 +43,7 @@ def test_slices_of_a_decoder_are_those_of_the_whole(tmp_path, kind, tp_size):
 
 
 @pytest.mark.parametrize("name", ["clip_hf", "clip_openai.pt", "llava_hf", "llava_original"])
-def test_slices_of_a_tower_are_those_of_the_whole(golden_models, golden_spec, name):
+def test_slices_of_a_vision_encoder_are_those_of_the_whole(golden_models, golden_spec, name):
     assert_slices(open_source(golden_models / name).part("vision_encoder"), golden_spec.vision_encoder, 2)
 
 

@@ -72,7 +72,7 @@ def test_names_under_model_are_recognised():
     assert set(parts["vision_projector"]) == {"linear_1.bias"}
 
 
-def test_a_whole_clip_model_gives_its_tower(tmp_path):
+def test_a_whole_clip_model_gives_its_vision_encoder(tmp_path):
     names = ["vision_model.embeddings.class_embedding", "text_model.x", "logit_scale", "visual_projection.weight"]
     save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
     source = open_source(tmp_path)
@@ -129,7 +129,7 @@ def test_a_registered_detector_is_asked_first(tmp_path, monkeypatch):
         open_source(tmp_path / "other")
 
 
-def test_a_tower_is_found_by_the_relative_path_of_the_config(golden_models, tmp_path):
+def test_a_vision_encoder_is_found_by_the_relative_path_of_the_config(golden_models, tmp_path):
     shutil.copytree(golden_models / "clip_hf", tmp_path / "clip_hf")
     folder = tmp_path / "llava"
     folder.mkdir()
@@ -139,11 +139,11 @@ def test_a_tower_is_found_by_the_relative_path_of_the_config(golden_models, tmp_
     part = open_source(folder).part("vision_encoder")
     assert part.path == folder / "../clip_hf" and part.config["vision_feature_layer"] == -3
     (folder / "config.json").write_text(json.dumps({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}))
-    with pytest.raises(WeightError, match="names the tower 'openai/clip-vit-large-patch14-336'"):
+    with pytest.raises(WeightError, match="names the vision encoder 'openai/clip-vit-large-patch14-336'"):
         open_source(folder).part("vision_encoder")
 
 
-def test_a_checkpoint_that_names_itself_as_its_tower(tiny_llama):
+def test_a_checkpoint_that_names_itself_as_its_vision_encoder(tiny_llama):
     folder, _, state = tiny_llama
     save_file({**state, "model.mm_projector.0.weight": torch.zeros(2)}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, "mm_vision_tower": "."}))

@@ -1,7 +1,7 @@
 """REC, referring-expression comprehension, in Shikra's form (Chen et al., 2023): a box for a phrase, IoU above 0.5.
 
 Questions are JSON lines with img_path, expression and bbox (left, top, right, bottom in pixels). Boxes are fractions
-of the picture padded to a square; either kind of bracket is read.
+of the image padded to a square; either kind of bracket is read.
 """
 
 import json
@@ -43,7 +43,7 @@ class REC:
             _pixels(row, table)
             if row.image_count != 1:
                 raise DataError(
-                    f"{table.path}, row with index {row.index}: found {row.image_count} pictures; a box needs just one."
+                    f"{table.path}, row with index {row.index}: found {row.image_count} images; a box needs just one."
                 )
 
     def has_answers(self, table: Table) -> bool:
@@ -51,7 +51,7 @@ class REC:
         return True
 
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
-        """One fixed question, with the picture where Shikra has it. VLMEvalKit has no such benchmark."""
+        """One fixed question, with the image where Shikra has it. VLMEvalKit has no such benchmark."""
         if style != "official":
             raise DataError(f"VLMEvalKit has no prompt for {self.name}; use the prompt style official.")
         return {
@@ -60,7 +60,7 @@ class REC:
         }
 
     def target(self, row: Row, table: Table) -> list[float]:
-        """The right box of a row, 0..1 of the padded picture, rounded as it is written."""
+        """The right box of a row, 0..1 of the padded image, rounded as it is written."""
         (image,) = table.images(row)
         side = max(image.size)
         return boxes.norm_box(boxes.pad_box(_pixels(row, table), *image.size), side, side)

@@ -15,7 +15,7 @@ from evaluation.prompts import (
     LETTER_INSTRUCTION_CN,
     Prompt,
     PromptStyle,
-    pictures_first,
+    images_first,
 )
 from evaluation.report import Report, Rows, RowScore, mean, mean_units
 from evaluation.scorers import choice_compat, choice_strict
@@ -97,10 +97,10 @@ class MultipleChoice:
         else:
             views = views_of_kit(table)
             texts = {row.index: choice_text(views[row.index]) for row in table.rows}
-        return {row.index: pictures_first(texts[row.index], row, style, table) for row in table.rows}
+        return {row.index: images_first(texts[row.index], row, style, table) for row in table.rows}
 
     def official_texts(self, table: Table) -> dict[int | str, str]:
-        """The text behind the pictures, by index."""
+        """The text behind the images, by index."""
         return {row.index: choice_text(row.cells) for row in table.rows}
 
     def score(
@@ -117,11 +117,11 @@ class MultipleChoice:
         rows = [row for row in table.rows if row.index in predictions]
         answers = [predictions[row.index] for row in rows]
         readings = (self.read_compat if mode == "compat" else self.read_strict)(table, rows, answers)
-        notes = _by_picture(readings)
+        notes = _by_image(readings)
         if judge is not None:
             notes["put_to_judge"] = sum(map(is_unread, readings))
             readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
-            notes |= _by_picture(readings)
+            notes |= _by_image(readings)
         views, hits, units = self.combine(readings, mode)
         unreadable = choice_compat.UNREADABLE if mode == "compat" else None
         return Report(
@@ -169,10 +169,10 @@ class MultipleChoice:
         return options, truth
 
 
-def _by_picture(readings: Sequence[Reading]) -> dict[str, float]:
-    """Accuracy with and without a picture, where the table has both (LLaVA's "IMG-Accuracy" of ScienceQA)."""
+def _by_image(readings: Sequence[Reading]) -> dict[str, float]:
+    """Accuracy with and without an image, where the table has both (LLaVA's "IMG-Accuracy" of ScienceQA)."""
     groups = {
-        "accuracy_with_picture": [reading.hit for reading in readings if reading.row.image_count],
+        "accuracy_with_image": [reading.hit for reading in readings if reading.row.image_count],
         "accuracy_text_only": [reading.hit for reading in readings if not reading.row.image_count],
     }
     return {name: mean(hits) for name, hits in groups.items()} if all(groups.values()) else {}

@@ -1,4 +1,4 @@
-"""ScienceQA (Lu et al., NeurIPS 2022). VLMEvalKit's tables leave out questions without a picture; LLaVA asks them too,
+"""ScienceQA (Lu et al., NeurIPS 2022). VLMEvalKit's tables leave out questions without an image; LLaVA asks them too,
 which is what `text_questions` is for."""
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""SEED-Bench (Li et al., CVPR 2024), the questions on pictures."""
+"""SEED-Bench (Li et al., CVPR 2024), the questions on images."""
 
 from evaluation.benchmarks.mcq._choice import MultipleChoice
 

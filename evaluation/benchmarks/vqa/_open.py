@@ -11,7 +11,7 @@ from evaluation.benchmarks import Mode
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.pandas_rules import seen
-from evaluation.prompts import SHORT_INSTRUCTION, Prompt, PromptStyle, pictures_first
+from evaluation.prompts import SHORT_INSTRUCTION, Prompt, PromptStyle, images_first
 from evaluation.report import Report, Rows, RowScore, mean, mean_units
 from evaluation.scorers import exact
 from evaluation.scorers.cells import kit_answers
@@ -63,10 +63,10 @@ class OpenQuestions:
             texts = {
                 row.index: f"{views[row.index].get('question', seen(None))}\n{SHORT_INSTRUCTION}" for row in table.rows
             }
-        return {row.index: pictures_first(texts[row.index], row, style, table) for row in table.rows}
+        return {row.index: images_first(texts[row.index], row, style, table) for row in table.rows}
 
     def official_texts(self, table: Table) -> dict[int | str, str]:
-        """The text behind the picture, by index. Question files of LLaVA already end with the instruction."""
+        """The text behind the image, by index. Question files of LLaVA already end with the instruction."""
         return {row.index: with_short_instruction(row.cells["question"]) for row in table.rows}
 
     def score(

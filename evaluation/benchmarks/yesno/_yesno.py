@@ -8,7 +8,7 @@ from evaluation.benchmarks.vqa._open import with_short_instruction
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.pandas_rules import seen
-from evaluation.prompts import Prompt, PromptStyle, pictures_first
+from evaluation.prompts import Prompt, PromptStyle, images_first
 from evaluation.report import Report, Rows, RowScore, mean, mean_units
 from evaluation.scorers import yesno
 from evaluation.tsv import Row, Table
@@ -67,10 +67,10 @@ class YesNo:
             texts = {row.index: self.official_text(row.cells["question"]) for row in table.rows}
         else:
             texts = {index: view.get("question", seen(None)) for index, view in views_of_kit(table).items()}
-        return {row.index: pictures_first(texts[row.index], row, style, table) for row in table.rows}
+        return {row.index: images_first(texts[row.index], row, style, table) for row in table.rows}
 
     def official_text(self, question: str) -> str:
-        """The text behind the picture."""
+        """The text behind the image."""
         return with_short_instruction(question)
 
     def strict_reader(self) -> Callable[[str], str]:

@@ -1,4 +1,4 @@
-"""MME (Fu et al., 2023): two questions a picture; per category 100 * (accuracy + share of pictures with both right)."""
+"""MME (Fu et al., 2023): two questions an image; per category 100 * (accuracy + share of images with both right)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class MME(YesNo):
     """Yes-no questions whose headline is the points in perception."""
 
     def check(self, table: Table) -> None:
-        """Raise DataError also without categories, or without a name of the picture that pairs the questions."""
+        """Raise DataError also without categories, or without a name of the image that pairs the questions."""
         super().check(table)
         missing = [name for name in ("category", "image_path") if name not in table.columns]
         if missing:
             raise DataError(
                 f"{table.path} lacks column {', '.join(missing)}, which MME needs: points are given per category, and "
-                f"image_path tells which questions share a picture; found {', '.join(table.columns)}."
+                f"image_path tells which questions share an image; found {', '.join(table.columns)}."
             )
 
     def official_text(self, question: str) -> str:
@@ -41,24 +41,24 @@ class MME(YesNo):
         self, readings: Sequence[Reading], mode: Mode, table: Table
     ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
         """Points per category, and their sums for perception and reasoning. Both modes differ in reading only."""
-        pictures: dict[tuple[str, str], list[int]] = {}
+        images: dict[tuple[str, str], list[int]] = {}
         for reading in readings:
             key = (reading.row.cells["category"], reading.row.cells["image_path"])
-            pictures.setdefault(key, []).append(reading.hit)
-        names = sorted({name for name, _ in pictures})
-        points = {name: _points([hits for (own, _), hits in pictures.items() if own == name]) for name in names}
+            images.setdefault(key, []).append(reading.hit)
+        names = sorted({name for name, _ in images})
+        points = {name: _points([hits for (own, _), hits in images.items() if own == name]) for name in names}
         line = {
             "perception": sum(points.get(name, 0.0) for name in PERCEPTION),
             "reasoning": sum(points.get(name, 0.0) for name in REASONING),
             **points,
         }
         counted = [name for name in names if name in PERCEPTION] or names
-        units = {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in pictures.items()}
+        units = {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in images.items()}
         return {"points": line}, units, "perception points", "MME points", 1.0
 
 
-def _points(pictures: Sequence[Sequence[int]]) -> float:
-    return 100 * (mean(hit for hits in pictures for hit in hits) + mean(int(all(hits)) for hits in pictures))
+def _points(images: Sequence[Sequence[int]]) -> float:
+    return 100 * (mean(hit for hits in images for hit in hits) + mean(int(all(hits)) for hits in images))
 
 
 def _unit(name: str, hits: Sequence[int], counted: Sequence[str]) -> list[int]:

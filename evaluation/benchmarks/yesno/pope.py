@@ -1,4 +1,4 @@
-"""POPE (Li et al., EMNLP 2023): is an object in the picture? F1 over three sets of questions.
+"""POPE (Li et al., EMNLP 2023): is an object in the image? F1 over three sets of questions.
 
 Two forms are read: VLMEvalKit's TSV, whose column category is a comma list of sets, and the three original files of
 JSON lines (or LLaVA's question file), for which compat is LLaVA's and POPE's own script.

@@ -15,7 +15,7 @@ from mindspeed_mm.data.facts import facts_of_all, sample_facts
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.parquet import ParquetFile
 from mindspeed_mm.data.records import RecordFile
-from mindspeed_mm.data.sample import Picture, Sample, Turn
+from mindspeed_mm.data.sample import EncodedImage, Sample, Turn
 from mindspeed_mm.data.template import Template
 from mindspeed_mm.errors import DataError
 
@@ -46,8 +46,8 @@ class Parsed(NamedTuple):
     """A record's content, its format understood."""
 
     turns: tuple[Turn, ...]
-    images: Sequence[str | Picture]
-    """Names relative to the data folder, or encoded pictures, in reading order."""
+    images: Sequence[str | EncodedImage]
+    """Names relative to the data folder, or encoded images, in reading order."""
 
     rejected: tuple[Turn, ...] | None = None
 
@@ -114,7 +114,7 @@ class FileRecords:
             raise type(error)(f"{where}: {error}") from error
         return Sample(where if identity is None else identity, turns, paths, where, rejected)
 
-    def _inside_folder(self, name: str | Picture) -> str | Picture:
+    def _inside_folder(self, name: str | EncodedImage) -> str | EncodedImage:
         """The path of an image, which may not leave the data folder (links inside it may, they are the user's own)."""
         if not isinstance(name, str):
             return name

@@ -1,8 +1,8 @@
 """Hugging Face "messages": {"messages": [{"role", "content"}, ...], "images": [...]} as JSON, JSONL or parquet.
 
 `content` is a text or a list of parts {"type": "text", "text": ..} and {"type": "image"}. An image part may name its
-picture (key image, path or url) or its place in "images" (key index), else those are taken in order. In a text,
-`<image>` stands for a picture only when no content is a list and the record has "images"; everywhere else it is text.
+image (key image, path or url) or its place in "images" (key index), else those are taken in order. In a text,
+`<image>` stands for an image only when no content is a list and the record has "images"; everywhere else it is text.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant"
 
 Image = str | ImageBytes
 Named = Image | int | None
-"""What an image part says of its picture: the picture itself, its place in "images", or nothing."""
+"""What an image part says of its image: the image itself, its place in "images", or nothing."""
 
 
 def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
@@ -31,10 +31,10 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
 
 
 def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn, ...], list[Named]]:
-    """Turns of a list of messages, and what its image parts say of their pictures, in order."""
+    """Turns of a list of messages, and what its image parts say of their images, in order."""
     if not isinstance(entries, list) or not entries:
         raise DataError(f'"{key}" is {entries!r:.80}; expected a list of messages, such as {EXAMPLE}.')
-    # Who writes pictures as parts has no need of placeholders in texts.
+    # Who writes images as parts has no need of placeholders in texts.
     in_parts = any(isinstance(entry, Mapping) and isinstance(entry.get("content"), list) for entry in entries)
     placeholders = has_images and not in_parts
     turns: list[Turn] = []
@@ -61,7 +61,7 @@ def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn
 
 
 def _from_parts(role: Any, parts: list[Any], place: str) -> tuple[Turn, list[Named]]:
-    """A turn of parts; a picture is followed by a line feed, as in LLaVA's own data."""
+    """A turn of parts; an image is followed by a line feed, as in LLaVA's own data."""
     text, literal, images = "", [], []
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -70,7 +70,7 @@ def _from_parts(role: Any, parts: list[Any], place: str) -> tuple[Turn, list[Nam
             literal += [len(text) + start for start in piece.literal]
             text += piece.text
         elif kind in ("image", "image_url"):
-            images.append(_picture(part, f"{place}.content[{index}]"))
+            images.append(_image(part, f"{place}.content[{index}]"))
             text += IMAGE_TOKEN + "\n"
         else:
             raise DataError(
@@ -82,7 +82,7 @@ def _from_parts(role: Any, parts: list[Any], place: str) -> tuple[Turn, list[Nam
     return Turn(role, text, tuple(literal)), images
 
 
-def _picture(part: Mapping[str, Any], place: str) -> Named:
+def _image(part: Mapping[str, Any], place: str) -> Named:
     value = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
     if isinstance(value, Mapping) and "url" in value:
         value = value["url"]
@@ -95,7 +95,7 @@ def _picture(part: Mapping[str, Any], place: str) -> Named:
 
 
 def image_source(value: Any, place: str) -> Image:
-    """A picture's name, or its bytes in the form of Hugging Face's Image feature {"bytes", "path"}."""
+    """An image's name, or its bytes in the form of Hugging Face's Image feature {"bytes", "path"}."""
     if isinstance(value, Mapping) and isinstance(value.get("bytes"), bytes):
         return ImageBytes(f"{place} ({value.get('path') or 'unnamed'})", value["bytes"])
     if isinstance(value, Mapping) and value.get("bytes") is None:
@@ -108,7 +108,7 @@ def image_source(value: Any, place: str) -> Image:
 
 
 def listed_images(record: Mapping[str, Any]) -> list[Image]:
-    """The pictures under "images" or "image". Raises DataError."""
+    """The images under "images" or "image". Raises DataError."""
     if record.get("image") is not None and record.get("images") is not None:
         raise DataError('has both "image" and "images"; keep one of them.')
     key = "images" if record.get("images") is not None else "image"
@@ -118,7 +118,7 @@ def listed_images(record: Mapping[str, Any]) -> list[Image]:
 
 
 def merged_images(listed: list[Image], named: list[Named]) -> list[Image]:
-    """Pictures in reading order: those named in place, the others from the list. Raises DataError."""
+    """Images in reading order: those named in place, the others from the list. Raises DataError."""
     places = [place for place in named if place is None or isinstance(place, int)]
     if len(places) != len(listed):
         raise DataError(

@@ -55,7 +55,7 @@ def _side(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def _prompt(record: Mapping[str, Any], has_images: bool) -> tuple[tuple[Turn, ...] | None, list[Named]]:
-    """Turns of the prompt, None where chosen and rejected hold it, and the pictures in it."""
+    """Turns of the prompt, None where chosen and rejected hold it, and the images in it."""
     found = [key for key in ("prompt", "question", "conversations") if key in record]
     if len(found) > 1:
         raise DataError(f'has "{found[0]}" and "{found[1]}"; keep one of them, as in {EXAMPLE}.')

@@ -149,8 +149,8 @@ class Shard:
             raise DataError(
                 f"{where}: the text cannot be read ({error}); expected UTF-8, and in .json such as {CAPTION}."
             ) from error
-        picture = ImageMember(f"{where}: image", self.path, image_place, image_size)
-        return Sample(identity, turns, (picture,), where)
+        image = ImageMember(f"{where}: image", self.path, image_place, image_size)
+        return Sample(identity, turns, (image,), where)
 
 
 class TarShards:

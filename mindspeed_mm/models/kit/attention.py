@@ -63,7 +63,7 @@ class CoreAttention(MegatronModule):
             query: [S, B, H, D]; key, value: [K, B, G, D], already rotated; under context parallelism this rank's slices
                 of S and K, while the mask is that of the whole sequence.
             attention_mask: bool [B or 1, 1, S, K], True = may attend, complete (causality included, a window not), or
-                None: causal for a decoder, everything for a tower.
+                None: causal for a decoder, everything for a vision encoder.
             packed_seq_params: the sequences of the only row (B is 1): causal attention inside each; None: rows are
                 sequences. The name is megatron.core's.
 

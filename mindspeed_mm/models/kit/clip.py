@@ -1,6 +1,6 @@
-"""CLIP vision tower (Radford et al. 2021) on megatron.core's parallel layers.
+"""CLIP vision encoder (Radford et al. 2021) on megatron.core's parallel layers.
 
-Legend: N pictures, P patches, H hidden size.
+Legend: N images, P patches, H hidden size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
 from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
 
 
-class CLIPVisionTower(MegatronModule):
+class CLIPVisionEncoder(MegatronModule):
     """Patch embedding, class token, positions, pre-norm and the layers up to the selected feature.
 
     Layers behind the selected one and the final norm are never built: LLaVA takes the output of the last layer but one.
@@ -57,4 +57,4 @@ class CLIPVisionTower(MegatronModule):
         return features if self.spec.select_feature == "cls_patch" else features[:, 1:]
 
     def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
-        """The tower lives on the first pipeline stage and never receives hidden states."""
+        """The vision encoder lives on the first pipeline stage and never receives hidden states."""

@@ -148,7 +148,7 @@ class DecoderSpec(PartSpec):
     is_encoder_decoder: Annotated[bool, only(False, why="it is a decoder")] = False
     tokenizer_padding_side: Annotated[str, only("right", why="batches are padded on the right")] = "right"
     pipeline_num_layers: StageLayers | None = None
-    """Layers of each pipeline stage; None: equal shares. Only the first may be 0 (it holds the tower)."""
+    """Layers of each pipeline stage; None: equal shares. Only the first may be 0 (it holds the vision encoder)."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -1,6 +1,6 @@
-"""MLP projector between the tower and the decoder.
+"""MLP projector between the vision encoder and the decoder.
 
-Legend: N pictures, P patches, Hv tower width, H decoder width.
+Legend: N images, P patches, Hv vision encoder width, H decoder width.
 """
 
 from __future__ import annotations

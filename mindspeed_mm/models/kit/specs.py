@@ -1,6 +1,7 @@
 """Layer specs on megatron.core's parallel linear layers, with our norms and attention.
 
-megatron.core's own local ViT spec is causal in the releases we support, so that a CLIP tower built on it is wrong.
+megatron.core's own local ViT spec is causal in the releases we support, so that a CLIP vision encoder built on it is
+wrong.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ LlavaConfig for the two vision_feature keys."""
 MODEL_TYPES = ("clip_vision_model", "clip")
 
 HEAD_CHANNELS = 64
-"""Channels per head of every released CLIP tower (OpenAI's loader: heads = width / 64)."""
+"""Channels per head of every released CLIP vision encoder (OpenAI's loader: heads = width / 64)."""
 
 TRIMMED_LAYERS = 23
 """Layers of CLIP-L when the one that LLaVA does not use is left out (MindSpeed-MM from 2.1 on)."""
@@ -71,7 +71,7 @@ class ClipSpec(PartSpec):
     layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-5
     post_layer_norm: Annotated[bool, only(False, why="the feature is taken before the final norm")] = False
     pipeline_num_layers: StageLayers | None = None
-    """Layers of each pipeline stage, as in the ancestor's files; the tower stands on the first stage."""
+    """Layers of each pipeline stage, as in the ancestor's files; the vision encoder stands on the first stage."""
     device: str | None = None
     """Device of the ancestor's helper tensors; ours live on the run's device."""
 
@@ -84,7 +84,7 @@ class ClipSpec(PartSpec):
         if data.get("num_layers") == TRIMMED_LAYERS and "select_layer" not in data:
             raise ValueError(
                 "num_layers 23 can mean CLIP-L without its unused last layer, as the ancestor's later converters write "
-                'it, or a tower of 23 layers; say which: "select_layer": -1 for the first, -2 for the second'
+                'it, or a vision encoder of 23 layers; say which: "select_layer": -1 for the first, -2 for the second'
             )
         data = {key: value for key, value in data.items() if value is not None or key not in _DERIVED}
         hidden = data.get("hidden_size")
@@ -119,9 +119,9 @@ class ClipSpec(PartSpec):
         whole = ([self.num_layers], [self.num_built_layers])
         if self.pipeline_num_layers is not None and (stages[:1] not in whole or any(stages[1:])):
             raise ValueError(
-                f"pipeline_num_layers {self.pipeline_num_layers} spreads the tower, which stands on the first pipeline "
-                "stage as a whole: between its layers, features of pictures would travel where hidden states of the "
-                f"text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers there"
+                f"pipeline_num_layers {self.pipeline_num_layers} spreads the vision encoder, which stands on the first "
+                "pipeline stage as a whole: between its layers, features of images would travel where hidden states "
+                f"of the text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers there"
             )
         if self.image_size % self.patch_size:
             raise ValueError(
@@ -252,7 +252,7 @@ def _pair(ours: str, theirs: str, axis: int | None = None) -> tuple[Rule, Rule]:
 
 
 def _post_layernorm(theirs: str) -> tuple[Rule, ...]:
-    """The final norm, which the feature does not pass and our tower does not build."""
+    """The final norm, which the feature does not pass and our vision encoder does not build."""
     return tuple(
         Rule(f"post_layernorm.{kind}", (f"{theirs}.{kind}",), unused=True, shape_like=f"ln_pre.{kind}")
         for kind in ("weight", "bias")
@@ -321,10 +321,10 @@ def shapes(spec: ClipSpec) -> dict[str, tuple[int, ...]]:
 
 
 def build(spec: ClipSpec, runtime):
-    """The tower, up to the selected feature."""
-    from mindspeed_mm.models.kit.clip import CLIPVisionTower
+    """The vision encoder, up to the selected feature."""
+    from mindspeed_mm.models.kit.clip import CLIPVisionEncoder
 
-    return CLIPVisionTower(spec, runtime)
+    return CLIPVisionEncoder(spec, runtime)
 
 
 PART = Part(

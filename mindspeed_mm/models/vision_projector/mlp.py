@@ -69,7 +69,7 @@ def from_hf(config: dict[str, Any]) -> MlpSpec:
     if "mm_projector_type" in config or "mm_hidden_size" in config:
         linears = _count_linears(config.get("mm_projector_type", "linear"))  # LLaVA's builder: absent means linear
         if "mm_hidden_size" not in config:
-            raise ConfigError("projector config: mm_hidden_size is missing; add the width of the vision tower.")
+            raise ConfigError("projector config: mm_hidden_size is missing; add the width of the vision encoder.")
         sizes = (config["mm_hidden_size"], config.get("hidden_size", 4096))
     else:
         activation = config.get("projector_hidden_act", "gelu")
@@ -92,7 +92,7 @@ def _count_linears(kind: Any) -> int:
         return 1
     found = re.fullmatch(r"mlp([1-9][0-9]*)x_gelu", kind) if isinstance(kind, str) else None
     if found is None:
-        reason = " (it has no weights: the tower's features go into the decoder as they are)"
+        reason = " (it has no weights: the vision encoder's features go into the decoder as they are)"
         raise ConfigError(
             f'projector config: found mm_projector_type "{kind}"{reason if kind == "identity" else ""}; linear and '
             "mlpNx_gelu (N linears with GELU between them) are supported. Give weights with one of these."

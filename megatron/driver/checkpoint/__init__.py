@@ -1,0 +1,1 @@
+"""Training checkpoints on disk: written, read, resumed, checked, locked."""

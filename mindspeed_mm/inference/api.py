@@ -1,0 +1,136 @@
+"""`mm.load`: any readable weights -> a model that gives logits, features and text."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from checkpoint_converters.convert import convert
+from mindspeed_mm.data.image import ImageProcessor
+from mindspeed_mm.data.tokenizer import load_tokenizer
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.inference.locate import locate
+from mindspeed_mm.models.part import DTYPES
+from mindspeed_mm.platform import Platform, get_platform
+from mindspeed_mm.platform.distributed import init_single_process
+
+if TYPE_CHECKING:
+    from mindspeed_mm.inference.loaded import LoadedVLM
+
+__all__ = ["convert", "load"]
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    image_processor: str | Path | None = None,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    quantize: str | None = None,
+    allow_nonfinite: bool = False,
+) -> LoadedVLM:
+    """Load a whole model for inference.
+
+    Args:
+        path: a folder in llava-hf or liuhaotian layout, a folder of converted files with their model.json, a training
+            checkpoint (the save folder or one iteration), or a model.json whose ckpt_path entries name the weights.
+        device: "npu", "cuda", "cpu"; None: the first that is there.
+        dtype: "fp32", "bf16", "fp16" or a torch dtype; None: fp32 on the CPU, else what the weights are stored in.
+        tokenizer, image_processor: folders that override what comes with the weights.
+        tensor_model_parallel_size, pipeline_model_parallel_size: spread the model over the processes of a torchrun
+            launch, which must be as many as their product; every process then makes the same calls and gets the same
+            answers. `logits`, `vision_features` and `project` need the whole model on each stage.
+        quantize: "int8", "nf4" or "fp4": keep the decoder's linears in 8 or 4 bits (needs bitsandbytes, one process).
+        allow_nonfinite: load weights with NaN or Inf, which are else refused.
+
+    Raises:
+        WeightError: the path holds no whole model, or a damaged one.
+        ConfigError: the model's spec is missing or wrong; unknown device or dtype; another number of processes.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype {dtype!r} is not known: expected one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    if quantize is not None and tensor_model_parallel_size * pipeline_model_parallel_size > 1:
+        raise ConfigError(f"quantize {quantize} works in one process: leave the parallel sizes at 1")
+    located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
+    words = load_tokenizer(located.tokenizer) if located.tokenizer else None
+    processor = ImageProcessor.from_config(located.image_processor) if located.image_processor else None
+    platform = get_platform(device)
+    # Modules below import megatron.core, which the platform has just prepared.
+    from megatron.core import parallel_state
+
+    from mindspeed_mm.inference.loaded import LoadedVLM
+    from mindspeed_mm.models.build import build_vlm
+    from mindspeed_mm.models.runtime import Runtime
+    from mindspeed_mm.weights.loading import table
+
+    _join_ranks(platform, tensor_model_parallel_size, pipeline_model_parallel_size)
+    if dtype is None:
+        dtype = torch.float32 if platform.name == "cpu" else located.spec.text_decoder.dtype or torch.bfloat16
+    runtime = Runtime(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        params_dtype=dtype,
+    )
+    vlm, reports = build_vlm(
+        located.spec,
+        runtime,
+        platform.device(),
+        sources=located.sources,
+        allow_nonfinite=allow_nonfinite,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    logger.info("weights of %s:\n%s", path, table(reports))
+    if quantize is not None:
+        from mindspeed_mm.models.kit.quantized import quantize_decoder
+
+        quantize_decoder(vlm.text_decoder, quantize)
+    return LoadedVLM(vlm, located, words, processor)
+
+
+def _join_ranks(platform: Platform, tensor: int, pipeline: int) -> None:
+    """Model-parallel groups of `tensor` x `pipeline` processes, or of this process alone."""
+    if tensor * pipeline == 1:
+        init_single_process(platform)
+        return
+    from megatron.core import parallel_state, tensor_parallel
+
+    if parallel_state.model_parallel_is_initialized() and _parallel_sizes() == (tensor, pipeline):
+        return  # by the caller, who may run several copies of the model
+    initialized = torch.distributed.is_initialized()
+    size = torch.distributed.get_world_size() if initialized else int(os.environ.get("WORLD_SIZE", "1"))
+    if size != tensor * pipeline:
+        raise ConfigError(
+            f"tensor-parallel size {tensor} and pipeline-parallel size {pipeline} need {tensor * pipeline} processes, "
+            f"found {size}: start with torchrun --nproc_per_node {tensor * pipeline}"
+        )
+    if not initialized:
+        torch.distributed.init_process_group(backend=platform.backend)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    if _parallel_sizes() != (tensor, pipeline):
+        raise ConfigError(
+            f"this process already runs at tensor- and pipeline-parallel sizes {_parallel_sizes()}, "
+            f"{(tensor, pipeline)} was asked for: start new processes for it"
+        )
+
+
+def _parallel_sizes() -> tuple[int, int]:
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )

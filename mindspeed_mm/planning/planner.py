@@ -1,0 +1,232 @@
+"""From the flags of `mindspeed-mm plan` to layouts: each is checked by what `train` checks, then predicted."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+from dataclasses import dataclass, field, replace
+
+from megatron.driver import arguments
+from megatron.driver.arguments import DriverArguments, with_virtual_stages
+from mindspeed_mm.constants import IGNORE_INDEX
+from mindspeed_mm.data.progress import progress_bar
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.spec import ModelSpec, load_model_spec
+from mindspeed_mm.planning.flags import LAYOUT_FLAGS
+from mindspeed_mm.planning.hardware import Hardware, find_hardware, from_records
+from mindspeed_mm.planning.job import Job, Row
+from mindspeed_mm.planning.search import Layout, Plan, evaluate, layouts, ranked, with_recompute
+from mindspeed_mm.platform import Platform
+from mindspeed_mm.trainer.run import check_flags, runtime_of
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 64
+"""Samples of --mm-data that are looked at for their lengths."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search found."""
+
+    hardware: Hardware
+    limit: float
+    """Bytes of a device that may be used."""
+    fitting: list[Plan]
+    others: list[Plan]
+    refused: list[str] = field(default_factory=list)
+    """Why layouts are impossible, each reason once."""
+    samples: int | None = None
+
+
+class Planner:
+    """One call of the command."""
+
+    def __init__(self, namespace: argparse.Namespace, platform: Platform) -> None:
+        self.namespace, self.platform = namespace, platform
+        _check_numbers(namespace)
+        self.spec = load_model_spec(namespace.mm_model)
+        if all(part.freeze for part in self.spec.part_specs().values()):
+            raise ConfigError("nothing to train: all parts are frozen; set freeze to false for at least one part")
+        self.samples = namespace.samples
+        self.hardware = self._hardware()
+        self.row = self._row()
+        self.limit = self.hardware.memory * (1 - namespace.reserve / 100)
+
+    def search(self) -> Result:
+        """Predict every layout that the flags leave open. Raises ConfigError where none is possible."""
+        given = self._given()
+        candidates = list(layouts(self.namespace.devices, given, devices_per_host=self.hardware.devices_per_host))
+        plans, refused = [], {}
+        with progress_bar("layouts", len(candidates)) as advance:
+            for layout in candidates:
+                try:
+                    plans.append(evaluate(self.job(layout), layout, self.hardware))
+                except ConfigError as error:
+                    refused.setdefault(str(error), layout)
+                advance(1)
+        if not plans:
+            raise ConfigError("no layout is possible:\n  " + "\n  ".join(refused))
+        fitting, others = ranked(plans, self.limit)
+        return Result(self.hardware, self.limit, fitting, others, list(refused), self.samples)
+
+    def job(self, layout: Layout) -> Job:
+        """The run of one layout. Raises ConfigError where train would refuse it."""
+        args = self._arguments(layout)
+        spec = with_recompute(self.spec, layout.recompute)
+        args = with_virtual_stages(args, spec.text_decoder.num_layers)
+        runtime = runtime_of(args)
+        check_flags(args, spec, runtime)
+        return job_of(args, spec, self.row, self.hardware.device)
+
+    def _arguments(self, layout: Layout) -> DriverArguments:
+        """Train's arguments for a layout, checked. What a plan does not depend on gets a value."""
+        namespace, given = copy.copy(self.namespace), self.namespace
+        for flag, name in LAYOUT_FLAGS.items():
+            setattr(namespace, flag, getattr(layout, name))
+        namespace.lr = 1e-4 if given.lr is None else given.lr
+        namespace.train_iters = 10**6 if given.train_iters is None else given.train_iters
+        namespace.seq_length = given.seq_length or self.spec.text_decoder.language_max_sequence_length
+        if self._given() != layout or given.sequence_parallel:
+            namespace.sequence_parallel = layout.tensor > 1
+        if not self._given().decided:  # sharing optimizer state costs nothing, so a search takes it
+            shared = given.devices // (layout.tensor * layout.pipeline)
+            namespace.use_distributed_optimizer = given.use_distributed_optimizer or shared > 1
+        return arguments.from_namespace(namespace, world_size=given.devices)
+
+    def _given(self) -> Layout:
+        given = Layout(**{name: getattr(self.namespace, flag) for flag, name in LAYOUT_FLAGS.items()})
+        recompute = self.namespace.recompute
+        if recompute is None and None not in given[:4]:
+            recompute = "model"
+        return given._replace(recompute=recompute)
+
+    def _hardware(self) -> Hardware:
+        given = self.namespace
+        if given.hardware is not None:
+            hardware = find_hardware(given.hardware)
+        else:
+            # Of a device that is not named, the larger figures are assumed: those of the kernels that an NPU has.
+            hardware = Hardware(name="the given device", device="npu", source="given")
+            if given.memory is None:
+                hardware = Hardware(
+                    name="this machine",
+                    device=self.platform.name,
+                    memory=self.platform.memory().total * 2**20,
+                    source="this process's device",
+                )
+        scaled = {
+            "peak_flops": (given.peak_tflops, 1e12),
+            "memory_bandwidth": (given.memory_bandwidth, 1e9),
+            "interconnect": (given.interconnect, 1e9),
+            "network": (given.network, 1e9),
+        }
+        figures = {name: None if value is None else value * unit for name, (value, unit) in scaled.items()}
+        hardware = hardware.given(
+            **figures,
+            device=given.device,
+            memory=given.memory,
+            efficiency=given.efficiency,
+            devices_per_host=given.devices_per_host,
+        )
+        if given.measured is not None:
+            rate = from_records(given.measured, given.measured_devices)
+            hardware = replace(hardware, peak_flops=rate, efficiency=1.0, measured=True, source=given.measured)
+        if given.calibrate:
+            from mindspeed_mm.planning.calibration import calibrate
+
+            hardware = calibrate(hardware, self.platform, self.spec)
+        return hardware
+
+    def _row(self) -> Row:
+        """The rows of a micro-batch, from the data or from the flags."""
+        given, text = self.namespace, self.spec.text_decoder
+        length = given.seq_length or text.language_max_sequence_length
+        if given.mm_data is not None:
+            self.samples, row = _look_at_data(given, self.platform, self.samples)
+            return row
+        images = 1.0 if given.sample_images is None else given.sample_images
+        tokens = float(length) if given.sample_tokens is None else given.sample_tokens
+        if tokens > length:
+            raise ConfigError(f"--sample-tokens {tokens:g} exceeds --seq-length {length}: lower it")
+        return Row(positions=length, lengths=(tokens,), images=images, supervised=given.sample_supervised)
+
+
+def job_of(args: DriverArguments, spec: ModelSpec, row: Row, device: str) -> Job:
+    """The planner's view of a run's arguments."""
+    return Job(
+        spec=spec,
+        runtime=runtime_of(args),
+        data_parallel_size=args.data_parallel_size,
+        micro_batch_size=args.micro_batch_size,
+        num_micro_batches=args.num_micro_batches,
+        use_distributed_optimizer=args.use_distributed_optimizer,
+        row=row,
+        device=device,
+        num_workers=args.num_workers,
+    )
+
+
+def _check_numbers(namespace: argparse.Namespace) -> None:
+    """Raises ConfigError for numbers out of range, all at once."""
+    problems = []
+    for name in ("devices", "devices_per_host", "measured_devices", "top", "samples"):
+        value = getattr(namespace, name)
+        if value is not None and value < 1:
+            problems.append(f"--{name.replace('_', '-')} is {value}: expected at least 1")
+    for name in ("memory", "peak_tflops", "memory_bandwidth", "interconnect", "network", "efficiency", "sample_tokens"):
+        value = getattr(namespace, name)
+        if value is not None and not value > 0:
+            problems.append(f"--{name.replace('_', '-')} is {value:g}: expected above 0")
+    if namespace.efficiency is not None and namespace.efficiency > 1:
+        problems.append(f"--efficiency is {namespace.efficiency:g}: expected at most 1, a share of the peak")
+    if not 0 <= namespace.reserve < 100:
+        problems.append(f"--reserve is {namespace.reserve:g}: expected 0 to below 100 percent")
+    for name in ("sample_images", "sample_supervised"):
+        value = getattr(namespace, name)
+        if value is not None and value < 0:
+            problems.append(f"--{name.replace('_', '-')} is {value:g}: expected at least 0")
+    given = [
+        name for name in ("sample_tokens", "sample_images", "sample_supervised") if getattr(namespace, name) is not None
+    ]
+    if namespace.mm_data is not None and given:
+        problems.append(f"--mm-data says how long samples are: leave out --{given[0].replace('_', '-')}")
+    if problems:
+        raise ConfigError("the command line cannot be used:\n  " + "\n  ".join(problems))
+
+
+def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: int | None) -> tuple[int, Row]:
+    """(samples of an epoch, the mean row) of a data config; the data is checked as `train` checks it."""
+    from mindspeed_mm.trainer.run import TrainingRun
+
+    single = copy.copy(namespace)
+    for flag in LAYOUT_FLAGS:
+        setattr(single, flag, 1)
+    single.sequence_parallel, single.global_batch_size = False, 1
+    single.lr, single.train_iters = 1e-4, 10**6
+    args = arguments.from_namespace(single, world_size=1)
+    training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data)
+    dataset = training.dataset
+    chosen = sorted({round(number * (len(dataset) - 1) / (SAMPLED - 1)) for number in range(SAMPLED)})
+    with progress_bar("samples", len(chosen)) as advance:
+        found = []
+        for number in chosen:
+            found.append(dataset[number])
+            advance(1)
+    lengths = [len(sample.input_ids) for sample in found]
+    images = sum(len(sample.images) for sample in found) / len(found)
+    supervised = sum(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in found) / len(found)
+    mean = sum(lengths) / len(lengths)
+    loading = training.data_config.dataloader_param
+    if not loading.packing:
+        return samples or len(dataset), Row(
+            positions=max(lengths), lengths=(mean,), images=images, supervised=supervised
+        )
+    length = loading.packing_length or dataset.max_length
+    together = max(1, int(length / mean))
+    rows = (samples or len(dataset)) // together
+    logger.info("packing: about %d samples share a row; an epoch has %d rows", together, rows)
+    return rows, Row(
+        positions=length, lengths=(mean,) * together, images=together * images, supervised=together * supervised
+    )

@@ -1,0 +1,95 @@
+"""What a training run does between steps: the loss on the validation sets, and the data counts of all ranks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron.driver import validation
+from megatron.driver.arguments import DriverArguments
+from megatron.driver.initialize import is_rank_0
+from megatron.driver.state import Hooks, TrainState
+from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
+from mindspeed_mm.data.config import DataloaderParam
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.trainer.step import forward_step
+
+if TYPE_CHECKING:
+    from mindspeed_mm.trainer.run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+
+class Validation:
+    """Measures the loss on data.json's validation_parameters at --eval-interval, on the same samples each time."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        """Checks the sets. Raises ConfigError where there are sets but no interval."""
+        self._run, self._dataset = run, None
+        args, parameters = run.args, run.data_config.dataset_param
+        if not parameters.validation_parameters:
+            return
+        if args.eval_interval is None:
+            raise ConfigError(
+                "the data config has validation_parameters, but when to use them is open: --eval-interval"
+            )
+        self._dataset = build_dataset(
+            run.data_config,
+            run.tokenizer,
+            run.image_processor,
+            run.spec.vision_encoder.num_image_tokens,
+            args.seq_length or run.spec.text_decoder.language_max_sequence_length,
+            validation=True,
+        )
+
+    def after_step(self, state: TrainState) -> None:
+        """Measure and log, if it is time. Collective."""
+        args = self._run.args
+        if self._dataset is None or state.iteration % args.eval_interval:
+            return
+        whole = max(1, len(self._dataset) // args.global_batch_size)
+        batches = min(args.eval_iters or whole, whole)
+        hooks = Hooks(level=self._run.level)
+        loss = validation.evaluate(state, args, forward_step, self._batches(state, batches), batches, hooks)
+        if is_rank_0():
+            logger.info(
+                "validation loss at iteration %d | lm loss value: %.6E | lm loss PPL: %.6E | samples: %d |",
+                *(state.iteration, loss, math.exp(min(loss, 700.0)), batches * args.global_batch_size),
+            )
+
+    def _batches(self, state: TrainState, batches: int):
+        """The first micro-batches of the set in the order of the file; read in this process."""
+        run = self._run
+        per_rank = batches * run.args.global_batch_size // (run.args.micro_batch_size * state.data_parallel_size)
+        loader = build_loader(
+            self._dataset,
+            consumed_samples=0,
+            micro_batch_size=run.args.micro_batch_size,
+            dp_rank=state.data_parallel_rank,
+            dp_size=state.data_parallel_size,
+            seed=run.args.seed,
+            num_workers=0,
+            pad_token_id=run.pad_token_id,
+            pad_multiple=run.runtime.sequence_multiple,
+            options=DataloaderParam(shuffle=False),
+        )
+        return islice(loader, per_rank)
+
+
+def gather_counts(counts: DataCounts, state: TrainState, args: DriverArguments) -> None:
+    """Sum up what all ranks have read, at log lines and checkpoints. Collective."""
+    due = state.iteration % args.log_interval == 0 or state.iteration == args.train_iters
+    if not due and (args.save_interval is None or state.iteration % args.save_interval):
+        return
+    totals = torch.tensor([counts.samples, counts.skipped], dtype=torch.int32, device=state.platform.device())
+    torch.distributed.all_reduce(totals)
+    # Ranks that share a micro-batch have counted it, too.
+    share = torch.distributed.get_world_size() // state.data_parallel_size
+    samples, skipped = (total // share for total in totals.tolist())
+    counts.run_samples, counts.run_skipped = counts.before[0] + samples, counts.before[1] + skipped
+    if skipped and is_rank_0():
+        logger.info("bad images so far: %d records left out of %d read", counts.run_skipped, counts.run_samples)
