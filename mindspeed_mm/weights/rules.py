@@ -184,18 +184,6 @@ class PackedQKV(QKV):
 
 
 @dataclass(frozen=True)
-class GroupedQKV(QKV):
-    """One source tensor that is merged group by group, as ours is (InternLM2's `wqkv`)."""
-
-    def to_ours(self, tensors: list[Tensor], geometry: Geometry) -> Tensor:
-        _check_rows(self.target, "merged", tensors[0], geometry.num_query_groups * sum(self._rows(geometry)), geometry)
-        return tensors[0]
-
-    def to_theirs(self, tensor: Tensor, geometry: Geometry) -> list[Tensor]:
-        return [tensor]
-
-
-@dataclass(frozen=True)
 class GateUp(Rule):
     """Gate [F, H] then up [F, H] stacked on rows; each tensor-parallel rank holds its share of both, gate first."""
 
@@ -213,17 +201,6 @@ class GateUp(Rule):
 
     def blocks(self, geometry: Geometry) -> int:
         return 2
-
-
-@dataclass(frozen=True)
-class PackedGateUp(Rule):
-    """One source tensor with all gate rows, then all up rows, as ours is (Phi-3's `gate_up_proj`)."""
-
-    def blocks(self, geometry: Geometry) -> int:
-        return 2
-
-    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
-        return [size // 2] * 2
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,11 @@ from mindspeed_mm.models.part import Part, only
 from mindspeed_mm.weights.rules import Rule
 
 
+def alternating(layers: int) -> LayerTypes:
+    """Gemma 2's kinds of layers."""
+    return tuple(("sliding_attention", "full_attention")[number % 2] for number in range(layers))
+
+
 class Gemma2Spec(WindowedSpec):
     """text_decoder block of a model.json."""
 
@@ -28,8 +33,7 @@ class Gemma2Spec(WindowedSpec):
 
     def default_layer_types(self) -> LayerTypes:
         """A window on the first layer and every second one from there."""
-        kinds = ("sliding_attention", "full_attention")
-        return tuple(kinds[number % 2] for number in range(self.num_layers))
+        return alternating(self.num_layers)
 
     @property
     def traits(self) -> DecoderTraits:
@@ -74,13 +78,17 @@ FORMAT = HfFormat(
 def from_hf(config: dict[str, Any]) -> Gemma2Spec:
     """Gemma2Spec of an HF Gemma 2 config.json of any age. Raises ConfigError for what we do not build."""
     full = FORMAT.fill(config)
-    own = {key: full[key] for key in (*OWN_KEYS, "layer_types")}
+    own = {key: full[key] for key in OWN_KEYS}
+    if full["layer_types"] != list(alternating(full["num_hidden_layers"])):
+        own["layer_types"] = full["layer_types"]
     return FORMAT.spec_of(full, activation_func=full["hidden_activation"], **own)
 
 
 def to_hf(spec: Gemma2Spec, dtype: str) -> dict[str, Any]:
     """config.json of an HF Gemma 2."""
     own = {key: getattr(spec, key) for key in OWN_KEYS}
+    if spec.query_pre_attn_scalar.is_integer():  # transformers 5 takes no other
+        own["query_pre_attn_scalar"] = int(spec.query_pre_attn_scalar)
     kinds = spec.layer_types or spec.default_layer_types()
     own |= {"hidden_activation": spec.activation_func, "layer_types": list(kinds), "attention_bias": False}
     return FORMAT.write(spec, dtype, **own)

@@ -3,14 +3,17 @@
 transformers has no class for it (its repositories bring their code, which is never run here).
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch import Tensor
 
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.decoder_rules import ATTENTION, CHECKED, LAYER, TIED, build_decoder, shapes
 from mindspeed_mm.models.kit.decoder_spec import DecoderSpec
 from mindspeed_mm.models.kit.hf_config import HfFormat
 from mindspeed_mm.models.part import Part
-from mindspeed_mm.weights.rules import Drop, GateUp, GroupedQKV, Rule, RuleSet, Vocab
+from mindspeed_mm.weights.rules import QKV, Drop, GateUp, Geometry, Rule, RuleSet, Vocab
 
 
 class InternLM2Spec(DecoderSpec):
@@ -46,6 +49,17 @@ def to_hf(spec: InternLM2Spec, dtype: str) -> dict[str, Any]:
     if spec.rope_scaling is not None:
         written["rope_scaling"]["type"] = written["rope_scaling"].pop("rope_type")
     return written
+
+
+@dataclass(frozen=True)
+class GroupedQKV(QKV):
+    """One source tensor that is merged group by group, as ours is."""
+
+    def to_ours(self, tensors: list[Tensor], geometry: Geometry) -> Tensor:
+        return tensors[0]
+
+    def to_theirs(self, tensor: Tensor, geometry: Geometry) -> list[Tensor]:
+        return [tensor]
 
 
 _LAYER = "model.layers.{}."

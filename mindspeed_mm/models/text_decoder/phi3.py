@@ -1,6 +1,7 @@
 """Phi-3 decoder: Llama whose weights store queries, keys and values, and gate and up, as one tensor each; rotary
 positions on a share of each head and LongRoPE where the config says so."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -10,7 +11,7 @@ from mindspeed_mm.models.kit.decoder_rules import ATTENTION, CHECKED, HF_LAYER, 
 from mindspeed_mm.models.kit.decoder_spec import DecoderTraits, WindowedSpec
 from mindspeed_mm.models.kit.hf_config import HfFormat, read_rope
 from mindspeed_mm.models.part import Part
-from mindspeed_mm.weights.rules import PackedGateUp, PackedQKV
+from mindspeed_mm.weights.rules import Geometry, PackedQKV, Rule
 
 
 class Phi3Spec(WindowedSpec):
@@ -70,6 +71,17 @@ def to_hf(spec: Phi3Spec, dtype: str) -> dict[str, Any]:
         written["rope_scaling"]["type"] = scaling.rope_type
     del written["head_dim"]  # Phi3Config has no such key: heads fill the width
     return written
+
+
+@dataclass(frozen=True)
+class PackedGateUp(Rule):
+    """One source tensor with all gate rows, then all up rows, as ours is; the ranks share out both."""
+
+    def blocks(self, geometry: Geometry) -> int:
+        return 2
+
+    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
+        return [size // 2] * 2
 
 
 HF_RULES = hf_rules(
