@@ -35,8 +35,15 @@ class Decoder:
         self._lean = LeanStep(vlm.text_decoder) if LeanStep.fits(vlm.text_decoder) else None
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
+        # Beyond `longest`, the rotation of the keys in the cache would change as a sequence grows (see kit/rotary.py).
         positions, longest = vlm.spec.text_decoder.max_position_embeddings, vlm.text_decoder.rotary.longest
         self.max_length = positions if longest is None else min(positions, longest)
+        self._limit = f"the model's context of {self.max_length} tokens"
+        if self.max_length < positions:
+            self._limit = (
+                f"{self.max_length} tokens, the original_max_position_embeddings of its rope_scaling, which generation "
+                "does not leave"
+            )
         self.tokens_per_image = vlm.spec.vision_encoder.num_image_tokens
         config = vlm.text_decoder.config
         self.image_bytes = self.tokens_per_image * config.hidden_size * config.params_dtype.itemsize
@@ -142,6 +149,6 @@ class Decoder:
             raise ConfigError("a prompt has no tokens: give it a text or an image")
         if prompt_tokens + new_tokens > self.max_length:
             raise ContextError(
-                f"a prompt of {prompt_tokens} tokens and max_new_tokens {new_tokens} exceed the model's context of "
-                f"{self.max_length} tokens: shorten the prompt or lower max_new_tokens"
+                f"a prompt of {prompt_tokens} tokens and max_new_tokens {new_tokens} exceed {self._limit}: shorten the "
+                "prompt or lower max_new_tokens"
             )

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import mindspeed_mm as mm
+from mindspeed_mm.errors import ContextError
 from tests.helpers.decoder_ranks import Shard, Spread, Step, joined, joined_losses, labels_of, take_step
+from tests.helpers.pool import RankError
 from tests.helpers.tiny_decoders import FAMILIES, VARIANTS, greedy, make, rows, save
 
 
@@ -46,6 +48,7 @@ def test_padding_on_the_left(pair):
 def test_greedy_text(pair):
     theirs, ours = pair
     prompts = [row[:length].tolist() for row, length in zip(rows(4), (5, 17, 18, 2), strict=True)]
+    prompts.append([*prompts[2][:15], 9, 8])  # begins as another one does: its keys are copied
     wanted = [greedy(theirs, prompt, 9) for prompt in prompts]
     assert ours.generate(input_ids=prompts[1], max_new_tokens=9, eos_token_id=-1) == wanted[1:2]
     assert ours.generate(input_ids=prompts, max_new_tokens=9, eos_token_id=-1) == wanted
@@ -53,6 +56,30 @@ def test_greedy_text(pair):
 
 LENGTHS = (21, 3, 16)
 """Sequences of a packed row; two are longer than the window."""
+
+
+LEAN = {"llama", "mistral", "qwen2", "phi3", "internlm2"}
+"""Decoders whose single tokens take the short way through the layers."""
+
+
+def test_which_decoders_take_the_short_way(pair, request):
+    from mindspeed_mm.generation.lean import LeanStep
+
+    name = VARIANTS[request.node.callspec.params["pair"]][0]
+    assert LeanStep.fits(pair[1].model.text_decoder) == (name in LEAN)
+
+
+def test_generation_stays_within_the_original_length_of_longrope(tmp_path):
+    name, changes = VARIANTS["phi3 longrope"]
+    vlm = mm.load(save(make(name, **changes), name, tmp_path), device="cpu")
+    with pytest.raises(ContextError, match="exceed 32 tokens, the original_max_position_embeddings of its rope_scal"):
+        vlm.generate(input_ids=rows(1, 30)[0].tolist(), max_new_tokens=3, eos_token_id=-1)
+
+
+def test_one_query_group_is_not_shared_by_two_ranks(ranks, tmp_path):
+    path = save(make("gemma", num_key_value_heads=1), "gemma", tmp_path)
+    with pytest.raises(RankError, match="1 query groups cannot be split over tensor-parallel size 2"):
+        ranks(2).run(generated, str(path), 2, 1, [[5, 6]])
 
 
 def test_packed_rows_equal_rows_of_their_own(pair):
