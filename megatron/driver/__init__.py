@@ -46,11 +46,12 @@ Functions
     setup.setup(args, model_provider, platform, hooks=Hooks()) -> TrainState
     loop.train(state, args, forward_step, data_iterator, hooks=Hooks()) -> TrainReport(iteration, loss, checkpoint)
         stops at --train-iters, --exit-interval, SIGTERM or SIGUSR1 (saved first where --save is given)
-    checkpoint.checkpointing.save_checkpoint(state, args, hooks) -> Path        = write_snapshot(take_snapshot(...)); saver.Saver
+    In checkpoint/:
+    checkpointing.save_checkpoint(state, args, hooks) -> Path        = write_snapshot(take_snapshot(...)); saver.Saver
         (of the loop) does the second part in the background with --async-save
-    checkpoint.resuming.load_checkpoint(state, args, hooks) -> Path | None      (setup calls it)
-    checkpoint.reading.find_checkpoint(folder, step=None) -> Path | None        SAVE (the tracker decides) or an iteration's folder
-    checkpoint.reading.read_checkpoint(folder, step=None) -> Checkpoint(path, run, names, get(name) -> full Tensor, shape(name))
+    resuming.load_checkpoint(state, args, hooks) -> Path | None      (setup calls it)
+    reading.find_checkpoint(folder, step=None) -> Path | None        SAVE (the tracker decides) or an iteration's folder
+    reading.read_checkpoint(folder, step=None) -> Checkpoint(path, run, names, get(name) -> full Tensor, shape(name))
         after its checksums were compared
         without a process group, for inference and conversion; run is run.json; model tensors of the iteration and of
         its frozen folder, under plain names such as text_decoder.decoder.layers.3.self_attention.linear_qkv.weight

@@ -14,7 +14,7 @@ from megatron.driver import initialize, loop, setup
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from megatron.driver.checkpoint.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
-from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
+from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader, check_user_tokens
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.sample import Batch
@@ -66,6 +66,7 @@ class TrainingRun:
         parameters = self.data_config.dataset_param
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
+        check_user_tokens(self.tokenizer, self.spec.text_decoder.language_vocab_size, str(self.tokenizer_path))
         self.image_processor = parameters.preprocess_parameters.image_processor()
         _check_image_size(self.image_processor, self.spec)
         self.dataset = build_dataset(

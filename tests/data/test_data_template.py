@@ -51,7 +51,8 @@ def test_golden_generation_prompts(golden, tokenizer, chat_tokenizer):
 
 
 def test_golden_training_records(golden, tokenizer):
-    safetensors = pytest.importorskip("safetensors.numpy")
+    import safetensors.numpy as safetensors
+
     batches = safetensors.load_file(golden / "training/batches.safetensors")
     rows: dict[int, int] = {}
     for line in (golden / "training/records.jsonl").read_text().splitlines():

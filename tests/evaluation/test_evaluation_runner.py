@@ -85,7 +85,7 @@ def test_requests_carry_prompt_and_images(table_path, tmp_path):
     assert official.text is None and official.turns[0][0].startswith("<image>\nQuestion")
     assert kit.turns is None and kit.text.endswith(" ASSISTANT: ")
     assert official.images()[0].size == (4, 3)
-    assert len({request.image_cell for request in engine.asked}) == 1, "all rows show the same image"
+    assert len({request.image for request in engine.asked}) == 1, "all rows show the same image"
     assert [request.id for request in engine.asked[:6]] == [0, 1, 2, 3, 4, 5], "long ones first; this engine turns them"
 
 

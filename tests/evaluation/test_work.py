@@ -37,7 +37,7 @@ def test_every_row_is_asked_once_and_loads_are_even(replicas):
 def test_groups_stay_whole_where_there_are_many():
     rows = rows_of(*(f"p{number // 4}" for number in range(400)))
     for share in divide(rows, prompts_of(rows), 2):
-        assert len({row.image_cell for row in share}) == len(share) / 4
+        assert len({row.image for row in share}) == len(share) / 4
 
 
 def test_one_image_with_all_questions_keeps_no_replica_idle():

@@ -121,7 +121,8 @@ class ClipSpec(PartSpec):
             raise ValueError(
                 f"pipeline_num_layers {self.pipeline_num_layers} spreads the vision encoder, which stands on the first "
                 "pipeline stage as a whole: between its layers, features of images would travel where hidden states "
-                f"of the text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers there"
+                f"of the text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, "
+                "and fewer text_decoder layers there"
             )
         if self.image_size % self.patch_size:
             raise ValueError(
