@@ -94,7 +94,7 @@ def load(
     )
     logger.info("weights of %s:\n%s", path, table(reports))
     if quantize is not None:
-        from mindspeed_mm.models.layers.quantized import quantize_decoder
+        from mindspeed_mm.models.kit.quantized import quantize_decoder
 
         quantize_decoder(vlm.text_decoder, quantize)
     return LoadedVLM(vlm, located, words, media)
