@@ -17,9 +17,10 @@ from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.media import FixedSizeImages, ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.describe import part_of_source
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.media import Media
-from mindspeed_mm.models.part import find_part, part_of
+from mindspeed_mm.models.part import PartSpec, all_parts, find_part, part_of
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.vision_projector.mlp import projector_prefixes
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, Prefix
@@ -104,30 +105,48 @@ class Llava(Family):
     model_types = ("llava",)
     layouts = (LLAVA_HF, LLAVA)
     model_ids = {PROJECTOR: "mlp"}
+    processor_class = "LlavaProcessor"
 
     def reads(self, config: dict[str, Any]) -> bool:
-        return super().reads(config) or is_original(config)
+        return (super().reads(config) or is_original(config)) and not is_tiled(config)
 
     def split_config(self, config: dict[str, Any], layout: str) -> dict[str, dict[str, Any] | None]:
+        self._check_config(config, layout)
         if layout == ORIGINAL:
             kind = str(config.get("model_type", "llava"))
             decoder = {**config, "model_type": DECODER_TYPES.get(kind, kind.removeprefix("llava_"))}
             return {TEXT: decoder, VISION: None, PROJECTOR: config if "mm_hidden_size" in config else None}
         return {TEXT: text_config(config), VISION: vision_config(config), PROJECTOR: config}
 
+    def _check_config(self, config: dict[str, Any], layout: str) -> None:
+        """Raise ConfigError where a config.json asks for what is not done here."""
+        if layout == ORIGINAL:
+            refuse_start_end(config)
+            if is_tiled(config) != (self.name != "llava"):
+                raise ConfigError(
+                    "config.json and weights are of two kinds of LLaVA: tiles go with image_aspect_ratio anyres, "
+                    f"mm_patch_merge_type spatial_unpad and a tensor model.image_newline; config.json says "
+                    f"{config.get('image_aspect_ratio')!r} and {config.get('mm_patch_merge_type')!r}. Correct it or "
+                    "give the weights that belong to it."
+                )
+        elif config.get("model_type", self.name) not in self.model_types:
+            raise ConfigError(
+                f'config.json: found model_type "{config["model_type"]}" with tensors of layout {layout}; expected '
+                f"{' or '.join(self.model_types)}. Give weights of a supported model."
+            )
+
     def complete(self, source: Source, slots: dict[str, PartSource]) -> dict[str, PartSource]:
         """An original folder names its vision encoder by path, relative to the folder; tensors inside come first."""
         if source.layout != ORIGINAL:
             return slots
         config = source.config or {}
-        select = vision_select(config)
         named = _named_encoder(source.path, config)
         described = named.config if named else None
         if described is not None and named.dialect == "hf":
-            described = {**described, **select}
+            described = {**described, **vision_select(config, has_class_token(part_of_source(named).Spec))}
         if VISION in slots:
             hf = described if named and named.dialect == "hf" else None
-            return {**slots, VISION: replace(slots[VISION], config=hf)}
+            return {**slots, VISION: replace(slots[VISION], config=hf, model_id=_encoder_of(slots[VISION].names))}
         return {**slots, VISION: replace(named, config=described)} if named else slots
 
     def stated(self, source: Source) -> dict[str, dict[str, Any]]:
@@ -148,6 +167,11 @@ class Llava(Family):
             raise WeightError(
                 f"{source.path}: the config of the vision encoder {name!r} is not there; put the encoder's folder at "
                 "that path (relative to this folder)"
+            )
+        if part_of_source(source.part(VISION)).from_shapes is None:
+            raise WeightError(
+                f"{source.path}: no config of the vision encoder {name!r} is here, and shapes do not show all of it; "
+                "put its folder (config.json suffices) beside and the path into mm_vision_tower of config.json"
             )
         # A name of the hub, whose encoders are CLIP releases: shapes show all but the heads.
         logger.info(
@@ -171,14 +195,14 @@ class Llava(Family):
         return (original_config if layout == ORIGINAL else hf_config)(specs, dtype, tokens)
 
     def processor_config(self, spec: ModelSpec) -> dict[str, Any]:
-        """Of transformers' LlavaProcessor; it counts the class token and drops it for "default"."""
+        """Of transformers' processor; it counts the class token and drops it for "default"."""
         encoder = spec.vision_encoder
         return {
-            "processor_class": "LlavaProcessor",
+            "processor_class": self.processor_class,
             "image_token": "<image>",
-            "num_additional_image_tokens": getattr(encoder, "class_token_len", 0),
+            "num_additional_image_tokens": encoder.class_token_len,
             "patch_size": encoder.patch_size,
-            "vision_feature_select_strategy": SELECT_STRATEGIES[encoder.select_feature],
+            "vision_feature_select_strategy": select_strategy(encoder),
         }
 
     def image_token_id(self, config: dict[str, Any]) -> int | None:
@@ -195,10 +219,10 @@ class Llava(Family):
                 f"text_decoder.language_max_sequence_length: found {decoder.language_max_sequence_length}, expected "
                 f"more than the {encoder.num_image_tokens} tokens of one image"
             )
-        if projector.model_id != "mlp":
+        if projector.model_id != self.model_ids[PROJECTOR]:
             problems.append(
-                f'image_encoder.vision_projector.model_id: found "{projector.model_id}", expected "mlp", the projector '
-                "of model_id llava"
+                f'image_encoder.vision_projector.model_id: found "{projector.model_id}", expected '
+                f'"{self.model_ids[PROJECTOR]}", the projector of model_id {self.name}'
             )
         return problems
 
@@ -267,6 +291,34 @@ def is_original(config: dict[str, Any]) -> bool:
     return "mm_vision_tower" in config or "mm_projector_type" in config or "mm_hidden_size" in config
 
 
+def is_tiled(config: dict[str, Any]) -> bool:
+    """Whether an original config.json is of LLaVA-1.6, whose images become tiles."""
+    merge, aspect = str(config.get("mm_patch_merge_type", "flat")), str(config.get("image_aspect_ratio", "square"))
+    return is_original(config) and (merge != "flat" or "anyres" in aspect or "highres" in aspect)
+
+
+def refuse_start_end(config: dict[str, Any]) -> None:
+    """Raise ConfigError for an original config.json with tokens around each image."""
+    if config.get("mm_use_im_start_end"):
+        raise ConfigError(
+            "config.json: found mm_use_im_start_end true: such a model (LLaVA v1.0) was trained with <im_start> and "
+            "<im_end> around each image, which prompts here do not have; expected false, as in LLaVA-1.5 and later. "
+            "Give another checkpoint."
+        )
+
+
+def has_class_token(encoder: type[PartSpec] | PartSpec) -> bool:
+    """Whether a vision encoder (its Spec) puts a class token before the patches."""
+    if isinstance(encoder, PartSpec):
+        return encoder.class_token_len > 0
+    return encoder.model_fields["class_token_len"].default > 0
+
+
+def select_strategy(encoder: PartSpec) -> str:
+    """HF's vision_feature_select_strategy: "default" drops the first feature, whatever it is."""
+    return SELECT_STRATEGIES[encoder.select_feature] if has_class_token(encoder) else "full"
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The decoder's config inside one of transformers' multimodal configs, with the head's tying as the outer one has
     it."""
@@ -277,13 +329,15 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def vision_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The vision encoder's config inside a llava-hf config, with the feature selection of the outer one."""
-    keys = ("vision_feature_layer", "vision_feature_select_strategy")
-    return {**(config.get("vision_config") or {}), **{key: config[key] for key in keys if key in config}}
+    """The vision encoder's config inside a llava-hf config, with the feature selection of the outer one, whose defaults
+    are LlavaConfig's."""
+    keys = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    return {**(config.get("vision_config") or {}), **{key: config.get(key, default) for key, default in keys.items()}}
 
 
-def vision_select(config: dict[str, Any]) -> dict[str, Any]:
-    """HF's two vision_feature keys from an original config (mm_vision_select_layer, mm_vision_select_feature)."""
+def vision_select(config: dict[str, Any], class_token: bool = True) -> dict[str, Any]:
+    """HF's two vision_feature keys from an original config (mm_vision_select_layer, mm_vision_select_feature). Without
+    a class token both of LLaVA's words mean all features."""
     feature = config.get("mm_vision_select_feature", "patch")
     if feature not in SELECT_STRATEGIES:
         raise WeightError(
@@ -291,7 +345,7 @@ def vision_select(config: dict[str, Any]) -> dict[str, Any]:
         )
     return {
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": SELECT_STRATEGIES[feature],
+        "vision_feature_select_strategy": SELECT_STRATEGIES[feature] if class_token else "full",
     }
 
 
@@ -301,6 +355,14 @@ def _named_encoder(folder: Path, config: dict[str, Any]) -> PartSource | None:
         return None
     path = folder / name  # an absolute name replaces the folder
     return open_source(path, follow=False).part(VISION) if path.exists() else None
+
+
+def _encoder_of(names: tuple[str, ...]) -> str | None:
+    """model_id of the vision encoder that has tensors of such names; None for the default one."""
+    for part in all_parts(VISION).values():
+        if any(layout.dialects[VISION] == "hf" and layout.recognises(names) for layout in part.layouts):
+            return part.name
+    return None
 
 
 def hf_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
@@ -330,7 +392,7 @@ def hf_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict
         "torch_dtype": dtype,
         "vision_config": part_of(VISION, encoder).to_hf(encoder, dtype),
         "vision_feature_layer": encoder.select_layer,
-        "vision_feature_select_strategy": SELECT_STRATEGIES[encoder.select_feature],
+        "vision_feature_select_strategy": select_strategy(encoder),
         "vocab_size": text.language_vocab_size,
     }
 
