@@ -140,6 +140,7 @@ class Llava(Family):
         if source.layout != ORIGINAL:
             return slots
         config = source.config or {}
+        vision_select(config)  # also where no encoder is named
         named = _named_encoder(source.path, config)
         described = named.config if named else None
         if described is not None and named.dialect == "hf":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mindspeed_mm.data.image_tiles import TILE_TYPES, TiledImages
+from mindspeed_mm.data.image_tiles import TiledImages
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.families.llava import (
