@@ -127,7 +127,7 @@ class Ours:
         from mindspeed_mm.generation.options import GenerationOptions
         from mindspeed_mm.generation.scheduler import Entry, Scheduler
 
-        features = ImageFeatures(self.decoder, None, pad=True)  # no image is remembered from earlier runs
+        features = ImageFeatures(self.decoder, None)  # no image is remembered from earlier runs
         scheduler = Scheduler(self.decoder, features, self.rows)
         jobs = []
         for request in requests:

@@ -118,6 +118,7 @@ def _join_ranks(platform: Platform, tensor: int, pipeline: int) -> None:
         )
     if not initialized:
         torch.distributed.init_process_group(backend=platform.backend)
+        platform.settle()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)
         tensor_parallel.model_parallel_cuda_manual_seed(1234)

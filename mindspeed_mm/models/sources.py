@@ -53,7 +53,7 @@ def open_source(path: str | Path, *, follow: bool = True) -> Source:
     if source.family is None or not follow:
         return source
     family = all_families()[source.family]
-    parts = family.complete(source, source.part_sources)
+    parts = dict(sorted(family.complete(source, source.part_sources).items(), key=lambda item: SLOTS.index(item[0])))
     advice = {slot: text for slot in family.slots if (text := family.missing(source, slot)) is not None}
     return replace(source, part_sources=parts, advice=advice)
 
@@ -172,7 +172,7 @@ def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> 
             {short: stored[name] for short, name in names.items()},
             model_id=model_ids.get(slot),
         )
-        for slot, names in split.items()
+        for slot, names in sorted(split.items(), key=lambda found: SLOTS.index(found[0]))
     }
     if files.record is not None:
         parts = {slot: _recorded(part, files.record) for slot, part in parts.items()}

@@ -72,6 +72,17 @@ class Platform(abc.ABC):
     def set_device_rng_state(self, state: torch.Tensor) -> None:
         """Restore what `device_rng_state` returned."""
 
+    def settle(self) -> None:
+        """Agree with the other ranks on what each would else choose for itself. Collective; for a whole process group.
+
+        Here nothing is chosen.
+        """
+        return None
+
+    def choices(self) -> str:
+        """What was chosen for this machine, in lines for the log; empty where nothing was."""
+        return ""
+
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense matrix peak of the device in FLOP/s for `dtype`, or None where it is not known."""
         return None

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import mindspeed_mm as mm
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import describe_part
+from mindspeed_mm.models.media import Features, Media
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.weights.loading import load_part
 from tests.checkpoint_converters.converter_helpers import (
@@ -103,7 +104,8 @@ def run_module(path):
     spec, part = describe_part(source.part("vision_projector")), find_part("vision_projector", "mlp")
     module = part.build(spec, Runtime(tensor_model_parallel_size=size))
     load_part(module, part, spec, source, tp_rank=parallel_state.get_tensor_model_parallel_rank(), tp_size=size)
-    output = module(torch.linspace(-2, 2, 24).reshape(1, 3, 8))
+    media = Media.of_images(torch.empty(1, 0))
+    output = module(Features(torch.linspace(-2, 2, 24).reshape(3, 8), (3,), media)).values.unsqueeze(0)
     output.square().sum().backward()
     return output.detach(), {name: parameter.grad for name, parameter in module.named_parameters()}
 

@@ -118,7 +118,7 @@ def test_a_vision_encoder_of_the_hub_that_is_not_here(source, tmp_path):
     state = {name: tensor for name, tensor in _load(source).items() if "vision_tower" not in name}
     _save(source, state)
     with pytest.raises(
-        WeightError, match="Put the path of the vision encoder's folder or file into mm_vision_tower .*--vision"
+        WeightError, match="Put the path of the encoder's folder or file into mm_vision_tower .*--vision"
     ):
         mm.load(source, device="cpu")
     parts = {"text_decoder": source, "vision_projector": source, "vision_encoder": source / "vision_encoder"}

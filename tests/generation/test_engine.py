@@ -35,10 +35,11 @@ def test_images_without_placeholder_go_in_front(engine, image):
 def test_prompt_is_the_training_prompt(engine, image):
     from mindspeed_mm.data.encode import encode
     from mindspeed_mm.data.expand import expand_images
+    from tests.helpers.media import fixed_plan
 
     ids = engine.prepare(request("a", "What is it?", image))
     conversation = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A."}]
-    trained, labels = expand_images(*encode(conversation, engine.tokenizer, "v1"), 16)
+    trained, labels = expand_images(*encode(conversation, engine.tokenizer, "v1"), [fixed_plan(16)])
     answer_start = next(i for i, label in enumerate(labels) if label != -100)
     assert ids == trained[:answer_start]
 

@@ -54,7 +54,7 @@ def test_images_of_a_group_go_through_the_vision_encoder_together(engine, vision
 
 
 def test_the_vision_encoder_takes_so_many_at_once(engine, vision_encoder, monkeypatch):
-    monkeypatch.setattr(engine.image_features, "_batch", 4)
+    monkeypatch.setattr("mindspeed_mm.generation.images.VISION_ENCODER_BATCH", 4)
     whole = answers(engine, [request(0, *map(image_of, range(6))), request(1, image_of(6))], 2)
     assert all(len(ids) == 4 for ids in whole) and max(vision_encoder) <= 4 and sum(vision_encoder) == 7
 
@@ -70,8 +70,9 @@ def test_equal_images_are_one_whatever_they_come_as(engine, tmp_path):
     assert engine.image_features.computed == 2  # one by the file's bytes, one by the pixels
 
 
-def test_forgotten_images_are_computed_again(engine):
-    engine.image_features._kept = 1
+def test_forgotten_images_are_computed_again(engine, monkeypatch):
+    monkeypatch.setattr("mindspeed_mm.generation.images.VISION_ENCODER_BATCH", 1)
+    engine.image_features._most = 1
     for start in ("a", "b"):  # no prompt begins as an earlier one does
         answers(engine, [request(i, image_of(i), start=start) for i in range(3)], 3)
     assert engine.image_features.computed == 5
@@ -90,7 +91,7 @@ BAD = {
     "folder": (lambda: str(Path(__file__).parent), "is no file; expected an image"),
     "large": (lambda: Image.new("1", (20_000, 20_000)), "is 20000 x 20000 pixels; at most"),
     "long": (lambda: Image.new("1", (20_000, 1)), "400000000 pixels when padded to a square"),
-    "shape": (lambda: torch.zeros(3, 8, 8), r"found an image of shape \[3, 8, 8\]; expected \[3, 56, 56\]"),
+    "shape": (lambda: torch.zeros(3, 8, 8), r"does not fit: .* shape \[1, 3, 8, 8\]; expected \[images, 3, 56, 56\]"),
     "bytes": (lambda: ImageBytes("member.jpg", b"no image"), "image member.jpg cannot be decoded"),
 }
 
@@ -119,10 +120,3 @@ def test_file_that_cannot_be_read(engine, tmp_path, monkeypatch):
     monkeypatch.setattr("mindspeed_mm.generation.images.MAX_FILE_BYTES", 2**30)
     with pytest.raises(ImageError, match=r"cannot be read \(Permission denied\)"):
         engine.image_features.find([tmp_path / "a.png"])
-
-
-def test_image_of_another_size_than_the_vision_encoders(vlm):
-    engine = vlm.engine()
-    engine.image_features._processor = vlm.image_processor.model_copy(update={"crop_size": {"height": 28, "width": 28}})
-    with pytest.raises(ImageError, match="the image processor gives 28 x 28 pixels, the vision encoder takes 56 x 56"):
-        engine.submit(request(0, image_of(0))).wait()

@@ -12,6 +12,7 @@ from PIL import Image
 import mindspeed_mm as mm
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.platform import get_platform
+from tests.helpers.media import fixed_plan
 
 get_platform("cpu")  # before megatron.core is imported
 
@@ -40,12 +41,11 @@ class FakeCache:
 class FakeDecoder:
     """A decoder whose next token is a hash of all that its cache row holds."""
 
-    tokens_per_image = PATCHES
-
     def __init__(self):
         self.cache, self.computed = FakeCache(), 0
 
-    def prefill(self, prompts, features, first_row, starts):
+    def prefill(self, prompts, features, first_row, starts, positions):
+        assert positions is None
         features, width = list(features), max(map(len, prompts))
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True), start=first_row):
             shown = [features.pop(0) for _ in range(prompt.count(-200) // PATCHES)]
@@ -57,7 +57,8 @@ class FakeDecoder:
         assert not features
         return torch.stack([self._logits(row + first_row, starts[row] + len(p)) for row, p in enumerate(prompts)])
 
-    def step(self, tokens, lengths):
+    def step(self, tokens, lengths, positions):
+        assert positions == lengths
         for row, (token, length) in enumerate(zip(tokens, lengths, strict=True)):
             self.cache.data[row, length] = token
         return torch.stack([self._logits(row, length + 1) for row, length in enumerate(lengths)])
@@ -77,7 +78,7 @@ class FakeImageFeatures:
     def find(self, images):
         from mindspeed_mm.generation.images import FoundImage
 
-        return [FoundImage(bytes([image] * 16), image) for image in images]
+        return [FoundImage(bytes([image] * 16), image, fixed_plan(PATCHES)) for image in images]
 
     def features(self, requests):
         return [[found.source for found in images] for images in requests]
@@ -262,7 +263,17 @@ def test_positions_must_be_those_of_the_images():
     from mindspeed_mm.generation.images import FoundImage
     from mindspeed_mm.generation.prefix import content
 
-    with pytest.raises(DataError, match="a prompt has 3 image positions for 1 images; expected 4 each"):
-        content([1, -200, -200, -200], [FoundImage(bytes(16), None)], 4)
-    values = content([1, *[-200] * 4, 9], [FoundImage(bytes(range(16)), None)], 4)
+    with pytest.raises(DataError, match="a prompt has 3 image positions for 1 images; expected 4"):
+        content([1, -200, -200, -200], [FoundImage(bytes(16), None, fixed_plan(4))])
+    values = content([1, *[-200] * 4, 9], [FoundImage(bytes(range(16)), None, fixed_plan(4))])
     assert values[0] == 1 and values[5] == 9 and (values[1:5] < 0).all() and values[1] != values[2]
+
+
+def test_a_prompt_begins_again_in_front_of_an_image_that_would_be_cut():
+    from mindspeed_mm.generation.images import FoundImage
+    from mindspeed_mm.generation.prefix import whole_images
+
+    images = [FoundImage(bytes(16), None, fixed_plan(count)) for count in (2, 3)]
+    prompt = [1, -200, -200, 5, 7, -200, -200, -200, 6]
+    starts = [whole_images(prompt, images, start) for start in range(len(prompt) + 1)]
+    assert starts == [(0, 0), (1, 0), (1, 0), (3, 1), (4, 1), (5, 1), (5, 1), (5, 1), (8, 2), (9, 2)]

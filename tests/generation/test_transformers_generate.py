@@ -91,7 +91,7 @@ def test_beam_scores_equal_transformers(models):
     decoder = Decoder(ours.model)
     job = BeamJob(ids, GenerationOptions(**options), [7, 8, 9])
     prompt = [-200 if token == IMAGE else token for token in ids]
-    images = ImageFeatures(decoder, None, pad=True)
+    images = ImageFeatures(decoder, None)
     scheduler = Scheduler(decoder, images)
     scheduler.submit(Entry(job, prompt, len(ids) + 8, list(pixels), lambda error: None))
     while scheduler.step():

@@ -42,7 +42,7 @@ def test_half_a_model_is_refused(golden):
 
 def test_missing_vision_encoder_config_is_named(golden, tmp_path):
     shutil.copytree(golden / "models" / "llava_original", tmp_path / "llava")
-    with pytest.raises(WeightError, match="clip_hf.*is not there; put the vision encoder's folder at that path"):
+    with pytest.raises(WeightError, match="clip_hf.*is not there; put the encoder's folder at that path"):
         locate(tmp_path / "llava")
 
 

@@ -88,7 +88,7 @@ def test_raw_image_to_text(vlm, golden):
 def test_image_count_must_fit(vlm, golden):
     with pytest.raises(ValueError, match="0 image tokens for 1 images"):
         vlm.generate(input_ids=[1, 5, 7], images=[torch.zeros(3, 56, 56)])
-    with pytest.raises(ValueError, match="16 image positions but 0 images"):
+    with pytest.raises(ValueError, match="16 image positions but its images have 0 features"):
         vlm.logits(torch.full((1, 16), -200))
     with pytest.raises(ValueError, match="exceed the model's context of 2048 tokens"):
         vlm.generate(input_ids=[1, 5, 7], max_new_tokens=2048)

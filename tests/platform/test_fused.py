@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm.platform import fused, get_platform, host_linear
+from mindspeed_mm.platform import fused, get_platform, host_linear, host_products
 from mindspeed_mm.platform.segments import Segments
 
 
@@ -73,12 +73,15 @@ def test_rotation(shared):
     equal(grads(lambda x: fused.RotateQK.apply(x, cos, sin, groups), qkv), grads(plain, qkv))
 
 
+@pytest.mark.parametrize("kernel", host_products.kernels(torch.float32))
 @pytest.mark.parametrize("rows", [3, 512])
-def test_linear_of_small_and_large_products(rows):
+def test_linear_is_the_same_whatever_kernel_is_chosen(rows, kernel, monkeypatch):
+    calls = []
+    monkeypatch.setattr(host_products, "choose", lambda *call: calls.append(call) or kernel)
     x, weight, bias = torch.randn(rows, 2, 96), torch.randn(80, 96), torch.randn(80)
-    assert (rows * 2 * 96 * 80 >= host_linear.LEAST_WORK) == (rows == 512)  # both kernels are tried
     equal(grads(host_linear.linear, x, weight, bias), grads(F.linear, x, weight, bias), rtol=1e-4, atol=1e-3)
     equal(grads(host_linear.linear, x, weight), grads(F.linear, x, weight), rtol=1e-4, atol=1e-3)
+    assert calls[:3] == [(form, torch.float32, 2 * rows, 96, 80) for form in host_products.FORMS]
 
 
 def test_frozen_linear_keeps_no_input():
