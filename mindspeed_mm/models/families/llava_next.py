@@ -14,16 +14,8 @@ import torch
 from mindspeed_mm.data.image_tiles import TiledImages
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.models.families.llava import (
-    DECODER_PREFIXES,
-    LLAVA,
-    ORIGINAL,
-    VISION_PREFIXES,
-    Llava,
-    is_tiled,
-    nested,
-    refuse_inputs,
-)
+from mindspeed_mm.models.families.llava import DECODER_PREFIXES, LLAVA, VISION_PREFIXES, Llava, nested, refuse_inputs
+from mindspeed_mm.models.llava_config import ORIGINAL, is_tiled
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.tiles import tile_features, tile_grid
 from mindspeed_mm.models.vision_projector.llava_next import pinpoints_of
