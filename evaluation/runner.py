@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks import MODES, PROMPT_STYLES, Benchmark, Mode, Prompt, PromptStyle, find_benchmark
-from evaluation.engine import Communicator, Engine, GenerationRequest, SingleRank
+from evaluation.benchmark import MODES, Benchmark, Mode
+from evaluation.benchmarks import find_benchmark
+from evaluation.engine import Communicator, Engine, EvaluationRequest, SingleRank
 from evaluation.journal import FINGERPRINT_DIGITS, Journal, fingerprint
 from evaluation.judge_protocol import Judge
 from evaluation.outputs import check_folder, check_output_name, write_outputs
+from evaluation.prompts import PROMPT_STYLES, Prompt, PromptStyle
 from evaluation.questions import read_questions
 from evaluation.report import Report
 from evaluation.submissions import write_submission
 from evaluation.tsv import Row, Table
-from evaluation.work import divide
+from evaluation.work import split_work
 from mindspeed_mm.errors import DataError
 
 SHOWN = 200
@@ -26,7 +28,7 @@ SHOWN = 200
 
 
 @dataclass(frozen=True)
-class Result:
+class EvaluationResult:
     """A finished evaluation. `reports` is by scoring mode, empty for a table without answers."""
 
     reports: dict[str, Report]
@@ -54,7 +56,7 @@ def run(
     progress: bool = True,
     judge: Judge | None = None,
     checked: tuple[Table, Benchmark] | None = None,
-) -> Result:
+) -> EvaluationResult:
     """Evaluate `engine` on the table `tsv` as `benchmark` and write <model>_<benchmark>.* into `out_dir`.
 
     The questions that no journal in `out_dir` answers are divided among the model's copies on the ranks of
@@ -98,7 +100,7 @@ def run(
     journal = Journal(folder / f"{stem}.journal", facts, communicator.rank)
     earlier = _merge(communicator.all_gather(journal.read()))
     pending = [row for row in rows if row.index not in earlier]
-    own = divide(pending, prompts, communicator.replicas)[communicator.replica]
+    own = split_work(pending, prompts, communicator.replicas)[communicator.replica]
     with _progress_bar(found.name, len(own), progress and communicator.rank == 0) as advance:
         new = _answer(own, table, prompts, engine, journal if communicator.is_leader else None, batch_size, advance)
     collected = {**earlier, **_merge(communicator.all_gather(new))}
@@ -116,7 +118,7 @@ def run(
         files = write_outputs(folder, stem, table, answers, outcome.get(scoring), summary)
         files |= write_submission(folder, stem, getattr(found, "submission", None), table, answers)
     communicator.all_gather(None)
-    return Result(outcome, answers, files, resumed=len(rows) - len(pending))
+    return EvaluationResult(outcome, answers, files, resumed=len(rows) - len(pending))
 
 
 def _score(
@@ -180,7 +182,7 @@ def _answer(
 ) -> dict[int | str, str]:
     """Ask the engine for every row and write each answer into the journal (of the copy's first rank) as it comes."""
     requests = [
-        GenerationRequest(
+        EvaluationRequest(
             row.index,
             prompts[row.index].turns,
             prompts[row.index].text,

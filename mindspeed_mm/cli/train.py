@@ -55,8 +55,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data)
     training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
     try:
-        initialize.initialize(training.args, platform)
-        with watch.naming_lost_ranks(), explaining_out_of_memory(training):
+        initialize.initialize(training.inputs.args, platform)
+        with watch.naming_lost_ranks(), explaining_out_of_memory(training.inputs):
             return training.run()
     finally:
         initialize.shutdown()

@@ -123,7 +123,7 @@ class DataSet:
 
         source.index.array("fits", np.int32, check, **encoding.key, max_length=max_length)
 
-    def meet_empty_answers(self, policy: str) -> None:
+    def set_empty_answer_policy(self, policy: str) -> None:
         """Refuse ("error"), leave out ("drop") or count ("mask") the records with an answer that has no text."""
         # Stored apart with a number in front: later starts need not touch the facts, and an array may not be empty.
         stored = self.source.index.array(
@@ -172,7 +172,7 @@ class MultimodalDataset(Dataset[Encoded]):
         """Where features of images are looked up, once the vision encoder is there."""
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
-            data_set.meet_empty_answers(policies.empty_answer)
+            data_set.set_empty_answer_policy(policies.empty_answer)
             if measured or policies.overlong != "error":
                 data_set.measure(encoding, max_length, policies.overlong)
             else:

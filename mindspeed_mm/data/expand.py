@@ -7,7 +7,7 @@ from typing import Any
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.encode import SpecialText, encode_turns
 from mindspeed_mm.data.sample import Sample
-from mindspeed_mm.data.template import Template
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import DataError
 

@@ -10,7 +10,7 @@ import numpy as np
 from mindspeed_mm.data.parallel import count_all
 from mindspeed_mm.data.rendering import render_turns
 from mindspeed_mm.data.sample import Sample
-from mindspeed_mm.data.template import Template
+from mindspeed_mm.data.template_form import Template
 
 COLUMNS = 3
 """Text bound (see sample_facts), images, answers that are missing or empty."""

@@ -9,7 +9,7 @@ from typing import Any
 from mindspeed_mm.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.encode import encode_prompt
 from mindspeed_mm.data.expand import expand_images as expand_with_labels
-from mindspeed_mm.data.template import Template
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 

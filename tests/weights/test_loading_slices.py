@@ -10,8 +10,8 @@ from mindspeed_mm.models.describe import describe_part
 from mindspeed_mm.models.spec import find_part
 from mindspeed_mm.models.text_decoder import llama
 from mindspeed_mm.weights import files
-from mindspeed_mm.weights.layout import shard
 from mindspeed_mm.weights.loading import load_part, local_tensor
+from mindspeed_mm.weights.shards import shard
 from mindspeed_mm.weights.sources import open_source
 from tests.weights.conftest import TINY_LLAMA
 from tests.weights.weight_helpers import empty_state, random_hf_state

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
+from evaluation.benchmark import Mode
 from evaluation.benchmarks.vqa._open import with_short_instruction
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
@@ -18,7 +18,7 @@ JUDGE_OPTIONS = {"A": "yes", "B": "no"}
 
 
 @dataclass(frozen=True)
-class Reading:
+class YesNoReading:
     """What one answer was taken to say ("yes", "no", "unknown", in the spelling of the rule) and the truth."""
 
     row: Row
@@ -39,7 +39,7 @@ def is_yes_no(table: Table) -> bool:
 
 @dataclass(frozen=True)
 class YesNo:
-    """A benchmark (evaluation.benchmarks.Benchmark) whose answers are yes or no; here with plain accuracy."""
+    """A benchmark (evaluation.benchmark.Benchmark) whose answers are yes or no; here with plain accuracy."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class YesNo:
             notes=notes,
         )
 
-    def _read(self, table: Table, predictions: Mapping[int | str, str], mode: Mode) -> list[Reading]:
+    def _read(self, table: Table, predictions: Mapping[int | str, str], mode: Mode) -> list[YesNoReading]:
         rows = [row for row in table.rows if row.index in predictions]
         answers = [predictions[row.index] for row in rows]
         if mode == "compat" and not table.is_json_lines:
@@ -123,12 +123,12 @@ class YesNo:
             views = [row.cells for row in rows]
         read = self.compat_reader(table) if mode == "compat" else self.strict_reader()
         return [
-            Reading(row, view, read(answer), row.cells["answer"].strip().lower())
+            YesNoReading(row, view, read(answer), row.cells["answer"].strip().lower())
             for row, view, answer in zip(rows, views, answers, strict=True)
         ]
 
     def combine(
-        self, readings: Sequence[Reading], mode: Mode, table: Table
+        self, readings: Sequence[YesNoReading], mode: Mode, table: Table
     ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
         """Table, units, metric, statistic and scale; here accuracy over all rows and per category."""
         names = sorted({reading.view["category"] for reading in readings if reading.view.get("category")})
@@ -139,9 +139,11 @@ class YesNo:
         return {"all": columns}, units, "accuracy", "mean", 1.0
 
 
-def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:
+def _judged(reading: YesNoReading, answer: str, judge: Judge) -> YesNoReading:
     if reading.said.lower() != yesno.UNKNOWN:
         return reading
     letter = judge.pick(reading.row.cells["question"], JUDGE_OPTIONS, answer)
     said = JUDGE_OPTIONS.get(letter, reading.said)
-    return Reading(reading.row, reading.view, said.capitalize() if reading.said[0].isupper() else said, reading.truth)
+    return YesNoReading(
+        reading.row, reading.view, said.capitalize() if reading.said[0].isupper() else said, reading.truth
+    )

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
-from evaluation.benchmarks.yesno._yesno import Reading, YesNo
+from evaluation.benchmark import Mode
+from evaluation.benchmarks.yesno._yesno import YesNo, YesNoReading
 from evaluation.report import mean
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
@@ -38,7 +38,7 @@ class MME(YesNo):
         return super().official_text(question.removesuffix(OWN_INSTRUCTION).rstrip())
 
     def combine(
-        self, readings: Sequence[Reading], mode: Mode, table: Table
+        self, readings: Sequence[YesNoReading], mode: Mode, table: Table
     ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
         """Points per category, and their sums for perception and reasoning. Both modes differ in reading only."""
         images: dict[tuple[str, str], list[int]] = {}

@@ -7,8 +7,8 @@ JSON lines (or LLaVA's question file), for which compat is LLaVA's and POPE's ow
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
-from evaluation.benchmarks.yesno._yesno import Reading, YesNo
+from evaluation.benchmark import Mode
+from evaluation.benchmarks.yesno._yesno import YesNo, YesNoReading
 from evaluation.report import mean
 from evaluation.scorers import yesno
 from evaluation.tsv import Table
@@ -30,7 +30,7 @@ class POPE(YesNo):
         return yesno.pope_llava_answer if table.is_json_lines else yesno.kit_answer
 
     def combine(
-        self, readings: Sequence[Reading], mode: Mode, table: Table
+        self, readings: Sequence[YesNoReading], mode: Mode, table: Table
     ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
         """Rates per set and their mean; VLMEvalKit's table x100, whose headline is the F1 of all repeated rows."""
         names = _ordered({name for reading in readings for name in _sets(reading.view)})
@@ -60,13 +60,13 @@ def _ordered(names: set[str]) -> list[str]:
     return known + sorted(names - set(known))
 
 
-def _counts(reading: Reading, times: int) -> tuple[int, int, int]:
+def _counts(reading: YesNoReading, times: int) -> tuple[int, int, int]:
     """True positives, false positives, false negatives."""
     yes, right = reading.said.lower() == "yes", reading.truth == "yes"
     return times * (yes and right), times * (yes and not right), times * (right and not yes)
 
 
-def _kit_row(reading: Reading) -> dict[str, str | bool]:
+def _kit_row(reading: YesNoReading) -> dict[str, str | bool]:
     return {
         "category": ",".join(_sets(reading.view)),
         "answer": reading.truth.capitalize(),

@@ -37,7 +37,7 @@ class _Layer:
     fc2: torch.Tensor
 
 
-class LeanStep:
+class SingleTokenStep:
     """Layers and final norm of a pipeline stage, for one token a row."""
 
     def __init__(self, decoder: LlamaDecoder) -> None:
