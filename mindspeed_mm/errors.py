@@ -17,6 +17,10 @@ class DataError(ValueError):
     """A data file, record or image cannot be used; names the file and the record."""
 
 
+class UnknownKeyError(DataError):
+    """A record, turn or message has a key that nothing reads and that may have been meant to change training."""
+
+
 class TemplateError(DataError):
     """A conversation cannot be rendered, or the tokenizer does not round-trip the template."""
 

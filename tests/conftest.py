@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import reference
 from tests.helpers.pool import RankPool
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,23 +21,36 @@ def one_thread() -> None:
     gc.freeze()
 
 
-def _folder(name: str) -> Path:
-    path = SHARED / name
-    if not path.is_dir():
-        pytest.skip(f"reference data is absent: no folder ../shared/{name} beside the repository")
-    return path
+@pytest.fixture(scope="session", autouse=True)
+def reference_data_stays() -> Iterator[None]:
+    """No test writes into the reference data of tests/data."""
+    before = reference.snapshot()
+    yield
+    assert reference.snapshot() == before, "a test changed the reference data in tests/data"
 
 
 @pytest.fixture(scope="session")
-def golden() -> Path:
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Reference values made with transformers, openai-clip and LLaVA's own code; see README.md there."""
-    return _folder("golden")
+    return reference.golden(tmp_path_factory.mktemp("reference") / "golden")
+
+
+@pytest.fixture(scope="session")
+def golden_flamingo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reference values made with open_flamingo around transformers' decoders; see README.md there."""
+    return reference.golden_flamingo(tmp_path_factory.mktemp("reference") / "golden_flamingo")
 
 
 @pytest.fixture(scope="session")
 def golden_eval() -> Path:
     """Reference scores made with VLMEvalKit and the official scorers."""
-    return _folder("golden_eval")
+    return reference.DATA / "golden_eval"
+
+
+@pytest.fixture(scope="session")
+def cases() -> Path:
+    """Small inputs on which the project once did the wrong thing."""
+    return reference.DATA / "cases"
 
 
 @pytest.fixture(scope="session")

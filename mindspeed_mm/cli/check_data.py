@@ -107,6 +107,7 @@ def _look(check: Any, config: Any, basic: Any, workers: int | None, earlier: lis
 
 def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | None) -> Any:
     """Templates, tokenizer and lengths as in training."""
+    from mindspeed_mm.data.build import check_one_size
     from mindspeed_mm.data.expand import Encoding
     from mindspeed_mm.data.preflight import Check
     from mindspeed_mm.data.template import get_template
@@ -114,12 +115,14 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
     from mindspeed_mm.data.tokenizer import load_tokenizer
 
     parameters = config.dataset_param
-    tokens_per_image, seq_length, weights = IMAGE_TOKENS, SEQUENCE, None
+    tokens_per_image, seq_length, weights, rows = IMAGE_TOKENS, SEQUENCE, None, None
+    check_one_size(parameters.preprocess_parameters.image_processor())
     if model is not None:
         from mindspeed_mm.models.spec import load_model_spec
 
         spec = load_model_spec(namespace.mm_model)
         tokens_per_image = spec.vision_encoder.num_image_tokens
+        rows = spec.text_decoder.language_vocab_size
         seq_length, weights = spec.text_decoder.language_max_sequence_length, spec.text_decoder.ckpt_path
     given = parameters.tokenizer_config.from_pretrained if parameters.tokenizer_config else weights
     path = namespace.tokenizer or given
@@ -134,4 +137,4 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
         tokens = namespace.tokens_per_image or tokens_per_image
         encodings[name] = Encoding(tokenizer, template, tokens, parameters.special_text)
     max_length = config.max_length(namespace.seq_length or seq_length)
-    return Check(encodings, max_length, parameters.overlong, images=not namespace.no_images)
+    return Check(encodings, max_length, parameters.overlong, images=not namespace.no_images, rows=rows)

@@ -80,11 +80,7 @@ def build_dataset(
     template = get_template(parameters.template_name, tokenizer)
     check_template(template, tokenizer)
     image_processor = image_processor or parameters.preprocess_parameters.image_processor()
-    if image_processor.output_size is None:
-        raise ConfigError(
-            "the image processor gives images of different sizes (no centre crop); a batch needs one size. Set "
-            "do_center_crop, or a size with height and width."
-        )
+    check_one_size(image_processor)
     options = read_options(config, template)
     chosen = parameters.validation_parameters if validation else parameters.basic_parameters
     sets = []
@@ -115,11 +111,32 @@ def build_dataset(
     )
 
 
+def check_one_size(image_processor: ImageProcessor) -> None:
+    """Raise ConfigError for an image processor whose images cannot be put into a batch."""
+    if image_processor.output_size is None:
+        raise ConfigError(
+            "the image processor gives images of different sizes (no centre crop); a batch needs one size. Set "
+            "do_center_crop, or a size with height and width."
+        )
+
+
+def check_user_tokens(tokenizer: Tokenizer, rows: int, where: str) -> None:
+    """Raise DataError where a token that was added for use in texts has no row in an embedding of `rows` rows."""
+    beyond = sorted((number, content) for content, number in tokenizer.user_tokens.items() if number >= rows)
+    if beyond:
+        shown = ", ".join(f"{content} = {number}" for number, content in beyond)
+        raise DataError(
+            f"the tokenizer {where} has added tokens beyond the {rows} rows of the text decoder's embedding: "
+            f"{shown:.400}; expected ids below {rows} (text_decoder.language_vocab_size). Enlarge the checkpoint's "
+            "embedding and language_vocab_size, or take the tokens out of added_tokens_decoder."
+        )
+
+
 def read_options(config: DataConfig, template: Template) -> ReadOptions:
     """How the config's data files are read."""
     parameters = config.dataset_param
     folder = Path(parameters.index_folder) if parameters.index_folder else default_folder()
-    return ReadOptions(template, folder, parameters.images_first)
+    return ReadOptions(template, folder, parameters.images_first, parameters.unknown_keys)
 
 
 def build_order(

@@ -169,7 +169,11 @@ class DatasetParam(StrictModel):
 
     special_text: Literal["text", "tokens"] = "text"
     """What "</s>" and the like become that a user or an answer holds: plain text, which cannot end a turn, or the
-    special token itself, as in the original LLaVA."""
+    control token itself, as in the original LLaVA. Tokens that were added for use in texts are tokens either way."""
+
+    unknown_keys: Literal["error", "warn"] = "error"
+    """What a key of a record, turn or message becomes that nothing reads: "error" refuses one that is a typing error
+    away from a known key or changes training in other suites, and tells the rest once; "warn" tells all of them."""
 
     index_folder: str | None = None
     """Where indexes of data files over 16 MiB are stored; default: ~/.cache/mindspeed-mm/index."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mindspeed_mm.constants import IMAGE_TOKEN
+from mindspeed_mm.data.keys import is_learned
 from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.errors import DataError, TemplateError
 
@@ -94,9 +95,9 @@ def alternating(turns: Sequence[Turn], key: str) -> tuple[Turn, ...]:
     return tuple(kept)
 
 
-def literal_turn(role: Literal["human", "gpt", "system"], text: str) -> Turn:
+def literal_turn(role: Literal["human", "gpt", "system"], text: str, learned: bool = True) -> Turn:
     """A turn in which no `<image>` stands for an image."""
-    return Turn(role, text, tuple(match.start() for match in re.finditer(re.escape(IMAGE_TOKEN), text)))
+    return Turn(role, text, tuple(match.start() for match in re.finditer(re.escape(IMAGE_TOKEN), text)), learned)
 
 
 def checked_text(value: Any, place: str) -> str:
@@ -133,7 +134,8 @@ def _turn(entry: Any, index: int, images_first: bool, keep_count: bool) -> Turn:
             f'conversations[{index}].from is {shown(role)}; expected "human" or "gpt", as in {TURNS}.{hint}'
         )
     text = checked_text(entry["value"], f"conversations[{index}].value")
-    return Turn(role, _images_first(text, keep_count) if images_first else text)
+    learned = len(entry) == 2 or is_learned(entry, role, f"conversations[{index}]")
+    return Turn(role, _images_first(text, keep_count) if images_first else text, learned=learned)
 
 
 def _images_first(text: str, keep_count: bool) -> str:

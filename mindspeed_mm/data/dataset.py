@@ -123,6 +123,26 @@ class DataSet:
 
         source.index.array("fits", np.int32, check, **encoding.key, max_length=max_length)
 
+    def tell_unused_keys(self) -> None:
+        """Log once which keys of how many records nothing reads."""
+        stored = self.source.index.array("unused keys", np.int64, self._unused_keys).reshape(-1, 2)
+        for number, count in stored[1:].tolist():
+            sample = self.source[number]
+            names = ", ".join(dict.fromkeys(sample.ignored))
+            logger.warning(
+                "%s: %d records have keys that nothing reads: %s (the first is %s)",
+                self.name,
+                count,
+                names,
+                sample.where,
+            )
+
+    def _unused_keys(self) -> np.ndarray:
+        """(first record, number of records) for each set of unused keys, behind a pair of zeros; flat."""
+        digests, first, counts = np.unique(self.source.facts[:, 3], return_index=True, return_counts=True)
+        pairs = np.stack([first, counts], axis=1)[digests != 0]
+        return np.concatenate([np.zeros(2, dtype=np.int64), pairs.reshape(-1)])
+
     def set_empty_answer_policy(self, policy: str) -> None:
         """Refuse ("error"), leave out ("drop") or count ("mask") the records with an answer that has no text."""
         # Stored apart with a number in front: later starts need not touch the facts, and an array may not be empty.
@@ -172,6 +192,7 @@ class MultimodalDataset(Dataset[Encoded]):
         """Where features of images are looked up, once the vision encoder is there."""
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
+            data_set.tell_unused_keys()
             data_set.set_empty_answer_policy(policies.empty_answer)
             if measured or policies.overlong != "error":
                 data_set.measure(encoding, max_length, policies.overlong)

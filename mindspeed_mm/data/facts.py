@@ -7,20 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from mindspeed_mm.data.keys import digest
 from mindspeed_mm.data.parallel import count_all
 from mindspeed_mm.data.rendering import render_turns
 from mindspeed_mm.data.sample import Sample
 from mindspeed_mm.data.template_form import Template
 
-COLUMNS = 3
-"""Text bound (see sample_facts), images, answers that are missing or empty."""
+COLUMNS = 4
+"""Text bound (see sample_facts), images, answers that are missing or empty, unused keys (see keys.digest)."""
 
 ANSWER = '{"from": "gpt", "value": "A cat."}'
 
 
-def sample_facts(sample: Sample, template: Template) -> tuple[int, int, int]:
-    """(most tokens that its text can have, images, answers without text); a conversation without an answer counts as
-    one without text. Raises DataError where the template has no place for the conversation.
+def sample_facts(sample: Sample, template: Template) -> tuple[int, ...]:
+    """(most tokens that its text can have, images, answers without text, digest of its unused keys).
+
+    A conversation without an answer counts as one without text. Raises DataError where the template has no place for
+    the conversation.
 
     A token covers a byte of the text at least, up to the ones without width at the start of each piece.
     """
@@ -28,7 +31,7 @@ def sample_facts(sample: Sample, template: Template) -> tuple[int, int, int]:
     bound = len(render_turns(sample.turns, template).encode()) + pieces
     answers = [turn.text for turn in sample.turns if turn.role == "gpt"]
     empty = sum(not answer.strip() for answer in answers) if answers else 1
-    return bound, len(sample.images), empty
+    return bound, len(sample.images), empty, digest(sample.ignored)
 
 
 def facts_of_all(source: Any, name: str) -> np.ndarray:

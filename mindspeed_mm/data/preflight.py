@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mindspeed_mm.constants import IGNORE_INDEX
+from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from mindspeed_mm.data.expand import Encoding
 from mindspeed_mm.data.facts import longest_text, unanswered
 from mindspeed_mm.data.image import FORMATS, ImageError, load_image, other_suffix
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.sample import EncodedImage, Sample
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.data.tokenizer_base import Tokenizer
+from mindspeed_mm.errors import DataError, UnknownKeyError
 
 SHOWN = 100
 """Examples kept of each kind of problem."""
@@ -33,12 +36,16 @@ ERROR, WARNING = "error", "warning"
 KINDS = {
     "file": (ERROR, "the file cannot be read, or not to its end"),
     "record": (ERROR, "a record is damaged or has the wrong shape"),
+    "unknown key": (ERROR, "a key is mistyped, or changes training elsewhere and is not read here"),
     "template": (ERROR, "a conversation does not fit the template"),
     "missing image": (ERROR, "an image is missing"),
     "broken image": (ERROR, "an image cannot be decoded"),
+    "unknown id": (ERROR, "a token has no row in the text decoder's embedding"),
     "too long": (ERROR, "a sample is longer than the maximum"),
     "no supervision": (ERROR, "nothing of a sample is supervised"),
     "empty answer": (ERROR, "an answer is empty"),
+    "unused key": (WARNING, "nothing reads a key of a record"),
+    "control token": (WARNING, "a text holds a control token, which stays text (special_text)"),
     "suffix": (WARNING, "an image is named with the suffix of another format (it is read by content)"),
     "orientation": (WARNING, "an image has an EXIF rotation, which training ignores as the original LLaVA does"),
     "duplicate id": (WARNING, "an id is used more than once"),
@@ -131,6 +138,16 @@ class Check:
     images: bool = True
     """Open and decode them."""
 
+    rows: int | None = None
+    """Rows of the text decoder's embedding, where a model config tells."""
+
+    @cached_property
+    def _typed(self) -> re.Pattern[str]:
+        """Control tokens that stay text where a turn holds them."""
+        encoding = next(iter(self.encodings.values()))
+        contents = encoding.tokenizer.control_tokens - {IMAGE_TOKEN} if encoding.special_text == "text" else ()
+        return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or r"(?!)")
+
     def set_of(self, source: Any, name: str, *, processes: int | None = None) -> Found:
         """Look at all records of a source (see datasets/_files.py)."""
         whole = Found()
@@ -153,7 +170,7 @@ class Check:
             try:
                 sample = source[number]
             except DataError as error:
-                found.problem("record", str(error))
+                found.problem("unknown key" if isinstance(error, UnknownKeyError) else "record", str(error))
                 found.ids.append(-number - 1)
                 found.contents.append(-number - 1)
                 continue
@@ -166,6 +183,8 @@ class Check:
         found.contents.append(_hash("\0".join(content)))
         found.turns[len(sample.turns)] += 1
         found.images_per_sample[len(sample.images)] += 1
+        if sample.ignored:
+            found.problem("unused key", f"{sample.where}: {', '.join(dict.fromkeys(sample.ignored))}")
         reason = unanswered(sample)
         if reason:
             found.problem("empty answer", f"{reason} Write the answer, or remove the record.")
@@ -186,6 +205,7 @@ class Check:
             found.lengths.setdefault(template, []).append(len(ids))
             if number:
                 continue
+            self._ids(ids, sample, encoding.tokenizer, found)
             kept = labels[: self.max_length]
             supervised = sum(label != IGNORE_INDEX for label in kept)
             found.supervised.append(supervised)
@@ -206,6 +226,23 @@ class Check:
                     f"{sample.where}: no token within the maximum length of {self.max_length} is supervised; expected "
                     "an answer that begins before.",
                 )
+
+    def _ids(self, ids: list[int], sample: Sample, tokenizer: Tokenizer, found: Found) -> None:
+        """Ids that the embedding does not have, and tokens that became text."""
+        if self.rows is not None and max(ids) >= self.rows:
+            token = tokenizer.pieces([max(ids)])[0]
+            found.problem(
+                "unknown id",
+                f"{sample.where}: {token!r} is id {max(ids)}, the embedding has {self.rows} rows; expected the "
+                "tokenizer of the text decoder's weights, or a checkpoint and language_vocab_size with a row for it.",
+            )
+        match = next((match for turn in sample.turns if (match := self._typed.search(turn.text))), None)
+        if match is not None:
+            found.problem(
+                "control token",
+                f"{sample.where}: {match.group()!r} is split into the tokens of its characters; if it is meant as the "
+                'token, set "special": false in its entry of added_tokens_decoder, or "special_text": "tokens".',
+            )
 
     def _image(self, image: str | EncodedImage, where: str, found: Found) -> None:
         try:

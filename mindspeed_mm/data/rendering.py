@@ -76,7 +76,7 @@ def segments_of(turns: Sequence[Turn], template: Template, generation: bool = Fa
         if not (generation and index == len(turns) - 1):
             # To end at once is not to be learned; LLaVA's captions alone have it.
             empty = Segment(template.gpt_empty, template.captions_only)
-            body = _fill(template.gpt, turn, supervised=True) if turn.text else empty
+            body = _fill(template.gpt, turn, supervised=turn.learned) if turn.text else empty
             segments += [body, Segment(template.gpt_footer)]
     if not generation:
         segments.append(Segment(template.suffix))

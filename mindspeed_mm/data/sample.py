@@ -19,6 +19,9 @@ class Turn:
     literal: tuple[int, ...] = ()
     """Where in the text `<image>` begins that is meant as these seven characters."""
 
+    learned: bool = True
+    """Of an answer: whether it is supervised; false where the data marks it so."""
+
 
 class EncodedImage(Protocol):
     """An encoded image that is no file of its own."""
@@ -89,6 +92,9 @@ class Sample:
 
     rejected: tuple[Turn, ...] | None = None
     """Preference records: the conversation with the worse answer (`turns` has the better one)."""
+
+    ignored: tuple[str, ...] = ()
+    """Keys of the record and its turns that nothing reads."""
 
 
 @dataclass(frozen=True)

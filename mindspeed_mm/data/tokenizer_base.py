@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,19 @@ class Tokenizer(ABC):
     special_ids: frozenset[int]
     """Ids that `decode` leaves out by default."""
 
+    user_tokens: dict[str, int]
+    """Tokens that were added for use in texts, with their ids: they are tokens wherever they stand."""
+
+    control_tokens: frozenset[str]
+    """All other added tokens: typed, they stay text unless special_text is "tokens"."""
+
     def __init__(self, folder: Path):
         self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
     def encode(self, text: str, add_bos: bool = True, *, special_text: bool = True) -> list[int]:
         """Ids of a text; with `add_bos` the begin-of-sequence id comes first where the checkpoint uses one.
 
-        `special_text=False` keeps the text of special tokens ("</s>" typed by a user) plain text. EOS is never added:
+        `special_text=False` keeps the text of control tokens ("</s>" typed by a user) plain text. EOS is never added:
         a template does that.
         """
         return self.encode_with_starts(text, add_bos, special_text=special_text)[0]
@@ -59,7 +65,7 @@ class Tokenizer(ABC):
     ) -> tuple[list[int], list[int]]:
         """As `encode`, plus the position in `text` where each token starts (-1 for BOS).
 
-        `plain` are spans (begin, end) of `text` in which the text of special tokens stays text.
+        `plain` are spans (begin, end) of `text` in which the text of control tokens stays text.
         """
 
     @property
@@ -109,11 +115,28 @@ class Tokenizer(ABC):
             (folder / name).write_bytes(content)
 
 
-def outside(splitter: re.Pattern[str], text: str, plain: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of the special tokens in a text that lie outside the spans in `plain`."""
+CONTROL = re.compile(r"<\|.*\|>|<image>")
+"""Added tokens that mark up a conversation, whatever their entry says of them."""
+
+
+def is_control(content: str, *, special: bool, in_model: bool, is_role: bool) -> bool:
+    """Whether an added token is one that nobody may type (it stays text unless special_text is "tokens").
+
+    All others were added by a user for use in texts: they are tokens wherever they stand. `special` is the entry's own
+    flag; `in_model`: the vocabulary has it without being added; `is_role`: it is BOS, EOS, UNK or PAD.
+    """
+    return special or in_model or is_role or CONTROL.fullmatch(content) is not None
+
+
+def outside(
+    splitter: re.Pattern[str], text: str, plain: Sequence[tuple[int, int]], everywhere: Container[str] = ()
+) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the added tokens in a text outside the spans in `plain`; of those in `everywhere` inside, too."""
     position = 0
     while match := splitter.search(text, position):
         inside = next((stop for start, stop in plain if match.start() < stop and match.end() > start), None)
+        if match.group() in everywhere:
+            inside = None
         if inside is None:
             yield match.span()
         # A token that begins inside a span is none; one that begins in its middle may still be.

@@ -1,12 +1,13 @@
 """tokenizer.json of any model family."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import tokenizers
 
-from mindspeed_mm.data.tokenizer_base import LLAMA_CLASSES, SPACE, Tokenizer, TokenizerSettings, outside
+from mindspeed_mm.data.tokenizer_base import LLAMA_CLASSES, SPACE, Tokenizer, TokenizerSettings, is_control, outside
 from mindspeed_mm.errors import DataError
 
 
@@ -23,8 +24,6 @@ class FastTokenizer(Tokenizer):
         self._model.no_truncation()
         if settings.config.get("tokenizer_class") in LLAMA_CLASSES and settings.legacy:
             _restore_legacy_prefix(self._model)
-        self._plain = tokenizers.Tokenizer.from_str(self._model.to_str())
-        self._plain.encode_special_tokens = True
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         named = {role: self._model.token_to_id(content) for role, content in settings.special.items()}
         missing = [settings.special[role] for role, token_id in named.items() if token_id is None]
@@ -39,6 +38,20 @@ class FastTokenizer(Tokenizer):
         special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         self.special_ids = frozenset(special | {token_id for token_id in named.values()})
         added = {token.content: token for token in self._model.get_added_tokens_decoder().values()}
+        model_alone = self._model.get_vocab(with_added_tokens=False)
+        self.control_tokens = frozenset(
+            content
+            for content, token in added.items()
+            if is_control(
+                content,
+                special=token.special,
+                in_model=content in model_alone,
+                is_role=content in settings.special.values(),
+            )
+        )
+        user = added.keys() - self.control_tokens
+        self.user_tokens = {content: self._model.token_to_id(content) for content in user}
+        self._plain = _without(self._model, self.control_tokens)
         self._strips = {content: (token.lstrip, token.rstrip) for content, token in added.items()}
         longest_first = sorted(added, key=len, reverse=True)
         self._splitter = re.compile("|".join(re.escape(content) for content in longest_first) or r"(?!)")
@@ -89,6 +102,16 @@ class FastTokenizer(Tokenizer):
         if piece is None:
             raise DataError(f"token id {token_id} has no entry in the vocabulary (a gap between the added tokens).")
         return piece
+
+
+def _without(model: tokenizers.Tokenizer, contents: Container[str]) -> tokenizers.Tokenizer:
+    """A copy for which these added tokens are text; the library leaves out those that are marked as special."""
+    content = json.loads(model.to_str())
+    for entry in content["added_tokens"]:
+        entry["special"] = entry["content"] in contents
+    copy = tokenizers.Tokenizer.from_str(json.dumps(content))
+    copy.encode_special_tokens = True
+    return copy
 
 
 def _restore_legacy_prefix(model: tokenizers.Tokenizer) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from mindspeed_mm.data.tokenizer_base import SPACE, Tokenizer, TokenizerSettings, outside
+from mindspeed_mm.data.tokenizer_base import SPACE, Tokenizer, TokenizerSettings, is_control, outside
 from mindspeed_mm.errors import DataError
 
 
@@ -54,6 +54,18 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_ids = frozenset(token.id for token in self._added.values() if token.special)
         self.vocab_size = max(self._model.get_piece_size(), max(self._added) + 1)
         self._adds_bos = settings.config.get("add_bos_token", True) is not False
+        size = self._model.get_piece_size()
+        self.user_tokens = {
+            token.content: token.id
+            for token in self._added.values()
+            if not is_control(
+                token.content,
+                special=token.special,
+                in_model=token.id < size,
+                is_role=token.content in special.values(),
+            )
+        }
+        self.control_tokens = frozenset(by_content) - self.user_tokens.keys()
         contents = sorted(by_content, key=len, reverse=True)
         self._splitter = re.compile("|".join(re.escape(content) for content in contents))
 
@@ -84,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
         prefix = [self.bos_token_id] if add_bos and self._adds_bos else []
         ids, starts = list(prefix), [-1] * len(prefix)
         first = True
-        for chunk, start, token in self._split(text, plain) if special_text else [(text, 0, None)]:
+        for chunk, start, token in self._split(text, plain if special_text else [(0, len(text))]):
             if token is not None:
                 ids.append(token.id)
                 starts.append(start)
@@ -99,7 +111,7 @@ class SentencePieceTokenizer(Tokenizer):
         """(text, position, added token or None) in order; the longest token wins where several begin."""
         parts: list[tuple[str, int, AddedToken | None]] = []
         position = 0
-        for begin, end in outside(self._splitter, text, plain):
+        for begin, end in outside(self._splitter, text, plain, self.user_tokens):
             if begin < position:
                 continue
             token = self._added[self._by_content[text[begin:end]]]

@@ -8,7 +8,7 @@ import torch
 
 from checkpoint_converters.checkpoint import register_checkpoints
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
-from mindspeed_mm.data.build import build_dataset
+from mindspeed_mm.data.build import build_dataset, check_user_tokens
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.sample import Batch
@@ -49,6 +49,7 @@ class RunInputs:
         check_flags(args, self.spec, self.runtime)
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
+        check_user_tokens(self.tokenizer, self.spec.text_decoder.language_vocab_size, str(self.tokenizer_path))
         self.image_processor = self.data_config.dataset_param.preprocess_parameters.image_processor()
         _check_image_size(self.image_processor, self.spec)
         self.dataset = self.build_dataset()

@@ -76,7 +76,6 @@ def test_sources_without_a_common_part(golden):
 
 
 def test_the_command_compares_logits_and_fails_over_tolerance(golden, tmp_path, capsys):
-    pytest.importorskip("transformers")
     a, b = golden / "models" / "llava_original", tmp_path / "out"
     image = str(golden / "images" / "src" / "landscape.png")
     assert main(["convert", str(a), str(b), "--to", "llava-hf", "--dtype", "fp32", "--verify", "--json"]) == 0
@@ -103,7 +102,6 @@ def test_parts_that_one_side_lacks_are_named(golden, capsys):
 
 @pytest.mark.parametrize("names", [("vicuna_bin", "vicuna"), ("clip_openai.pt", "clip_hf"), ("clip_hf", "llava_hf")])
 def test_parts_compute_what_transformers_does(golden, capsys, names):
-    pytest.importorskip("transformers")
     assert main(["verify", *(str(golden / "models" / name) for name in names), "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     (figures,) = (result[kind] for kind in ("text_decoder", "vision_encoder") if kind in result)
@@ -122,7 +120,6 @@ def test_parts_that_compute_another_thing_are_refused(golden, tmp_path, capsys):
 
 
 def test_transformers_computes_llava_hf_on_either_side_and_a_model_put_together(golden, tmp_path, capsys):
-    pytest.importorskip("transformers")
     models = golden / "models"
     a, b = str(models / "llava_hf"), str(models / "llava_original")
     assert main(["verify", a, b]) == 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from mindspeed_mm.cli.main import main
 from mindspeed_mm.data.preflight import KINDS
 from mindspeed_mm.data.preflight_report import fix_suffixes, histogram, write_whole
 from mindspeed_mm.errors import DataError
+from tests.helpers.golden_model import model_json
 
 
 def record(number, image=None, answer="It is it."):
@@ -108,7 +110,15 @@ def test_everything_that_is_wrong_is_found(check):
         "duplicate id": 1,
         "duplicate record": 1,
     }
-    assert set(problems) | {"template", "file", "shared record"} == set(KINDS)
+    assert set(problems) | {
+        "template",
+        "file",
+        "shared record",
+        "unknown key",
+        "unused key",
+        "unknown id",
+        "control token",
+    } == set(KINDS)
     assert "problems and 4 warnings in 12 records" in output.err and "Traceback" not in output.err
     examples = report["sets"][0]["examples"]
     assert "(line 4, byte 18) cannot be parsed" in examples["record"][0]
@@ -116,6 +126,41 @@ def test_everything_that_is_wrong_is_found(check):
     assert 'the answer in turn 1 is empty; expected a text, such as {"from": "gpt"' in examples["empty answer"][0]
     assert "The longest text is that of turn 1, 4500 characters" in examples["too long"][0]
     assert "error: missing image" in output.out
+
+
+def test_keys_that_nothing_reads(check):
+    keys = [{"Image": "good.jpg"}, {"video": "a.mp4"}, {"mood": "x"}, {}]
+    records = [record(number, answer=f"It is {number}.") | more for number, more in enumerate(keys)]
+    code, report, _ = check(records)
+    assert code == 1 and report["sets"][0]["problems"] == {"unknown key": 2, "unused key": 1}
+    examples = report["sets"][0]["examples"]
+    assert "record 0 (id r0), line 1: 'Image' is no key of a record" in examples["unknown key"][0]
+    assert "record 1 (id r1), line 2: 'video' is not read here" in examples["unknown key"][1]
+    assert "record 2 (id r2): mood" in examples["unused key"][0]
+    code, report, _ = check(records, unknown_keys="warn")
+    assert code == 0 and report["sets"][0]["problems"] == {"unused key": 3}
+
+
+def test_added_tokens_are_tokens_and_need_rows(check, golden, tmp_path):
+    folder = shutil.copytree(golden / "tokenizer", tmp_path / "tok")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] |= {"1000": {"content": "<region>", "special": False}}
+    settings["added_tokens_decoder"] |= {"1001": {"content": "<|end|>", "special": True}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model.json").write_text(json.dumps(model_json(golden)))
+    records = [record(0, answer="a <region>"), record(1, answer="b <|end|>"), record(2, answer="c")]
+    flags = ("--mm-model", str(tmp_path / "model.json"))
+    code, report, _ = check(records, *flags, tokenizer_config={"from_pretrained": str(folder)})
+    assert code == 1 and report["sets"][0]["problems"] == {"unknown id": 1, "control token": 1}
+    examples = report["sets"][0]["examples"]
+    assert "record 0 (id r0): '<region>' is id 1000, the embedding has 1000 rows" in examples["unknown id"][0]
+    assert "record 1 (id r1): '<|end|>' is split" in examples["control token"][0]
+
+
+def test_an_image_processor_without_one_size_is_refused_as_in_training(check):
+    pipeline = {"size": {"shortest_edge": 28}, "do_center_crop": False}
+    code, _, output = check([record(0)], preprocess_parameters={"train_pipeline": pipeline})
+    assert code == 1 and "gives images of different sizes" in output.err
 
 
 def test_templates_that_do_not_fit(check):

@@ -1,6 +1,7 @@
 """`train` end to end: what it checks, tells and leaves behind."""
 
 import json
+import shutil
 
 import pytest
 
@@ -77,6 +78,22 @@ def test_id_beyond_the_vocabulary_names_the_tokenizer(train, golden):
     train.dataset_param["template_name"] = "mpt"
     code, _, err = train("--train-iters", "1")
     assert code == 1 and "tokenizer_chatml gives id 100" in err and "language_vocab_size is 1000" in err
+
+
+def test_a_mistyped_key_stops_the_start(train):
+    train.records[3]["video"] = "clip.mp4"
+    code, _, err = train("--train-iters", "1")
+    assert code == 1 and "record 3 (id r3), line 1: 'video' is not read here" in err and "Traceback" not in err
+
+
+def test_added_tokens_without_a_row_are_told_at_the_start(train, golden):
+    folder = shutil.copytree(golden / "tokenizer", train.folder / "tok")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"]["1000"] = {"content": "<region>", "special": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    train.dataset_param["tokenizer_config"] = {"from_pretrained": str(folder)}
+    code, _, err = train("--train-iters", "1")
+    assert code == 1 and "added tokens beyond the 1000 rows" in err and "<region> = 1000" in err
 
 
 def test_missing_image_stops_with_its_name(train):

@@ -1,19 +1,10 @@
-"""Fixtures of the data tests: the golden reference data, and small data sets made on the spot."""
+"""Fixtures of the data tests: the golden tokenizers, and small data sets made on the spot."""
 
 import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
-
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    if not GOLDEN.is_dir():
-        pytest.skip("the golden reference data (../shared/golden) is not here")
-    return GOLDEN
 
 
 @pytest.fixture(scope="session")

@@ -189,8 +189,8 @@ def test_sets_of_several_formats(make_config, tokenizer, tmp_path):
 
 
 def test_parquet(tmp_path, tokenizer, make_config):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
 
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9), "red").save(buffer, "PNG")
@@ -205,8 +205,9 @@ def test_parquet(tmp_path, tokenizer, make_config):
 
 
 def test_a_parquet_row_that_is_no_text(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     from mindspeed_mm.data.parquet import ParquetFile
 
     texts = pyarrow.array([b"good", b"\xff"], pyarrow.binary()).cast(pyarrow.binary()).view(pyarrow.string())

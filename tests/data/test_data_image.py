@@ -22,7 +22,8 @@ def clip(size: int, **changes) -> ImageProcessor:
 
 @pytest.fixture(scope="module")
 def expected(golden):
-    load_file = pytest.importorskip("safetensors.torch").load_file
+    from safetensors.torch import load_file
+
     return load_file(golden / "images/preprocessed.safetensors")
 
 

@@ -5,7 +5,6 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mindspeed_mm.data.template_form import Template
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data import template as template_module
@@ -13,6 +12,7 @@ from mindspeed_mm.data.encode import encode, encode_prompt
 from mindspeed_mm.data.rendering import generation_prompt, render
 from mindspeed_mm.data.template import get_template, template_names
 from mindspeed_mm.data.template_check import check_template, describe_sample, supervised_runs
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.errors import DataError, TemplateError
 
 CHAT_TEMPLATES = ("mpt", "chatml_direct")
@@ -52,7 +52,8 @@ def test_golden_generation_prompts(golden, tokenizer, chat_tokenizer):
 
 
 def test_golden_training_records(golden, tokenizer):
-    safetensors = pytest.importorskip("safetensors.numpy")
+    import safetensors.numpy as safetensors
+
     batches = safetensors.load_file(golden / "training/batches.safetensors")
     rows: dict[int, int] = {}
     for line in (golden / "training/records.jsonl").read_text().splitlines():

@@ -206,3 +206,28 @@ def test_gap_between_added_tokens(golden, tmp_path):
     folder = copy_of(golden, tmp_path, added_tokens_decoder={"1005": {"content": "<x>", "special": True}})
     with pytest.raises(DataError, match="token id 1002 has no entry"):
         load_tokenizer(folder).decode([1002])
+
+
+@pytest.mark.parametrize("fast_file", [False, True])
+def test_added_tokens_of_a_user_are_tokens_and_control_tokens_stay_text(golden, tmp_path, fast_file):
+    entries = {"1000": {"content": "<region>", "special": False}, "1001": {"content": "<|im_end|>", "special": False}}
+    folder = copy_of(golden, tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] |= entries
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if fast_file:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        flags = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+        content["added_tokens"] += [{"id": int(key)} | entry | flags for key, entry in entries.items()]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        (folder / "tokenizer.model").unlink()
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.user_tokens == {"<region>": 1000} and {"</s>", "<|im_end|>"} <= tokenizer.control_tokens
+    text = "What is in <region>? </s> <|im_end|>"
+    plain = tokenizer.encode_with_starts(text, plain=[(0, len(text))])[0]
+    assert plain.count(1000) == 1 and 1001 not in plain and tokenizer.eos_token_id not in plain
+    assert tokenizer.encode(text, special_text=False) == plain
+    whole = tokenizer.encode(text)
+    assert {1000, 1001, tokenizer.eos_token_id} <= set(whole)
+    place = plain.index(1000)
+    assert tokenizer.pieces(plain[place - 1 : place + 3]) == ["\u2581", "<region>", "\u2581", "?"]

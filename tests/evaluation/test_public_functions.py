@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -21,9 +20,9 @@ from evaluation.scorers import (
     vqa,
     yesno,
 )
+from tests.helpers.reference import DATA
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden_eval"
-CASES = json.loads((GOLDEN / "functions.json").read_text()) if (GOLDEN / "functions.json").is_file() else []
+CASES = json.loads((DATA / "golden_eval" / "functions.json").read_text())
 
 
 def options_of(row):
@@ -191,7 +190,6 @@ def by_scorer(cases):
     return [pytest.param(own, id=scorer) for scorer, own in groups.items()]
 
 
-@pytest.mark.skipif(not CASES, reason="../shared/golden_eval is not there")
 def test_every_scorer_is_covered():
     assert {case["scorer"] for case in CASES} == set(COMPAT)
     assert {case["scorer"] for case in CASES if "strict" in case} <= set(STRICT)

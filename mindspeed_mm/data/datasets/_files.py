@@ -17,7 +17,7 @@ from mindspeed_mm.data.parquet import ParquetFile
 from mindspeed_mm.data.records import RecordFile
 from mindspeed_mm.data.sample import EncodedImage, Sample, Turn
 from mindspeed_mm.data.template_form import Template
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import DataError, UnknownKeyError
 
 NAME = '"coco/train2017/000000000009.jpg"'
 PLAIN_NAME = re.compile(r"(?:[\w-][\w.-]*/)*[\w-][\w.-]*", re.ASCII)
@@ -37,6 +37,9 @@ class ReadOptions:
     images_first: bool = True
     """LLaVA's clean-up: an `<image>` moves to the front of its turn. For LLaVA's own format only."""
 
+    unknown_keys: str = "error"
+    """See DatasetParam.unknown_keys."""
+
     problems: list[DataError] | None = None
     """Check-data: records are not checked when the file is indexed; damage of the file itself is put here, and the
     records around it are read."""
@@ -50,6 +53,8 @@ class Parsed(NamedTuple):
     """Names relative to the data folder, or encoded images, in reading order."""
 
     rejected: tuple[Turn, ...] | None = None
+    ignored: tuple[str, ...] = ()
+    """Keys that nothing reads."""
 
 
 Parser = Callable[[dict[str, Any], ReadOptions], Parsed]
@@ -74,7 +79,8 @@ class FileRecords:
         places = Index(path, options.index_folder if is_parquet or options.problems is None else None)
         self.records = (ParquetFile if is_parquet else RecordFile)(path, index=places, problems=options.problems)
         key = {"format": parse.__module__, "images_first": options.images_first, "folder": parameters.data_folder}
-        self.index = Index(path, options.index_folder, key | {"template": options.template.digest})
+        key |= {"template": options.template.digest, "unknown_keys": options.unknown_keys}
+        self.index = Index(path, options.index_folder, key)
         if options.problems is None:
             self.facts = facts_of_all(self, path)
 
@@ -83,17 +89,18 @@ class FileRecords:
 
     def __getitem__(self, number: int) -> Sample:
         read = self.records.__getitem__ if self._options.problems is None else self.records.verified
-        return self._sample(read(number), self.records.where(number))
+        return self._sample(read(number), number)
 
-    def look(self, number: int) -> tuple[int, int, int]:
+    def look(self, number: int) -> tuple[int, ...]:
         """Everything that can be wrong with a record, found once; returns its facts."""
-        sample = self._sample(self.records.verified(number), self.records.where(number))
+        sample = self._sample(self.records.verified(number), number)
         try:
             return sample_facts(sample, self._options.template)
         except DataError as error:
             raise type(error)(f"{sample.where}: {error}") from error
 
-    def _sample(self, record: dict[str, Any], where: str) -> Sample:
+    def _sample(self, record: dict[str, Any], number: int) -> Sample:
+        where = self.records.where(number)
         identity = record.get("id")
         if identity is not None:
             identity = str(identity)
@@ -101,7 +108,7 @@ class FileRecords:
         try:
             if identity is not None:
                 checked_text(identity, "id")
-            turns, images, rejected = self._parse(record, self._options)
+            turns, images, rejected, ignored = self._parse(record, self._options)
             found = count_images(turns)
             if found != len(images):
                 raise DataError(
@@ -111,8 +118,10 @@ class FileRecords:
                 )
             paths = tuple(self._inside_folder(image) for image in images)
         except DataError as error:
+            if isinstance(error, UnknownKeyError) and isinstance(self.records, RecordFile):
+                where = f"{where}, line {self.records.line(number)}"
             raise type(error)(f"{where}: {error}") from error
-        return Sample(where if identity is None else identity, turns, paths, where, rejected)
+        return Sample(where if identity is None else identity, turns, paths, where, rejected, ignored)
 
     def _inside_folder(self, name: str | EncodedImage) -> str | EncodedImage:
         """The path of an image, which may not leave the data folder (links inside it may, they are the user's own)."""

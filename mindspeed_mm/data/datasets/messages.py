@@ -6,16 +6,19 @@ image (key image, path or url) or its place in "images" (key index), else those 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
+from mindspeed_mm.data.keys import IMAGE_PART, MESSAGE, TEXT_PART, is_learned, keys, unused_of_turns
 from mindspeed_mm.data.sample import ImageBytes, Turn
 from mindspeed_mm.errors import DataError, TemplateError
 
 ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
+RECORD = keys("a record", "id", "image", "images", "messages")
 EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
 
 Image = str | ImageBytes
@@ -27,7 +30,21 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
     """Turns and images of a record. Raises DataError for a broken one."""
     listed = listed_images(record)
     turns, named = parse_messages(record.get("messages"), "messages", bool(listed))
-    return Parsed(turns, merged_images(listed, named))
+    ignored = RECORD.unused(record, "", options.unknown_keys)
+    ignored += unused_of_messages(record["messages"], "messages", options.unknown_keys)
+    return Parsed(turns, merged_images(listed, named), ignored=tuple(ignored))
+
+
+def unused_of_messages(entries: list[Any], key: str, policy: str) -> list[str]:
+    """Keys of messages and of their parts that nothing reads. Raises UnknownKeyError as Keys.unused does."""
+    ignored = unused_of_turns(entries, MESSAGE, key, policy)
+    for index, entry in enumerate(entries):
+        if isinstance(entry["content"], list):
+            for number, part in enumerate(entry["content"]):
+                allowed = TEXT_PART if part["type"] == "text" else IMAGE_PART
+                names = allowed.unused(part, f"{key}[{index}].content[{number}]", policy)
+                ignored += [f"{key}[].content[].{name}" for name in names]
+    return ignored
 
 
 def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn, ...], list[Named]]:
@@ -48,14 +65,15 @@ def parse_messages(entries: Any, key: str, has_images: bool) -> tuple[tuple[Turn
             raise TemplateError(
                 f'{place}.role is {entry["role"]!r:.80}; expected "user" or "assistant", or "system" in the first.'
             )
+        learned = len(entry) == 2 or is_learned(entry, role, place)
         content = entry["content"]
         if isinstance(content, list):
             turn, images = _from_parts(role, content, place)
-            turns.append(turn)
+            turns.append(turn if learned else replace(turn, learned=False))
             named += images
             continue
         text = checked_text(content, f"{place}.content")
-        turns.append(Turn(role, text) if placeholders else literal_turn(role, text))
+        turns.append(Turn(role, text, learned=learned) if placeholders else literal_turn(role, text, learned))
         named += [None] * (text.count(IMAGE_TOKEN) if placeholders else 0)
     return alternating(turns, key), named
 

@@ -14,9 +14,14 @@ from mindspeed_mm.data.conversation import alternating, checked_text, literal_tu
 from mindspeed_mm.data.datasets import sharegpt
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
 from mindspeed_mm.data.datasets.messages import Named, listed_images, merged_images, parse_messages
+from mindspeed_mm.data.keys import keys, unused_of_turns
 from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.errors import DataError
 
+RECORD = keys(
+    "a record", "id", "image", "images", "prompt", "question", "conversations", "chosen", "rejected", "reject"
+)
+TURN = keys("a message", "role", "content", "from", "value")
 EXAMPLE = '{"prompt": "<image>\\nWhat is it?", "chosen": "A cat.", "rejected": "A dog.", "images": ["cat.jpg"]}'
 
 
@@ -43,14 +48,19 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
             raise DataError(f'"{key}" is empty; expected an answer, as in {EXAMPLE}.')
     if good.text == bad.text:
         raise DataError('"chosen" and "rejected" are the same text; there is nothing to prefer. Remove the record.')
-    return Parsed((*prompt, good), merged_images(listed, named), (*prompt, bad))
+    ignored = RECORD.unused(record, "", options.unknown_keys)
+    for key in ("prompt", "question", "conversations", "chosen", "rejected", "reject"):
+        value = record.get(key)
+        entries = value if isinstance(value, list) else [value]
+        ignored += unused_of_turns(entries, TURN, key, options.unknown_keys)
+    return Parsed((*prompt, good), merged_images(listed, named), (*prompt, bad), tuple(ignored))
 
 
-def _side(record: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
-    found = [key for key in keys if key in record]
+def _side(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    found = [key for key in names if key in record]
     if len(found) != 1:
         state = "missing" if not found else "given twice"
-        raise DataError(f'"{keys[0]}" is {state}; expected one of {", ".join(keys)}, as in {EXAMPLE}.')
+        raise DataError(f'"{names[0]}" is {state}; expected one of {", ".join(names)}, as in {EXAMPLE}.')
     return record[found[0]]
 
 

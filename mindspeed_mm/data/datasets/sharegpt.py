@@ -10,6 +10,7 @@ from typing import Any
 
 from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn, record_images
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
+from mindspeed_mm.data.keys import LLAVA_TURN, is_learned, keys, unused_of_turns
 from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.errors import DataError, TemplateError
 
@@ -18,6 +19,7 @@ ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bing", "bard"), "gpt"),
     "system": "system",
 }
+RECORD = keys("a record", "id", "system", "image", "images", "conversations")
 EXAMPLE = '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}'
 
 
@@ -32,7 +34,9 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
         turns.insert(0, literal_turn("system", checked_text(record["system"], "system")))
     if any(turn.role == "system" for turn in turns[1:]):
         raise TemplateError('"conversations" has a system turn that is not the first; expected it at the start only.')
-    return Parsed(alternating(turns, "conversations"), images)
+    ignored = RECORD.unused(record, "", options.unknown_keys)
+    ignored += unused_of_turns(entries, LLAVA_TURN, "conversations", options.unknown_keys)
+    return Parsed(alternating(turns, "conversations"), images, ignored=tuple(ignored))
 
 
 def parse_turn(entry: Any, place: str, has_images: bool) -> Turn:
@@ -43,7 +47,8 @@ def parse_turn(entry: Any, place: str, has_images: bool) -> Turn:
     if role is None:
         raise TemplateError(f"{place}.from is {entry['from']!r:.80}; expected one of: {', '.join(ROLES)}.")
     text = checked_text(entry["value"], f"{place}.value")
-    return Turn(role, text) if has_images else literal_turn(role, text)
+    learned = len(entry) == 2 or is_learned(entry, role, place)
+    return Turn(role, text, learned=learned) if has_images else literal_turn(role, text, learned)
 
 
 DATASET = partial(FileRecords, parse=parse)

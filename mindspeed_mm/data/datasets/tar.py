@@ -24,6 +24,7 @@ from mindspeed_mm.data.conversation import TURNS, checked_text, conversation_tur
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.facts import facts_of_all, sample_facts
 from mindspeed_mm.data.index import Index
+from mindspeed_mm.data.keys import LLAVA_TURN, keys, unused_of_turns
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.record_starts import MAX_RECORD_BYTES
@@ -33,6 +34,7 @@ from mindspeed_mm.errors import DataError
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TEXTS = ("txt", "caption")
 RECORDS = ("json",)
+KEYS = keys("a record", "id", "caption", "image", "conversations")
 COLUMNS = 5
 """Values of a sample in the index: place and size of the image, place and size of the text, 1 where that is a
 record."""
@@ -48,6 +50,7 @@ class Shard:
         """Find the members. Raises DataError for a file that is no tar, or samples that are not whole."""
         self.path = path
         self._images_first = options.images_first
+        self._unknown_keys = options.unknown_keys
         self._descriptor: int | None = None
         index = Index(path, options.index_folder, {"format": __name__})
         self.is_stored = index.stores
@@ -132,8 +135,10 @@ class Shard:
             if not isinstance(record, dict):
                 raise DataError(f"the .json is {shown(text)}; expected an object, such as {CAPTION}.")
             identity = where if record.get("id") is None else checked_text(str(record["id"]), "id")
+            ignored = KEYS.unused(record, "", self._unknown_keys)
             if "conversations" in record:
                 turns = conversation_turns(record, images_first=self._images_first)
+                ignored += unused_of_turns(record["conversations"], LLAVA_TURN, "conversations", self._unknown_keys)
             elif "caption" in record:
                 caption = checked_text(record["caption"], "caption")
                 turns = (Turn("human", IMAGE_TOKEN), literal_turn("gpt", caption))
@@ -150,7 +155,7 @@ class Shard:
                 f"{where}: the text cannot be read ({error}); expected UTF-8, and in .json such as {CAPTION}."
             ) from error
         image = ImageMember(f"{where}: image", self.path, image_place, image_size)
-        return Sample(identity, turns, (image,), where)
+        return Sample(identity, turns, (image,), where, ignored=tuple(ignored))
 
 
 class TarShards:
@@ -169,6 +174,7 @@ class TarShards:
         # What is known of all samples is kept under the first shard; the key names the others.
         sizes = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         key = {"shards": sizes, "template": options.template.digest, "images_first": options.images_first}
+        key["unknown_keys"] = options.unknown_keys
         self.index = Index(paths[0], options.index_folder, key)
         if options.problems is None:
             self.facts = facts_of_all(self, parameters.data_path)
@@ -180,7 +186,7 @@ class TarShards:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return self._shards[shard][number - (int(self._ends[shard - 1]) if shard else 0)]
 
-    def look(self, number: int) -> tuple[int, int, int]:
+    def look(self, number: int) -> tuple[int, ...]:
         """Everything that can be wrong with a sample's text, found once; returns its facts."""
         sample = self[number]
         try:
