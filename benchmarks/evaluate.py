@@ -26,7 +26,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from evaluation.engine import GenerationRequest
+from evaluation.engine import EvaluationRequest
 from evaluation.ranks import connect
 
 LOADER_WORKERS = 4
@@ -38,7 +38,7 @@ PHOTO = (640, 480)
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-class Shape(NamedTuple):
+class BenchmarkShape(NamedTuple):
     """What a benchmark's table looks like."""
 
     questions_per_image: int
@@ -50,11 +50,11 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "scienceqa": Shape(1, 50, 3),
-    "mme": Shape(2, 15, 0),
-    "mmbench": Shape(4, 15, 4),
-    "pope": Shape(18, 10, 0),
-    "gqa": Shape(32, 10, 0),
+    "scienceqa": BenchmarkShape(1, 50, 3),
+    "mme": BenchmarkShape(2, 15, 0),
+    "mmbench": BenchmarkShape(4, 15, 4),
+    "pope": BenchmarkShape(18, 10, 0),
+    "gqa": BenchmarkShape(32, 10, 0),
 }
 
 
@@ -127,7 +127,7 @@ class Timed:
         """That of the engine within."""
         return self._engine.describe()
 
-    def generate(self, requests: Sequence[GenerationRequest], batch_size: int) -> Iterator[tuple[int | str, str]]:
+    def generate(self, requests: Sequence[EvaluationRequest], batch_size: int) -> Iterator[tuple[int | str, str]]:
         """That of the engine within, timed."""
         self.requests = requests
         answers = iter(self._engine.generate(requests, batch_size))
@@ -143,7 +143,7 @@ class Timed:
 class Samples(torch.utils.data.Dataset):
     """What the loop's workers make of a question: its id, ids [S] and pixels [N, 3, h, w]."""
 
-    def __init__(self, vlm, requests: Sequence[GenerationRequest]):
+    def __init__(self, vlm, requests: Sequence[EvaluationRequest]):
         self._engine, self._vlm, self._requests = vlm.engine(), vlm, requests
 
     def __len__(self) -> int:
@@ -162,7 +162,7 @@ class Samples(torch.utils.data.Dataset):
 
 @torch.inference_mode()
 def reference_loop(
-    model: Path, vlm, requests: Sequence[GenerationRequest], options: argparse.Namespace
+    model: Path, vlm, requests: Sequence[EvaluationRequest], options: argparse.Namespace
 ) -> tuple[float, dict[int | str, str]]:
     """Seconds and answers of transformers' generate, one question at a time."""
     from transformers import LlavaForConditionalGeneration
@@ -195,7 +195,7 @@ def reference_loop(
     return time.perf_counter() - start, answers
 
 
-def write_table(path: Path, shape: Shape, questions: int, tokenizer: str | Path) -> Path:
+def write_table(path: Path, shape: BenchmarkShape, questions: int, tokenizer: str | Path) -> Path:
     """A table of `shape`: photo-like images in JPEG, the first row of each image holds it."""
     from mindspeed_mm.inference.api import load_tokenizer
 

@@ -113,7 +113,7 @@ def mixed_requests(count: int, size: str, longest: int) -> list[Request]:
     ]
 
 
-class Ours:
+class OurGeneration:
     """The engine's scheduler on ids."""
 
     def __init__(self, vlm: mm.LoadedVLM, rows: int) -> None:
@@ -140,7 +140,7 @@ class Ours:
         return [job.sequences[0].token_ids for job in jobs]
 
 
-class Theirs:
+class TheirGeneration:
     """transformers' generate on one left-padded batch."""
 
     def __init__(self, folder: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -257,7 +257,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_model(args.size, dtype, folder)
         vlm = mm.load(folder, device=args.device, dtype=args.dtype)
-        theirs = Theirs(folder, vlm.device, dtype)
+        theirs = TheirGeneration(folder, vlm.device, dtype)
     from mindspeed_mm.platform import current_platform
 
     platform = current_platform()
@@ -272,13 +272,13 @@ def main() -> None:
     for count in args.batch:
         images = [torch.randn(3, image, image) for _ in range(count)]
         requests = [make_request(32, [shown], args.new_tokens, args.size, draw) for shown in images]
-        found = measure(Ours(vlm, count), theirs, requests, args.repeats, platform.synchronize)
+        found = measure(OurGeneration(vlm, count), theirs, requests, args.repeats, platform.synchronize)
         reached = decode_bandwidth(found["seconds"], requests, vlm.model, args.size)
         found["bandwidth_share"] = {who: value / memory["bytes_per_s"] for who, value in reached.items()}
         results[f"batch_{count}"] = found
     requests = mixed_requests(args.mixed, args.size, args.new_tokens)
     results[f"mixed_{args.mixed}"] = measure(
-        Ours(vlm, args.mixed), theirs, requests, args.repeats, platform.synchronize
+        OurGeneration(vlm, args.mixed), theirs, requests, args.repeats, platform.synchronize
     )
     text = json.dumps(results, indent=2)
     if args.out:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from llava_shapes import save_model
 from report import machine, write
-from training_sides import Job, Ours, reset_peak, resident
+from training_sides import OurTraining, TrainedJob, reset_peak, resident
 from training_work import KINDS, make_work
 
 ALL = "all levers"
@@ -58,7 +58,7 @@ def _masked_attention(platform, query, key, value, segments, *, scale: float, dr
 
 
 @contextlib.contextmanager
-def _slow_adamw(side: Ours) -> Iterator[None]:
+def _slow_adamw(side: OurTraining) -> Iterator[None]:
     groups = side.state.optimizer.optimizer.param_groups
     for group in groups:
         group["fused"] = False
@@ -67,7 +67,7 @@ def _slow_adamw(side: Ours) -> Iterator[None]:
         group["fused"] = True
 
 
-def variants(side: Ours, kind: str) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+def variants(side: OurTraining, kind: str) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """Name of the lever that is taken back -> a context without it."""
     from mindspeed_mm.models import loss
     from mindspeed_mm.platform import host_products
@@ -88,7 +88,7 @@ def variants(side: Ours, kind: str) -> dict[str, Callable[[], contextlib.Abstrac
             platform, "segment_attention", _masked_attention
         )
     else:
-        taken_back["one row"] = lambda: mock.patch.object(step, "one_row", lambda batch, _config: (batch, None))
+        taken_back["one row"] = lambda: mock.patch.object(step, "pack_rows", lambda batch, _config: (batch, None))
     return taken_back
 
 
@@ -96,9 +96,9 @@ def measure(kind: str, args: argparse.Namespace, weights: str) -> dict[str, Any]
     """Of each variant the median seconds of a step, its ratio to all levers in the same round, and peak memory."""
     batch = 8 if kind == "mixed" else 4
     batches = make_work(kind, args.size, batch, 1).ours
-    Ours.load_libraries("cpu")
+    OurTraining.load_libraries("cpu")
     base = resident()[0]
-    side = Ours(Job(kind, args.size, "cpu", False, batch, 1, args.threads, weights, False))
+    side = OurTraining(TrainedJob(kind, args.size, "cpu", False, batch, 1, args.threads, weights, False))
     contexts = variants(side, kind)
     names = [ALL, *([args.only] if args.only != ALL else [])] if args.only else list(contexts)
     seconds: dict[str, list[float]] = {name: [] for name in names}

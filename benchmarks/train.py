@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from llava_shapes import SHAPES, model_json, save_model
 from report import best_product_rate, machine, write
-from training_sides import Job, Side
+from training_sides import Side, TrainedJob
 from training_work import KINDS, TRAINED, make_work
 
 NAMES = ("transformers", "ours")
@@ -29,7 +29,7 @@ LOSS_TOLERANCE = 2e-3
 """Relative difference of the losses up to which both sides do the same work (bf16: times 10)."""
 
 
-def work_facts(job: Job) -> dict[str, float]:
+def work_facts(job: TrainedJob) -> dict[str, float]:
     """Real tokens, padding and model operations of a round."""
     from mindspeed_mm.models.spec import load_model_spec
     from mindspeed_mm.trainer.flops import step_flops
@@ -51,7 +51,7 @@ def work_facts(job: Job) -> dict[str, float]:
     }
 
 
-def rounds_of(job: Job, repeats: int) -> tuple[dict[str, list], dict[str, float]]:
+def rounds_of(job: TrainedJob, repeats: int) -> tuple[dict[str, list], dict[str, float]]:
     """All rounds of both sides without the first, and their peaks of memory."""
     rounds: dict[str, list] = {name: [] for name in NAMES}
     peaks = {}
@@ -77,14 +77,14 @@ def mean_loss(steps: list[tuple[float, float]], supervised: list[int]) -> float:
     return sum(loss * count for (_, loss), count in zip(steps, supervised, strict=True)) / sum(supervised)
 
 
-def product_rate(job: Job) -> float:
+def product_rate(job: TrainedJob) -> float:
     """FLOP/s of the machine's best kernel at the decoder's largest linear layer."""
     shape = SHAPES[job.size]
     torch.set_num_threads(job.threads)
     return best_product_rate(torch.bfloat16 if job.bf16 else torch.float32, 2048, shape.hidden, 2 * shape.ffn)
 
 
-def measure(job: Job, repeats: int) -> dict[str, Any]:
+def measure(job: TrainedJob, repeats: int) -> dict[str, Any]:
     """Medians of one kind of work."""
     facts = work_facts(job)
     before = product_rate(job) if job.device == "cpu" else 0.0
@@ -141,7 +141,9 @@ def main() -> None:
             save_model(args.size, weights)
         for kind in args.kind:
             batch = args.batch or (8 if kind == "mixed" else 4)
-            job = Job(kind, args.size, args.device, args.bf16, batch, args.steps, args.threads, weights, args.recompute)
+            job = TrainedJob(
+                kind, args.size, args.device, args.bf16, batch, args.steps, args.threads, weights, args.recompute
+            )
             found = results[kind] = measure(job, args.repeats)
             ours, theirs = found["ours"], found["transformers"]
             sys.stderr.write(

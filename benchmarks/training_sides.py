@@ -1,6 +1,6 @@
 """The two sides of the training benchmarks, each in a process of its own that waits until it is asked.
 
-Ours is the step of `mindspeed-mm train`: the driver's loop with its checks and metrics. Theirs is what
+OurTraining is the step of `mindspeed-mm train`: the driver's loop with its checks and metrics. TheirTraining is what
 transformers' Trainer does in a step: forward, backward, clipping to norm 1, fused AdamW. Both end with the loss as a
 number.
 """
@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-6
 MIB = 2**20
 
 
-class Job(NamedTuple):
+class TrainedJob(NamedTuple):
     """What a side trains."""
 
     kind: str
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     recompute: bool
 
 
-class Ours:
+class OurTraining:
     """The driver's training step."""
 
     @staticmethod
@@ -55,7 +55,7 @@ class Ours:
         from megatron.driver import loop, setup  # noqa: F401
         from mindspeed_mm.models import build  # noqa: F401
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainedJob) -> None:
         import argparse
 
         from mindspeed_mm.platform import get_platform
@@ -101,7 +101,7 @@ class Ours:
         return batch
 
 
-class Theirs:
+class TheirTraining:
     """transformers' LlavaForConditionalGeneration; with bf16 what is trained is float32 and autocast, as in Trainer."""
 
     @staticmethod
@@ -109,7 +109,7 @@ class Theirs:
         """Import what the side needs, so that memory can be counted from there on."""
         from transformers import LlavaForConditionalGeneration  # noqa: F401
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainedJob) -> None:
         import transformers
 
         self.job, self.device = job, torch.device(job.device)
@@ -151,7 +151,7 @@ class Theirs:
         return loss.item()
 
 
-SIDES = {"ours": Ours, "transformers": Theirs}
+SIDES = {"ours": OurTraining, "transformers": TheirTraining}
 
 
 def resident() -> tuple[float, float]:
@@ -166,7 +166,7 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def _serve(pipe: Connection, name: str, job: Job) -> None:
+def _serve(pipe: Connection, name: str, job: TrainedJob) -> None:
     """Answer "round" with [(seconds, loss)] of each step, and "memory" with peak MiB over what a bare process has."""
     torch.set_num_threads(job.threads)
     work = make_work(job.kind, job.size, job.batch, job.steps)
@@ -198,7 +198,7 @@ def _serve(pipe: Connection, name: str, job: Job) -> None:
 class Side:
     """A side in its own process."""
 
-    def __init__(self, name: str, job: Job) -> None:
+    def __init__(self, name: str, job: TrainedJob) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         os.environ["OMP_NUM_THREADS"] = str(job.threads)

@@ -33,7 +33,7 @@ TRAINED = {
 }
 
 
-class Work(NamedTuple):
+class TrainingWork(NamedTuple):
     """What both sides train on, in micro-batches of one optimizer step each."""
 
     ours: list[Batch]
@@ -41,17 +41,17 @@ class Work(NamedTuple):
     """The same samples, one in a row."""
 
 
-def make_work(kind: str, size: str, batch: int, steps: int) -> Work:
+def make_work(kind: str, size: str, batch: int, steps: int) -> TrainingWork:
     """`steps` batches of `batch` samples; for "mixed" ours are packed into rows, spread evenly over as many steps."""
     samples = make_samples(kind, size, batch * steps)
     collate = Collator(PAD)
     padded = [collate(samples[start : start + batch]) for start in range(0, len(samples), batch)]
     if kind != "mixed":
-        return Work(padded, padded)
+        return TrainingWork(padded, padded)
     lengths = torch.tensor([len(sample.input_ids) for sample in samples]).numpy()
     rows = [[samples[index] for index in row] for row in first_fit_decreasing(lengths, ROW_LENGTH)]
     pack = Collator(PAD, row_length=ROW_LENGTH)
-    return Work([pack(rows[step::steps]) for step in range(steps)], padded)
+    return TrainingWork([pack(rows[step::steps]) for step in range(steps)], padded)
 
 
 def make_samples(kind: str, size: str, count: int) -> list[Encoded]:

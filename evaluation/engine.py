@@ -8,7 +8,7 @@ import PIL.Image
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
+class EvaluationRequest:
     """One prompt: either (question, answer) pairs whose last answer is None, for a template, or the finished text.
 
     Both hold one `<image>` per image.
@@ -27,7 +27,7 @@ class GenerationRequest:
 class Engine(Protocol):
     """Generates answers."""
 
-    def generate(self, requests: Sequence[GenerationRequest], batch_size: int) -> Iterable[tuple[int | str, str]]:
+    def generate(self, requests: Sequence[EvaluationRequest], batch_size: int) -> Iterable[tuple[int | str, str]]:
         """Answer requests, `batch_size` at a time: (id, answer text without the prompt), each id once, as they come.
 
         Answers do not depend on the batch size or the order. Raises DataError for one that cannot be answered.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from evaluation.engine import GenerationRequest
+from evaluation.engine import EvaluationRequest
 from mindspeed_mm.data.image import image_size
 from mindspeed_mm.errors import ContextError, DataError
 from mindspeed_mm.generation import engine as generation
@@ -48,10 +48,10 @@ class ModelEngine:
             "decoding": options.model_dump(mode="json") | {"method": "greedy" if options.greedy else "sampling"},
         }
 
-    def generate(self, requests: Sequence[GenerationRequest], batch_size: int) -> Iterator[tuple[int | str, str]]:
+    def generate(self, requests: Sequence[EvaluationRequest], batch_size: int) -> Iterator[tuple[int | str, str]]:
         """(id, text) as answers come. Raises DataError for the first request that cannot be answered."""
         engine = self._vlm.engine(self._template, batch_size=batch_size)
-        ended: deque[tuple[GenerationRequest, generation.GenerationHandle]] = deque()
+        ended: deque[tuple[EvaluationRequest, generation.GenerationHandle]] = deque()
         open_requests = 0
         for request, images in self._with_images(requests, ahead=batch_size):
             asked = generation.GenerationRequest(str(request.id), request.turns or (), request.text, images)
@@ -67,10 +67,10 @@ class ModelEngine:
             yield from _texts(ended)
 
     def _with_images(
-        self, requests: Sequence[GenerationRequest], ahead: int
-    ) -> Iterator[tuple[GenerationRequest, tuple[FoundImage, ...]]]:
+        self, requests: Sequence[EvaluationRequest], ahead: int
+    ) -> Iterator[tuple[EvaluationRequest, tuple[FoundImage, ...]]]:
         """Requests with their preprocessed images, which a thread makes for up to `ahead` requests that come next."""
-        queue: deque[tuple[GenerationRequest, Future[tuple[FoundImage, ...]]]] = deque()
+        queue: deque[tuple[EvaluationRequest, Future[tuple[FoundImage, ...]]]] = deque()
         pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="images")
         try:
             for request in requests:
@@ -84,7 +84,7 @@ class ModelEngine:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _images(self, request: GenerationRequest) -> tuple[FoundImage, ...]:
+    def _images(self, request: EvaluationRequest) -> tuple[FoundImage, ...]:
         media, found = self._vlm.media, []
         for number, image in enumerate(request.images()):
             key = hashlib.blake2b(f"{request.image}/{number}".encode(), digest_size=DIGEST_BYTES).digest()
@@ -96,7 +96,7 @@ class ModelEngine:
         return self._facts
 
 
-def _texts(ended: deque[tuple[GenerationRequest, generation.GenerationHandle]]) -> Iterator[tuple[int | str, str]]:
+def _texts(ended: deque[tuple[EvaluationRequest, generation.GenerationHandle]]) -> Iterator[tuple[int | str, str]]:
     """Take the requests that have ended: (id, text). One that does not fit into the model's context (seven images of
     MMMU) has no answer, "", and is told. Raises DataError for one that failed otherwise."""
     while ended:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.engine import GenerationRequest
+from evaluation.engine import EvaluationRequest
 from evaluation.predictions import match_predictions
 from evaluation.tsv import Table
 
@@ -19,7 +19,7 @@ class RecordedAnswers:
         text = json.dumps([[index, answer] for index, answer in self._answers.items()])
         self._facts = {"predictions": Path(path).name, "predictions_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
-    def generate(self, requests: Sequence[GenerationRequest], batch_size: int) -> Iterator[tuple[int | str, str]]:
+    def generate(self, requests: Sequence[EvaluationRequest], batch_size: int) -> Iterator[tuple[int | str, str]]:
         """The recorded answers of the rows asked for."""
         for request in requests:
             yield request.id, self._answers[request.id]

@@ -10,28 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks import (
-    MODES,
-    PROMPT_STYLES,
-    Benchmark,
-    Mode,
-    Prompt,
-    PromptStyle,
-    find_benchmark,
-    refuse_other_table,
-)
-from evaluation.engine import Communicator, Engine, GenerationRequest, SingleRank
+from evaluation.benchmark import MODES, Benchmark, Mode
+from evaluation.benchmarks import find_benchmark, refuse_other_table
+from evaluation.engine import Communicator, Engine, EvaluationRequest, SingleRank
 from evaluation.identity import told_identity
 from evaluation.journal import FINGERPRINT_DIGITS, Journal, fingerprint
 from evaluation.judge_protocol import Judge
 from evaluation.outputs import check_folder, check_output_name, write_outputs
 from evaluation.overview import write_overview
+from evaluation.prompts import PROMPT_STYLES, Prompt, PromptStyle
 from evaluation.questions import read_questions
 from evaluation.report import Report
 from evaluation.results import JOURNAL_SUFFIX, free_name
 from evaluation.submissions import write_submission
 from evaluation.tsv import Row, Table
-from evaluation.work import divide
+from evaluation.work import split_work
 from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +34,7 @@ SHOWN = 200
 
 
 @dataclass(frozen=True)
-class Result:
+class EvaluationResult:
     """A finished evaluation. `reports` is by scoring mode, empty for a table without answers."""
 
     reports: dict[str, Report]
@@ -72,7 +65,7 @@ def run(
     judge: Judge | None = None,
     checked: tuple[Table, Benchmark] | None = None,
     accept_table: bool = False,
-) -> Result:
+) -> EvaluationResult:
     """Evaluate `engine` on the table `tsv` as `benchmark` and write <model>_<benchmark>.* into `out_dir`.
 
     The questions that no journal in `out_dir` answers are divided among the model's copies on the ranks of
@@ -113,7 +106,7 @@ def run(
     journal = Journal(folder / f"{model}_{benchmark}{JOURNAL_SUFFIX}", facts, communicator.rank)
     earlier = _merge(communicator.all_gather(journal.read()))
     pending = [row for row in rows if row.index not in earlier]
-    own = divide(pending, prompts, communicator.replicas)[communicator.replica]
+    own = split_work(pending, prompts, communicator.replicas)[communicator.replica]
     with _progress_bar(found.name, len(own), progress and communicator.rank == 0) as advance:
         new = _answer(own, table, prompts, engine, journal if communicator.is_leader else None, batch_size, advance)
     collected = {**earlier, **_merge(communicator.all_gather(new))}
@@ -131,7 +124,7 @@ def run(
 
     name, files = _on_first_rank(communicator, write)
     files = files if communicator.rank == 0 else {}
-    return Result(reports, answers, files, resumed=len(rows) - len(pending), model=name)
+    return EvaluationResult(reports, answers, files, resumed=len(rows) - len(pending), model=name)
 
 
 def _tell_name(model: str, found: tuple[str, str], communicator: Communicator) -> None:
@@ -229,7 +222,7 @@ def _answer(
 ) -> dict[int | str, str]:
     """Ask the engine for every row and write each answer into the journal (of the copy's first rank) as it comes."""
     requests = [
-        GenerationRequest(
+        EvaluationRequest(
             row.index,
             prompts[row.index].turns,
             prompts[row.index].text,

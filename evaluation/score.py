@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from evaluation.benchmarks import MODES, Mode, find_benchmark, refuse_other_table
+from evaluation.benchmark import MODES, Mode
+from evaluation.benchmarks import find_benchmark, refuse_other_table
 from evaluation.judge_protocol import Judge
 from evaluation.predictions import Predictions, match_predictions
 from evaluation.questions import read_questions

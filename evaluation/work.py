@@ -18,7 +18,7 @@ PARTS = 8
 questions does not leave the other replicas idle."""
 
 
-def divide(rows: Sequence[Row], prompts: Mapping[int | str, Prompt], replicas: int) -> list[list[Row]]:
+def split_work(rows: Sequence[Row], prompts: Mapping[int | str, Prompt], replicas: int) -> list[list[Row]]:
     """The rows that each replica asks, in the order of asking; the costliest groups are dealt out first."""
     limit = len(rows) if replicas == 1 else max(1, len(rows) // (PARTS * replicas))
     groups: dict[str, list[Row]] = {}

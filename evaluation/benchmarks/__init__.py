@@ -7,62 +7,13 @@ import difflib
 import functools
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from typing import Literal, Protocol
 
-from evaluation.judge_protocol import Judge
-from evaluation.prompts import PROMPT_STYLES, Prompt, PromptStyle
-from evaluation.report import Report
+from evaluation.benchmark import Benchmark
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
 
-__all__ = [
-    "MODES",
-    "PROMPT_STYLES",
-    "Benchmark",
-    "Mode",
-    "Prompt",
-    "PromptStyle",
-    "find_benchmark",
-    "known_benchmarks",
-    "refuse_other_table",
-]
-
-Mode = Literal["strict", "compat"]
-MODES: tuple[Mode, ...] = ("strict", "compat")
-"""strict: the benchmark's definition on undamaged text; compat: equal to VLMEvalKit row by row."""
-
 _TYPING_ERROR = 0.85
 """Names more alike than this (difflib ratio) to a known one, but not equal to it, are taken for typing errors."""
-
-
-class Benchmark(Protocol):
-    """What a benchmark module provides as `BENCHMARK`, or several of as `BENCHMARKS`."""
-
-    name: str
-    """VLMEvalKit's spelling; any case is accepted where users name it."""
-    aliases: tuple[str, ...]
-    """Other names of the same benchmark."""
-    # Optional: kind, which evaluation.identity compares with what a table's columns and answers are for.
-
-    def check(self, table: Table) -> None:
-        """Raise DataError when the table lacks a column that the benchmark needs."""
-
-    def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
-        """The prompt of every row, by index."""
-
-    def has_answers(self, table: Table) -> bool:
-        """True when the table holds the right answers, so that `score` can be called."""
-
-    def score(
-        self,
-        table: Table,
-        predictions: Mapping[int | str, str],
-        mode: Mode,
-        missing: int = 0,
-        judge: Judge | None = None,
-    ) -> Report:
-        """Score answers, given by index in table order."""
 
 
 def known_benchmarks() -> dict[str, Benchmark]:

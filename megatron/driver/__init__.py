@@ -27,14 +27,14 @@ What the caller brings
         Takes next(data_iterator) itself. loss_func(output) -> (loss_sum, num_tokens, {"lm loss": (loss_sum.detach(),
         num_tokens)}): loss_sum 0-d float tensor, the sum of this micro-batch's token losses; num_tokens 0-d int tensor,
         its supervised tokens. The driver divides by the tokens of the whole global batch.
-    hooks: state.Hooks(describe, extra, compare, level, after_step), each with a default
+    hooks: state.Hooks(describe, extra, compare, pad_to_one_length, after_step), each with a default
         describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops, gradient_expected)
             default reads batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(); flops is forward +
             backward of this micro-batch over the whole model (TFLOP/s and MFU are logged where it is not 0);
             gradient_expected=False says that a zero gradient is right (text only while only the projector is trained)
         extra() -> dict                     JSON-able; run.json["extra"] of every checkpoint (specs, versions, sampler)
         compare(saved_extra) -> list[str]   one line per field in which the checkpoint's architecture differs
-        level(batches) -> batches           a step's micro-batches padded to one length, asked for with virtual stages
+        pad_to_one_length(batches) -> batches   micro-batches of a step, asked for with virtual stages
         after_step(state)                   on every rank, before a checkpoint of the step is written
 
 Functions
@@ -60,3 +60,5 @@ TrainState: model (list of DDP-wrapped chunks), optimizer, scheduler, platform, 
     data_parallel_rank, data_parallel_size; .modules -> the bare modules.
 Errors: ConfigError (flags), CheckpointError (checkpoints), TrainingError (a step that must not go on).
 """
+
+import mindspeed_mm  # noqa: F401  which chooses a platform before megatron.core is imported, where nobody has

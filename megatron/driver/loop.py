@@ -57,9 +57,9 @@ class MeteredIterator:
         self,
         iterator: Iterator[Any],
         describe: Callable[[Any], BatchFacts],
-        level: Callable[[list[Any]], list[Any]] | None = None,
+        pad_to_one_length: Callable[[list[Any]], list[Any]] | None = None,
     ) -> None:
-        self._iterator, self._describe, self._level = iterator, describe, level
+        self._iterator, self._describe, self._pad_to_one_length = iterator, describe, pad_to_one_length
         self.batches: list[Any] = []
         self.facts: list[BatchFacts] = []
         self.seconds = 0.0
@@ -76,8 +76,8 @@ class MeteredIterator:
         try:
             self.batches = [self._next() for _ in range(count)]
             self.seconds = time.perf_counter() - start
-            if self._level is not None:
-                self.batches = self._level(self.batches)
+            if self._pad_to_one_length is not None:
+                self.batches = self._pad_to_one_length(self.batches)
             self.facts = [self._describe(batch) for batch in self.batches]
         except (DataError, TrainingError) as caught:
             error = caught
@@ -122,7 +122,7 @@ def forward_backward(
     """All micro-batches of a step through megatron.core's schedule, backwards too unless `forward_only`. Collective.
 
     Each chunk of a stage reads every micro-batch. Virtual stages exchange tensors of one size, so their micro-batches
-    must be equally long (Hooks.level).
+    must be equally long (Hooks.pad_to_one_length).
 
     Returns:
         What loss_func reported for each micro-batch, on the last stage.
@@ -160,7 +160,7 @@ def train(
     hooks = hooks or Hooks()
     if state.iteration >= args.train_iters and is_rank_0():
         logger.warning("nothing to do: %d of --train-iters %d steps are done", state.iteration, args.train_iters)
-    data = MeteredIterator(data_iterator, hooks.describe, hooks.level if interleaved() else None)
+    data = MeteredIterator(data_iterator, hooks.describe, hooks.pad_to_one_length if interleaved() else None)
     step = stopped_by = None
     clock = SaveClock(args)
     with (

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from megatron.driver.arguments import DriverArguments
+from collections.abc import Sequence
+from typing import Protocol
 
 
-def profile_problems(args: DriverArguments) -> list[str]:
+class ProfileFlags(Protocol):
+    """What the checks need of the flags (arguments.DriverArguments has it)."""
+
+    profile: bool
+    profile_step_start: int
+    profile_step_end: int
+    profile_ranks: Sequence[int]
+    profile_dir: str | None
+    save: str | None
+    train_iters: int | None
+    world_size: int
+
+
+def profile_problems(args: ProfileFlags) -> list[str]:
     """One sentence for each profile flag that cannot be used."""
     if not args.profile:
         return []

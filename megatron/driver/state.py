@@ -47,7 +47,7 @@ class Hooks:
     """JSON-able; kept as run.json["extra"] of each checkpoint."""
     compare: Callable[[dict[str, Any]], list[str]] = lambda saved_extra: []
     """One line per field in which the architecture of a checkpoint differs from the running one."""
-    level: Callable[[list[Any]], list[Any]] = lambda batches: batches
+    pad_to_one_length: Callable[[list[Any]], list[Any]] = lambda batches: batches
     """Micro-batches of one step -> the same, padded to one length: asked for where the run has virtual stages."""
     after_step: Callable[[TrainState], None] = lambda state: None
     """Called on every rank when a step has been counted, before a checkpoint of it is written."""

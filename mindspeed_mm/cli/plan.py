@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.planning.flags import LAYOUT_FLAGS
+from mindspeed_mm.planning.flags import STRATEGY_FLAGS
 
 HELP = "predict memory, communication and time of a training run, and find the layouts that fit"
 EXAMPLE = (
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--calibrate", action="store_true", help="measure this machine's device for some seconds")
     machine.add_argument("--top", type=int, default=10, metavar="N", help="layouts that are listed (default 10)")
     arguments.add_arguments(parser)
-    parser.set_defaults(**dict.fromkeys(LAYOUT_FLAGS))
+    parser.set_defaults(**dict.fromkeys(STRATEGY_FLAGS))
 
 
 def size(text: str) -> float:

@@ -57,6 +57,6 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
     with ending.closing():
         ending.at_end(initialize.shutdown)
-        initialize.initialize(training.args, platform)
-        with watch.naming_lost_ranks(), explaining_out_of_memory(training):
+        initialize.initialize(training.inputs.args, platform)
+        with watch.naming_lost_ranks(), explaining_out_of_memory(training.inputs):
             return training.run()

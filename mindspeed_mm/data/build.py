@@ -22,8 +22,9 @@ from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.data.packing import PackedOrder
 from mindspeed_mm.data.sample import Batch, Encoded
 from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder, GroupedOrder, Order, WeightedOrder
-from mindspeed_mm.data.template import Template, get_template
+from mindspeed_mm.data.template import get_template
 from mindspeed_mm.data.template_check import check_template
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 
@@ -54,7 +55,7 @@ class DataCounts:
         read = {"samples": self.run_samples, "skipped": self.run_skipped}
         return read | {"dropped_overlong": dropped, "truncated_overlong": truncated}
 
-    def go_on(self, saved: dict[str, int]) -> None:
+    def resume_from(self, saved: dict[str, int]) -> None:
         """Count on from a checkpoint."""
         self.before = (saved.get("samples", 0), saved.get("skipped", 0))
         self.run_samples, self.run_skipped = self.before

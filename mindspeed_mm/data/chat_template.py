@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mindspeed_mm.data.template import SLOT, SYSTEM_SLOT, Template
+from mindspeed_mm.data.template_form import SLOT, SYSTEM_SLOT, Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import TemplateError
 

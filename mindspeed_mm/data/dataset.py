@@ -148,7 +148,7 @@ class DataSet:
         pairs = np.stack([first, counts], axis=1)[digests != 0]
         return np.concatenate([np.zeros(2, dtype=np.int64), pairs.reshape(-1)])
 
-    def meet_empty_answers(self, policy: str) -> None:
+    def set_empty_answer_policy(self, policy: str) -> None:
         """Refuse ("error"), leave out ("drop") or count ("mask") the records with an answer that has no text."""
         # Stored apart with a number in front: later starts need not touch the facts, and an array may not be empty.
         stored = self.source.index.array(
@@ -196,7 +196,7 @@ class MultimodalDataset(Dataset[Encoded]):
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
             data_set.tell_unused_keys()
-            data_set.meet_empty_answers(policies.empty_answer)
+            data_set.set_empty_answer_policy(policies.empty_answer)
             if measured or policies.overlong != "error":
                 data_set.measure(encoding, max_length, policies.overlong)
             else:

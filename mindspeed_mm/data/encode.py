@@ -12,7 +12,8 @@ from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.conversation import conversation_turns, count_images
 from mindspeed_mm.data.rendering import Segment, open_turns, segments_of
 from mindspeed_mm.data.sample import Turn
-from mindspeed_mm.data.template import Template, get_template
+from mindspeed_mm.data.template import get_template
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 
 SpecialText = Literal["tokens", "text"]

@@ -9,7 +9,7 @@ from mindspeed_mm.data.encode import SpecialText, encode_turns
 from mindspeed_mm.data.image import image_size
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.data.sample import Sample
-from mindspeed_mm.data.template import Template
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import DataError
 

@@ -11,7 +11,7 @@ from mindspeed_mm.data.keys import digest
 from mindspeed_mm.data.parallel import count_all
 from mindspeed_mm.data.rendering import render_turns
 from mindspeed_mm.data.sample import Sample
-from mindspeed_mm.data.template import Template
+from mindspeed_mm.data.template_form import Template
 
 COLUMNS = 4
 """Text bound (see sample_facts), images, answers that are missing or empty, unused keys (see keys.digest)."""

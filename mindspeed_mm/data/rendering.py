@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.conversation import conversation_turns
 from mindspeed_mm.data.sample import Turn
-from mindspeed_mm.data.template import SLOT, SYSTEM_SLOT, Template, get_template
+from mindspeed_mm.data.template import get_template
+from mindspeed_mm.data.template_form import SLOT, SYSTEM_SLOT, Template
 from mindspeed_mm.errors import TemplateError
 
 

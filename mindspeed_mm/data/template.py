@@ -4,11 +4,12 @@ Templates are JSON files in the folder `templates`; a new one is a new file. The
 template that comes with the tokenizer (see chat_template.py). What is made of them: rendering.py and encode.py.
 """
 
-import hashlib
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
-from mindspeed_mm.config.load import StrictModel, load_config, nearest
+from mindspeed_mm.config.load import load_config, nearest
+from mindspeed_mm.data.chat_template import template_from_tokenizer
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import TemplateError
 
@@ -16,61 +17,6 @@ FOLDER = Path(__file__).parent / "templates"
 
 OWN_TEMPLATE = "tokenizer"
 """The name that stands for the tokenizer's own chat template."""
-
-SLOT = "{text}"
-SYSTEM_SLOT = "{system}"
-
-
-class Template(StrictModel):
-    """A template's file. `{text}` stands for the text of the turn, once in each form. Wordings are those of LLaVA's
-    conversation.py where it has the template."""
-
-    aliases: tuple[str, ...] = ()
-    prefix: str = ""
-    """What comes before the first turn."""
-
-    human: str
-    human_first: str | None = None
-    """The first human turn where it differs (a system text inside)."""
-
-    with_system: str | None = None
-    """Start of a conversation that brings its own system text: prefix and first human turn with `{system}` and
-    `{text}`; None: such a conversation is refused."""
-
-    human_empty: str | None = None
-    """A human turn without text; None: as any other."""
-
-    gpt_header: str = ""
-    """Opens an answer; not supervised."""
-
-    gpt: str
-    """An answer behind its header, end marker included; supervised."""
-
-    gpt_empty: str = ""
-    """An answer without text (LLaVA leaves the end marker out); not supervised (except for captions, as in LLaVA)."""
-
-    gpt_footer: str = ""
-    """What follows an answer; not supervised."""
-
-    suffix: str = ""
-    """What ends a conversation; not supervised."""
-
-    end: str
-    """The end marker of an answer: one token, unless `end_is_text`."""
-
-    end_is_text: bool = False
-    """The end marker is ordinary text, of any number of tokens."""
-
-    stop: tuple[str, ...]
-    """Strings that end generation."""
-
-    captions_only: bool = False
-    """The template is one image and its caption: the human text is dropped, exactly one answer follows."""
-
-    @cached_property
-    def digest(self) -> str:
-        """Changes with any field."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)
@@ -102,8 +48,6 @@ def get_template(template: str | Template, tokenizer: Tokenizer | None = None) -
     if template == OWN_TEMPLATE:
         if tokenizer is None:
             raise TemplateError('the template "tokenizer" needs the tokenizer that brings it; name another one here.')
-        from mindspeed_mm.data.chat_template import template_from_tokenizer
-
         return template_from_tokenizer(tokenizer)
     templates = _templates()
     if template not in templates:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.encode import encode_turns
 from mindspeed_mm.data.sample import Turn
-from mindspeed_mm.data.template import SLOT, Template, get_template
+from mindspeed_mm.data.template import get_template
+from mindspeed_mm.data.template_form import SLOT, Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import TemplateError
 

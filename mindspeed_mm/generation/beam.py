@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mindspeed_mm.generation.jobs import Generated, Step
+from mindspeed_mm.generation.jobs import Generated, NextTokens
 from mindspeed_mm.generation.options import GenerationOptions
 from mindspeed_mm.generation.sampling import process
 from mindspeed_mm.generation.text import TextStream
@@ -81,8 +81,8 @@ class BeamJob:
             best.append(Generated(list(beam.ids), reason, score, beam.logprobs, beam.top_logprobs, stream))
         return best[: self._options.num_return_sequences]
 
-    def advance(self, logits: torch.Tensor | None, likeliest: Sequence[int]) -> Step:
-        """See Job."""
+    def advance(self, logits: torch.Tensor | None, likeliest: Sequence[int]) -> NextTokens:
+        """See GenerationJob."""
         logprobs = logits.log_softmax(-1)
         scores, origins, tokens = self._candidates(logprobs)
         parents = [0 if len(logprobs) == 1 else origin for origin in origins]
@@ -101,8 +101,8 @@ class BeamJob:
         self._improvable = self._improvable and self._may_improve(length)
         full_house = bool(self._is_finished.all()) and self._options.early_stopping is True
         if not self._improvable or full_house or bool(hits.all()):
-            return Step([], [])
-        return Step([parents[i] for i in chosen.tolist()], [tokens[i] for i in chosen.tolist()])
+            return NextTokens([], [])
+        return NextTokens([parents[i] for i in chosen.tolist()], [tokens[i] for i in chosen.tolist()])
 
     def _candidates(self, logprobs: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
         """Scores, beams and tokens of the likeliest continuations, enough that stop ids cannot end all of them."""

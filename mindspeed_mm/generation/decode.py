@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 
 from mindspeed_mm.errors import ConfigError, ContextError
-from mindspeed_mm.generation.lean import LeanStep
+from mindspeed_mm.generation.single_token import SingleTokenStep
 from mindspeed_mm.models.fusion import image_positions, scatter_features
 from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.models.media import Media
@@ -33,7 +33,7 @@ class Decoder:
             )
         self.vlm = vlm
         self.cache = vlm.text_decoder.new_cache()
-        self._lean = LeanStep(vlm.text_decoder) if LeanStep.fits(vlm.text_decoder) else None
+        self._single_token = SingleTokenStep(vlm.text_decoder) if SingleTokenStep.fits(vlm.text_decoder) else None
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
         # Beyond `longest`, the rotation of the keys in the cache would change as a sequence grows (see kit/rotary.py).
@@ -107,7 +107,7 @@ class Decoder:
         positions = torch.tensor(positions or lengths, device=self.device).unsqueeze(1)
         self.cache.begin(0, lengths, 1)
         ids = torch.tensor(tokens, device=self.device).unsqueeze(1)
-        hidden = self._pass(self._embed(ids, ()), positions, len(tokens), 1, self._lean or self._modules)
+        hidden = self._pass(self._embed(ids, ()), positions, len(tokens), 1, self._single_token or self._modules)
         return self._logits(hidden, len(tokens))
 
     def _embed(self, ids: torch.Tensor, features: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

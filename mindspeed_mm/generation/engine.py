@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.media import MediaProcessor
-from mindspeed_mm.data.template import Template, get_template
+from mindspeed_mm.data.template import get_template
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.generation.beam import BeamJob

@@ -24,7 +24,7 @@ SEED_STEP = 0x9E3779B97F4A7C15
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class Step(NamedTuple):
+class NextTokens(NamedTuple):
     """The rows that go on."""
 
     parents: list[int]
@@ -44,7 +44,7 @@ class Generated:
     stream: TextStream | None = None
 
 
-class Job(Protocol):
+class GenerationJob(Protocol):
     """What the scheduler asks of a request."""
 
     width: int
@@ -54,7 +54,7 @@ class Job(Protocol):
     sequences: list[Generated]
     """The results, best first."""
 
-    def advance(self, logits: torch.Tensor | None, likeliest: Sequence[int]) -> Step:
+    def advance(self, logits: torch.Tensor | None, likeliest: Sequence[int]) -> NextTokens:
         """Take the logits [R, V] float32 on the CPU (None unless needs_logits) and the likeliest tokens [R] of its
         rows.
 
@@ -81,9 +81,9 @@ class SampleJob:
         self._live = list(range(self.width))
         self._generators = [torch.Generator().manual_seed(_seed(options.seed, i)) for i in self._live]
 
-    def advance(self, logits: torch.Tensor | None, likeliest: Sequence[int]) -> Step:
-        """See Job."""
-        step, live = Step([], []), []
+    def advance(self, logits: torch.Tensor | None, likeliest: Sequence[int]) -> NextTokens:
+        """See GenerationJob."""
+        step, live = NextTokens([], []), []
         for position, index in enumerate(self._live):
             row = min(position, len(likeliest) - 1)  # the first call has one row for all sequences
             token = self._choose(index, logits[row]) if logits is not None else likeliest[row]

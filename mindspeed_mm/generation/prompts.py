@@ -12,7 +12,7 @@ from mindspeed_mm.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.encode import encode_prompt
 from mindspeed_mm.data.expand import expand_images
 from mindspeed_mm.data.media import ItemPlan
-from mindspeed_mm.data.template import Template
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.models.spec import ModelSpec

@@ -17,7 +17,7 @@ import torch
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.images import FoundImage, ImageFeatures
-from mindspeed_mm.generation.jobs import Job, Step
+from mindspeed_mm.generation.jobs import GenerationJob, NextTokens
 from mindspeed_mm.generation.prefix import KeptRows, common, content, longest, whole_images
 from mindspeed_mm.platform import current_platform
 
@@ -32,7 +32,7 @@ WINDOW = 8
 class Entry:
     """A request on its way through the batch."""
 
-    job: Job
+    job: GenerationJob
     prompt: Sequence[int]
     """Expanded ids."""
     max_length: int
@@ -226,7 +226,7 @@ class Scheduler:
             places = [row - first for row in entry.rows]
             own = on_host[places] if entry.job.needs_logits else None
             try:
-                step: Step = entry.job.advance(own, [likeliest[place] for place in places])
+                step: NextTokens = entry.job.advance(own, [likeliest[place] for place in places])
             except DataError as error:  # of this request alone
                 entry.rows = []
                 ended.append((entry, error))

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from mindspeed_mm.models.part import PartSpec
-from mindspeed_mm.planning.job import Job
+from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.kernels import Kernels, kernels_of
 
 INDEX = 8
@@ -111,7 +111,7 @@ def layer(sizes: LayerSizes, *, without_core: bool = False) -> float:
     return norms + linear_inputs + attention_inputs(sizes) + core + mlp(sizes)
 
 
-def decoder_sizes(job: Job) -> LayerSizes:
+def decoder_sizes(job: TrainingJob) -> LayerSizes:
     """The text decoder's layers."""
     return LayerSizes(
         spec=job.spec.text_decoder,
@@ -129,7 +129,7 @@ def decoder_sizes(job: Job) -> LayerSizes:
     )
 
 
-def vision_encoder_sizes(job: Job) -> LayerSizes:
+def vision_encoder_sizes(job: TrainingJob) -> LayerSizes:
     """The vision encoder's layers, on the images of this rank, without sequence parallelism."""
     vision_encoder = job.spec.vision_encoder
     tokens = job.images * vision_encoder.num_positions
@@ -180,7 +180,7 @@ def stack(sizes: LayerSizes, layers: int) -> Stack:
     return Stack(again * boundary + angles + others, max(gradients, whole + gradients - others))
 
 
-def vision_encoder(job: Job) -> Stack:
+def vision_encoder(job: TrainingJob) -> Stack:
     """A trained vision encoder; a frozen one runs without autograd and keeps nothing."""
     if not job.trained("vision_encoder") or job.images == 0:
         return Stack(0.0, 0.0)
@@ -190,7 +190,7 @@ def vision_encoder(job: Job) -> Stack:
     return Stack(layers.kept + pixels + norm(sizes), layers.at_work)
 
 
-def projector(job: Job) -> float:
+def projector(job: TrainingJob) -> float:
     """The vision encoder's features, and around each activation its input and output, as far as their linears are
     trained."""
     if not job.gradients_flow("vision_projector") or job.images == 0:
@@ -208,7 +208,7 @@ def projector(job: Job) -> float:
     return kept
 
 
-def embedding(job: Job) -> float:
+def embedding(job: TrainingJob) -> float:
     """Ids of the embedding's gradient, and the places that image features take."""
     ids = job.micro_batch_size * job.positions * INDEX if job.trained("text_decoder") else 0
     places = job.micro_batch_size * job.row.images * job.spec.vision_encoder.num_image_tokens * 2 * INDEX
@@ -226,7 +226,7 @@ class Head:
     """More, or less, in the first moments of the backward pass: gradients of logits and of the head's weight."""
 
 
-def head(job: Job) -> Head:
+def head(job: TrainingJob) -> Head:
     """Final norm, head, and cross-entropy."""
     if not job.gradients_flow("text_decoder"):
         return Head(0.0, 0.0, 0.0)

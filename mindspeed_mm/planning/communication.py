@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from mindspeed_mm.models.part import PartSpec
-from mindspeed_mm.planning.job import Job
+from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.parameters import held_layers, stage_parameters
 
 SINGLE = 4
@@ -38,7 +38,7 @@ class Traffic:
         return sum(asdict(self).values())
 
 
-def stage_traffic(job: Job, stage: int) -> Traffic:
+def stage_traffic(job: TrainingJob, stage: int) -> Traffic:
     """Traffic of a rank of a pipeline stage."""
     count = job.num_micro_batches
     tensor, context = _decoder_traffic(job, stage)
@@ -71,7 +71,7 @@ def _passes(part: PartSpec, flow: bool) -> float:
     return 1.0 + min(1.0, part.recompute_num_layers / part.num_layers)
 
 
-def _decoder_traffic(job: Job, stage: int) -> tuple[float, float]:
+def _decoder_traffic(job: TrainingJob, stage: int) -> tuple[float, float]:
     """(tensor-parallel, context-parallel) bytes of a micro-batch through the decoder's layers of a stage."""
     spec, layers = job.spec.text_decoder, held_layers(job, stage)
     flow, trained = job.gradients_flow("text_decoder"), job.trained("text_decoder")
@@ -89,7 +89,7 @@ def _decoder_traffic(job: Job, stage: int) -> tuple[float, float]:
     return tensor, context
 
 
-def _image_traffic(job: Job) -> float:
+def _image_traffic(job: TrainingJob) -> float:
     """Vision encoder (two sums a layer and direction) and projector (one for each pair of linears)."""
     vision_encoder, projector = job.spec.vision_encoder, job.spec.vision_projector
     flow = job.gradients_flow("vision_encoder")
@@ -100,18 +100,18 @@ def _image_traffic(job: Job) -> float:
     return 2 * (sums * ring(hidden, job.tensor) + pairs * ring(features, job.tensor))
 
 
-def _shared_images(job: Job) -> float:
+def _shared_images(job: TrainingJob) -> float:
     """Features of the images that context-parallel ranks share: gathered; their gradients summed and scattered."""
     features = job.images * job.context * job.spec.vision_encoder.num_image_tokens * job.spec.text_decoder.hidden_size
     return (1 + job.gradients_flow("vision_projector")) * ring(features * job.element, job.context)
 
 
-def _embedding_traffic(job: Job) -> float:
+def _embedding_traffic(job: TrainingJob) -> float:
     spec = job.spec.text_decoder
     return 2 * ring(job.micro_batch_size * job.positions * spec.hidden_size * job.element, job.tensor)
 
 
-def _head_traffic(job: Job) -> float:
+def _head_traffic(job: TrainingJob) -> float:
     """The hidden states gathered for the head, and the gradient of its input."""
     spec = job.spec.text_decoder
     gathered = job.tokens * spec.hidden_size * job.element if job.runtime.sequence_parallel else 0.0
@@ -119,7 +119,7 @@ def _head_traffic(job: Job) -> float:
     return ring(gathered, job.tensor) + 2 * ring(supervised, job.tensor)
 
 
-def _pipeline_traffic(job: Job, stage: int) -> float:
+def _pipeline_traffic(job: TrainingJob, stage: int) -> float:
     """To the next stage forwards, to the one before backwards; virtual stages close the ring."""
     if job.pipeline == 1:
         return 0.0
@@ -131,11 +131,11 @@ def _pipeline_traffic(job: Job, stage: int) -> float:
     return hidden * (forwards + (backwards if job.gradients_flow("vision_projector") or _decoder_behind(job) else 0))
 
 
-def _decoder_behind(job: Job) -> bool:
+def _decoder_behind(job: TrainingJob) -> bool:
     return job.trained("text_decoder")
 
 
-def _data_traffic(job: Job, stage: int) -> tuple[float, float]:
+def _data_traffic(job: TrainingJob, stage: int) -> tuple[float, float]:
     """(gradients, parameters): once a step, over the data- and context-parallel ranks."""
     trained, ranks = stage_parameters(job, stage).trained, job.sharing_ranks
     reduced = ring(SINGLE * trained, ranks)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from mindspeed_mm.planning import activations
 from mindspeed_mm.planning.communication import stage_traffic
 from mindspeed_mm.planning.hardware import Hardware
-from mindspeed_mm.planning.job import Job
+from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.parameters import held_layers, stage_parameters
 from mindspeed_mm.trainer.flops import forward_flops, step_flops
 
@@ -40,7 +40,7 @@ class StepTime:
         return self.matrix + self.elementwise + self.communication + self.bubble + self.optimizer
 
 
-def model_flops(job: Job) -> float:
+def model_flops(job: TrainingJob) -> float:
     """Operations of a global batch as the log's TFLOP/s counts them."""
     rows = job.global_batch_size
     one = step_flops(
@@ -52,7 +52,7 @@ def model_flops(job: Job) -> float:
     return rows * one
 
 
-def stage_flops(job: Job, stage: int) -> float:
+def stage_flops(job: TrainingJob, stage: int) -> float:
     """Operations that a rank of a stage runs for a micro-batch, recomputation included."""
     supervised = job.row.supervised_positions(job.spec.vision_encoder.num_image_tokens)
     # Padding is computed like anything else.
@@ -77,7 +77,7 @@ def stage_flops(job: Job, stage: int) -> float:
     return job.micro_batch_size * total / job.tensor
 
 
-def _again(job: Job, kind: str, stage: int) -> float:
+def _again(job: TrainingJob, kind: str, stage: int) -> float:
     """Share of a part's forward pass that full recomputation runs again."""
     part = job.spec.part(kind)
     if part.recompute_granularity != "full" or not job.gradients_flow(kind):
@@ -88,12 +88,12 @@ def _again(job: Job, kind: str, stage: int) -> float:
     return min(1.0, part.recompute_num_layers / max(1, layers))
 
 
-def _scores_again(job: Job) -> bool:
+def _scores_again(job: TrainingJob) -> bool:
     """Whether selective recomputation runs the decoder's attention again."""
     return job.spec.text_decoder.recompute_granularity == "selective" and job.gradients_flow("text_decoder")
 
 
-def step_time(job: Job, hardware: Hardware) -> StepTime:
+def step_time(job: TrainingJob, hardware: Hardware) -> StepTime:
     """Predicted seconds of a step. `hardware.times_known` must be true."""
     rate = hardware.peak_flops * hardware.efficiency
     stages = range(job.pipeline)
@@ -115,7 +115,7 @@ def step_time(job: Job, hardware: Hardware) -> StepTime:
     )
 
 
-def _elementwise(job: Job, stage: int) -> float:
+def _elementwise(job: TrainingJob, stage: int) -> float:
     """Bytes that norms, activations, residuals and rotations move for a micro-batch."""
     total = 0.0
     if job.gradients_flow("text_decoder"):
@@ -126,14 +126,14 @@ def _elementwise(job: Job, stage: int) -> float:
     return PASSES_OVER_ACTIVATIONS * total
 
 
-def _optimizer(job: Job, stage: int) -> float:
+def _optimizer(job: TrainingJob, stage: int) -> float:
     """Bytes that AdamW moves: gradient, copy and moments read, copy, moments and parameter written."""
     trained = stage_parameters(job, stage).trained
     share = trained / (job.sharing_ranks if job.use_distributed_optimizer else 1)
     return share * (4 + 12 + 12 + job.element) + 4 * trained
 
 
-def _communication(job: Job, stage: int, hardware: Hardware) -> tuple[float, float]:
+def _communication(job: TrainingJob, stage: int, hardware: Hardware) -> tuple[float, float]:
     """(seconds of a micro-batch, seconds once a step), none of it hidden behind computation.
 
     Ranks that follow each other share a host: tensor parallelism first, then context, data and pipeline.

@@ -1,6 +1,6 @@
 """Flags of `mindspeed-mm plan` that the command and the search both know."""
 
-LAYOUT_FLAGS = {
+STRATEGY_FLAGS = {
     "tensor_model_parallel_size": "tensor",
     "pipeline_model_parallel_size": "pipeline",
     "context_parallel_size": "context",

@@ -12,7 +12,7 @@ from mindspeed_mm.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PlannedRow:
     """A row of a micro-batch: its positions, and the samples that share it."""
 
     positions: int
@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TrainingJob:
     """One training run as the planner sees it."""
 
     spec: ModelSpec
@@ -47,7 +47,7 @@ class Job:
     num_micro_batches: int = 1
     """Micro-batches of a step on each data-parallel rank."""
     use_distributed_optimizer: bool = False
-    row: Row
+    row: PlannedRow
     device: str = "cuda"
     """cuda, npu or cpu: its kernels decide what is kept for the backward pass."""
     num_workers: int = 2

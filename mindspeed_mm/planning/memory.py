@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from mindspeed_mm.planning import activations
-from mindspeed_mm.planning.job import Job
+from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.kernels import kernels_of
 from mindspeed_mm.planning.parameters import held_layers, stage_parameters
 
@@ -46,7 +46,7 @@ class RankMemory:
         return asdict(self) | {"static": self.static, "peak": self.peak}
 
 
-def rank_memory(job: Job, stage: int) -> RankMemory:
+def rank_memory(job: TrainingJob, stage: int) -> RankMemory:
     """Memory of a rank of one pipeline stage."""
     counts = stage_parameters(job, stage)
     shared = job.sharing_ranks if job.use_distributed_optimizer else 1
@@ -69,12 +69,12 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     )
 
 
-def peak_memory(job: Job) -> RankMemory:
+def peak_memory(job: TrainingJob) -> RankMemory:
     """The rank that needs most."""
     return max((rank_memory(job, stage) for stage in range(job.pipeline)), key=lambda rank: rank.peak)
 
 
-def micro_batches_under_way(job: Job, stage: int) -> float:
+def micro_batches_under_way(job: TrainingJob, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once (Narayanan et al. 2021, plain and interleaved)."""
     behind = job.pipeline - stage - 1
     if job.virtual == 1:
@@ -83,7 +83,7 @@ def micro_batches_under_way(job: Job, stage: int) -> float:
     return min(chunks / job.virtual, job.num_micro_batches)
 
 
-def _stage_activations(job: Job, stage: int) -> tuple[float, float, float, float]:
+def _stage_activations(job: TrainingJob, stage: int) -> tuple[float, float, float, float]:
     """Kept for one micro-batch; more: at the forward pass's end, in the head's backward, while layers run again."""
     first, last = stage == 0, stage == job.pipeline - 1
     kept = again = forward = backward = 0.0
@@ -104,12 +104,12 @@ def _stage_activations(job: Job, stage: int) -> tuple[float, float, float, float
     return kept, forward, backward, again
 
 
-def _optimizer_buffers(job: Job, parameters: float) -> float:
+def _optimizer_buffers(job: TrainingJob, parameters: float) -> float:
     """AdamW's denominator of all parameters at once; the fused AdamW of the CPU needs no memory."""
     return SINGLE * parameters if kernels_of(job.device).foreach_optimizer else 0.0
 
 
-def _batch_bytes(job: Job) -> float:
+def _batch_bytes(job: TrainingJob) -> float:
     """A micro-batch: three tensors of int64, and the images in float32. Every stage reads all of it."""
     ids = 3 * 8 * job.micro_batch_size * job.positions
     vision_encoder = job.spec.vision_encoder
@@ -133,7 +133,7 @@ class HostMemory:
         return self.process + self.batches + self.checkpoint
 
 
-def host_memory(job: Job) -> HostMemory:
+def host_memory(job: TrainingJob) -> HostMemory:
     """Host memory of a rank; worker processes count as one process each."""
     ready = job.num_micro_batches + job.num_workers * job.prefetch_factor
     # Copies of a parameter are written by one of the ranks that hold it; shared optimizer state by all of them.
@@ -155,14 +155,14 @@ class CheckpointBytes:
     """Frozen parameters, stored once for a run."""
 
 
-def checkpoint_bytes(job: Job) -> CheckpointBytes:
+def checkpoint_bytes(job: TrainingJob) -> CheckpointBytes:
     """Sizes of a run's checkpoints, whatever the layout."""
     whole = stage_parameters(_whole(job), 0)
     state = SINGLE * (3 if job.mixed else 2)
     return CheckpointBytes((job.element + state) * whole.trained, job.element * (whole.total - whole.trained))
 
 
-def _whole(job: Job) -> Job:
+def _whole(job: TrainingJob) -> TrainingJob:
     """The job on one rank."""
     runtime = replace(
         job.runtime,

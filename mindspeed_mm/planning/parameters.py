@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from mindspeed_mm.models.parallel import stage_layers
 from mindspeed_mm.models.part import SLOTS
-from mindspeed_mm.planning.job import Job
-from mindspeed_mm.weights.layout import padded_vocab_size
+from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.weights.rules import Step, is_layered
+from mindspeed_mm.weights.shards import padded_vocab_size
 
 ON_LAST_STAGE = ("decoder.final_layernorm.", "output_layer.")
 """Tensors of the text decoder that stand on the last pipeline stage; what else has no layer stands on the first."""
@@ -30,19 +30,19 @@ class Parameters:
     """Of the largest trained tensor."""
 
 
-def held_layers(job: Job, stage: int) -> int:
+def held_layers(job: TrainingJob, stage: int) -> int:
     """Decoder layers of a pipeline stage, over all its chunks."""
     return sum(stage_layers(job.spec.text_decoder, job.runtime.stages)[stage :: job.pipeline])
 
 
-def stage_parameters(job: Job, stage: int) -> Parameters:
+def stage_parameters(job: TrainingJob, stage: int) -> Parameters:
     """Parameters that a rank of this pipeline stage holds."""
     sizes = {kind: list(_sizes(job, kind, stage)) for kind in SLOTS}
     trained = [size for kind in SLOTS if job.trained(kind) for size in sizes[kind]]
     return Parameters(sum(map(sum, sizes.values())), sum(trained), max(trained, default=0))
 
 
-def _sizes(job: Job, kind: str, stage: int) -> Iterator[int]:
+def _sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
     """Elements of each tensor of one part on this stage."""
     spec, part = job.spec.part(kind), job.spec.parts()[kind]
     if kind != "text_decoder" and stage > 0:
@@ -63,7 +63,7 @@ def _sizes(job: Job, kind: str, stage: int) -> Iterator[int]:
         yield from [size] * held_layers(job, stage)
 
 
-def _stands_on(target: str, job: Job, stage: int) -> bool:
+def _stands_on(target: str, job: TrainingJob, stage: int) -> bool:
     if target.startswith(ON_LAST_STAGE):
         return stage == job.pipeline - 1
     # A tied head on another stage than the embedding holds a copy of it.

@@ -13,12 +13,12 @@ from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.spec import ModelSpec, load_model_spec
-from mindspeed_mm.planning.flags import LAYOUT_FLAGS
+from mindspeed_mm.planning.flags import STRATEGY_FLAGS
 from mindspeed_mm.planning.hardware import Hardware, find_hardware, from_records
-from mindspeed_mm.planning.job import Job, Row
-from mindspeed_mm.planning.search import Layout, Plan, evaluate, layouts, ranked, with_recompute
+from mindspeed_mm.planning.job import PlannedRow, TrainingJob
+from mindspeed_mm.planning.search import ParallelStrategy, Plan, evaluate, ranked, strategies, with_recompute
 from mindspeed_mm.platform import Platform
-from mindspeed_mm.trainer.run import check_flags, runtime_of
+from mindspeed_mm.trainer.inputs import RunInputs, check_flags, runtime_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ SAMPLED = 64
 
 
 @dataclass(frozen=True)
-class Result:
+class PlanResult:
     """What a search found."""
 
     hardware: Hardware
@@ -54,49 +54,49 @@ class Planner:
         self.row = self._row()
         self.limit = self.hardware.memory * (1 - namespace.reserve / 100)
 
-    def search(self) -> Result:
+    def search(self) -> PlanResult:
         """Predict every layout that the flags leave open. Raises ConfigError where none is possible."""
         given = self._given()
-        candidates = list(layouts(self.namespace.devices, given, devices_per_host=self.hardware.devices_per_host))
+        candidates = list(strategies(self.namespace.devices, given, devices_per_host=self.hardware.devices_per_host))
         plans, refused = [], {}
         with progress_bar("layouts", len(candidates)) as advance:
-            for layout in candidates:
+            for strategy in candidates:
                 try:
-                    plans.append(evaluate(self.job(layout), layout, self.hardware))
+                    plans.append(evaluate(self.job(strategy), strategy, self.hardware))
                 except ConfigError as error:
-                    refused.setdefault(str(error), layout)
+                    refused.setdefault(str(error), strategy)
                 advance(1)
         if not plans:
             raise ConfigError("no layout is possible:\n  " + "\n  ".join(refused))
         fitting, others = ranked(plans, self.limit)
-        return Result(self.hardware, self.limit, fitting, others, list(refused), self.samples)
+        return PlanResult(self.hardware, self.limit, fitting, others, list(refused), self.samples)
 
-    def job(self, layout: Layout) -> Job:
-        """The run of one layout. Raises ConfigError where train would refuse it."""
-        args = self._arguments(layout)
-        spec = with_recompute(self.spec, layout.recompute)
+    def job(self, strategy: ParallelStrategy) -> TrainingJob:
+        """The run of one strategy. Raises ConfigError where train would refuse it."""
+        args = self._arguments(strategy)
+        spec = with_recompute(self.spec, strategy.recompute)
         args = with_virtual_stages(args, spec.text_decoder.num_layers)
         runtime = runtime_of(args)
         check_flags(args, spec, runtime)
         return job_of(args, spec, self.row, self.hardware.device)
 
-    def _arguments(self, layout: Layout) -> DriverArguments:
+    def _arguments(self, strategy: ParallelStrategy) -> DriverArguments:
         """Train's arguments for a layout, checked. What a plan does not depend on gets a value."""
         namespace, given = copy.copy(self.namespace), self.namespace
-        for flag, name in LAYOUT_FLAGS.items():
-            setattr(namespace, flag, getattr(layout, name))
+        for flag, name in STRATEGY_FLAGS.items():
+            setattr(namespace, flag, getattr(strategy, name))
         namespace.lr = 1e-4 if given.lr is None else given.lr
         namespace.train_iters = 10**6 if given.train_iters is None else given.train_iters
         namespace.seq_length = given.seq_length or self.spec.text_decoder.language_max_sequence_length
-        if self._given() != layout or given.sequence_parallel:
-            namespace.sequence_parallel = layout.tensor > 1
+        if self._given() != strategy or given.sequence_parallel:
+            namespace.sequence_parallel = strategy.tensor > 1
         if not self._given().decided:  # sharing optimizer state costs nothing, so a search takes it
-            shared = given.devices // (layout.tensor * layout.pipeline)
+            shared = given.devices // (strategy.tensor * strategy.pipeline)
             namespace.use_distributed_optimizer = given.use_distributed_optimizer or shared > 1
         return arguments.from_namespace(namespace, world_size=given.devices)
 
-    def _given(self) -> Layout:
-        given = Layout(**{name: getattr(self.namespace, flag) for flag, name in LAYOUT_FLAGS.items()})
+    def _given(self) -> ParallelStrategy:
+        given = ParallelStrategy(**{name: getattr(self.namespace, flag) for flag, name in STRATEGY_FLAGS.items()})
         recompute = self.namespace.recompute
         if recompute is None and None not in given[:4]:
             recompute = "model"
@@ -139,7 +139,7 @@ class Planner:
             hardware = calibrate(hardware, self.platform, self.spec)
         return hardware
 
-    def _row(self) -> Row:
+    def _row(self) -> PlannedRow:
         """The rows of a micro-batch, from the data or from the flags."""
         given, text = self.namespace, self.spec.text_decoder
         length = given.seq_length or text.language_max_sequence_length
@@ -150,12 +150,12 @@ class Planner:
         tokens = float(length) if given.sample_tokens is None else given.sample_tokens
         if tokens > length:
             raise ConfigError(f"--sample-tokens {tokens:g} exceeds --seq-length {length}: lower it")
-        return Row(positions=length, lengths=(tokens,), images=images, supervised=given.sample_supervised)
+        return PlannedRow(positions=length, lengths=(tokens,), images=images, supervised=given.sample_supervised)
 
 
-def job_of(args: DriverArguments, spec: ModelSpec, row: Row, device: str) -> Job:
+def job_of(args: DriverArguments, spec: ModelSpec, row: PlannedRow, device: str) -> TrainingJob:
     """The planner's view of a run's arguments."""
-    return Job(
+    return TrainingJob(
         spec=spec,
         runtime=runtime_of(args),
         data_parallel_size=args.data_parallel_size,
@@ -196,18 +196,16 @@ def _check_numbers(namespace: argparse.Namespace) -> None:
         raise ConfigError("the command line cannot be used:\n  " + "\n  ".join(problems))
 
 
-def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: int | None) -> tuple[int, Row]:
+def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: int | None) -> tuple[int, PlannedRow]:
     """(samples of an epoch, the mean row) of a data config; the data is checked as `train` checks it."""
-    from mindspeed_mm.trainer.run import TrainingRun
-
     single = copy.copy(namespace)
-    for flag in LAYOUT_FLAGS:
+    for flag in STRATEGY_FLAGS:
         setattr(single, flag, 1)
     single.sequence_parallel, single.global_batch_size = False, 1
     single.lr, single.train_iters = 1e-4, 10**6
     args = arguments.from_namespace(single, world_size=1)
-    training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data)
-    dataset = training.dataset
+    inputs = RunInputs(args, platform, namespace.mm_model, namespace.mm_data)
+    dataset = inputs.dataset
     chosen = sorted({round(number * (len(dataset) - 1) / (SAMPLED - 1)) for number in range(SAMPLED)})
     with progress_bar("samples", len(chosen)) as advance:
         found = []
@@ -218,15 +216,15 @@ def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: in
     images = sum(len(sample.images) for sample in found) / len(found)
     supervised = sum(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in found) / len(found)
     mean = sum(lengths) / len(lengths)
-    loading = training.data_config.dataloader_param
+    loading = inputs.data_config.dataloader_param
     if not loading.packing:
-        return samples or len(dataset), Row(
+        return samples or len(dataset), PlannedRow(
             positions=max(lengths), lengths=(mean,), images=images, supervised=supervised
         )
     length = loading.packing_length or dataset.max_length
     together = max(1, int(length / mean))
     rows = (samples or len(dataset)) // together
     logger.info("packing: about %d samples share a row; an epoch has %d rows", together, rows)
-    return rows, Row(
+    return rows, PlannedRow(
         positions=length, lengths=(mean,) * together, images=together * images, supervised=together * supervised
     )

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mindspeed_mm.planning.communication import stage_traffic
 from mindspeed_mm.planning.memory import checkpoint_bytes, host_memory, rank_memory
-from mindspeed_mm.planning.planner import Result
+from mindspeed_mm.planning.planner import PlanResult
 from mindspeed_mm.planning.search import REFERENCE, Plan
 
 GB = 1e9
@@ -26,7 +26,7 @@ SENT = {
 }
 
 
-def show(result: Result, top: int) -> None:
+def show(result: PlanResult, top: int) -> None:
     """Print the layouts, and the first one in detail, on stderr."""
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     plans = result.fitting or result.others
@@ -36,7 +36,7 @@ def show(result: Result, top: int) -> None:
         console.print(line, highlight=False)
 
 
-def _layouts(result: Result, plans: list[Plan]) -> Table:
+def _layouts(result: PlanResult, plans: list[Plan]) -> Table:
     fits = f"fit into {result.limit / GB:.1f} GB" if result.fitting else f"DO NOT fit into {result.limit / GB:.1f} GB"
     table = Table(title=f"layouts that {fits} a device, best first ({len(result.fitting)} fit)")
     for name in ("TP", "PP", "CP", "DP", "MBS", "recompute", "GB", "of it activations", "sent, GB", "s/step", "MFU %"):
@@ -46,7 +46,7 @@ def _layouts(result: Result, plans: list[Plan]) -> Table:
         table.add_row(
             *(str(number) for number in (job.tensor, job.pipeline, job.context, job.data_parallel_size)),
             str(job.micro_batch_size),
-            plan.layout.recompute,
+            plan.strategy.recompute,
             f"{plan.memory.peak / GB:.1f}",
             f"{plan.memory.activations / GB:.1f}",
             f"{plan.traffic.total / GB:.2f}",
@@ -56,7 +56,7 @@ def _layouts(result: Result, plans: list[Plan]) -> Table:
     return table
 
 
-def mfu(plan: Plan, result: Result) -> float:
+def mfu(plan: Plan, result: PlanResult) -> float:
     """Model operations over what the devices could do at their peak."""
     return plan.time.model_flops / plan.time.total / plan.job.world_size / result.hardware.peak_flops
 
@@ -77,7 +77,7 @@ def _details(plan: Plan) -> Table:
     return table
 
 
-def _sentences(result: Result, plan: Plan) -> list[str]:
+def _sentences(result: PlanResult, plan: Plan) -> list[str]:
     job, hardware = plan.job, result.hardware
     checkpoint, host = checkpoint_bytes(job), host_memory(job)
     lines = [
@@ -85,7 +85,7 @@ def _sentences(result: Result, plan: Plan) -> list[str]:
         f"host memory: {host.total / GB:.1f} GB a rank",
         f"flags of train: {flags(plan)}",
     ]
-    if plan.layout.recompute != "model":
+    if plan.strategy.recompute != "model":
         lines.append(f"recomputation is set in the model config: {recompute_keys(plan)}")
     if plan.time is None:
         lines.append(
@@ -109,7 +109,7 @@ def _sentences(result: Result, plan: Plan) -> list[str]:
     return lines
 
 
-def epoch_seconds(plan: Plan, result: Result) -> float:
+def epoch_seconds(plan: Plan, result: PlanResult) -> float:
     """Predicted seconds of an epoch of whole global batches."""
     return result.samples / plan.job.global_batch_size * plan.time.total
 
@@ -140,7 +140,7 @@ def _json(value: object) -> str:
     return "null" if value is None else f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def as_json(result: Result, top: int) -> dict[str, Any]:
+def as_json(result: PlanResult, top: int) -> dict[str, Any]:
     """The result for --json: bytes, seconds, FLOP/s."""
     return {
         "hardware": asdict(result.hardware),
@@ -151,7 +151,7 @@ def as_json(result: Result, top: int) -> dict[str, Any]:
     }
 
 
-def _plan_json(plan: Plan, result: Result) -> dict[str, Any]:
+def _plan_json(plan: Plan, result: PlanResult) -> dict[str, Any]:
     job = plan.job
     stages = [
         rank_memory(job, stage).as_dict() | {"sent": asdict(stage_traffic(job, stage))} for stage in range(job.pipeline)
@@ -163,7 +163,7 @@ def _plan_json(plan: Plan, result: Result) -> dict[str, Any]:
         "data": job.data_parallel_size,
         "micro_batch_size": job.micro_batch_size,
         "global_batch_size": job.global_batch_size,
-        "recompute": plan.layout.recompute,
+        "recompute": plan.strategy.recompute,
         "flags": flags(plan),
         "fits": plan.memory.peak <= result.limit,
         "peak": plan.memory.peak,

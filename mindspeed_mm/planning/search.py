@@ -10,7 +10,7 @@ from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.planning.communication import Traffic, stage_traffic
 from mindspeed_mm.planning.duration import StepTime, step_time
 from mindspeed_mm.planning.hardware import Hardware, known
-from mindspeed_mm.planning.job import Job
+from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.memory import RankMemory, peak_memory
 
 RECOMPUTE = ("none", "selective", "full")
@@ -19,7 +19,7 @@ REFERENCE = "A100"
 """Layouts are compared by this device's ratios where the one at hand has no figures; no times are shown then."""
 
 
-class Layout(NamedTuple):
+class ParallelStrategy(NamedTuple):
     """What the search varies; None: not decided."""
 
     tensor: int | None = None
@@ -39,8 +39,8 @@ class Layout(NamedTuple):
 class Plan:
     """One layout with its predictions."""
 
-    job: Job
-    layout: Layout
+    job: TrainingJob
+    strategy: ParallelStrategy
     memory: RankMemory
     """Of the rank that needs most."""
     traffic: Traffic
@@ -51,7 +51,7 @@ class Plan:
     """Compared between layouts: seconds for a sample, or a measure of it."""
 
 
-def layouts(devices: int, given: Layout, *, devices_per_host: int) -> Iterator[Layout]:
+def strategies(devices: int, given: ParallelStrategy, *, devices_per_host: int) -> Iterator[ParallelStrategy]:
     """Every combination of sizes that divides `devices`, with what is given kept.
 
     Tensor and context parallelism, which communicate in every layer, stay inside a host unless they are given.
@@ -65,7 +65,7 @@ def layouts(devices: int, given: Layout, *, devices_per_host: int) -> Iterator[L
                     continue
                 for micro_batch in _choices(given.micro_batch, MICRO_BATCHES):
                     for recompute in _choices(given.recompute, RECOMPUTE):
-                        yield Layout(tensor, pipeline, context, micro_batch, recompute)
+                        yield ParallelStrategy(tensor, pipeline, context, micro_batch, recompute)
 
 
 def _choices(given, options):
@@ -93,12 +93,12 @@ def with_recompute(spec: ModelSpec, recompute: str) -> ModelSpec:
     return spec.model_copy(update={"text_decoder": text, "image_encoder": encoder})
 
 
-def evaluate(job: Job, layout: Layout, hardware: Hardware) -> Plan:
+def evaluate(job: TrainingJob, strategy: ParallelStrategy, hardware: Hardware) -> Plan:
     """Predictions of one layout."""
     memory = peak_memory(job)
     time = step_time(job, hardware) if hardware.times_known else None
     compared = time or step_time(job, known()[REFERENCE])
-    return Plan(job, layout, memory, stage_traffic(job, memory.stage), time, compared.total / job.global_batch_size)
+    return Plan(job, strategy, memory, stage_traffic(job, memory.stage), time, compared.total / job.global_batch_size)
 
 
 def ranked(plans: list[Plan], limit: float) -> tuple[list[Plan], list[Plan]]:

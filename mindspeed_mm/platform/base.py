@@ -202,7 +202,7 @@ class Platform(abc.ABC):
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., H] and [H] -> [..., H]."""
-        return fused.RMSNorm.apply(x, weight, eps)
+        return fused.FusedRMSNorm.apply(x, weight, eps)
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half of the last dimension, [..., 2F] -> [..., F]."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-class RMSNorm(torch.autograd.Function):
+class FusedRMSNorm(torch.autograd.Function):
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps); keeps x and r."""
 
     @staticmethod

@@ -9,7 +9,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
@@ -19,10 +19,8 @@ from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform.base import local_rank
 from mindspeed_mm.trainer.caching_step import CachingStep, check_cachable, vision_encoder_fingerprint
+from mindspeed_mm.trainer.inputs import RunInputs
 from mindspeed_mm.trainer.step import forward_step
-
-if TYPE_CHECKING:
-    from mindspeed_mm.trainer.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def options_of(namespace: argparse.Namespace) -> CacheOptions | None:
 
 
 @contextlib.contextmanager
-def forward_steps(run: TrainingRun, state: TrainState, options: CacheOptions | None) -> Iterator[Callable]:
+def forward_steps(inputs: RunInputs, state: TrainState, options: CacheOptions | None) -> Iterator[Callable]:
     """The forward step of a run, with the cache where one is asked for. Collective.
 
     Raises:
@@ -60,7 +58,7 @@ def forward_steps(run: TrainingRun, state: TrainState, options: CacheOptions | N
     if options is None:
         yield forward_step
         return
-    check_cachable(run.spec, run.runtime, run.media)
+    check_cachable(inputs.spec, inputs.runtime, inputs.media)
     used = {host: size for host, size in gather((socket.gethostname(), _used(options.folder))) if size is not None}
     room = max(0.0, options.limit - max(used.values()))
     if is_rank_0():
@@ -73,12 +71,12 @@ def forward_steps(run: TrainingRun, state: TrainState, options: CacheOptions | N
     if not vision_encoders:  # a later pipeline stage: it needs no images
         yield forward_step
         return
-    dtype = run.runtime.params_dtype
-    name = vision_encoder_fingerprint(vision_encoders[0], run.media, platform=run.platform, dtype=dtype)
-    shape = (run.media.fixed.count, run.spec.vision_encoder.hidden_size)
+    dtype = inputs.runtime.params_dtype
+    name = vision_encoder_fingerprint(vision_encoders[0], inputs.media, platform=inputs.platform, dtype=dtype)
+    shape = (inputs.media.fixed.count, inputs.spec.vision_encoder.hidden_size)
     cache = FeatureCache(options.folder, name, shape, dtype, room / state.data_parallel_size)
-    run.dataset.feature_cache = cache
-    with contextlib.closing(CachingStep(cache, run.platform.device())) as step:
+    inputs.dataset.feature_cache = cache
+    with contextlib.closing(CachingStep(cache, inputs.platform.device())) as step:
         yield step
 
 

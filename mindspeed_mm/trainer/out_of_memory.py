@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,13 +15,11 @@ from mindspeed_mm.errors import TrainingError
 from mindspeed_mm.models.parallel import layout_problems
 from mindspeed_mm.planning.duration import step_time
 from mindspeed_mm.planning.hardware import known
-from mindspeed_mm.planning.job import Job, Row
+from mindspeed_mm.planning.job import PlannedRow, TrainingJob
 from mindspeed_mm.planning.memory import peak_memory
 from mindspeed_mm.planning.planner import job_of
 from mindspeed_mm.planning.search import REFERENCE, with_recompute
-
-if TYPE_CHECKING:
-    from mindspeed_mm.trainer.run import TrainingRun
+from mindspeed_mm.trainer.inputs import RunInputs
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ class Remedy(NamedTuple):
     """A change of the run that needs less memory."""
 
     text: str
-    job: Job
+    job: TrainingJob
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -45,7 +43,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def explaining_out_of_memory(training: TrainingRun) -> Iterator[None]:
+def explaining_out_of_memory(inputs: RunInputs) -> Iterator[None]:
     """Turns the error of a full memory into one that says what to do.
 
     Raises:
@@ -56,21 +54,21 @@ def explaining_out_of_memory(training: TrainingRun) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainingError(_message(training, error)) from error
+        raise TrainingError(_message(inputs, error)) from error
 
 
-def _message(training: TrainingRun, error: RuntimeError) -> str:
-    args = training.args
-    row = _row(training)
-    job = job_of(args, training.spec, row, training.platform.name)
+def _message(inputs: RunInputs, error: RuntimeError) -> str:
+    args = inputs.args
+    row = _row(inputs)
+    job = job_of(args, inputs.spec, row, inputs.platform.name)
     peak = peak_memory(job)
     lines = [
-        f"the memory of {training.platform.name} is full: {str(error).splitlines()[0]}",
+        f"the memory of {inputs.platform.name} is full: {str(error).splitlines()[0]}",
         f"this run is predicted to need {peak.peak / 1e9:.2f} GB on a rank with rows of {row.positions} tokens "
         f"(parameters {peak.parameters / 1e9:.2f}, gradients {peak.gradients / 1e9:.2f}, optimizer "
         f"{peak.optimizer / 1e9:.2f}, activations {peak.activations / 1e9:.2f})",
     ]
-    snapshot = _snapshot(training)
+    snapshot = _snapshot(inputs)
     if snapshot is not None:
         lines.append(f"a snapshot of the memory is in {snapshot}")
     found = remedies(job)
@@ -80,25 +78,25 @@ def _message(training: TrainingRun, error: RuntimeError) -> str:
     return "\n  ".join(lines)
 
 
-def remedies(job: Job) -> list[Remedy]:
+def remedies(job: TrainingJob) -> list[Remedy]:
     """The changes that save memory and cost least time, at most three, cheapest first."""
     peak = peak_memory(job).peak
     helping = [remedy for remedy in _changes(job) if peak_memory(remedy.job).peak <= ENOUGH * peak]
     return sorted(helping, key=lambda remedy: _seconds(remedy.job))[:SHOWN]
 
 
-def _seconds(job: Job) -> float:
+def _seconds(job: TrainingJob) -> float:
     """Time of a sample, by the ratios of the device that layouts are compared with."""
     return step_time(job, known()[REFERENCE]).total / job.global_batch_size
 
 
-def _described(remedy: Remedy, job: Job) -> str:
+def _described(remedy: Remedy, job: TrainingJob) -> str:
     saved = peak_memory(remedy.job).peak
     slower = 100 * (_seconds(remedy.job) / _seconds(job) - 1)
     return f"{remedy.text}: {saved / 1e9:.2f} GB, {slower:+.0f} % time a sample"
 
 
-def _changes(job: Job) -> Iterator[Remedy]:
+def _changes(job: TrainingJob) -> Iterator[Remedy]:
     """Single changes of a run on the same devices with the same global batch."""
     if job.micro_batch_size % 2 == 0:
         half = replace(job, micro_batch_size=job.micro_batch_size // 2, num_micro_batches=2 * job.num_micro_batches)
@@ -131,20 +129,20 @@ def _changes(job: Job) -> Iterator[Remedy]:
 FULL = '"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1'
 
 
-def _row(training: TrainingRun) -> Row:
+def _row(inputs: RunInputs) -> PlannedRow:
     """The longest rows that the run may have, all text supervised: what filled the memory was one of them."""
-    args, spec = training.args, training.spec
+    args, spec = inputs.args, inputs.spec
     length = args.seq_length or spec.text_decoder.language_max_sequence_length
-    loading = training.data_config.dataloader_param
+    loading = inputs.data_config.dataloader_param
     if loading.packing:
         length = loading.packing_length or length
-    return Row(positions=length, lengths=(float(length),), images=1.0)
+    return PlannedRow(positions=length, lengths=(float(length),), images=1.0)
 
 
-def _snapshot(training: TrainingRun) -> Path | None:
+def _snapshot(inputs: RunInputs) -> Path | None:
     """Write the allocator's state beside the checkpoints, where the platform can."""
-    if training.args.save is None:
+    if inputs.args.save is None:
         return None
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    path = Path(training.args.save) / f"out_of_memory_rank{rank}.pickle"
-    return path if training.platform.memory_snapshot(path) else None
+    path = Path(inputs.args.save) / f"out_of_memory_rank{rank}.pickle"
+    return path if inputs.platform.memory_snapshot(path) else None

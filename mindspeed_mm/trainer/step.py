@@ -35,7 +35,7 @@ def sum_losses(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, 
     return total, count, {"lm loss": (total.detach(), count)}
 
 
-def level(batches: list[Batch], pad_token_id: int) -> list[Batch]:
+def pad_to_one_length(batches: list[Batch], pad_token_id: int) -> list[Batch]:
     """Pad the rows of a step's micro-batches to one length, which virtual pipeline stages ask for.
 
     What is added stands behind everything else, is seen by no other position and has no label.
@@ -55,7 +55,7 @@ def _lengthen(batch: Batch, extra: int, pad_token_id: int) -> Batch:
     return dataclasses.replace(batch, **changes, position_ids=torch.cat((batch.position_ids, positions), dim=-1))
 
 
-def one_row(batch: Batch, config: Any) -> tuple[Batch, list[int] | None]:
+def pack_rows(batch: Batch, config: Any) -> tuple[Batch, list[int] | None]:
     """All rows of a micro-batch one behind the other, without their padding, so that none of it is computed.
 
     Virtual pipeline stages want micro-batches of one length and keep the padding. A batch that does not say how long
@@ -131,7 +131,7 @@ def forward_batch(
     Ids and labels stay in host memory, where the model looks for images and labels without waiting for the device.
     """
     device = current_platform().device()
-    batch, lengths = one_row(batch, model.config)
+    batch, lengths = pack_rows(batch, model.config)
     output = model(
         batch.input_ids,
         batch.position_ids.to(device, non_blocking=True),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,13 +12,11 @@ from megatron.driver import validation
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.state import Hooks, TrainState
-from mindspeed_mm.data.build import DataCounts, build_dataset, build_loader
+from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.config import DataloaderParam
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.trainer.inputs import RunInputs
 from mindspeed_mm.trainer.step import forward_step
-
-if TYPE_CHECKING:
-    from mindspeed_mm.trainer.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -27,33 +24,26 @@ logger = logging.getLogger(__name__)
 class Validation:
     """Measures the loss on data.json's validation_parameters at --eval-interval, on the same samples each time."""
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, inputs: RunInputs) -> None:
         """Checks the sets. Raises ConfigError where there are sets but no interval."""
-        self._run, self._dataset = run, None
-        args, parameters = run.args, run.data_config.dataset_param
+        self._inputs, self._dataset = inputs, None
+        args, parameters = inputs.args, inputs.data_config.dataset_param
         if not parameters.validation_parameters:
             return
         if args.eval_interval is None:
             raise ConfigError(
                 "the data config has validation_parameters, but when to use them is open: --eval-interval"
             )
-        self._dataset = build_dataset(
-            run.data_config,
-            run.tokenizer,
-            run.media,
-            args.seq_length or run.spec.text_decoder.language_max_sequence_length,
-            positions=run.positions,
-            validation=True,
-        )
+        self._dataset = inputs.build_dataset(validation=True)
 
     def after_step(self, state: TrainState) -> None:
         """Measure and log, if it is time. Collective."""
-        args = self._run.args
+        args = self._inputs.args
         if self._dataset is None or state.iteration % args.eval_interval:
             return
         whole = max(1, len(self._dataset) // args.global_batch_size)
         batches = min(args.eval_iters or whole, whole)
-        hooks = Hooks(level=self._run.level)
+        hooks = Hooks(pad_to_one_length=self._inputs.pad_to_one_length)
         loss = validation.evaluate(state, args, forward_step, self._batches(state, batches), batches, hooks)
         if is_rank_0():
             logger.info(
@@ -63,18 +53,18 @@ class Validation:
 
     def _batches(self, state: TrainState, batches: int):
         """The first micro-batches of the set in the order of the file; read in this process."""
-        run = self._run
-        per_rank = batches * run.args.global_batch_size // (run.args.micro_batch_size * state.data_parallel_size)
+        inputs = self._inputs
+        per_rank = batches * inputs.args.global_batch_size // (inputs.args.micro_batch_size * state.data_parallel_size)
         loader = build_loader(
             self._dataset,
             consumed_samples=0,
-            micro_batch_size=run.args.micro_batch_size,
+            micro_batch_size=inputs.args.micro_batch_size,
             dp_rank=state.data_parallel_rank,
             dp_size=state.data_parallel_size,
-            seed=run.args.seed,
+            seed=inputs.args.seed,
             num_workers=0,
-            pad_token_id=run.pad_token_id,
-            pad_multiple=run.runtime.sequence_multiple,
+            pad_token_id=inputs.pad_token_id,
+            pad_multiple=inputs.runtime.sequence_multiple,
             options=DataloaderParam(shuffle=False),
         )
         return islice(loader, per_rank)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.layout import check_divisible, padded_vocab_size, shard
 from mindspeed_mm.weights.rules import Geometry, RuleSet, Step
+from mindspeed_mm.weights.shards import check_divisible, padded_vocab_size, shard
 from mindspeed_mm.weights.sources import PartSource, Source
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
 """Weight rules: one declaration per tensor of ours gives both directions of a conversion and the parallel split.
 
-A rule names one of OUR tensors and the source tensors that it is made of. `{}` in a name is the layer number, `{+1}`
-the next one, `{*2}` twice the number. `axis` is the axis of our tensor that tensor parallelism splits; None means
-replicated.
+A rule names one of OUR tensors and the source tensors that it is made of. `{}` in a name is the layer number,
+`{layer+1}` the next one, `{2*layer}` twice the number. `axis` is the axis of our tensor that tensor parallelism splits;
+None means replicated.
 Functions here are pure and know nothing of files or of process groups.
 
 Letters in shapes: G query groups, R = heads / G query heads per group, D channels per head, H hidden size, F MLP size.
@@ -57,8 +57,8 @@ class Rule:
 
     `needs` names a boolean of Geometry without which neither side has the tensor. `unused` marks a tensor that public
     layouts hold and our module never builds: loading drops it, conversions carry it; `shape_like` names a tensor of
-    ours with its shape, for an export of a source that has none. `every` (first, step) says which layers a rule with a
-    layer number describes.
+    ours with its shape, for an export of a source that has none. `layer_stride` (first, step) says which layers a rule
+    with a layer number describes.
     """
 
     target: str
@@ -67,7 +67,7 @@ class Rule:
     needs: str | None = None
     unused: bool = False
     shape_like: str | None = None
-    every: tuple[int, int] = (0, 1)
+    layer_stride: tuple[int, int] = (0, 1)
 
     def to_ours(self, tensors: list[Tensor], geometry: Geometry) -> Tensor:
         """Merge the source tensors (in the order of `sources`) into ours."""
@@ -262,7 +262,8 @@ class RuleSet:
         rules = [rule for rule in self.rules if isinstance(rule, Rule) and not rule.unused]
         return RuleSet(
             tuple(
-                Own(rule.target, (rule.target,), rule.axis, rule.needs, every=rule.every, like=rule) for rule in rules
+                Own(rule.target, (rule.target,), rule.axis, rule.needs, layer_stride=rule.layer_stride, like=rule)
+                for rule in rules
             ),
             self.tied,
         )
@@ -272,7 +273,7 @@ class RuleSet:
         source_layers = max(geometry.num_layers, geometry.source_layers or 0)
         steps = []
         for rule in self._active(geometry):
-            first, step = rule.every
+            first, step = rule.layer_stride
             for layer in range(first, source_layers, step) if is_layered(rule.target) else (None,):
                 unused = rule.unused or (layer is not None and layer >= geometry.num_layers)
                 steps.append(
@@ -377,7 +378,7 @@ def layer_of(pattern: str, name: str) -> int | None:
     return layer if layer >= 0 and not rest else None
 
 
-_NUMBERS = {"{}": (0, 1), "{+1}": (1, 1), "{*2}": (0, 2)}
+_NUMBERS = {"{}": (0, 1), "{layer+1}": (1, 1), "{2*layer}": (0, 2)}
 """What stands for the number of a layer, which is written as first + step * layer."""
 
 

@@ -12,7 +12,7 @@ from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import load_model_spec
 from tests.checkpoint_converters.converter_helpers import assert_equal, our_tensors, write_llava
-from tests.helpers.golden_training import Layout, description, records, train_golden
+from tests.helpers.golden_training import GoldenLayout, description, records, train_golden
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_model_is_loaded_from_it(saved, golden):
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(Layout(), marks=pytest.mark.slow), Layout(tensor=2), Layout(pipeline=2)]
+    "layout", [pytest.param(GoldenLayout(), marks=pytest.mark.slow), GoldenLayout(tensor=2), GoldenLayout(pipeline=2)]
 )
 def test_training_starts_from_it_at_any_layout(golden, saved, ranks, tmp_path, layout):
     ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path / "run"), f"--load {saved} --exit-interval 1")
@@ -87,7 +87,7 @@ FOUR = tuple(
 
 
 def test_a_checkpoint_of_four_tensor_parallel_ranks_is_a_source(golden, ranks, tmp_path):
-    layout = Layout(tensor=4, trained="c", decoder=FOUR)
+    layout = GoldenLayout(tensor=4, trained="c", decoder=FOUR)
     ranks(4).run(train_golden, golden, layout, str(tmp_path / "save"), "--exit-interval 1")
     (folder,) = (tmp_path / "save").glob("iter_*")
     run = json.loads((folder / "run.json").read_text())

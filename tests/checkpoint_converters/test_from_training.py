@@ -10,7 +10,7 @@ from mindspeed_mm.errors import CheckpointError
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import load_model_spec
 from tests.checkpoint_converters.converter_helpers import assert_equal, our_tensors
-from tests.helpers.golden_training import Layout, description, train_golden
+from tests.helpers.golden_training import GoldenLayout, description, train_golden
 
 
 def describe(monkeypatch, model):
@@ -24,7 +24,9 @@ def describe(monkeypatch, model):
     monkeypatch.setattr(checkpoint_source, "read_checkpoint", described)
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2, trained="c"), Layout(pipeline=2, trained="c", grouped=True)])
+@pytest.mark.parametrize(
+    "layout", [GoldenLayout(tensor=2, trained="c"), GoldenLayout(pipeline=2, trained="c", grouped=True)]
+)
 def test_a_checkpoint_goes_to_every_layout_of_whole_models(golden, ranks, tmp_path, monkeypatch, layout):
     save = tmp_path / "save"
     ranks(2).run(train_golden, golden, layout, str(save), "--exit-interval 1")

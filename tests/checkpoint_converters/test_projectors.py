@@ -142,7 +142,7 @@ def train_through(golden, save, linears):
         return model
 
     golden_training.description = changed
-    layout = golden_training.Layout(tensor=torch.distributed.get_world_size(), trained="a")
+    layout = golden_training.GoldenLayout(tensor=torch.distributed.get_world_size(), trained="a")
     try:
         return golden_training.train_golden(golden, layout, save, "--exit-interval 2")
     finally:

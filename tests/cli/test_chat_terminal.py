@@ -50,7 +50,7 @@ def run_in_terminal(path, line):
         sys.stdin, sys.stdout, sys.stderr = files
 
 
-class Terminal:
+class PseudoTerminal:
     """The other side of a command's terminal."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ def test_a_session(ranks, golden, tmp_path):
     line = ["chat", "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--json"]
     # Every answer is long: it could not end by itself between two keys.
     line += ["--max-new-tokens", "1700", "--option", "min_new_tokens=1700"]
-    with ThreadPoolExecutor(1) as thread, contextlib.closing(Terminal()) as terminal:
+    with ThreadPoolExecutor(1) as thread, contextlib.closing(PseudoTerminal()) as terminal:
         code = thread.submit(partial(ranks(1).run, run_in_terminal, terminal.path, line, timeout=5 * PATIENCE))
         result = talk(terminal, image)
         assert code.result() == [0]

@@ -10,7 +10,7 @@ from tests.helpers.golden_model import model_json
 FLAGS = "--lr 1e-3 --micro-batch-size 1 --global-batch-size 2 --seq-length 256 --num-workers 0 --device cpu"
 
 
-class Runner:
+class TrainCommand:
     """Writes model.json and data.json, runs the command, keeps what it printed."""
 
     def __init__(self, folder, golden, capsys):
@@ -41,7 +41,7 @@ class Runner:
 
 @pytest.fixture
 def train(tmp_path, golden, single_process, capsys):
-    return Runner(tmp_path, golden, capsys)
+    return TrainCommand(tmp_path, golden, capsys)
 
 
 def test_stage_1_checkpoint_chats_in_v1_and_brings_its_tokenizer(train):

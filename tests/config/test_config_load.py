@@ -9,7 +9,7 @@ from mindspeed_mm.config.load import MAX_CONFIG_BYTES
 from mindspeed_mm.errors import ConfigError
 
 
-class Part(StrictModel):
+class ToyPart(StrictModel):
     num_layers: int
     eps: float = 1e-5
     freeze: bool = False
@@ -18,8 +18,8 @@ class Part(StrictModel):
 
 class Whole(StrictModel):
     model_id: str
-    decoder: Part
-    parts: list[Part] = []
+    decoder: ToyPart
+    parts: list[ToyPart] = []
 
 
 GOOD = {"model_id": "llava", "decoder": {"num_layers": 4, "eps": 1, "size": [1, 2]}}

@@ -50,12 +50,12 @@ def test_half_an_environment(world, monkeypatch):
 
 
 def test_the_store_goes_away():
-    class Gone:
+    class LostStore:
         def set(self, *_):
             raise RuntimeError("connection reset")
 
     with pytest.raises(TrainingError, match="rank 0, which keeps the list of ranks, was lost while rank 3"):
-        preflight.sign_in(Gone(), 3, 4, 1.0)
+        preflight.sign_in(LostStore(), 3, 4, 1.0)
 
 
 def grid():

@@ -90,10 +90,10 @@ def test_lean_steps_equal_the_modules(variant, tmp_path):
 
     save_random_llava(tmp_path, variant)
     decoder = Decoder(mm.load(tmp_path, device="cpu").model)
-    assert decoder._lean is not None
+    assert decoder._single_token is not None
     found = []
-    for lean in (decoder._lean, None):
-        decoder._lean = lean
+    for single_token in (decoder._single_token, None):
+        decoder._single_token = single_token
         decoder.cache.reserve(2, 20)
         decoder.prefill([[5, 6, 7], [8, 9, 10, 11, 12]], (), 0)
         found.append([decoder.step([3, 4], [3, 5]), decoder.step([6, 7], [4, 6])])
@@ -115,12 +115,12 @@ def test_prompts_filled_in_by_parts_have_the_logits_of_whole_ones(vlm, starts):
 
 
 def test_changed_layers_go_through_their_modules(vlm):
-    from mindspeed_mm.generation.lean import LeanStep
+    from mindspeed_mm.generation.single_token import SingleTokenStep
 
     decoder = vlm.model.text_decoder
-    assert LeanStep.fits(decoder)
+    assert SingleTokenStep.fits(decoder)
     hook = decoder.decoder.layers[1].mlp.linear_fc1.register_forward_hook(lambda *_: None)
-    assert not LeanStep.fits(decoder)
+    assert not SingleTokenStep.fits(decoder)
     hook.remove()
 
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 import mindspeed_mm as mm
-from tests.helpers.golden_training import Layout, description, train_golden
+from tests.helpers.golden_training import GoldenLayout, description, train_golden
 
 
 def greedy(vlm, golden):
@@ -67,7 +67,7 @@ def from_checkpoint(golden, save, model, tensor, pipeline):
     return greedy(vlm, golden)
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=2, trained="c"), Layout(pipeline=2, trained="c")])
+@pytest.mark.parametrize("layout", [GoldenLayout(tensor=2, trained="c"), GoldenLayout(pipeline=2, trained="c")])
 def test_training_checkpoint(golden, ranks, tmp_path, layout):
     """The first step of this training has learning rate 0: its checkpoint holds the reference's weights."""
     save, model = tmp_path / "save", description(golden, layout)

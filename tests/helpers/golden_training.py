@@ -40,7 +40,7 @@ GROUPED = {
 """A decoder with grouped queries, a tied head and a vocabulary that no layout divides, at random weights."""
 
 
-class Layout(NamedTuple):
+class GoldenLayout(NamedTuple):
     """How a run is spread."""
 
     tensor: int = 1
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         return self.tensor * self.pipeline * self.context * self.data
 
 
-def train_golden(golden: Path, layout: Layout, save: str, flags: str = "", steps: int = STEPS) -> int:
+def train_golden(golden: Path, layout: GoldenLayout, save: str, flags: str = "", steps: int = STEPS) -> int:
     """Train golden steps on this rank into `save`; the iteration that was reached."""
     state, args, batches, hooks = begin(golden, layout, f"--save {save} {flags}", steps)
     from megatron.driver import loop
@@ -75,7 +75,7 @@ def train_golden(golden: Path, layout: Layout, save: str, flags: str = "", steps
     return loop.train(state, args, forward_step, batches, hooks).iteration
 
 
-def validate_golden(golden: Path, layout: Layout, batches: int) -> float:
+def validate_golden(golden: Path, layout: GoldenLayout, batches: int) -> float:
     """Loss of the first golden batches, without training."""
     state, args, data, hooks = begin(golden, layout, "", STEPS)
     from megatron.driver import validation
@@ -84,7 +84,7 @@ def validate_golden(golden: Path, layout: Layout, batches: int) -> float:
     return validation.evaluate(state, args, forward_step, data, batches, hooks)
 
 
-def begin(golden: Path, layout: Layout, flags: str, steps: int) -> tuple:
+def begin(golden: Path, layout: GoldenLayout, flags: str, steps: int) -> tuple:
     """(state, args, micro-batches of this rank from the state's step on, hooks)."""
     from mindspeed_mm.platform import get_platform
 
@@ -95,7 +95,7 @@ def begin(golden: Path, layout: Layout, flags: str, steps: int) -> tuple:
     from mindspeed_mm.models.parallel import layout_problems
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.trainer.step import level
+    from mindspeed_mm.trainer.step import pad_to_one_length
 
     args = driver_arguments(layout, f"{FLAGS[layout.trained]} {flags}", steps)
     runtime = Runtime(
@@ -115,10 +115,10 @@ def begin(golden: Path, layout: Layout, flags: str, steps: int) -> tuple:
 
     state = setup.setup(args, provide, platform)
     batches = micro_batches(golden, layout, state.data_parallel_rank, runtime.sequence_multiple, state.iteration)
-    return state, args, batches, Hooks(level=lambda batches: level(batches, 0))
+    return state, args, batches, Hooks(pad_to_one_length=lambda batches: pad_to_one_length(batches, 0))
 
 
-def driver_arguments(layout: Layout, flags: str, steps: int):
+def driver_arguments(layout: GoldenLayout, flags: str, steps: int):
     """DriverArguments of a layout."""
     from megatron.driver import arguments
 
@@ -134,7 +134,7 @@ def driver_arguments(layout: Layout, flags: str, steps: int):
     return arguments.from_namespace(parser.parse_args(line.split()), world_size=layout.ranks)
 
 
-def description(golden: Path, layout: Layout) -> dict[str, Any]:
+def description(golden: Path, layout: GoldenLayout) -> dict[str, Any]:
     """The golden model.json with the layout's changes."""
     model = copy.deepcopy(model_json(golden, trained=TRAINED[layout.trained]))
     model["text_decoder"] |= (GROUPED if layout.grouped else {}) | dict(layout.decoder)
@@ -142,7 +142,7 @@ def description(golden: Path, layout: Layout) -> dict[str, Any]:
     return model
 
 
-def micro_batches(golden: Path, layout: Layout, rank: int, multiple: int, first_step: int = 0) -> Iterator[Batch]:
+def micro_batches(golden: Path, layout: GoldenLayout, rank: int, multiple: int, first_step: int = 0) -> Iterator[Batch]:
     """The micro-batches of one data-parallel rank; their lengths differ, and some have no image."""
     collate = Collator(0, pad_multiple=multiple, row_length=256 if layout.packed else None)
     for number, samples in enumerate(training_samples(golden)[first_step:], first_step):

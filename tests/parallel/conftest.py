@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.golden_training import Layout, full_tensors, records, train_golden
+from tests.helpers.golden_training import GoldenLayout, full_tensors, records, train_golden
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +13,7 @@ def single(ranks, golden, tmp_path_factory):
     def run(mode):
         if mode not in known:
             save = tmp_path_factory.mktemp(f"single-{mode}")
-            ranks(1).run(train_golden, golden, Layout(trained=mode), str(save))
+            ranks(1).run(train_golden, golden, GoldenLayout(trained=mode), str(save))
             known[mode] = records(save), full_tensors(save)
         return known[mode]
 

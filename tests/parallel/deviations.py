@@ -12,21 +12,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.helpers.golden_training import STEPS, Layout, full_tensors, records, train_golden
+from tests.helpers.golden_training import STEPS, GoldenLayout, full_tensors, records, train_golden
 from tests.helpers.pool import RankPool
 from tests.parallel.comparison import relative
 from tests.parallel.test_batches import LAYOUTS as BATCHES
 from tests.parallel.test_one_loss import EIGHT, FOUR_GROUPS, GROUPED, LAYOUTS, RECOMPUTED
 
 
-class Table:
+class DeviationTable:
     """Runs layouts and prints a line for each."""
 
     def __init__(self, golden: Path) -> None:
         self._golden, self._pools, self._known = golden, {}, {}
         self._modes = json.loads((golden / "training" / "meta.json").read_text())["modes"]
 
-    def run(self, layout: Layout, flags: str = "", steps: int = STEPS, save: Path | None = None):
+    def run(self, layout: GoldenLayout, flags: str = "", steps: int = STEPS, save: Path | None = None):
         """(records, tensors) of a layout."""
         with tempfile.TemporaryDirectory() as folder:
             save = save or Path(folder)
@@ -34,9 +34,9 @@ class Table:
             pool.run(train_golden, self._golden, layout, str(save), flags, steps, timeout=600)
             return records(save), full_tensors(save)
 
-    def single(self, layout: Layout, flags: str):
+    def single(self, layout: GoldenLayout, flags: str):
         """What a layout is compared with: one process, four rows a step."""
-        one = Layout(
+        one = GoldenLayout(
             trained=layout.trained,
             grouped=layout.grouped,
             text_steps=layout.text_steps,
@@ -46,7 +46,7 @@ class Table:
             self._known[one] = self.run(one, flags)
         return self._known[one]
 
-    def line(self, name: str, layout: Layout, flags: str = "") -> None:
+    def line(self, name: str, layout: GoldenLayout, flags: str = "") -> None:
         """Run and print."""
         wanted, found = self.single(layout, flags), self.run(layout, flags)
         deviations = {key: _largest(found[0], wanted[0], key) for key in ("loss", "grad_norm")}
@@ -64,10 +64,10 @@ class Table:
             flush=True,
         )
 
-    def grouped(self, layouts: dict[str, Layout], decoder: tuple = ()) -> None:
+    def grouped(self, layouts: dict[str, GoldenLayout], decoder: tuple = ()) -> None:
         """Layouts of the grouped decoder, all from one checkpoint, since fresh weights depend on the layout."""
         with tempfile.TemporaryDirectory() as start:
-            self.run(Layout(grouped=True, decoder=decoder), "", 1, Path(start))
+            self.run(GoldenLayout(grouped=True, decoder=decoder), "", 1, Path(start))
             for name, layout in layouts.items():
                 self.line(f"{name} (grouped)", layout, f"--pretrained-checkpoint {start}")
 
@@ -78,7 +78,7 @@ def _largest(found, wanted, key: str) -> float:
 
 def main() -> None:
     """Print the table."""
-    table = Table(Path(sys.argv[1]))
+    table = DeviationTable(Path(sys.argv[1]))
     if "--eight" in sys.argv:
         return table.grouped(EIGHT)
     for name, layout in LAYOUTS.items():
@@ -91,7 +91,7 @@ def main() -> None:
         if name != "one":
             table.line(f"{name}, every second step without images", layout._replace(text_steps=True, trained="c"))
     table.grouped(GROUPED)
-    table.grouped({"TP4": Layout(tensor=4, grouped=True, decoder=FOUR_GROUPS)}, FOUR_GROUPS)
+    table.grouped({"TP4": GoldenLayout(tensor=4, grouped=True, decoder=FOUR_GROUPS)}, FOUR_GROUPS)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 import pytest
 
-from tests.helpers.golden_training import Layout, begin, full_tensors, records, train_golden, validate_golden
+from tests.helpers.golden_training import GoldenLayout, begin, full_tensors, records, train_golden, validate_golden
 from tests.parallel.comparison import compare, names
 
 LAYOUTS = {
-    "one": Layout(),
-    "TP2 SP": Layout(tensor=2, flags="--sequence-parallel"),
-    "PP2": Layout(pipeline=2),
-    "PP2 VPP2": Layout(pipeline=2, virtual=2),
-    "CP2": Layout(context=2),
-    "DP2": Layout(data=2, flags="--use-distributed-optimizer"),
+    "one": GoldenLayout(),
+    "TP2 SP": GoldenLayout(tensor=2, flags="--sequence-parallel"),
+    "PP2": GoldenLayout(pipeline=2),
+    "PP2 VPP2": GoldenLayout(pipeline=2, virtual=2),
+    "CP2": GoldenLayout(context=2),
+    "DP2": GoldenLayout(data=2, flags="--use-distributed-optimizer"),
 }
 
 
@@ -26,7 +26,7 @@ def test_packed_rows_train_like_plain_ones(ranks, golden, single, tmp_path, name
 def text_steps(ranks, golden, tmp_path_factory):
     """One process, every second step without images."""
     save = tmp_path_factory.mktemp("text-steps")
-    ranks(1).run(train_golden, golden, Layout(text_steps=True, trained="c"), str(save))
+    ranks(1).run(train_golden, golden, GoldenLayout(text_steps=True, trained="c"), str(save))
     return records(save), full_tensors(save)
 
 
@@ -38,7 +38,7 @@ def test_steps_without_images(ranks, golden, text_steps, tmp_path, name):
 
 
 def test_validation_at_every_layout(ranks, golden):
-    (wanted,) = ranks(1).run(validate_golden, golden, Layout(), 3)
+    (wanted,) = ranks(1).run(validate_golden, golden, GoldenLayout(), 3)
     for name, layout in LAYOUTS.items():
         for loss in ranks(layout.ranks).run(validate_golden, golden, layout, 3):
             assert loss == pytest.approx(wanted, rel=1e-6), name
@@ -59,4 +59,4 @@ def images_encoded(golden, layout):
 @pytest.mark.parametrize(("micro_batch", "share"), [(4, [2]), (1, [1, 1, 1, 1])])
 def test_context_parallel_ranks_share_the_images(ranks, golden, micro_batch, share):
     """Four rows with an image each; where there is one for two ranks, one of them gets a blank one."""
-    assert ranks(2).run(images_encoded, golden, Layout(context=2, micro_batch=micro_batch)) == [share, share]
+    assert ranks(2).run(images_encoded, golden, GoldenLayout(context=2, micro_batch=micro_batch)) == [share, share]

@@ -3,27 +3,27 @@
 import pytest
 import torch
 
-from tests.helpers.golden_training import Layout, full_tensors, records, train_golden
+from tests.helpers.golden_training import GoldenLayout, full_tensors, records, train_golden
 from tests.parallel.comparison import compare, names
 
 DISTRIBUTED = "--use-distributed-optimizer"
 OVERLAP = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather"
-TP2 = Layout(tensor=2, flags=f"--sequence-parallel {DISTRIBUTED}")
-PP2 = Layout(pipeline=2)
-DP2 = Layout(data=2, flags=OVERLAP)
-CP2 = Layout(context=2)
-VPP2 = Layout(pipeline=2, virtual=2, flags=DISTRIBUTED)
-UNEVEN = Layout(pipeline=2, decoder=(("pipeline_num_layers", [1, 3]),), flags=DISTRIBUTED)
+TP2 = GoldenLayout(tensor=2, flags=f"--sequence-parallel {DISTRIBUTED}")
+PP2 = GoldenLayout(pipeline=2)
+DP2 = GoldenLayout(data=2, flags=OVERLAP)
+CP2 = GoldenLayout(context=2)
+VPP2 = GoldenLayout(pipeline=2, virtual=2, flags=DISTRIBUTED)
+UNEVEN = GoldenLayout(pipeline=2, decoder=(("pipeline_num_layers", [1, 3]),), flags=DISTRIBUTED)
 
 MOVES = {
     "PP2 -> TP2 SP distributed": (PP2, TP2),
     "TP2 SP distributed -> PP2 uneven distributed": (TP2, UNEVEN),
     "PP2 uneven distributed -> DP2 distributed overlap": (UNEVEN, DP2),
     "DP2 distributed overlap -> CP2": (DP2, CP2),
-    "CP2 -> one": (CP2, Layout(micro_batch=2)),
+    "CP2 -> one": (CP2, GoldenLayout(micro_batch=2)),
     "CP2 -> PP2 VPP2 distributed": (CP2, VPP2),
     "PP2 VPP2 distributed -> PP2 uneven distributed": (VPP2, UNEVEN),
-    "one -> TP2 PP2": (Layout(), Layout(tensor=2, pipeline=2)),
+    "one -> TP2 PP2": (GoldenLayout(), GoldenLayout(tensor=2, pipeline=2)),
 }
 
 
@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ranks, golden, tmp_path, name)
 @pytest.mark.parametrize("virtual", [None, 2], ids=["PP2", "PP2 VPP2"])
 def test_stage_1_saves_the_projector_alone(ranks, golden, single, tmp_path, virtual):
     """The first stage trains the projector (in its first chunk), the second one nothing."""
-    layout = Layout(pipeline=2, virtual=virtual, trained="a", flags=OVERLAP)
+    layout = GoldenLayout(pipeline=2, virtual=virtual, trained="a", flags=OVERLAP)
     save = str(tmp_path)
     ranks(2).run(train_golden, golden, layout, save, "--exit-interval 3")
     ranks(2).run(train_golden, golden, layout, save, f"--load {save}")

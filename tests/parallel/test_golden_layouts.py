@@ -2,16 +2,16 @@
 
 import pytest
 
-from tests.helpers.golden_training import Layout, full_tensors, records, train_golden
+from tests.helpers.golden_training import GoldenLayout, full_tensors, records, train_golden
 from tests.parallel.comparison import compare_final_with_transformers, compare_with_transformers, names
 
 GOLDEN_STEPS = 8
 LAYOUTS = {
-    "TP2 SP": Layout(tensor=2, flags="--sequence-parallel"),
-    "PP2": Layout(pipeline=2),
-    "PP2 VPP2, projector only": Layout(pipeline=2, virtual=2, trained="a"),
-    "CP2": Layout(context=2),
-    "CP2, clipped": Layout(context=2, trained="c"),
+    "TP2 SP": GoldenLayout(tensor=2, flags="--sequence-parallel"),
+    "PP2": GoldenLayout(pipeline=2),
+    "PP2 VPP2, projector only": GoldenLayout(pipeline=2, virtual=2, trained="a"),
+    "CP2": GoldenLayout(context=2),
+    "CP2, clipped": GoldenLayout(context=2, trained="c"),
 }
 
 

@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from tests.helpers.golden_training import Layout, description, driver_arguments
+from tests.helpers.golden_training import GoldenLayout, description, driver_arguments
 
 BF16 = "--bf16"
 SHARED = "--bf16 --use-distributed-optimizer"
 LAYOUTS = {
-    "one rank": Layout(flags=BF16, trained="c"),
-    "TP2": Layout(tensor=2, flags=BF16, trained="c"),
-    "PP2": Layout(pipeline=2, flags=BF16, trained="c"),
-    "PP2 VPP2": Layout(pipeline=2, virtual=2, flags=BF16, trained="c"),
-    "CP2": Layout(context=2, flags=BF16, trained="c"),
-    "DP2 distributed": Layout(data=2, flags=SHARED, trained="c"),
-    "CP2 distributed": Layout(context=2, flags=SHARED, trained="c"),
-    "stage 1": Layout(flags=BF16, trained="a"),
+    "one rank": GoldenLayout(flags=BF16, trained="c"),
+    "TP2": GoldenLayout(tensor=2, flags=BF16, trained="c"),
+    "PP2": GoldenLayout(pipeline=2, flags=BF16, trained="c"),
+    "PP2 VPP2": GoldenLayout(pipeline=2, virtual=2, flags=BF16, trained="c"),
+    "CP2": GoldenLayout(context=2, flags=BF16, trained="c"),
+    "DP2 distributed": GoldenLayout(data=2, flags=SHARED, trained="c"),
+    "CP2 distributed": GoldenLayout(context=2, flags=SHARED, trained="c"),
+    "stage 1": GoldenLayout(flags=BF16, trained="a"),
 }
 
 
@@ -68,7 +68,7 @@ def test_bytes_of_parameters_gradients_and_optimizer(ranks, golden, name):
     layout = LAYOUTS[name]
     shared = layout.data * layout.context if "distributed" in layout.flags else 1
     results = ranks(layout.ranks).run(held, golden, layout)
-    whole = ranks(1).run(held, golden, Layout(flags=BF16, trained=layout.trained))[0]
+    whole = ranks(1).run(held, golden, GoldenLayout(flags=BF16, trained=layout.trained))[0]
     for parameters, trained, total in results:
         assert total == pytest.approx(predicted(parameters, trained, shared), rel=0.01)
     copies = layout.data * layout.context

@@ -2,55 +2,57 @@
 
 import pytest
 
-from tests.helpers.golden_training import Layout, full_tensors, records, train_golden
+from tests.helpers.golden_training import GoldenLayout, full_tensors, records, train_golden
 from tests.parallel.comparison import compare, compare_with_transformers, names
 
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 LAYOUTS = {
-    "micro 4": Layout(micro_batch=4),
-    "PP2": Layout(pipeline=2),
-    "PP2, projector only": Layout(pipeline=2, trained="a"),
-    "PP2, clipped": Layout(pipeline=2, trained="c", micro_batch=2),
-    "PP2, layers 1 + 3": Layout(pipeline=2, decoder=(("pipeline_num_layers", [1, 3]),)),
-    "PP2, layers 0 + 4": Layout(pipeline=2, decoder=(("pipeline_num_layers", [0, 4]),)),
-    "PP2 VPP2": Layout(pipeline=2, virtual=2),
-    "PP2 VPP2, projector only": Layout(pipeline=2, virtual=2, trained="a"),
-    "PP2 VPP2, layers 0 + 1, 2 + 1": Layout(
+    "micro 4": GoldenLayout(micro_batch=4),
+    "PP2": GoldenLayout(pipeline=2),
+    "PP2, projector only": GoldenLayout(pipeline=2, trained="a"),
+    "PP2, clipped": GoldenLayout(pipeline=2, trained="c", micro_batch=2),
+    "PP2, layers 1 + 3": GoldenLayout(pipeline=2, decoder=(("pipeline_num_layers", [1, 3]),)),
+    "PP2, layers 0 + 4": GoldenLayout(pipeline=2, decoder=(("pipeline_num_layers", [0, 4]),)),
+    "PP2 VPP2": GoldenLayout(pipeline=2, virtual=2),
+    "PP2 VPP2, projector only": GoldenLayout(pipeline=2, virtual=2, trained="a"),
+    "PP2 VPP2, layers 0 + 1, 2 + 1": GoldenLayout(
         pipeline=2, virtual=2, decoder=(("pipeline_num_layers", [[0, 1], [2, 1]]),), trained="c"
     ),
-    "TP2 PP2 VPP2 SP": Layout(tensor=2, pipeline=2, virtual=2, flags="--sequence-parallel"),
-    "PP2 VPP2 DP2 distributed overlap": Layout(pipeline=2, virtual=2, data=2, flags=OVERLAP),
-    "TP2 SP": Layout(tensor=2, flags="--sequence-parallel"),
-    "CP2": Layout(context=2),
-    "CP2, projector only": Layout(context=2, trained="a"),
-    "DP2 distributed overlap": Layout(data=2, flags=OVERLAP),
-    "DP2 overlap": Layout(data=2, flags="--overlap-grad-reduce"),
-    "TP2 DP2 SP": Layout(tensor=2, data=2, flags="--sequence-parallel"),
-    "TP2 PP2 SP": Layout(tensor=2, pipeline=2, flags="--sequence-parallel"),
-    "PP2 DP2 distributed overlap": Layout(pipeline=2, data=2, flags=OVERLAP),
-    "PP2 CP2": Layout(pipeline=2, context=2),
-    "CP2 DP2 distributed": Layout(context=2, data=2, flags="--use-distributed-optimizer", trained="c"),
+    "TP2 PP2 VPP2 SP": GoldenLayout(tensor=2, pipeline=2, virtual=2, flags="--sequence-parallel"),
+    "PP2 VPP2 DP2 distributed overlap": GoldenLayout(pipeline=2, virtual=2, data=2, flags=OVERLAP),
+    "TP2 SP": GoldenLayout(tensor=2, flags="--sequence-parallel"),
+    "CP2": GoldenLayout(context=2),
+    "CP2, projector only": GoldenLayout(context=2, trained="a"),
+    "DP2 distributed overlap": GoldenLayout(data=2, flags=OVERLAP),
+    "DP2 overlap": GoldenLayout(data=2, flags="--overlap-grad-reduce"),
+    "TP2 DP2 SP": GoldenLayout(tensor=2, data=2, flags="--sequence-parallel"),
+    "TP2 PP2 SP": GoldenLayout(tensor=2, pipeline=2, flags="--sequence-parallel"),
+    "PP2 DP2 distributed overlap": GoldenLayout(pipeline=2, data=2, flags=OVERLAP),
+    "PP2 CP2": GoldenLayout(pipeline=2, context=2),
+    "CP2 DP2 distributed": GoldenLayout(context=2, data=2, flags="--use-distributed-optimizer", trained="c"),
 }
 
 
 # Trained from a checkpoint, since fresh weights depend on the layout.
 GROUPED = {
-    "PP2": Layout(pipeline=2, grouped=True),
-    "CP2": Layout(context=2, grouped=True, micro_batch=2),
-    "TP2 CP2 SP": Layout(tensor=2, context=2, flags="--sequence-parallel", grouped=True),
-    "TP2 PP2": Layout(tensor=2, pipeline=2, grouped=True),
-    "PP2 VPP2": Layout(pipeline=2, virtual=2, grouped=True),
+    "PP2": GoldenLayout(pipeline=2, grouped=True),
+    "CP2": GoldenLayout(context=2, grouped=True, micro_batch=2),
+    "TP2 CP2 SP": GoldenLayout(tensor=2, context=2, flags="--sequence-parallel", grouped=True),
+    "TP2 PP2": GoldenLayout(tensor=2, pipeline=2, grouped=True),
+    "PP2 VPP2": GoldenLayout(pipeline=2, virtual=2, grouped=True),
 }
 FOUR_GROUPS = (("num_query_groups", 4),)
 
 EIGHT = {
-    "TP2 PP2 CP2 SP": Layout(tensor=2, pipeline=2, context=2, flags="--sequence-parallel", grouped=True),
-    "TP2 PP2 DP2 distributed overlap": Layout(tensor=2, pipeline=2, data=2, flags=OVERLAP, grouped=True),
-    "PP2 CP2 DP2 distributed": Layout(pipeline=2, context=2, data=2, flags="--use-distributed-optimizer", grouped=True),
-    "TP2 CP2 DP2 SP": Layout(tensor=2, context=2, data=2, flags="--sequence-parallel", grouped=True),
-    "TP2 PP2 VPP2 DP2": Layout(tensor=2, pipeline=2, virtual=2, data=2, grouped=True),
-    "PP4 DP2": Layout(pipeline=4, data=2, grouped=True),
-    "CP4 DP2": Layout(context=4, data=2, grouped=True),
+    "TP2 PP2 CP2 SP": GoldenLayout(tensor=2, pipeline=2, context=2, flags="--sequence-parallel", grouped=True),
+    "TP2 PP2 DP2 distributed overlap": GoldenLayout(tensor=2, pipeline=2, data=2, flags=OVERLAP, grouped=True),
+    "PP2 CP2 DP2 distributed": GoldenLayout(
+        pipeline=2, context=2, data=2, flags="--use-distributed-optimizer", grouped=True
+    ),
+    "TP2 CP2 DP2 SP": GoldenLayout(tensor=2, context=2, data=2, flags="--sequence-parallel", grouped=True),
+    "TP2 PP2 VPP2 DP2": GoldenLayout(tensor=2, pipeline=2, virtual=2, data=2, grouped=True),
+    "PP4 DP2": GoldenLayout(pipeline=4, data=2, grouped=True),
+    "CP4 DP2": GoldenLayout(context=4, data=2, grouped=True),
 }
 
 FULL = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("recompute_num_layers", 1))
@@ -58,14 +60,14 @@ PAIRS = (("recompute_granularity", "full"), ("recompute_method", "uniform"), ("r
 BLOCK = (("recompute_granularity", "full"), ("recompute_method", "block"), ("recompute_num_layers", 1))
 SELECTIVE = (("recompute_granularity", "selective"),)
 RECOMPUTED = {
-    "uniform": Layout(decoder=PAIRS, vision_encoder=FULL),
-    "block": Layout(decoder=BLOCK, vision_encoder=BLOCK),
-    "selective": Layout(decoder=SELECTIVE, vision_encoder=SELECTIVE),
-    "uniform, projector only": Layout(decoder=FULL, vision_encoder=FULL, trained="a"),
-    "uniform, PP2 VPP2": Layout(decoder=FULL, vision_encoder=FULL, pipeline=2, virtual=2),
-    "uniform, TP2 SP": Layout(decoder=PAIRS, vision_encoder=FULL, tensor=2, flags="--sequence-parallel"),
-    "block, PP2": Layout(decoder=BLOCK, vision_encoder=BLOCK, pipeline=2),
-    "selective, CP2": Layout(decoder=SELECTIVE, vision_encoder=SELECTIVE, context=2),
+    "uniform": GoldenLayout(decoder=PAIRS, vision_encoder=FULL),
+    "block": GoldenLayout(decoder=BLOCK, vision_encoder=BLOCK),
+    "selective": GoldenLayout(decoder=SELECTIVE, vision_encoder=SELECTIVE),
+    "uniform, projector only": GoldenLayout(decoder=FULL, vision_encoder=FULL, trained="a"),
+    "uniform, PP2 VPP2": GoldenLayout(decoder=FULL, vision_encoder=FULL, pipeline=2, virtual=2),
+    "uniform, TP2 SP": GoldenLayout(decoder=PAIRS, vision_encoder=FULL, tensor=2, flags="--sequence-parallel"),
+    "block, PP2": GoldenLayout(decoder=BLOCK, vision_encoder=BLOCK, pipeline=2),
+    "selective, CP2": GoldenLayout(decoder=SELECTIVE, vision_encoder=SELECTIVE, context=2),
 }
 
 
@@ -98,8 +100,8 @@ def test_recomputation_changes_no_number(ranks, golden, single, tmp_path, name):
 def grouped(ranks, golden, tmp_path_factory):
     """(a checkpoint to begin from, five steps from it in one process)."""
     start, save = tmp_path_factory.mktemp("start"), tmp_path_factory.mktemp("grouped")
-    ranks(1).run(train_golden, golden, Layout(grouped=True), str(start), "", 1)
-    ranks(1).run(train_golden, golden, Layout(grouped=True), str(save), f"--pretrained-checkpoint {start}")
+    ranks(1).run(train_golden, golden, GoldenLayout(grouped=True), str(start), "", 1)
+    ranks(1).run(train_golden, golden, GoldenLayout(grouped=True), str(save), f"--pretrained-checkpoint {start}")
     return start, (records(save), full_tensors(save))
 
 
@@ -112,7 +114,10 @@ def test_grouped_queries_tied_head_and_odd_vocabulary(ranks, golden, grouped, tm
 
 
 def test_four_ranks_share_heads_and_an_odd_vocabulary(ranks, golden, tmp_path):
-    one, four = Layout(grouped=True, decoder=FOUR_GROUPS), Layout(tensor=4, grouped=True, decoder=FOUR_GROUPS)
+    one, four = (
+        GoldenLayout(grouped=True, decoder=FOUR_GROUPS),
+        GoldenLayout(tensor=4, grouped=True, decoder=FOUR_GROUPS),
+    )
     start = tmp_path / "start"
     ranks(1).run(train_golden, golden, one, str(start), "", 1)
     for name, layout in (("one", one), ("four", four)):

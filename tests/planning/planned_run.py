@@ -47,13 +47,13 @@ def model(trained: tuple[str, ...] = STAGE_2, **decoder: Any) -> dict:
 
 
 def planned(work: Work):
-    """The Job of a real run."""
+    """The TrainingJob of a real run."""
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
     from megatron.driver import arguments
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.planning.job import Row
+    from mindspeed_mm.planning.job import PlannedRow
     from mindspeed_mm.planning.planner import job_of
 
     parser = argparse.ArgumentParser()
@@ -61,7 +61,7 @@ def planned(work: Work):
     together = max(1, work.packed)
     line = f"--lr 1e-4 --train-iters 9 --seq-length {work.tokens * together} {work.flags}"
     args = arguments.from_namespace(parser.parse_args(line.split()), world_size=work.world_size)
-    row = Row(
+    row = PlannedRow(
         positions=work.tokens * together,
         lengths=(work.tokens,) * together,
         images=together,

@@ -28,7 +28,7 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     # The counter does not know torch's CPU attention kernel and oneDNN's products; plain matrix products it does.
     monkeypatch.setattr(host_products, "choose", lambda *_: host_products.PLAIN)
     # Norms are not counted, ours have sums in the form of matrix products.
-    monkeypatch.setattr(fused.RMSNorm, "apply", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps))
+    monkeypatch.setattr(fused.FusedRMSNorm, "apply", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output, loss = forward_step(iter([batch]), vlm)
         loss(output)[0].backward()

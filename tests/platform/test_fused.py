@@ -29,7 +29,7 @@ def equal(ours, theirs, **tolerance):
 def test_rms_norm():
     x, weight = torch.randn(5, 3, 16), torch.randn(16)
     equal(
-        grads(lambda x, w: fused.RMSNorm.apply(x, w, 1e-5), x, weight),
+        grads(lambda x, w: fused.FusedRMSNorm.apply(x, w, 1e-5), x, weight),
         grads(lambda x, w: F.rms_norm(x, (16,), w, 1e-5), x, weight),
     )
 
@@ -37,14 +37,14 @@ def test_rms_norm():
 def test_rms_norm_in_bfloat16_counts_in_float32():
     x, weight = torch.randn(7, 64).bfloat16(), torch.randn(64).bfloat16()
     exact = grads(lambda x, w: F.rms_norm(x, (64,), w, 1e-5), x.float(), weight.float())
-    found = grads(lambda x, w: fused.RMSNorm.apply(x, w, 1e-5), x, weight)
+    found = grads(lambda x, w: fused.FusedRMSNorm.apply(x, w, 1e-5), x, weight)
     assert all(tensor.dtype == torch.bfloat16 for tensor in found)
     equal([tensor.float() for tensor in found], exact, rtol=2e-2, atol=2e-2)
 
 
 def test_frozen_norm_has_no_weight_gradient():
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8)
-    fused.RMSNorm.apply(x, weight, 1e-5).sum().backward()
+    fused.FusedRMSNorm.apply(x, weight, 1e-5).sum().backward()
     assert weight.grad is None and x.grad is not None
 
 

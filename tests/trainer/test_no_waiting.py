@@ -98,7 +98,7 @@ def test_losses_are_read_once_a_step(single_process, monkeypatch):
     from tests.helpers.tiny_training import arguments, begin
 
     # It looks at values, of tensors that are always in host memory.
-    monkeypatch.setattr(step, "one_row", lambda batch, config: (batch, None))
+    monkeypatch.setattr(step, "pack_rows", lambda batch, config: (batch, None))
     spec = load_model_spec(model(STAGE_2))
 
     def provide(pre_process, post_process):

@@ -9,7 +9,7 @@ from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.trainer.flops import forward_flops, step_flops, transformer_flops
-from mindspeed_mm.trainer.step import level, sum_losses
+from mindspeed_mm.trainer.step import pad_to_one_length, sum_losses
 from tests.helpers.golden_model import PROJECTOR, TEXT, VISION
 
 
@@ -88,7 +88,7 @@ def test_micro_batches_of_one_length(packed):
     for sample in (short, long):
         collate = Collator(0, row_length=len(sample.input_ids) if packed else None)
         batches.append(collate([[sample]] if packed else [sample]))
-    leveled = level(batches, 7)
+    leveled = pad_to_one_length(batches, 7)
     assert leveled[1] is batches[1]
     assert leveled[0].input_ids.tolist() == [[1, 2, 3, 4, 5, 7, 7, 7, 7]]
     assert leveled[0].labels[0, 5:].tolist() == [IGNORE_INDEX] * 4

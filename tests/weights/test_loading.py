@@ -10,8 +10,8 @@ from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.text_decoder import llama
-from mindspeed_mm.weights.layout import unshard
 from mindspeed_mm.weights.loading import load_part, table
+from mindspeed_mm.weights.shards import unshard
 from tests.weights.conftest import TINY_LLAMA
 from tests.weights.weight_helpers import empty_state, random_hf_state
 

@@ -11,8 +11,8 @@ from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.text_decoder import llama
 from mindspeed_mm.weights import files
-from mindspeed_mm.weights.layout import shard
 from mindspeed_mm.weights.loading import load_part, local_tensor
+from mindspeed_mm.weights.shards import shard
 from tests.weights.conftest import TINY_LLAMA
 from tests.weights.weight_helpers import empty_state, random_hf_state
 

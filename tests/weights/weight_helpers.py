@@ -2,7 +2,7 @@
 
 import torch
 
-from mindspeed_mm.weights.layout import shard
+from mindspeed_mm.weights.shards import shard
 
 
 def random_hf_state(spec, dtype=torch.float32, seed=0):

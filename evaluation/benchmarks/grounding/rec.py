@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
+from evaluation.benchmark import Mode
 from evaluation.judge_protocol import Judge
 from evaluation.prompts import Prompt, PromptStyle
 from evaluation.report import Report, Rows, RowScore, mean_cell, mean_units
@@ -24,7 +24,7 @@ ANSWER = "Answer: {box} ."
 
 @dataclass(frozen=True)
 class REC:
-    """A benchmark (evaluation.benchmarks.Benchmark) whose answers are boxes."""
+    """A benchmark (evaluation.benchmark.Benchmark) whose answers are boxes."""
 
     name: str = "REC"
     aliases: tuple[str, ...] = ("refcoco", "refcoco+", "refcocog", "rec_shikra")

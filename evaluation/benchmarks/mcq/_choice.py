@@ -4,7 +4,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
+from evaluation.benchmark import Mode
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.pandas_rules import seen
@@ -47,7 +47,7 @@ def refuse_rotations(name: str, table: Table) -> None:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ChoiceReading:
     """What one answer was taken to say. `view` is the row as the scoring mode sees it; `letter` None: unreadable."""
 
     row: Row
@@ -61,7 +61,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """A benchmark (evaluation.benchmarks.Benchmark) whose answers are letters and whose metric is accuracy."""
+    """A benchmark (evaluation.benchmark.Benchmark) whose answers are letters and whose metric is accuracy."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -148,23 +148,23 @@ class MultipleChoice:
         )
 
     def combine(
-        self, readings: Sequence[Reading], mode: Mode
+        self, readings: Sequence[ChoiceReading], mode: Mode
     ) -> tuple[list[Mapping[str, str]], list[int], dict[str, tuple[float, float]]]:
         """Views and hits of what is counted, and the units of the bootstrap; here every row counts for itself."""
         hits = [reading.hit for reading in readings]
         return [reading.view for reading in readings], hits, mean_units({r.row.index: r.hit for r in readings})
 
-    def read_strict(self, table: Table, rows: Sequence[Row], answers: Sequence[str]) -> list[Reading]:
+    def read_strict(self, table: Table, rows: Sequence[Row], answers: Sequence[str]) -> list[ChoiceReading]:
         """What a careful reader takes from each answer."""
         readings = []
         for row, answer in zip(rows, answers, strict=True):
             letter = choice_strict.read_choice(answer, options_of(row.cells))
             hit = int(letter is not None and letter == self.truth(row.cells))
             log = f"answer read as {letter}" if letter else "no single option could be read"
-            readings.append(Reading(row, row.cells, letter, hit, log))
+            readings.append(ChoiceReading(row, row.cells, letter, hit, log))
         return readings
 
-    def read_compat(self, table: Table, rows: Sequence[Row], answers: Sequence[str]) -> list[Reading]:
+    def read_compat(self, table: Table, rows: Sequence[Row], answers: Sequence[str]) -> list[ChoiceReading]:
         """VLMEvalKit's rules on the cells and answers that come back from the spreadsheet it writes."""
         views, truths = views_of_kit(table, rows), views_of_kit(table)
         readings = []
@@ -172,7 +172,7 @@ class MultipleChoice:
             options, truth = self.kit_question(options_of(view), self.kit_truth(truths[row.index]))
             letter = choice_compat.read_choice(answer, options)
             hit = int(letter is not None and letter == truth)
-            readings.append(Reading(row, view, letter, hit, f"answer seen as {answer[:200]}"))
+            readings.append(ChoiceReading(row, view, letter, hit, f"answer seen as {answer[:200]}"))
         return readings
 
     def kit_truth(self, view: Mapping[str, str]) -> str | None:
@@ -183,16 +183,16 @@ class MultipleChoice:
         """Options and right letter as VLMEvalKit puts them to its answer rule."""
         return options, truth
 
-    def _judged(self, reading: Reading, answer: str, judge: Judge) -> Reading:
+    def _judged(self, reading: ChoiceReading, answer: str, judge: Judge) -> ChoiceReading:
         options = options_of(reading.row.cells)
         if not is_unread(reading) or not options:
             return reading
         letter = judge.pick(reading.row.cells.get("question", ""), options, answer)
         hit = int(letter is not None and letter == self.truth(reading.row.cells))
-        return Reading(reading.row, reading.view, letter, hit, f"judge read {letter or 'no option'}")
+        return ChoiceReading(reading.row, reading.view, letter, hit, f"judge read {letter or 'no option'}")
 
 
-def _by_image(readings: Sequence[Reading]) -> dict[str, float]:
+def _by_image(readings: Sequence[ChoiceReading]) -> dict[str, float]:
     """Accuracy with and without an image, where the table has both (LLaVA's "IMG-Accuracy" of ScienceQA)."""
     groups = {
         "accuracy_with_image": [reading.hit for reading in readings if reading.row.image_count],
@@ -201,7 +201,7 @@ def _by_image(readings: Sequence[Reading]) -> dict[str, float]:
     return {name: mean(hits) for name, hits in groups.items()} if all(groups.values()) else {}
 
 
-def is_unread(reading: Reading) -> bool:
+def is_unread(reading: ChoiceReading) -> bool:
     """True when an option was looked for and none could be read."""
     return reading.letter in (None, choice_compat.UNREADABLE) and not reading.is_open
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
-from evaluation.benchmarks.mcq._choice import MultipleChoice, Reading, options_of
+from evaluation.benchmark import Mode
+from evaluation.benchmarks.mcq._choice import ChoiceReading, MultipleChoice, options_of
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import views_of_kit
 from evaluation.prompts import LETTER_INSTRUCTION, LETTER_INSTRUCTION_CN
@@ -72,10 +72,10 @@ class MMBench(MultipleChoice):
         return dataclasses.replace(report, notes={**report.notes, "questions_without_all_rotations": short})
 
     def combine(
-        self, readings: Sequence[Reading], mode: Mode
+        self, readings: Sequence[ChoiceReading], mode: Mode
     ) -> tuple[list[Mapping[str, str]], list[int], dict[str, tuple[float, float]]]:
         """One view and hit per question whose first form was asked."""
-        questions: dict[int, list[Reading]] = {}
+        questions: dict[int, list[ChoiceReading]] = {}
         for reading in sorted(readings, key=lambda reading: reading.row.index):
             questions.setdefault(question_of(reading.row.index), []).append(reading)
         questions = {name: own for name, own in questions.items() if own[0].row.index == name}
@@ -84,7 +84,7 @@ class MMBench(MultipleChoice):
         return views, hits, mean_units(dict(zip(questions, hits, strict=True)))
 
 
-def _hit(readings: Sequence[Reading], mode: Mode) -> int:
+def _hit(readings: Sequence[ChoiceReading], mode: Mode) -> int:
     letters = [reading.letter for reading in readings]
     truths = [letter if reading.hit else f"not {letter}" for letter, reading in zip(letters, readings, strict=True)]
     if mode == "compat":

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks.mcq._choice import MultipleChoice, Reading, options_of
+from evaluation.benchmarks.mcq._choice import ChoiceReading, MultipleChoice, options_of
 from evaluation.scorers import mmmu_open
 from evaluation.tsv import Row, Table
 
@@ -19,7 +19,7 @@ class MMMU(MultipleChoice):
         """True for a row without options."""
         return not options_of(cells)
 
-    def read_strict(self, table: Table, rows: Sequence[Row], answers: Sequence[str]) -> list[Reading]:
+    def read_strict(self, table: Table, rows: Sequence[Row], answers: Sequence[str]) -> list[ChoiceReading]:
         """Letters, and for open questions only whether the answer is right."""
         readings = super().read_strict(table, rows, answers)
         return [
@@ -32,9 +32,11 @@ class MMMU(MultipleChoice):
         return mmmu_open.kit_options(options, truth or "nan")
 
 
-def _open_reading(reading: Reading, answer: str) -> Reading:
+def _open_reading(reading: ChoiceReading, answer: str) -> ChoiceReading:
     hit = int(mmmu_open.strict_correct(reading.view["answer"], answer))
-    return Reading(reading.row, reading.view, None, hit, "open question, compared by MMMU's own rule", is_open=True)
+    return ChoiceReading(
+        reading.row, reading.view, None, hit, "open question, compared by MMMU's own rule", is_open=True
+    )
 
 
 BENCHMARKS = (MMMU("MMMU_DEV_VAL", aliases=("MMMU", "MMMU_VAL")), MMMU("MMMU_TEST"))

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
+from evaluation.benchmark import Mode
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.pandas_rules import seen
@@ -28,7 +28,7 @@ LINE = "all"
 
 @dataclass(frozen=True)
 class OpenQuestions:
-    """A benchmark (evaluation.benchmarks.Benchmark) whose score is the mean of a text comparison."""
+    """A benchmark (evaluation.benchmark.Benchmark) whose score is the mean of a text comparison."""
 
     name: str
     kit_score: Scorer

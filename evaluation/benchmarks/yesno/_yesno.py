@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from evaluation.benchmarks import Mode
+from evaluation.benchmark import Mode
 from evaluation.benchmarks.vqa._open import with_short_instruction
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
@@ -31,7 +31,7 @@ class Combined(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class YesNoReading:
     """What one answer was taken to say ("yes", "no", "unknown", in the spelling of the rule) and the truth."""
 
     row: Row
@@ -47,7 +47,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class YesNo:
-    """A benchmark (evaluation.benchmarks.Benchmark) whose answers are yes or no; here with plain accuracy."""
+    """A benchmark (evaluation.benchmark.Benchmark) whose answers are yes or no; here with plain accuracy."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ class YesNo:
             **combined._asdict(),
         )
 
-    def _read(self, table: Table, predictions: Mapping[int | str, str], mode: Mode) -> list[Reading]:
+    def _read(self, table: Table, predictions: Mapping[int | str, str], mode: Mode) -> list[YesNoReading]:
         rows = [row for row in table.rows if row.index in predictions]
         answers = [predictions[row.index] for row in rows]
         if mode == "compat" and not table.is_json_lines:
@@ -132,11 +132,11 @@ class YesNo:
             views = [row.cells for row in rows]
         read = self.compat_reader(table) if mode == "compat" else self.strict_reader()
         return [
-            Reading(row, view, read(answer), self.truth(row.cells))
+            YesNoReading(row, view, read(answer), self.truth(row.cells))
             for row, view, answer in zip(rows, views, answers, strict=True)
         ]
 
-    def combine(self, readings: Sequence[Reading], mode: Mode, table: Table) -> Combined:
+    def combine(self, readings: Sequence[YesNoReading], mode: Mode, table: Table) -> Combined:
         """Table, units and metric; here accuracy over all rows and per category."""
         names = sorted({reading.view["category"] for reading in readings if reading.view.get("category")})
         hits = {"Overall": [reading.hit for reading in readings]}
@@ -163,9 +163,11 @@ def refuse_near_names(table: Table, names: Sequence[str], benchmark: str) -> Non
                 )
 
 
-def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:
+def _judged(reading: YesNoReading, answer: str, judge: Judge) -> YesNoReading:
     if reading.said.lower() != yesno.UNKNOWN:
         return reading
     letter = judge.pick(reading.row.cells["question"], JUDGE_OPTIONS, answer)
     said = JUDGE_OPTIONS.get(letter, reading.said)
-    return Reading(reading.row, reading.view, said.capitalize() if reading.said[0].isupper() else said, reading.truth)
+    return YesNoReading(
+        reading.row, reading.view, said.capitalize() if reading.said[0].isupper() else said, reading.truth
+    )

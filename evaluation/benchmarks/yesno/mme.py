@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
-from evaluation.benchmarks.yesno._yesno import Combined, Reading, YesNo, refuse_near_names
+from evaluation.benchmark import Mode
+from evaluation.benchmarks.yesno._yesno import Combined, YesNo, YesNoReading, refuse_near_names
 from evaluation.report import Cell, mean
 from evaluation.scorers.yesno import MME_PERCEPTION, MME_REASONING
 from evaluation.tsv import Table
@@ -33,7 +33,7 @@ class MME(YesNo):
         """LLaVA's question file: its short-answer instruction stands in place of MME's own."""
         return super().official_text(question.removesuffix(OWN_INSTRUCTION).rstrip())
 
-    def combine(self, readings: Sequence[Reading], mode: Mode, table: Table) -> Combined:
+    def combine(self, readings: Sequence[YesNoReading], mode: Mode, table: Table) -> Combined:
         """Points per category, and their sums for perception and reasoning. Both modes differ in reading only."""
         images: dict[tuple[str, str], list[int]] = {}
         for reading in readings:

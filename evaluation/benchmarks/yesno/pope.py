@@ -7,8 +7,8 @@ JSON lines (or LLaVA's question file), for which compat is LLaVA's and POPE's ow
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmarks import Mode
-from evaluation.benchmarks.yesno._yesno import Combined, Reading, YesNo, refuse_near_names
+from evaluation.benchmark import Mode
+from evaluation.benchmarks.yesno._yesno import Combined, YesNo, YesNoReading, refuse_near_names
 from evaluation.report import Cell, mean
 from evaluation.scorers import yesno
 from evaluation.tsv import Table
@@ -36,7 +36,7 @@ class POPE(YesNo):
         """LLaVA's rule for the original files, VLMEvalKit's for its table."""
         return yesno.pope_llava_answer if table.is_json_lines else yesno.kit_answer
 
-    def combine(self, readings: Sequence[Reading], mode: Mode, table: Table) -> Combined:
+    def combine(self, readings: Sequence[YesNoReading], mode: Mode, table: Table) -> Combined:
         """Rates per set and their mean; VLMEvalKit's table x100, whose headline is the F1 of all repeated rows."""
         names = _ordered({name for reading in readings for name in _sets(reading.view)})
         by_set = {name: [reading for reading in readings if name in _sets(reading.view)] for name in names}
@@ -58,7 +58,7 @@ class POPE(YesNo):
         return Combined(found, units, cells, "mean F1 of the sets", "mean F1", 1.0)
 
 
-def _part_and_whole(reading: Reading, rate: str) -> tuple[int, int]:
+def _part_and_whole(reading: YesNoReading, rate: str) -> tuple[int, int]:
     """What a row adds to a rate's numerator and denominator."""
     tp, fp, fn = _counts(reading, 1)
     return {
@@ -70,14 +70,14 @@ def _part_and_whole(reading: Reading, rate: str) -> tuple[int, int]:
     }[rate]
 
 
-def _rates(readings: Sequence[Reading], rates: Mapping[str, str], scale: float) -> dict[str, Cell]:
+def _rates(readings: Sequence[YesNoReading], rates: Mapping[str, str], scale: float) -> dict[str, Cell]:
     return {
         column: Cell([_part_and_whole(reading, rate) for reading in readings], scale=scale)
         for column, rate in rates.items()
     }
 
 
-def _mean_rates(readings: Sequence[Reading], names: Sequence[str]) -> dict[str, Cell]:
+def _mean_rates(readings: Sequence[YesNoReading], names: Sequence[str]) -> dict[str, Cell]:
     """The mean over sets of each rate: a row has a pair of numbers for each set, zeros for those it is not in."""
     return {
         rate: Cell(
@@ -100,13 +100,13 @@ def _ordered(names: set[str]) -> list[str]:
     return known + sorted(names - set(known))
 
 
-def _counts(reading: Reading, times: int) -> tuple[int, int, int]:
+def _counts(reading: YesNoReading, times: int) -> tuple[int, int, int]:
     """True positives, false positives, false negatives."""
     yes, right = reading.said.lower() == "yes", reading.truth == "yes"
     return times * (yes and right), times * (yes and not right), times * (right and not yes)
 
 
-def _kit_row(reading: Reading) -> dict[str, str | bool]:
+def _kit_row(reading: YesNoReading) -> dict[str, str | bool]:
     return {
         "category": ",".join(_sets(reading.view)),
         "answer": reading.truth.capitalize(),

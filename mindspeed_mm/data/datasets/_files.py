@@ -16,7 +16,7 @@ from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.parquet import ParquetFile
 from mindspeed_mm.data.records import RecordFile
 from mindspeed_mm.data.sample import EncodedImage, Sample, Turn
-from mindspeed_mm.data.template import Template
+from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.errors import DataError, UnknownKeyError
 
 NAME = '"coco/train2017/000000000009.jpg"'

@@ -18,7 +18,7 @@ from mindspeed_mm.models.kit.rotary import RotaryEmbedding
 from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
 from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
 from mindspeed_mm.platform.segments import Segments
-from mindspeed_mm.weights.layout import padded_vocab_size
+from mindspeed_mm.weights.shards import padded_vocab_size
 
 HIDDEN_LOGIT = -1e30
 """Logit of the columns that only fill the vocabulary up to a multiple of T: their probability is 0 in every dtype."""

@@ -137,19 +137,19 @@ def to_hf(spec: MlpSpec, dtype: str) -> dict[str, Any]:
 
 def _rules(linear: str) -> RuleSet:
     """Linears are split over the tensor-parallel ranks in pairs, first by rows, then by columns; see modules/mlp.py."""
-    ours = "encoder.linear_fc{+1}"
+    ours = "encoder.linear_fc{layer+1}"
     return RuleSet(
         (
-            Rule(f"{ours}.weight", (f"{linear}.weight",), axis=0, every=(0, 2)),
-            Rule(f"{ours}.bias", (f"{linear}.bias",), axis=0, every=(0, 2)),
-            Rule(f"{ours}.weight", (f"{linear}.weight",), axis=1, every=(1, 2)),
-            Rule(f"{ours}.bias", (f"{linear}.bias",), every=(1, 2)),
+            Rule(f"{ours}.weight", (f"{linear}.weight",), axis=0, layer_stride=(0, 2)),
+            Rule(f"{ours}.bias", (f"{linear}.bias",), axis=0, layer_stride=(0, 2)),
+            Rule(f"{ours}.weight", (f"{linear}.weight",), axis=1, layer_stride=(1, 2)),
+            Rule(f"{ours}.bias", (f"{linear}.bias",), layer_stride=(1, 2)),
         )
     )
 
 
-LLAVA_RULES = _rules("{*2}")
-HF_RULES = _rules("linear_{+1}")
+LLAVA_RULES = _rules("{2*layer}")
+HF_RULES = _rules("linear_{layer+1}")
 
 
 PROJECTOR_ONLY = Layout(

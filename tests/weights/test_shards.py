@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.weights.layout import padded_vocab_size, shard, unshard
 from mindspeed_mm.weights.rules import QKV, GateUp, Geometry, Own, Rule, Vocab
+from mindspeed_mm.weights.shards import padded_vocab_size, shard, unshard
 
 GEOMETRY = Geometry(1, num_attention_heads=8, num_query_groups=4, kv_channels=2, vocab_size=7)
 

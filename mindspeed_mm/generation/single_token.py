@@ -41,7 +41,7 @@ class _Layer:
     window: int | None
 
 
-class LeanStep:
+class SingleTokenStep:
     """Layers and final norm of a pipeline stage, for one token a row."""
 
     def __init__(self, decoder: TextDecoder) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.sample import Encoded
-from mindspeed_mm.trainer.step import one_row
+from mindspeed_mm.trainer.step import pack_rows
 from tests.planning.planned_run import STAGE_1, STAGE_2
 from tests.trainer.test_no_waiting import vlm_and_batch
 
@@ -27,7 +27,7 @@ SAMPLES = [Encoded(str(n), [10 * n + i for i in range(n)], [10 * n + i for i in 
 
 def test_padding_is_left_out():
     batch = Collator(0)(SAMPLES)
-    row, lengths = one_row(batch, config())
+    row, lengths = pack_rows(batch, config())
     assert lengths == [3, 5, 2]
     assert row.input_ids.tolist() == [[30, 31, 32, 50, 51, 52, 53, 54, 20, 21]]
     assert row.labels.tolist() == [[31, 32, -100, 51, 52, 53, 54, -100, 21, -100]]
@@ -36,44 +36,44 @@ def test_padding_is_left_out():
 
 def test_packed_rows_lose_their_padding_too():
     batch = Collator(0, row_length=9)([SAMPLES[:2], SAMPLES[2:]])
-    row, lengths = one_row(batch, config())
+    row, lengths = pack_rows(batch, config())
     assert lengths == [3, 5, 2] and row.input_ids.shape == (1, 10)
 
 
 def test_ranks_get_equal_slices():
     batch = Collator(0)(SAMPLES)
-    row, lengths = one_row(batch, config(context=2, tensor=4, sequence=True))
+    row, lengths = pack_rows(batch, config(context=2, tensor=4, sequence=True))
     assert lengths == [3, 5, 2, 6] and row.input_ids.shape == row.labels.shape == row.position_ids.shape == (1, 16)
     assert row.labels[0, 10:].eq(-100).all()
-    assert one_row(batch, config(tensor=4))[0].input_ids.shape == (1, 10)
+    assert pack_rows(batch, config(tensor=4))[0].input_ids.shape == (1, 10)
 
 
 def test_virtual_stages_keep_the_length():
     plain = Collator(0)(SAMPLES)
-    assert one_row(plain, config(virtual=2)) == (plain, None)
+    assert pack_rows(plain, config(virtual=2)) == (plain, None)
     packed = Collator(0, row_length=9)([SAMPLES[:2], SAMPLES[2:]])
-    row, lengths = one_row(packed, config(virtual=2))
+    row, lengths = pack_rows(packed, config(virtual=2))
     assert lengths == [3, 5, 1, 2, 7] and row.input_ids.shape == (1, 18)
 
 
 def test_a_batch_of_unknown_lengths_stays_as_it_is():
     batch = Collator(0)([*SAMPLES, Encoded("empty", [], [])])
-    assert torch.equal(one_row(batch, config())[0].input_ids, batch.input_ids)
+    assert torch.equal(pack_rows(batch, config())[0].input_ids, batch.input_ids)
 
 
 def test_rows_without_padding_stay_as_they_are():
     """Attention takes them at once. Ranks that cannot share their length get one row."""
-    batch = Collator(0, (8, 8))([SAMPLES[1], SAMPLES[1]])
-    assert one_row(batch, config()) == (batch, None)
-    assert one_row(batch, config(context=5)) == (batch, None)
-    row, lengths = one_row(batch, config(context=2))
+    batch = Collator(0)([SAMPLES[1], SAMPLES[1]])
+    assert pack_rows(batch, config()) == (batch, None)
+    assert pack_rows(batch, config(context=5)) == (batch, None)
+    row, lengths = pack_rows(batch, config(context=2))
     assert lengths == [5, 5] and row.input_ids.shape == (1, 10)
-    packed = Collator(0, (8, 8), row_length=5)([SAMPLES[1:2], SAMPLES[1:2]])
-    assert one_row(packed, config())[1] == [5, 5]
+    packed = Collator(0, row_length=5)([SAMPLES[1:2], SAMPLES[1:2]])
+    assert pack_rows(packed, config())[1] == [5, 5]
 
 
 @pytest.mark.parametrize("trained", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])
-def test_losses_and_gradients_are_those_of_one_row(single_process, trained, monkeypatch):
+def test_losses_and_gradients_are_those_of_pack_rows(single_process, trained, monkeypatch):
     from mindspeed_mm.trainer import step
 
     vlm, batch = vlm_and_batch(trained)
@@ -87,10 +87,10 @@ def test_losses_and_gradients_are_those_of_one_row(single_process, trained, monk
         sums(output)[0].backward()
         return output.sort().values, [p.grad for p in vlm.parameters() if p.grad is not None]
 
-    assert step.one_row(full, vlm.config) == (full, None)
+    assert step.pack_rows(full, vlm.config) == (full, None)
     losses, gradients = run()
     monkeypatch.setattr(step, "_is_full", lambda *_: False)
-    assert step.one_row(full, vlm.config)[1] == list(full.lengths)
+    assert step.pack_rows(full, vlm.config)[1] == list(full.lengths)
     others, other_gradients = run()
     torch.testing.assert_close(losses, others)
     assert len(gradients) == len(other_gradients) > 0
