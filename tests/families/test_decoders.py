@@ -63,10 +63,10 @@ LEAN = {"llama", "mistral", "qwen2", "phi3", "internlm2"}
 
 
 def test_which_decoders_take_the_short_way(pair, request):
-    from mindspeed_mm.generation.lean import LeanStep
+    from mindspeed_mm.generation.single_token import SingleTokenStep
 
     name = VARIANTS[request.node.callspec.params["pair"]][0]
-    assert LeanStep.fits(pair[1].model.text_decoder) == (name in LEAN)
+    assert SingleTokenStep.fits(pair[1].model.text_decoder) == (name in LEAN)
 
 
 def test_generation_stays_within_the_original_length_of_longrope(tmp_path):

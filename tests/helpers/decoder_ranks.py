@@ -130,7 +130,7 @@ def _gradients(vlm) -> dict[str, torch.Tensor]:
 
 def joined(shards: list[Shard], part, spec, rules=None) -> dict[str, torch.Tensor]:
     """Gradients of the whole part in HF's names (or those of other `rules`)."""
-    from mindspeed_mm.weights.layout import unshard
+    from mindspeed_mm.weights.shards import unshard
 
     full = {}
     for step in part.rules["ours"].steps(spec.geometry):
