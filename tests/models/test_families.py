@@ -33,5 +33,5 @@ def test_inputs_that_a_family_does_not_take_are_refused(golden):
 def test_unknown_names_get_the_nearest():
     with pytest.raises(ConfigError, match='unknown model_id "lava"; did you mean "llava"'):
         find_family("lava")
-    with pytest.raises(ConfigError, match='found model_type "lama", which no part reads; did you mean "llama"'):
+    with pytest.raises(ConfigError, match='no text_decoder here reads model_type "lama"; the nearest are llama'):
         part_for_model_type("text_decoder", "lama")

@@ -25,7 +25,7 @@ class GemmaSpec(DecoderSpec):
 
 FORMAT = HfFormat(
     GemmaSpec,
-    ("gemma"),
+    ("gemma",),
     "GemmaForCausalLM",
     defaults={
         "vocab_size": 256000,

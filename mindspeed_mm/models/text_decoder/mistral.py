@@ -17,7 +17,7 @@ class MistralSpec(WindowedSpec):
 
 FORMAT = HfFormat(
     MistralSpec,
-    ("mistral"),
+    ("mistral",),
     "MistralForCausalLM",
     defaults={
         "intermediate_size": 14336,
