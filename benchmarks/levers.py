@@ -70,8 +70,8 @@ def _slow_adamw(side: OurTraining) -> Iterator[None]:
 def variants(side: OurTraining, kind: str) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """Name of the lever that is taken back -> a context without it."""
     from mindspeed_mm.models import loss
+    from mindspeed_mm.objectives import sft
     from mindspeed_mm.platform import host_products
-    from mindspeed_mm.trainer import step
 
     platform = type(side.platform)
     taken_back: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
@@ -88,7 +88,7 @@ def variants(side: OurTraining, kind: str) -> dict[str, Callable[[], contextlib.
             platform, "segment_attention", _masked_attention
         )
     else:
-        taken_back["one row"] = lambda: mock.patch.object(step, "pack_rows", lambda batch, _config: (batch, None))
+        taken_back["one row"] = lambda: mock.patch.object(sft, "pack_rows", lambda batch, _config: (batch, None))
     return taken_back
 
 

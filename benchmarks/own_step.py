@@ -23,7 +23,7 @@ class OwnStep:
         from mindspeed_mm.models.build import build_vlm
         from mindspeed_mm.models.runtime import Runtime
         from mindspeed_mm.models.spec import load_model_spec
-        from mindspeed_mm.trainer.step import forward_step
+        from mindspeed_mm.objectives.sft import OBJECTIVE
 
         parser = argparse.ArgumentParser()
         arguments.add_arguments(parser)
@@ -44,7 +44,7 @@ class OwnStep:
 
         def run(batches: list[Batch]) -> float:
             data = loop.MeteredIterator(iter(batches), hooks.describe)
-            metrics, _ = loop.train_step(self.state, args, forward_step, data, loop.StopRequest(), saver)
+            metrics, _ = loop.train_step(self.state, args, OBJECTIVE.forward_step, data, loop.StopRequest(), saver)
             return metrics.loss
 
         self._run, self._initialize = run, initialize

@@ -66,8 +66,8 @@ class OurTraining:
         from mindspeed_mm.models.build import build_vlm
         from mindspeed_mm.models.runtime import Runtime
         from mindspeed_mm.models.spec import load_model_spec
+        from mindspeed_mm.objectives.sft import OBJECTIVE
         from mindspeed_mm.trainer.flops import step_flops
-        from mindspeed_mm.trainer.step import forward_step
 
         parser = argparse.ArgumentParser()
         arguments.add_arguments(parser)
@@ -92,7 +92,7 @@ class OurTraining:
 
         def step(batch: Batch) -> float:
             once = dataclasses.replace(args, train_iters=self.state.iteration + 1)
-            return loop.train(self.state, once, forward_step, iter([batch]), hooks).loss
+            return loop.train(self.state, once, OBJECTIVE.forward_step, iter([batch]), hooks).loss
 
         self.step = step
 

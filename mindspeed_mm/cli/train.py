@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("multimodal")
     group.add_argument("--mm-model", required=True, metavar="JSON", help="architecture, freezing and weights")
     group.add_argument("--mm-data", required=True, metavar="JSON", help="data sets, template, tokenizer")
+    group.add_argument("--objective", default="sft", metavar="NAME", help="what is minimised (default: sft)")
     group.add_argument("--mm-tool", metavar="JSON", help="tools.json of the ancestor: its profile block")
     group.add_argument("--allow-nonfinite", action="store_true", help="also start from weights with NaN or Inf")
     group.add_argument(
@@ -53,7 +54,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     if namespace.mm_tool is not None:
         apply_tools(namespace, namespace.mm_tool)
     args = arguments.from_namespace(namespace)
-    training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data)
+    training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data, namespace.objective)
     training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
     with ending.closing():
         ending.at_end(initialize.shutdown)

@@ -18,8 +18,8 @@ from mindspeed_mm.models.media import Features, Media
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.models.vlm import VLM
+from mindspeed_mm.objectives import LossFunction, Objective
 from mindspeed_mm.platform import Platform
-from mindspeed_mm.trainer.step import LossFunction, forward_batch
 
 WAITING_BATCHES = 4
 """Batches of features that may wait for the disk; then the training step waits, too."""
@@ -55,21 +55,21 @@ def vision_encoder_fingerprint(vlm: VLM, media: MediaProcessor, *, platform: Pla
 
 
 class CachingStep:
-    """`trainer.step.forward_step` with a feature cache. Close it at the end: features may wait for the disk."""
+    """An objective's `forward_step` with a feature cache. Close it at the end: features may wait for the disk."""
 
-    def __init__(self, cache: FeatureCache, device: torch.device) -> None:
-        self._cache, self._device = cache, device
+    def __init__(self, cache: FeatureCache, device: torch.device, objective: Objective) -> None:
+        self._cache, self._device, self._objective = cache, device, objective
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="feature cache")
         self._waiting: deque[Future[None]] = deque()
 
     def __call__(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        """One micro-batch through the model; see trainer.step.forward_step."""
+        """One micro-batch through the model; see Objective.forward_step."""
         batch = next(data_iterator)
         vlm: Any = model
         while hasattr(vlm, "module"):
             vlm = vlm.module
         features = self._features(batch, vlm) if vlm.pre_process and batch.cached is not None else None
-        return forward_batch(batch, model, features)
+        return self._objective.forward(batch, model, features)
 
     def _features(self, batch: Batch, vlm: VLM) -> Features:
         """Of all images of a batch; each has the same number of them."""

@@ -20,7 +20,6 @@ from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform.base import local_rank
 from mindspeed_mm.trainer.caching_step import CachingStep, check_cachable, vision_encoder_fingerprint
 from mindspeed_mm.trainer.inputs import RunInputs
-from mindspeed_mm.trainer.step import forward_step
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def forward_steps(inputs: RunInputs, state: TrainState, options: CacheOptions | 
         ConfigError: the model or the layout goes with no cache.
     """
     if options is None:
-        yield forward_step
+        yield inputs.objective.forward_step
         return
     check_cachable(inputs.spec, inputs.runtime, inputs.media)
     used = {host: size for host, size in gather((socket.gethostname(), _used(options.folder))) if size is not None}
@@ -69,14 +68,14 @@ def forward_steps(inputs: RunInputs, state: TrainState, options: CacheOptions | 
         module for module in state.modules if isinstance(module, VLM) and module.image_encoder is not None
     ]
     if not vision_encoders:  # a later pipeline stage: it needs no images
-        yield forward_step
+        yield inputs.objective.forward_step
         return
     dtype = inputs.runtime.params_dtype
     name = vision_encoder_fingerprint(vision_encoders[0], inputs.media, platform=inputs.platform, dtype=dtype)
     shape = (inputs.media.fixed.count, inputs.spec.vision_encoder.hidden_size)
     cache = FeatureCache(options.folder, name, shape, dtype, room / state.data_parallel_size)
     inputs.dataset.feature_cache = cache
-    with contextlib.closing(CachingStep(cache, inputs.platform.device())) as step:
+    with contextlib.closing(CachingStep(cache, inputs.platform.device(), inputs.objective)) as step:
         yield step
 
 

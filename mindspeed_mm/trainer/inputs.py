@@ -18,8 +18,9 @@ from mindspeed_mm.models.family import media_of_data
 from mindspeed_mm.models.parallel import layout_problems
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec, load_model_spec
+from mindspeed_mm.objectives import find_objective
+from mindspeed_mm.objectives._batches import pad_to_one_length
 from mindspeed_mm.platform import Platform
-from mindspeed_mm.trainer.step import pad_to_one_length
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ MODEL_KEYS_OF_FLAGS = {
 class RunInputs:
     """Flags, specs, tokenizer, image processor and data set of a run, which fit together."""
 
-    def __init__(self, args: DriverArguments, platform: Platform, model_path: str, data_path: str) -> None:
+    def __init__(
+        self, args: DriverArguments, platform: Platform, model_path: str, data_path: str, objective: str = "sft"
+    ) -> None:
         """Reads the files.
 
         Raises:
@@ -43,6 +46,7 @@ class RunInputs:
             DataError: the data cannot be read.
         """
         register_checkpoints()
+        self.objective = find_objective(objective)
         self.spec = load_model_spec(model_path)
         self.args, self.platform = with_virtual_stages(args, self.spec.text_decoder.num_layers), platform
         self.data_config = DataConfig.load(data_path)

@@ -43,8 +43,10 @@ class TrainingRun:
     feature_cache: CacheOptions | None = None
     """Where features of a frozen vision encoder are kept."""
 
-    def __init__(self, args: DriverArguments, platform: Platform, model_path: str, data_path: str) -> None:
-        self.inputs = RunInputs(args, platform, model_path, data_path)
+    def __init__(
+        self, args: DriverArguments, platform: Platform, model_path: str, data_path: str, objective: str = "sft"
+    ) -> None:
+        self.inputs = RunInputs(args, platform, model_path, data_path, objective)
         self.validation = Validation(self.inputs)
         self.counts, self._saved_counts = DataCounts(), {}
 

@@ -16,7 +16,6 @@ from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.config import DataloaderParam
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.trainer.inputs import RunInputs
-from mindspeed_mm.trainer.step import forward_step
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,9 @@ class Validation:
         whole = max(1, len(self._dataset) // args.global_batch_size)
         batches = min(args.eval_iters or whole, whole)
         hooks = Hooks(pad_to_one_length=self._inputs.pad_to_one_length)
-        loss = validation.evaluate(state, args, forward_step, self._batches(state, batches), batches, hooks)
+        loss = validation.evaluate(
+            state, args, self._inputs.objective.forward_step, self._batches(state, batches), batches, hooks
+        )
         if is_rank_0():
             logger.info(
                 "validation loss at iteration %d | lm loss value: %.6E | lm loss PPL: %.6E | samples: %d |",

@@ -109,8 +109,8 @@ def test_packed_equals_unpacked(golden, single_process):
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
+    from mindspeed_mm.objectives.sft import OBJECTIVE
     from mindspeed_mm.platform import get_platform
-    from mindspeed_mm.trainer.step import forward_step
     from tests.helpers.golden_model import model_json, training_samples
     from tests.helpers.tiny_training import arguments
 
@@ -123,7 +123,7 @@ def test_packed_equals_unpacked(golden, single_process):
 
     def run(batch):
         vlm.zero_grad(set_to_none=True)
-        output, loss_function = forward_step(iter([batch]), vlm)
+        output, loss_function = OBJECTIVE.forward_step(iter([batch]), vlm)
         total, count, _ = loss_function(output)
         total.backward()
         grads = {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}

@@ -66,9 +66,9 @@ def take_step(path: str, spread: Spread, step: Step) -> Shard:
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
+    from mindspeed_mm.objectives.sft import sum_losses
     from mindspeed_mm.platform.distributed import init_single_process
     from mindspeed_mm.platform.segments import Segments
-    from mindspeed_mm.trainer.step import sum_losses
 
     if spread.ranks == 1:
         init_single_process(platform)

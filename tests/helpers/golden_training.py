@@ -70,18 +70,18 @@ def train_golden(golden: Path, layout: GoldenLayout, save: str, flags: str = "",
     """Train golden steps on this rank into `save`; the iteration that was reached."""
     state, args, batches, hooks = begin(golden, layout, f"--save {save} {flags}", steps)
     from megatron.driver import loop
-    from mindspeed_mm.trainer.step import forward_step
+    from mindspeed_mm.objectives.sft import OBJECTIVE
 
-    return loop.train(state, args, forward_step, batches, hooks).iteration
+    return loop.train(state, args, OBJECTIVE.forward_step, batches, hooks).iteration
 
 
 def validate_golden(golden: Path, layout: GoldenLayout, batches: int) -> float:
     """Loss of the first golden batches, without training."""
     state, args, data, hooks = begin(golden, layout, "", STEPS)
     from megatron.driver import validation
-    from mindspeed_mm.trainer.step import forward_step
+    from mindspeed_mm.objectives.sft import OBJECTIVE
 
-    return validation.evaluate(state, args, forward_step, data, batches, hooks)
+    return validation.evaluate(state, args, OBJECTIVE.forward_step, data, batches, hooks)
 
 
 def begin(golden: Path, layout: GoldenLayout, flags: str, steps: int) -> tuple:
@@ -95,7 +95,7 @@ def begin(golden: Path, layout: GoldenLayout, flags: str, steps: int) -> tuple:
     from mindspeed_mm.models.parallel import layout_problems
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.trainer.step import pad_to_one_length
+    from mindspeed_mm.objectives._batches import pad_to_one_length
 
     args = driver_arguments(layout, f"{FLAGS[layout.trained]} {flags}", steps)
     runtime = Runtime(

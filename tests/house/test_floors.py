@@ -16,7 +16,7 @@ FLOORS = (
     ("mindspeed_mm.data",),
     ("mindspeed_mm.models.family",),  # a family knows parts and how images become pixels; both find it by the registry
     ("mindspeed_mm.models.families",),
-    ("mindspeed_mm.generation", "megatron.driver"),
+    ("mindspeed_mm.objectives", "mindspeed_mm.generation", "megatron.driver"),
     ("checkpoint_converters",),
     ("mindspeed_mm.inference",),
     ("mindspeed_mm.trainer",),

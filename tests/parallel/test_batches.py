@@ -48,11 +48,11 @@ def images_encoded(golden, layout):
     """How many images the vision encoder of this rank sees in the first micro-batch."""
     state, args, data, hooks = begin(golden, layout, "", 5)
     from megatron.driver import validation
-    from mindspeed_mm.trainer.step import forward_step
+    from mindspeed_mm.objectives.sft import OBJECTIVE
 
     seen = []
     state.modules[0].image_encoder.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    validation.evaluate(state, args, forward_step, data, 1, hooks)
+    validation.evaluate(state, args, OBJECTIVE.forward_step, data, 1, hooks)
     return seen
 
 

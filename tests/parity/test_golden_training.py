@@ -39,7 +39,7 @@ def run_mode(golden, mode: str, micro_batch: int) -> SimpleNamespace:
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.trainer.step import forward_step
+    from mindspeed_mm.objectives.sft import OBJECTIVE
 
     parser = argparse.ArgumentParser()
     arguments.add_arguments(parser)
@@ -53,7 +53,7 @@ def run_mode(golden, mode: str, micro_batch: int) -> SimpleNamespace:
     steps = []
     with loop.StopRequest() as stop, Saver(state, args, loop.Hooks()) as saver:
         for _ in range(8):
-            metrics, _ = loop.train_step(state, args, forward_step, data, stop, saver)
+            metrics, _ = loop.train_step(state, args, OBJECTIVE.forward_step, data, stop, saver)
             steps.append((metrics.loss, metrics.grad_norm, metrics.learning_rate, metrics.supervised))
     return SimpleNamespace(steps=steps, weights=_hub_weights(state.modules[0], spec))
 

@@ -56,7 +56,7 @@ def measure(work: Work) -> Measured:
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.trainer.step import forward_step
+    from mindspeed_mm.objectives.sft import OBJECTIVE
 
     parser = argparse.ArgumentParser()
     arguments.add_arguments(parser)
@@ -81,7 +81,7 @@ def measure(work: Work) -> Measured:
 
     def counted_step(iterator, model):
         with saved:
-            return forward_step(iterator, model)
+            return OBJECTIVE.forward_step(iterator, model)
 
     def step(forward):
         for chunk in state.model:
@@ -100,7 +100,7 @@ def measure(work: Work) -> Measured:
 
     step(counted_step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(forward_step)
+        step(OBJECTIVE.forward_step)
     return Measured(*_static_bytes(state), saved.largest, _peak(profile))
 
 

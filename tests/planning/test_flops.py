@@ -16,10 +16,10 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
+    from mindspeed_mm.objectives.sft import OBJECTIVE
     from mindspeed_mm.platform import fused, get_platform, host_products
     from mindspeed_mm.platform.distributed import init_single_process
     from mindspeed_mm.trainer.flops import forward_flops, score_flops, step_flops
-    from mindspeed_mm.trainer.step import forward_step
 
     init_single_process(get_platform("cpu"))
     spec = load_model_spec(model(trained))
@@ -30,7 +30,7 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     # Norms are not counted, ours have sums in the form of matrix products.
     monkeypatch.setattr(fused.FusedRMSNorm, "apply", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        output, loss = forward_step(iter([batch]), vlm)
+        output, loss = OBJECTIVE.forward_step(iter([batch]), vlm)
         loss(output)[0].backward()
     images = batch.num_images
     facts = {"lengths": batch.lengths, "images": images, "supervised": batch.supervised}

@@ -8,6 +8,7 @@ from mindspeed_mm.platform import get_platform
 
 get_platform("cpu")
 
+from mindspeed_mm.objectives.sft import OBJECTIVE  # noqa: E402
 from mindspeed_mm.trainer.caching_step import WAITING_BATCHES, CachingStep  # noqa: E402
 
 
@@ -30,7 +31,7 @@ def features(values):
 
 def test_all_that_was_made_is_written_when_it_closes():
     cache = Cache()
-    step = CachingStep(cache, torch.device("cpu"))
+    step = CachingStep(cache, torch.device("cpu"), OBJECTIVE)
     batches = 3 * WAITING_BATCHES
     for number in range(batches):
         step._store([f"{number}a", f"{number}b"], features(torch.full((2, 3, 4), float(number))))
@@ -39,7 +40,7 @@ def test_all_that_was_made_is_written_when_it_closes():
 
 
 def test_what_the_writer_meets_reaches_the_step():
-    step = CachingStep(Cache(), torch.device("cpu"))
+    step = CachingStep(Cache(), torch.device("cpu"), OBJECTIVE)
     with pytest.raises(RuntimeError, match="the device is lost"):
         for _ in range(WAITING_BATCHES + 1):
             step._store(["bad"], features(torch.zeros(1, 3, 4)))
@@ -47,7 +48,7 @@ def test_what_the_writer_meets_reaches_the_step():
 
 
 def test_what_the_writer_meets_last_is_raised_at_the_end():
-    step = CachingStep(Cache(), torch.device("cpu"))
+    step = CachingStep(Cache(), torch.device("cpu"), OBJECTIVE)
     step._store(["bad"], features(torch.zeros(1, 3, 4)))
     with pytest.raises(RuntimeError, match="the device is lost"):
         step.close()

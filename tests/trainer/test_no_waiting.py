@@ -52,14 +52,14 @@ def meta(monkeypatch):
 @pytest.mark.parametrize("packed", [0, 3], ids=["plain", "packed"])
 def test_a_micro_batch_never_waits(single_process, meta, trained, packed, monkeypatch):
     from mindspeed_mm.models import loss
-    from mindspeed_mm.trainer.step import forward_batch
+    from mindspeed_mm.objectives.sft import OBJECTIVE
 
     monkeypatch.setattr(loss, "CHUNK", 50)  # pieces, run again in the backward pass
     vlm, batch = vlm_and_batch(trained, packed)
     vlm.text_decoder.rotary._frequencies_on(DEVICE)  # moved once, by the first micro-batch
     vlm = vlm.to(DEVICE)
     with OnlyAsynchronousCopies():
-        output, sums = forward_batch(batch, vlm)
+        output, sums = OBJECTIVE.forward(batch, vlm)
         total, count, _ = sums(output)
         total.backward()
     assert total.device == count.device == DEVICE and output.shape == (batch.supervised,)
@@ -68,12 +68,12 @@ def test_a_micro_batch_never_waits(single_process, meta, trained, packed, monkey
 
 @pytest.mark.parametrize("name", ["input_ids", "labels"])
 def test_this_would_be_noticed(single_process, meta, name):
-    from mindspeed_mm.trainer.step import forward_batch
+    from mindspeed_mm.objectives.sft import OBJECTIVE
 
     vlm, batch = vlm_and_batch(STAGE_2)
     moved = dataclasses.replace(batch, lengths=(), **{name: getattr(batch, name).to(DEVICE)})
     with pytest.raises(NotImplementedError, match="nonzero"):
-        forward_batch(moved, vlm.to(DEVICE))
+        OBJECTIVE.forward(moved, vlm.to(DEVICE))
 
 
 class ValuesRead(TorchDispatchMode):
@@ -94,11 +94,11 @@ def test_losses_are_read_once_a_step(single_process, monkeypatch):
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.trainer import step
+    from mindspeed_mm.objectives.sft import OBJECTIVE
     from tests.helpers.tiny_training import arguments, begin
 
     # It looks at values, of tensors that are always in host memory.
-    monkeypatch.setattr(step, "pack_rows", lambda batch, config: (batch, None))
+    monkeypatch.setattr(sft, "pack_rows", lambda batch, config: (batch, None))
     spec = load_model_spec(model(STAGE_2))
 
     def provide(pre_process, post_process):
@@ -111,7 +111,7 @@ def test_losses_are_read_once_a_step(single_process, monkeypatch):
         batches = list(itertools.islice(batches_of(Work({}, ""), spec, 1, 1), count))
         data = loop.MeteredIterator(iter(batches), loop.Hooks().describe)
         with loop.StopRequest() as stop, loop.Saver(state, args, loop.Hooks()) as saver, ValuesRead() as read:
-            loop.train_step(state, args, step.forward_step, data, stop, saver)
+            loop.train_step(state, args, OBJECTIVE.forward_step, data, stop, saver)
         found.append(read.number)
         initialize.shutdown()
     assert found[0] == found[1]

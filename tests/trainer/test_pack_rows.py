@@ -8,7 +8,7 @@ import torch
 
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.sample import Encoded
-from mindspeed_mm.trainer.step import pack_rows
+from mindspeed_mm.objectives._batches import pack_rows
 from tests.planning.planned_run import STAGE_1, STAGE_2
 from tests.trainer.test_no_waiting import vlm_and_batch
 
@@ -74,7 +74,8 @@ def test_rows_without_padding_stay_as_they_are():
 
 @pytest.mark.parametrize("trained", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])
 def test_losses_and_gradients_are_those_of_pack_rows(single_process, trained, monkeypatch):
-    from mindspeed_mm.trainer import step
+    from mindspeed_mm.objectives import _batches
+    from mindspeed_mm.objectives.sft import OBJECTIVE
 
     vlm, batch = vlm_and_batch(trained)
     length = min(batch.lengths)
@@ -83,14 +84,14 @@ def test_losses_and_gradients_are_those_of_pack_rows(single_process, trained, mo
 
     def run():
         vlm.zero_grad()
-        output, sums = step.forward_batch(full, vlm)
+        output, sums = OBJECTIVE.forward(full, vlm)
         sums(output)[0].backward()
         return output.sort().values, [p.grad for p in vlm.parameters() if p.grad is not None]
 
-    assert step.pack_rows(full, vlm.config) == (full, None)
+    assert _batches.pack_rows(full, vlm.config) == (full, None)
     losses, gradients = run()
-    monkeypatch.setattr(step, "_is_full", lambda *_: False)
-    assert step.pack_rows(full, vlm.config)[1] == list(full.lengths)
+    monkeypatch.setattr(_batches, "_is_full", lambda *_: False)
+    assert _batches.pack_rows(full, vlm.config)[1] == list(full.lengths)
     others, other_gradients = run()
     torch.testing.assert_close(losses, others)
     assert len(gradients) == len(other_gradients) > 0

@@ -8,8 +8,9 @@ from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.spec import load_model_spec
+from mindspeed_mm.objectives._batches import pad_to_one_length
+from mindspeed_mm.objectives.sft import sum_losses
 from mindspeed_mm.trainer.flops import forward_flops, step_flops, transformer_flops
-from mindspeed_mm.trainer.step import pad_to_one_length, sum_losses
 from tests.helpers.golden_model import PROJECTOR, TEXT, VISION
 
 

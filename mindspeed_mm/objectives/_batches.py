@@ -1,9 +1,8 @@
-"""Batch -> device -> model -> summed loss, in the form that megatron.core's schedules ask for."""
+"""Micro-batches on their way into the model: rows of one length, or one row without padding."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,28 +10,6 @@ import torch.nn.functional as F
 
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.sample import Batch
-from mindspeed_mm.models.media import Features
-from mindspeed_mm.platform import current_platform
-from mindspeed_mm.platform.segments import Segments
-
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]]
-
-
-def sum_losses(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Sum and number of the token losses of a micro-batch.
-
-    The driver divides once, by the supervised tokens of the whole global batch, so that the loss does not depend on
-    how the batch is split into micro-batches and ranks.
-
-    Args:
-        token_losses: [n] float32 of the supervised positions; n may be 0.
-
-    Returns:
-        (loss sum with graph, n as an int tensor, {"lm loss": (detached sum, n)}).
-    """
-    total = token_losses.sum()
-    count = torch.full((), token_losses.numel(), dtype=torch.int, device=token_losses.device)  # torch.tensor waits
-    return total, count, {"lm loss": (total.detach(), count)}
 
 
 def pad_to_one_length(batches: list[Batch], pad_token_id: int) -> list[Batch]:
@@ -111,33 +88,3 @@ def _real_positions(batch: Batch) -> torch.Tensor | None:
     else:
         return None
     return real if real.any() else None
-
-
-def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-    """One micro-batch through the model (megatron.core's forward_step_func).
-
-    Args:
-        data_iterator: yields data.sample.Batch.
-        model: VLM, possibly wrapped.
-    """
-    return forward_batch(next(data_iterator), model)
-
-
-def forward_batch(
-    batch: Batch, model: torch.nn.Module, features: Features | None = None
-) -> tuple[torch.Tensor, LossFunction]:
-    """`forward_step` of a given micro-batch; `features` of its images stand in for the vision encoder.
-
-    Ids and labels stay in host memory, where the model looks for images and labels without waiting for the device.
-    """
-    device = current_platform().device()
-    batch, lengths = pack_rows(batch, model.config)
-    output = model(
-        batch.input_ids,
-        batch.position_ids.to(device, non_blocking=True),
-        labels=batch.labels,
-        media=None if batch.media is None else batch.media.to(device),
-        segments=None if lengths is None else Segments.of_lengths(lengths, device),
-        image_features=features,
-    )
-    return output, sum_losses

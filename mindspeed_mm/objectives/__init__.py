@@ -1,0 +1,47 @@
+"""What a run minimises: one objective = one file, found by its name. It knows batches and a model, no families."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+
+from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.models.media import Features
+from mindspeed_mm.registry import find
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]]
+"""The model's output -> (summed loss, number of what it is divided by, {log key: (sum, number)})."""
+
+
+class Objective(ABC):
+    """Subclasses stand in files of this folder, with an instance as OBJECTIVE."""
+
+    name: str
+    """As --objective says it."""
+
+    @abstractmethod
+    def forward(
+        self, batch: Batch, model: torch.nn.Module, features: Features | None = None
+    ) -> tuple[torch.Tensor, LossFunction]:
+        """One micro-batch through this pipeline stage.
+
+        Args:
+            batch: in host memory; ids and labels stay there, so that nothing waits for the device.
+            model: VLM, possibly wrapped.
+            features: of the batch's images, where they stand in for the vision encoder.
+
+        Returns:
+            The model's output, and what turns the last stage's output into losses. The driver divides the sum once, by
+            the number of the whole global batch, so that nothing depends on micro-batches and ranks.
+        """
+
+    def forward_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        """The next micro-batch through the model (megatron.core's forward_step_func)."""
+        return self.forward(next(data_iterator), model)
+
+
+def find_objective(name: str) -> Objective:
+    """The objective of a name. Raises ConfigError for an unknown one, with the nearest."""
+    return find("mindspeed_mm.objectives", name, "OBJECTIVE", what="objective")
