@@ -24,7 +24,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Line:
+class ScoreLine:
     """One split of a table of scores."""
 
     title: str
@@ -74,7 +74,7 @@ def track_top(scale: float, values: Iterable[float]) -> float:
     return max([scale, *values])
 
 
-def table_lines(score: Mapping[str, Any]) -> list[Line]:
+def table_lines(score: Mapping[str, Any]) -> list[ScoreLine]:
     """The lines of one mode's scores in a report.json. Reports of earlier versions have no intervals in the table:
     there all of it that lies between 0 and the scale is drawn."""
     intervals = score.get("table_intervals_95")
@@ -87,7 +87,7 @@ def table_lines(score: Mapping[str, Any]) -> list[Line]:
         points = score["statistic"] == "MME points"
         top = track_top(score["table_scale"], [values[column] for column in drawn] + highest if points else [])
         lines.append(
-            Line(
+            ScoreLine(
                 "" if len(score["table"]) == 1 and name in UNNAMED_LINES else "no split" if name == "none" else name,
                 [(column, make_bar(values[column], ends[column], top)) for column in drawn],
                 [(column, f"{value:.4g}") for column, value in values.items() if column not in ends],

@@ -38,14 +38,14 @@ class CpuPlatform(Platform):
     def choices(self) -> str:
         return host_products.describe()
 
-    def attention(self, query, key, value, *, mask, causal, scale, dropout):
+    def attention(self, query, key, value, **options):
         """See Platform. Where the processor cannot multiply the data type, the backward pass would take ten times as
         long as in float32, so that trained attention goes there and back; the forward pass alone gains nothing."""
         dtype = query.dtype
         trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         if trained and dtype in host_products.HALVES and not host_products.has_half_products(dtype):
             query, key, value = query.float(), key.float(), value.float()
-        output = super().attention(query, key, value, mask=mask, causal=causal, scale=scale, dropout=dropout)
+        output = super().attention(query, key, value, **options)
         return output.to(dtype)
 
     def synchronize(self) -> None:

@@ -96,7 +96,8 @@ def test_a_nested_processor_config(tmp_path):
 @pytest.mark.parametrize("kind", PROCESSOR_TYPES)
 def test_processors_of_stock_exports(kind):
     fast = {"data_format": "channels_first", "default_to_square": False, "device": None, "do_pad": None}
-    fields = {"image_processor_type": kind, "size": {"shortest_edge": 30}, "crop_size": 30}
+    size = {"height": 30, "width": 30} if kind.startswith("Siglip") else {"shortest_edge": 30}
+    fields = {"image_processor_type": kind, "size": size, "crop_size": 30}
     assert ImageProcessor.from_config(fields | fast).output_size == (30, 30)
 
 

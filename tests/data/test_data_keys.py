@@ -5,9 +5,9 @@ import json
 import pytest
 
 from mindspeed_mm.constants import IGNORE_INDEX
-from mindspeed_mm.data.build import build_dataset
 from mindspeed_mm.data.keys import LLAVA_TURN, digest, is_learned, one_typing_error
 from mindspeed_mm.errors import DataError, UnknownKeyError
+from tests.helpers.media import dataset_of
 
 LLAVA = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cat."}]
 MESSAGES = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
@@ -108,7 +108,7 @@ def test_the_line_is_named(source, tmp_path):
 
 def test_other_keys_are_told_once_with_their_number(make_config, tokenizer, caplog):
     records = [RECORDS["llava"] | ({"mood": "curious"} if i % 2 else {}) for i in range(9)]
-    build_dataset(make_config(records), tokenizer, None, 16, 512)
+    dataset_of(make_config(records), tokenizer, 16, 512)
     told = [entry.getMessage() for entry in caplog.records if "nothing reads" in entry.getMessage()]
     assert len(told) == 1 and "4 records have keys that nothing reads: mood (the first is" in told[0]
 
@@ -121,7 +121,7 @@ def test_marked_answers_are_not_learned(make_config, tokenizer, kind, turns, mar
     key = "messages" if kind == "messages" else "conversations"
     pair = [*turns, turns[0], turns[1] | mark]
     marked, plain = (
-        build_dataset(make_config([{key: each}], dataset_type=kind), tokenizer, None, 16, 512)[0]
+        dataset_of(make_config([{key: each}], dataset_type=kind), tokenizer, 16, 512)[0]
         for each in (pair, [*turns, *turns])
     )
     assert marked.input_ids == plain.input_ids

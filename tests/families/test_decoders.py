@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import mindspeed_mm as mm
 from mindspeed_mm.errors import ContextError
-from tests.helpers.decoder_ranks import Shard, Spread, Step, joined, joined_losses, labels_of, take_step
+from tests.helpers.decoder_ranks import DecoderStep, RankShard, Spread, joined, joined_losses, labels_of, take_step
 from tests.helpers.pool import RankError
 from tests.helpers.tiny_decoders import FAMILIES, VARIANTS, greedy, make, rows, save
 
@@ -173,7 +173,7 @@ def trained(request, tmp_path_factory):
     return name, path, losses.detach(), gradients
 
 
-def spread_step(ranks, path, spread: Spread, step: Step) -> list[Shard]:
+def spread_step(ranks, path, spread: Spread, step: DecoderStep) -> list[RankShard]:
     if spread.ranks == 1:
         return [take_step(str(path), spread, step)]
     return ranks(spread.ranks).run(take_step, str(path), spread, step)
@@ -190,7 +190,7 @@ def test_losses_and_gradients(ranks, trained, layout):
     labels = labels_of(ids)
     if spread.pipeline > 1:
         path = uneven_stages(path)
-    shards = spread_step(ranks, path, spread, Step(ids, labels))
+    shards = spread_step(ranks, path, spread, DecoderStep(ids, labels))
     # Losses come column by column.
     close(joined_losses(shards), losses.t()[labels.t() != -100])
     part, spec = find_part("text_decoder", name), load_model_spec(path).text_decoder
@@ -222,14 +222,14 @@ def test_packed_rows_train_alike(ranks, trained, layout):
     spec, part = load_model_spec(path).text_decoder, find_part("text_decoder", name)
     alone, wanted, count = [], {}, int((labels != -100).sum())
     for piece, own in zip(ids.split(LENGTHS, dim=1), labels.split(LENGTHS, dim=1), strict=True):
-        shard = take_step(str(path), Spread(), Step(piece, own))
+        shard = take_step(str(path), Spread(), DecoderStep(piece, own))
         alone.append(shard.losses)
         share = int((own != -100).sum()) / count
         for key, gradient in joined([shard], part, spec).items():
             wanted[key] = wanted.get(key, 0) + share * gradient
     if spread.pipeline > 1:
         path = uneven_stages(path)
-    shards = spread_step(ranks, path, spread, Step(ids, labels, LENGTHS))
+    shards = spread_step(ranks, path, spread, DecoderStep(ids, labels, LENGTHS))
     torch.testing.assert_close(joined_losses(shards), torch.cat(alone), atol=2e-6, rtol=1e-6)
     found = joined(shards, part, spec)
     for key, gradient in wanted.items():
@@ -244,7 +244,7 @@ RECOMPUTED = {
 
 @pytest.mark.parametrize("kind", RECOMPUTED)
 def test_recomputation_changes_nothing(trained, kind):
-    path, step = trained[1], Step(rows(length=24), labels_of(rows(length=24)))
+    path, step = trained[1], DecoderStep(rows(length=24), labels_of(rows(length=24)))
     model = json.loads(path.read_text())
     model["text_decoder"].update(RECOMPUTED[kind])
     again = path.with_name("recomputed.json")

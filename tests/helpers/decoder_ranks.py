@@ -23,7 +23,7 @@ class Spread(NamedTuple):
         return self.tensor * self.pipeline * self.context
 
 
-class Shard(NamedTuple):
+class RankShard(NamedTuple):
     """What one rank knows after a step: gradients of its tensors by our name in the whole part, and the losses of its
     slice of the sequence (last stage)."""
 
@@ -33,7 +33,7 @@ class Shard(NamedTuple):
     losses: torch.Tensor | None
 
 
-class Step(NamedTuple):
+class DecoderStep(NamedTuple):
     """The rows of a step. `lengths` are the sequences of a single row; None: each row is one."""
 
     ids: torch.Tensor
@@ -54,7 +54,7 @@ def labels_of(ids: torch.Tensor) -> torch.Tensor:
     return labels
 
 
-def take_step(path: str, spread: Spread, step: Step) -> Shard:
+def take_step(path: str, spread: Spread, step: DecoderStep) -> RankShard:
     """Forward and backward pass on this rank, gradients of the mean loss reduced as in a run."""
     from mindspeed_mm.platform import get_platform
 
@@ -107,7 +107,7 @@ def take_step(path: str, spread: Spread, step: Step) -> Shard:
         micro_batch_size=step.ids.shape[0],
         forward_only=False,
     )
-    return Shard(
+    return RankShard(
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_context_parallel_rank(),
         _gradients(vlm),
@@ -128,7 +128,7 @@ def _gradients(vlm) -> dict[str, torch.Tensor]:
     }
 
 
-def joined(shards: list[Shard], part, spec, rules=None) -> dict[str, torch.Tensor]:
+def joined(shards: list[RankShard], part, spec, rules=None) -> dict[str, torch.Tensor]:
     """Gradients of the whole part in HF's names (or those of other `rules`)."""
     from mindspeed_mm.weights.shards import unshard
 
@@ -140,7 +140,7 @@ def joined(shards: list[Shard], part, spec, rules=None) -> dict[str, torch.Tenso
     return (rules or part.rules["hf"]).export(full, spec.geometry)
 
 
-def joined_losses(shards: list[Shard]) -> torch.Tensor:
+def joined_losses(shards: list[RankShard]) -> torch.Tensor:
     """Token losses of the last stage, of all slices of the sequence one behind the other."""
     by_slice = {shard.context_rank: shard.losses for shard in shards if shard.losses is not None}
     return torch.cat([by_slice[rank] for rank in sorted(by_slice)])

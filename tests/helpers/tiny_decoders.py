@@ -114,7 +114,7 @@ def save(model: transformers.PreTrainedModel, name: str, folder: Path, **decoder
     """Save a model in `folder`/hf and the model.json around it, whose path is returned. `decoder` are further keys of
     its text_decoder block."""
     from mindspeed_mm.models.describe import describe_part
-    from mindspeed_mm.weights.sources import open_source
+    from mindspeed_mm.models.sources import open_source
 
     model.save_pretrained(folder / "hf")
     if name == "internlm2":
