@@ -94,6 +94,7 @@ def test_losses_are_read_once_a_step(single_process, monkeypatch):
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
+    from mindspeed_mm.objectives import sft
     from mindspeed_mm.objectives.sft import OBJECTIVE
     from tests.helpers.tiny_training import arguments, begin
 
