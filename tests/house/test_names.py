@@ -45,9 +45,7 @@ def test_one_word_per_thing():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize(
-    "name", ["level", "one_row", "go_on", "divide", "LeanStep", "meet_empty_answers"]
-)
+@pytest.mark.parametrize("name", ["level", "one_row", "go_on", "divide", "LeanStep", "meet_empty_answers"])
 def test_names_that_say_nothing_are_gone(name):
     """Names of functions and classes of the library."""
     wrong = []
