@@ -66,5 +66,9 @@ setup(
     package_data={"": ["*.json", "*.jinja", "*.html", "*.css", "*.js"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mindspeed-mm = mindspeed_mm.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["mindspeed-mm = mindspeed_mm.cli.main:entry"],
+        # `torchrun --logs-specs mindspeed_mm`: torchrun's own report goes to a file.
+        "torchrun.logs_specs": ["mindspeed_mm = mindspeed_mm.platform.torchrun:ReportToFile"],
+    },
 )

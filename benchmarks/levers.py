@@ -70,13 +70,13 @@ def _slow_adamw(side: Ours) -> Iterator[None]:
 def variants(side: Ours, kind: str) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """Name of the lever that is taken back -> a context without it."""
     from mindspeed_mm.models import loss
-    from mindspeed_mm.platform import host_linear
+    from mindspeed_mm.platform import host_products
     from mindspeed_mm.trainer import step
 
     platform = type(side.platform)
     taken_back: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
         ALL: contextlib.nullcontext,
-        "oneDNN products": lambda: mock.patch.object(host_linear, "_HAS_ONEDNN", False),
+        "chosen products": lambda: mock.patch.object(host_products, "choose", lambda *_: host_products.PLAIN),
         "fused RMSNorm": lambda: mock.patch.object(platform, "rms_norm", _plain_rms_norm),
         "fused SwiGLU": lambda: mock.patch.object(platform, "swiglu", _plain_swiglu),
         "fused rotation": lambda: mock.patch.object(platform, "rotate_qk", _plain_rotation),

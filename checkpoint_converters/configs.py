@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.models.families.llava import LLAVA_DEFAULTS, ORIGINAL
+from mindspeed_mm.models.llava_config import LLAVA_DEFAULTS, ORIGINAL
 from mindspeed_mm.models.part import PartSpec, part_of
 from mindspeed_mm.weights.sources import Source
 

@@ -236,6 +236,11 @@ def _plan_family(conversion: Conversion, layout: Layout) -> TargetPlan:
             add_image_tokens(folder, vocabulary)
         complete_tokenizer(folder)
         _add_image_processor(conversion, folder, lambda _spec: family.default_image_processor(conversion.model))
+        images = folder / PROCESSOR_FILES[0]
+        found = read_json_object(images)
+        fitting = family.fit_image_processor(conversion.model, found)
+        if fitting != found:
+            write_json(images, fitting)
         processor = family.processor_config(conversion.model)
         if processor is not None:
             write_json(folder / "processor_config.json", processor)

@@ -31,7 +31,7 @@ class Comparison:
     p_mcnemar: float | None
     """Exact two-sided McNemar test on right and wrong questions; None for metrics that are not 0 or 1 a question."""
     flipped: list[dict[str, Any]]
-    """Rows whose score differs: index, question, and for either run what was read and the score."""
+    """Rows whose score differs: index, question, truth, both answers, and for either run reading and score."""
 
     @property
     def difference(self) -> float:
@@ -41,7 +41,7 @@ class Comparison:
 
 def compare_reports(first: str | Path, second: str | Path, mode: str = "strict") -> Comparison:
     """Compare two report.json files. Raises DataError for unreadable ones, or of different benchmarks or tables."""
-    a, b = _read(Path(first)), _read(Path(second))
+    a, b = read_report(Path(first)), read_report(Path(second))
     for key in _MUST_AGREE:
         if a[key] != b[key]:
             raise DataError(
@@ -109,12 +109,20 @@ def _flipped(first: list[dict], second: list[dict], mode: str) -> list[dict[str,
         other = others.get(row["index"])
         if other is not None and row[mode][1] != other[mode][1]:
             flipped.append(
-                {"index": row["index"], "question": row["question"], "first": row[mode], "second": other[mode]}
+                {
+                    "index": row["index"],
+                    "question": row["question"],
+                    "truth": row.get("truth", ""),
+                    "predictions": [row["prediction"], other["prediction"]],
+                    "first": row[mode],
+                    "second": other[mode],
+                }
             )
     return flipped
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """The report.json of a finished evaluation. Raises DataError when it is none."""
     try:
         if path.stat().st_size > MAX_REPORT_BYTES:
             raise DataError(f"{path} is larger than {MAX_REPORT_BYTES} bytes; expected a report.json.")
@@ -123,7 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"cannot read {path}: {error.strerror}; expected a <model>_<set>_report.json.") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}; expected a <model>_<set>_report.json.") from error
-    needed = {"scores", "rows", *_MUST_AGREE}
+    needed = {"model", "scores", "rows", *_MUST_AGREE}
     if not isinstance(report, dict) or not needed <= set(report):
         raise DataError(
             f"{path} is no report of an evaluation; expected a JSON object with {', '.join(sorted(needed))}."

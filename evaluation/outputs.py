@@ -9,6 +9,7 @@ from typing import Any
 
 from evaluation.page import render_page
 from evaluation.report import Report
+from evaluation.results import PAGE_SUFFIX, REPORT_SUFFIX, SHEET_SUFFIX, TABLE_SUFFIX
 from evaluation.sheet import is_cut, write_sheet
 from evaluation.tsv import Row, Table
 from mindspeed_mm.errors import DataError
@@ -50,12 +51,12 @@ def write_outputs(
     rows = [row for row in table.rows if row.index in answers]
     sheet_rows = [_sheet_row(row, table, answers[row.index], report) for row in rows]
     cut = sum(isinstance(cell, str) and is_cut(cell) for row in sheet_rows for cell in row)
-    files = {"predictions": folder / f"{stem}.xlsx", "report": folder / f"{stem}_report.json"}
-    files["page"] = folder / f"{stem}_report.html"
+    kinds = {"predictions": SHEET_SUFFIX, "report": REPORT_SUFFIX, "page": PAGE_SUFFIX}
+    files = {kind: folder / f"{stem}{suffix}" for kind, suffix in kinds.items()}
     columns = [f"{name} (tsv)" if name in RESULT_COLUMNS else name for name in table.columns if name != "image"]
     replace(files["predictions"], lambda path: write_sheet(path, [*columns, *RESULT_COLUMNS], sheet_rows))
     if report is not None:
-        files["accuracy"] = folder / f"{stem}_acc.csv"
+        files["accuracy"] = folder / f"{stem}{TABLE_SUFFIX}"
         replace(files["accuracy"], lambda path: path.write_text(report.to_csv(), encoding="utf-8"))
     summary = {**summary, "cells_cut_in_sheet": cut, "files": {kind: path.name for kind, path in files.items()}}
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -76,8 +77,12 @@ def _sheet_row(row: Row, table: Table, answer: str, report: Report | None) -> li
     return [*cells, answer, score.extracted, score.hit, log]
 
 
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path` and rename it. Raises DataError, with `path` as before, if it cannot."""
+KEPT = " The answers are kept in the journal: make room and start the same command again."
+
+
+def replace(path: Path, write: Callable[[Path], Any], kept: str = KEPT) -> None:
+    """Let `write` make a file beside `path` and rename it. Raises DataError, with `path` as before and what is `kept`,
+    if it cannot."""
     beside = path.with_name(f".{path.name}.part")
     try:
         write(beside)
@@ -85,7 +90,4 @@ def replace(path: Path, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise DataError(
-            f"cannot write {path}: {error.strerror}. The answers are kept in the journal: make room and start the "
-            "same command again."
-        ) from error
+        raise DataError(f"cannot write {path}: {error.strerror}.{kept}") from error

@@ -4,18 +4,16 @@ The page needs nothing from the network and runs no script but its own filter.
 """
 
 import base64
-import functools
 import io
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import PIL.Image
 
+from evaluation.charts import table_lines, template
 from evaluation.report import Report
 from evaluation.tsv import Row, Table
+from evaluation.wording import decoding_text
 from mindspeed_mm.errors import DataError
 
 MAX_ROWS = 500
@@ -24,7 +22,6 @@ THUMBNAIL = 112
 """Longer side of a thumbnail in pixels."""
 SHOWN = 600
 """Characters of a text that are shown."""
-_TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def render_page(
@@ -36,35 +33,33 @@ def render_page(
         rows.sort(key=lambda row: report.rows[row.index].hit)
     thumbnails: dict[str, list[str]] = {}
     shown = [_row(row, table, answers[row.index], report, thumbnails) for row in rows[:MAX_ROWS]]
-    facts = {
-        name: summary.get(name)
-        for name in ("model", "benchmark", "table", "prompt_style", "template", "decoding", "scoring", "fingerprint")
-    }
-    return _template().render(
-        facts=facts,
-        scores=summary.get("scores", {}),
-        chart=_chart(report) if report else [],
+    scores, scoring = summary.get("scores", {}), summary.get("scoring")
+    return template("page.html.jinja").render(
+        model=summary.get("model"),
+        benchmark=summary.get("benchmark"),
+        facts=_facts(summary),
+        scores=scores,
+        scoring=scoring,
+        chart=table_lines(scores[scoring]) if scoring in scores else [],
         rows=shown,
         total=len(rows),
         categories=sorted({row["category"] for row in shown if row["category"]}),
     )
 
 
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-
-
-def _chart(report: Report) -> list[tuple[str, list[tuple[str, float, float]]]]:
-    """Per line of the table: (column, value, width of its bar in per cent)."""
-    lines = []
-    for line, columns in report.table.items():
-        values = {name: value for name, value in columns.items() if not math.isnan(value)}
-        top = max([report.scale, *values.values()]) if report.statistic == "MME points" else report.scale
-        bars = [(name, value, 100 * value / top) for name, value in values.items() if 0 <= value <= top]
-        lines.append((line, bars))
-    return lines
+def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader should know of the run, in words."""
+    facts = {
+        "table": f"{summary.get('table')}: {summary.get('table_is')}",
+        "prompts": summary.get("prompt_style"),
+        "template": summary.get("template"),
+        "decoding": decoding_text(summary.get("decoding")),
+        "precision": summary.get("dtype"),
+        "answers of": summary.get("predictions"),
+        "limit": summary.get("limit"),
+        "fingerprint": summary.get("fingerprint"),
+    }
+    return {name: str(value) for name, value in facts.items() if value is not None}
 
 
 def _row(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.tsv import Table
+from evaluation.tsv import Table, refuse_all
 from mindspeed_mm.errors import DataError
 
 Predictions = str | Path | Mapping[Any, str] | Iterable[Mapping[str, Any]]
@@ -33,12 +33,15 @@ def match_predictions(
     source = str(predictions) if isinstance(predictions, str | Path) else "predictions"
     answers: dict[str, str] = {}
     order = [str(row.index) for row in table.rows] if by_order else []
-    for index, answer in _pairs(predictions, source, order):
+    pairs, problems = _pairs(predictions, source, order)
+    for index, answer in pairs:
         if not isinstance(answer, str):
-            raise DataError(f"{source}: the answer of index {index} is {answer!r}; expected a text.")
-        if index in answers:
-            raise DataError(f"{source}: index {index} is answered twice; keep one answer.")
-        answers[index] = answer
+            problems.append(f"{source}: the answer of index {index} is {answer!r:.200}; expected a text.")
+        elif index in answers:
+            problems.append(f"{source}: index {index} is answered twice; keep one answer.")
+        else:
+            answers[index] = answer
+    refuse_all(problems)
     dropped = {str(index) for index in table.dropped}
     known = {str(row.index) for row in table.rows}
     extra = [index for index in answers if index not in known and index not in dropped]
@@ -59,22 +62,24 @@ def match_predictions(
     return found, len(missing)
 
 
-def _pairs(predictions: Predictions, source: str, order: Sequence[str]) -> list[tuple[str, Any]]:
+def _pairs(predictions: Predictions, source: str, order: Sequence[str]) -> tuple[list[tuple[str, Any]], list[str]]:
+    """(index, answer) of every record, and what is wrong with the records that are none."""
     if isinstance(predictions, str | Path):
         predictions = _read(Path(predictions))
     if isinstance(predictions, Mapping):
-        return [(str(index), answer) for index, answer in predictions.items()]
-    pairs = []
+        return [(str(index), answer) for index, answer in predictions.items()], []
+    pairs, problems = [], []
     for number, record in enumerate(predictions):
         keys = record if isinstance(record, Mapping) else ()
         index_key = next((key for key in INDEX_KEYS if key in keys), None)
         answer_key = next((key for key in ANSWER_KEYS if key in keys), None)
         if answer_key is None or (index_key is None and number >= len(order)):
-            raise DataError(
+            problems.append(
                 f"{source}, record {number}: found {record!r:.200}; expected an object with index and prediction."
             )
+            continue
         pairs.append((str(record[index_key]) if index_key else order[number], record[answer_key]))
-    return pairs
+    return pairs, problems
 
 
 def _read(path: Path) -> Any:
@@ -92,10 +97,24 @@ def _read(path: Path) -> Any:
         raise DataError(f"{path}: the form of the answers is not known; expected .json, .jsonl or .xlsx.")
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            return _read_lines(path, text)
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}. Correct the file there.") from error
+
+
+def _read_lines(path: Path, text: str) -> list[Any]:
+    """One record a line. Raises DataError that names every line that is not JSON."""
+    records, problems = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.append(f"{path}, line {number} is not JSON: {error}. Correct the file there.")
+    refuse_all(problems)
+    return records
 
 
 def _read_sheet(path: Path) -> list[dict[str, str]]:

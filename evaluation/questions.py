@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.prompts import SHORT_INSTRUCTION
-from evaluation.tsv import Row, Table, find_images, image_digest, read_table, sha256_of_files, typed_indices
+from evaluation.tsv import (
+    Row,
+    Table,
+    digests_of_files,
+    find_images,
+    image_digest,
+    meant_columns,
+    read_table,
+    typed_indices,
+)
 from mindspeed_mm.errors import DataError
 
 COLUMN_OF_KEY = {
@@ -94,7 +103,7 @@ def _cells(line: str, where: str) -> dict[str, str]:
         raise DataError(f"{where} is not JSON: {error}; expected one question a line.") from error
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: found {line[:60]}; expected an object.")
-    names = [COLUMN_OF_KEY.get(key, key) for key in record]
+    names = meant_columns([COLUMN_OF_KEY.get(key, key) for key in record], where, told=False)
     if len(set(names)) < len(names):
         raise DataError(f"{where}: two keys mean the same column ({', '.join(sorted(record))}); keep one.")
     if "image_path" not in names:
@@ -154,4 +163,5 @@ def _table(path: Path, files: list[Path], records: list[dict[str, str]], image_r
         for i, (index, cells) in enumerate(zip(typed_indices(texts), records, strict=True))
     )
     columns = tuple(records[0])
-    return Table(path, columns, rows, tuple(records), (), sha256_of_files(files), root, is_json_lines=True)
+    sha256, md5 = digests_of_files(files)
+    return Table(path, columns, rows, tuple(records), (), sha256, root, is_json_lines=True, md5=md5)

@@ -57,6 +57,7 @@ def connect(device: str | None = None, tensor: int = 1, pipeline: int = 1) -> Co
         return SingleRank()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend=platform.backend, timeout=TIMEOUT)
+        platform.settle()
     if tensor * pipeline > 1:
         _join_copies(tensor, pipeline)
     return TorchRanks()

@@ -39,6 +39,15 @@ class Rows(dict):
         return self[other]
 
 
+class Cell(NamedTuple):
+    """What a number of the table is made of, for its interval: units as in Report.units, their statistic, and what
+    the statistic is multiplied by to be the table's number."""
+
+    units: Sequence[Sequence[float]]
+    statistic: str = "mean"
+    scale: float = 1.0
+
+
 @dataclass(frozen=True)
 class Report:
     """Result of scoring. `table` is {line: {column: value}} on the scale of the public scorer (0..`scale`); nan where
@@ -59,6 +68,8 @@ class Report:
     """Rows of the file without an image, which are not part of the benchmark."""
     missing: int = 0
     """Rows without an answer; they are left out of the scores."""
+    cells: Mapping[str, Mapping[str, Cell]] = field(default_factory=dict)
+    """What the rates of `table` are made of, by line and column; counts are not among them."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """What a reader of the numbers should know, such as how many answers a judge read."""
 
@@ -76,6 +87,17 @@ class Report:
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of `overall`."""
         return interval(list(self.units.values()), self.statistic) if self.units else (math.nan, math.nan)
+
+    @functools.cached_property
+    def table_intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """95 % bootstrap intervals of the table's rates, on the table's scale."""
+        return {
+            line: {
+                name: tuple(cell.scale * end for end in interval(cell.units, cell.statistic))
+                for name, cell in columns.items()
+            }
+            for line, columns in self.cells.items()
+        }
 
     def to_csv(self) -> str:
         """The table: one line per split, comma separated, all cells quoted, rates as fractions 0..1."""
@@ -106,6 +128,10 @@ class Report:
             **({"notes": dict(self.notes)} if self.notes else {}),
             "table_scale": self.scale,
             "table": table,
+            "table_intervals_95": {
+                line: {name: list(ends) for name, ends in columns.items()}
+                for line, columns in self.table_intervals.items()
+            },
             "statistic": self.statistic,
             "units": {name: list(numbers) for name, numbers in self.units.items()},
         }
@@ -118,6 +144,11 @@ def _csv_cell(value: float, scale: float) -> str:
 def mean_units(scores: Mapping[Any, float]) -> dict[str, tuple[float, float]]:
     """Units of the statistic "mean": one per question."""
     return {str(name): (float(score), 1.0) for name, score in scores.items()}
+
+
+def mean_cell(scores: Iterable[float], scale: float = 1.0) -> Cell:
+    """The mean of some rows' scores as a cell."""
+    return Cell([(float(score), 1.0) for score in scores], scale=scale)
 
 
 def mean(values: Iterable[float]) -> float:

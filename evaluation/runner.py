@@ -3,23 +3,38 @@
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.benchmarks import MODES, PROMPT_STYLES, Benchmark, Mode, Prompt, PromptStyle, find_benchmark
+from evaluation.benchmarks import (
+    MODES,
+    PROMPT_STYLES,
+    Benchmark,
+    Mode,
+    Prompt,
+    PromptStyle,
+    find_benchmark,
+    refuse_other_table,
+)
 from evaluation.engine import Communicator, Engine, GenerationRequest, SingleRank
+from evaluation.identity import told_identity
 from evaluation.journal import FINGERPRINT_DIGITS, Journal, fingerprint
 from evaluation.judge_protocol import Judge
 from evaluation.outputs import check_folder, check_output_name, write_outputs
+from evaluation.overview import write_overview
 from evaluation.questions import read_questions
 from evaluation.report import Report
+from evaluation.results import JOURNAL_SUFFIX, free_name
 from evaluation.submissions import write_submission
 from evaluation.tsv import Row, Table
 from evaluation.work import divide
 from mindspeed_mm.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 200
 """Characters of questions and answers that the report repeats; the sheet and the journal have them whole."""
@@ -35,6 +50,8 @@ class Result:
     """Paths by kind (predictions, accuracy, report); empty on ranks other than 0."""
     resumed: int
     """Answers taken from the journal of earlier runs."""
+    model: str
+    """Name of the model in the files: the one given, or with digits behind it where that one was taken."""
 
 
 def run(
@@ -54,6 +71,7 @@ def run(
     progress: bool = True,
     judge: Judge | None = None,
     checked: tuple[Table, Benchmark] | None = None,
+    accept_table: bool = False,
 ) -> Result:
     """Evaluate `engine` on the table `tsv` as `benchmark` and write <model>_<benchmark>.* into `out_dir`.
 
@@ -62,9 +80,14 @@ def run(
     returns the same reports; rank 0 writes.
 
     `scoring` chooses the numbers of the sheet and the accuracy table; the JSON report holds those of every mode.
+    `accept_table` scores a table as `benchmark` although its file's name or number of rows speaks for another one.
     `limit` asks the first rows of the table only, `text_questions` also those of a TSV that have no image. `judge`
     reads, on rank 0, the answers that the rules cannot. `checked` is what `check` returned for the same arguments, so
     that a large table is read once.
+
+    Results of another fingerprint (model, table, prompts, decoding) are never overwritten: where they have the name,
+    digits of this run's fingerprint are added to it. As soon as the folder holds several evaluations, overview.html
+    lists them.
 
     Raises DataError for an unusable table, name, folder or journal, before the first question is asked.
     """
@@ -81,21 +104,13 @@ def run(
         limit=limit,
         image_root=image_root,
         text_questions=text_questions,
+        accept_table=accept_table,
     )
     prompts = found.prompts(table, prompt_style)
     rows = table.rows[:limit]
-    facts = {
-        "benchmark": found.name,
-        "table_sha256": table.sha256,
-        "prompt_style": prompt_style,
-        "prompts": _prompts_digest(prompts),
-        **engine.describe(),
-    }
-    if (sizes := table.image_sizes()) is not None:
-        facts["image_sizes"] = sizes
-
-    stem = f"{model}_{benchmark}"
-    journal = Journal(folder / f"{stem}.journal", facts, communicator.rank)
+    facts = _facts(found, table, prompt_style, prompts, engine)
+    _tell_name(model, _on_first_rank(communicator, lambda: free_name(folder, model, benchmark, facts)), communicator)
+    journal = Journal(folder / f"{model}_{benchmark}{JOURNAL_SUFFIX}", facts, communicator.rank)
     earlier = _merge(communicator.all_gather(journal.read()))
     pending = [row for row in rows if row.index not in earlier]
     own = divide(pending, prompts, communicator.replicas)[communicator.replica]
@@ -103,32 +118,64 @@ def run(
         new = _answer(own, table, prompts, engine, journal if communicator.is_leader else None, batch_size, advance)
     collected = {**earlier, **_merge(communicator.all_gather(new))}
     answers = {row.index: collected[row.index] for row in rows}
+    reports = _on_first_rank(communicator, lambda: _score(found, table, answers, judge))
 
+    def write() -> tuple[str, dict[str, Path]]:
+        name, _ = free_name(folder, model, benchmark, facts)  # another run may have ended since the first look
+        stem = f"{name}_{benchmark}"
+        summary = _summary(name, table, facts, limit, scoring, reports, answers)
+        summary["table_is"] = told_identity(found, table)
+        files = write_outputs(folder, stem, table, answers, reports.get(scoring), summary)
+        files |= write_submission(folder, stem, getattr(found, "submission", None), table, answers)
+        return name, files | write_overview(folder)
+
+    name, files = _on_first_rank(communicator, write)
+    files = files if communicator.rank == 0 else {}
+    return Result(reports, answers, files, resumed=len(rows) - len(pending), model=name)
+
+
+def _tell_name(model: str, found: tuple[str, str], communicator: Communicator) -> None:
+    """Say that this run's files get a name of their own, and why."""
+    name, why = found
+    if why and communicator.rank == 0:
+        logger.warning("%s; nothing is overwritten, this run's results are called %s", why, name)
+
+
+def _facts(
+    benchmark: Benchmark, table: Table, prompt_style: str, prompts: dict[int | str, Prompt], engine: Engine
+) -> dict[str, Any]:
+    """All that the answers depend on; their fingerprint names the run."""
+    facts = {
+        "benchmark": benchmark.name,
+        "table_sha256": table.sha256,
+        "prompt_style": prompt_style,
+        "prompts": _prompts_digest(prompts),
+        **engine.describe(),
+    }
+    if (sizes := table.image_sizes()) is not None:
+        facts["image_sizes"] = sizes
+    return facts
+
+
+def _on_first_rank(communicator: Communicator, work: Callable[[], Any]) -> Any:
+    """What `work` gives on rank 0, on every rank; its DataError, too, so that no rank waits for one that has ended."""
     outcome = None
     if communicator.rank == 0:
-        outcome = _score(found, table, answers, judge)
+        try:
+            outcome = work()
+        except DataError as error:
+            outcome = error
     outcome = communicator.all_gather(outcome)[0]
     if isinstance(outcome, DataError):
         raise outcome
-    files = {}
-    if communicator.rank == 0:
-        summary = _summary(model, table, facts, limit, scoring, outcome, answers)
-        files = write_outputs(folder, stem, table, answers, outcome.get(scoring), summary)
-        files |= write_submission(folder, stem, getattr(found, "submission", None), table, answers)
-    communicator.all_gather(None)
-    return Result(outcome, answers, files, resumed=len(rows) - len(pending))
+    return outcome
 
 
-def _score(
-    benchmark: Benchmark, table: Table, answers: dict[int | str, str], judge: Judge | None
-) -> dict[str, Report] | DataError:
-    """Reports by mode, or what went wrong: the other ranks wait for it."""
+def _score(benchmark: Benchmark, table: Table, answers: dict[int | str, str], judge: Judge | None) -> dict[str, Report]:
+    """Reports by mode."""
     if not benchmark.has_answers(table):
         return {}
-    try:
-        return {mode: benchmark.score(table, answers, mode, judge=judge) for mode in MODES}
-    except DataError as error:
-        return error
+    return {mode: benchmark.score(table, answers, mode, judge=judge) for mode in MODES}
 
 
 def _prompts_digest(prompts: dict[int | str, Prompt]) -> str:
@@ -151,6 +198,7 @@ def check(
     limit: int | None = None,
     image_root: str | Path | None = None,
     text_questions: bool = False,
+    accept_table: bool = False,
 ) -> tuple[Table, Benchmark]:
     """Read and check all that `run` needs but the engine, as `run` does. Raises DataError."""
     check_output_name(benchmark, "the benchmark's name")
@@ -165,6 +213,7 @@ def check(
         raise DataError(f"found limit {limit}; expected 1 or more, or none to ask every question.")
     table = read_questions(tsv, image_root=image_root, text_questions=text_questions)
     found = find_benchmark(benchmark, table)
+    refuse_other_table(found, table, accept_table=accept_table)
     check_folder(Path(out_dir))
     return table, found
 
@@ -245,8 +294,10 @@ def _summary(
 
 def _row_summary(row: Row, answer: str, reports: dict[str, Report]) -> dict[str, Any]:
     question = row.cells.get("question", row.cells.get("expression", ""))
+    truth = row.cells.get("answer", row.cells.get("bbox", ""))
     scores = {mode: list(report.rows[row.index][:2]) for mode, report in reports.items()}
-    return {"index": row.index, "question": question[:SHOWN], "prediction": answer[:SHOWN], **scores}
+    texts = {"question": question[:SHOWN], "truth": truth[:SHOWN], "prediction": answer[:SHOWN]}
+    return {"index": row.index, **texts, **scores}
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from evaluation.benchmarks import MODES, Mode, find_benchmark
+from evaluation.benchmarks import MODES, Mode, find_benchmark, refuse_other_table
 from evaluation.judge_protocol import Judge
 from evaluation.predictions import Predictions, match_predictions
 from evaluation.questions import read_questions
@@ -20,6 +20,7 @@ def score(
     image_root: str | Path | None = None,
     text_questions: bool = False,
     judge: Judge | None = None,
+    accept_table: bool = False,
 ) -> Report:
     """Score answers to a benchmark table.
 
@@ -27,14 +28,16 @@ def score(
     {index: answer}, [{"index", "prediction"}], or a .json, .jsonl or .xlsx file of these; `tsv` the benchmark's file
     (see evaluation.questions). `mode` "strict" is the benchmark's definition, "compat" equals VLMEvalKit row by row.
     `text_questions` scores the rows without an image too. `judge` reads the answers that the rules cannot; by default
-    they are wrong.
+    they are wrong. `accept_table`: the table is what `benchmark` says, whatever its file's name and number of rows say.
 
-    Raises DataError for an unusable table or answers (see read_questions and match_predictions) or an unknown name.
+    Raises DataError for an unusable table or answers (see read_questions and match_predictions), an unknown name, or
+    the table of another benchmark.
     """
     if mode not in MODES:
         raise DataError(f"found mode {mode!r}; expected {' or '.join(MODES)}.")
     table = read_questions(tsv, image_root=image_root, text_questions=text_questions)
     found = find_benchmark(benchmark, table)
+    refuse_other_table(found, table, accept_table=accept_table)
     answers, missing = match_predictions(
         predictions, table, allow_missing=allow_missing, by_order=getattr(found, "by_order", False)
     )

@@ -24,6 +24,10 @@ def _mean(sums: np.ndarray) -> np.ndarray:
     return _divide(sums[..., 0], sums[..., 1])
 
 
+def _mean_of_ratios(sums: np.ndarray) -> np.ndarray:
+    return _divide(sums[..., 0::2], sums[..., 1::2]).mean(axis=-1)
+
+
 def _mean_f1(sums: np.ndarray) -> np.ndarray:
     tp, fp, fn = sums[..., 0::3], sums[..., 1::3], sums[..., 2::3]
     return _divide(2 * tp, 2 * tp + fp + fn).mean(axis=-1)
@@ -34,9 +38,15 @@ def _mme_points(sums: np.ndarray) -> np.ndarray:
     return 100 * (_divide(hits, questions) + _divide(both, images)).sum(axis=-1)
 
 
-STATISTICS: dict[str, Statistic] = {"mean": _mean, "mean F1": _mean_f1, "MME points": _mme_points}
-"""mean: (sum of scores, count). mean F1: (TP, FP, FN) per set, the sets' F1 averaged. MME points: (right answers,
-questions, images with both right, images) per category, 100 * (accuracy + accuracy of images) summed."""
+STATISTICS: dict[str, Statistic] = {
+    "mean": _mean,
+    "mean of ratios": _mean_of_ratios,
+    "mean F1": _mean_f1,
+    "MME points": _mme_points,
+}
+"""mean: (sum of scores, count), or any part and its whole. mean of ratios: several such pairs. mean F1: (TP, FP, FN)
+per set, the sets' F1 averaged. MME points: (right answers, questions, images with both right, images) per category,
+100 * (accuracy + accuracy of images) summed."""
 
 
 def evaluate(units: Sequence[Sequence[float]], statistic: str) -> float:

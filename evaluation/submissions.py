@@ -5,13 +5,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluation.outputs import replace
+from evaluation.outputs import check_folder, replace
 from evaluation.scorers.exact import gqa_export
 from evaluation.scorers.vqa import m4c_normalise
 from evaluation.sheet import write_sheet
 from evaluation.tsv import Row, Table
 
 MMBENCH_FILE = "mmbench_result.xlsx"
+"""Name that the server's page shows; in a folder of its own for each model and set."""
 MMBENCH_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 """Columns that LLaVA's convert_mmbench_for_submission leaves out."""
 IDENTIFIERS = ("question_id", "questionId", "id")
@@ -26,7 +27,8 @@ def write_submission(
         return {}
     rows = [row for row in table.rows if row.index in answers]
     if form == "mmbench":
-        path = folder / MMBENCH_FILE
+        path = folder / f"{stem}_submission" / MMBENCH_FILE
+        check_folder(path.parent)
         columns = [name for name in table.columns if name not in MMBENCH_DROPPED]
         cells = [
             [*(row.index if name == "index" else row.cells[name] for name in columns), answers[row.index]]

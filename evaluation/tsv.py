@@ -10,7 +10,9 @@ import binascii
 import csv
 import hashlib
 import io
+import logging
 import re
+import string
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ import PIL.Image
 
 from evaluation.pandas_rules import NA_TEXTS
 from mindspeed_mm.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MAX_CELL_CHARACTERS = 256 * 2**20
 """Longest cell, and longest line, accepted: base64 of a 192 MiB image file; the csv module's default is 131,072."""
@@ -65,6 +69,8 @@ class Table:
     image_root: Path
     is_json_lines: bool = False
     """Whether the file has the form of a benchmark's own questions instead of VLMEvalKit's table."""
+    md5: str = ""
+    """MD5 sum of the file's bytes, by which VLMEvalKit knows its tables."""
 
     def images(self, row: Row) -> tuple[PIL.Image.Image, ...]:
         """Decode the images of `row`, in order and in the mode they were stored in. Raises DataError."""
@@ -113,21 +119,33 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
     offsets: list[int] = []
     kinds: list[str | int] = []
     images: list[str] = []
+    problems: list[str] = []
+    rows_read = 0
     for offset, record in records:
-        where = f"{path}, data row {len(texts) + 1}"
+        where = f"{path}, data row {rows_read + 1}"
+        rows_read += 1
         if len(record) != len(columns):
-            raise DataError(
-                f"{where} has {len(record)} cells; expected {len(columns)} as in the header. Check its tabs and quotes."
+            own = f" (index {record[index_column][:40]})" if len(record) > index_column else ""
+            problems.append(
+                f"{where} has {len(record)} cells; expected {len(columns)} as in the header{own}. Check its tabs and "
+                "quotes."
             )
+            continue
         index = record[index_column]
         if not index:
-            raise DataError(f"{where} has no index; give every row its own.")
+            problems.append(f"{where} has no index; give every row its own.")
+            continue
         where = f"{path}, row with index {index}"
-        kinds.append(_check_image_cell(record[image_column], columns[image_column], root, where))
+        try:
+            kinds.append(_check_image_cell(record[image_column], columns[image_column], root, where))
+        except DataError as error:
+            problems.append(str(error))
+            continue
         images.append(image_digest(record[image_column]))
         texts.append(index)
         offsets.append(offset)
         all_cells.append({name: cell for name, cell in zip(columns, record, strict=True) if name != "image"})
+    refuse_all(problems)
     if not texts:
         raise DataError(f"{path} has a header but no rows; expected at least one question.")
     sources = _image_sources(texts, kinds, path)
@@ -144,7 +162,19 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
         )
     kept = {row.position for row in rows}
     dropped = tuple(index for i, index in enumerate(indices) if i not in kept)
-    return Table(path, columns, rows, tuple(all_cells), dropped, sha256_of_files([path]), root)
+    sha256, md5 = digests_of_files([path])
+    return Table(path, columns, rows, tuple(all_cells), dropped, sha256, root, md5=md5)
+
+
+MAX_NAMED = 20
+"""Problems of one file that an error names one by one."""
+
+
+def refuse_all(problems: Sequence[str]) -> None:
+    """Raise DataError that names all problems of a file, so that they can be corrected together; nothing for none."""
+    if problems:
+        more = [f"and {len(problems) - MAX_NAMED} more"] if len(problems) > MAX_NAMED else []
+        raise DataError("\n  ".join([*problems[:MAX_NAMED], *more]))
 
 
 def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | int:
@@ -193,6 +223,7 @@ def typed_indices(texts: Sequence[str]) -> list[int | str]:
 def _check_columns(header: list[str], path: Path) -> tuple[str, ...]:
     if not header:
         raise DataError(f"{path} is empty; expected a header line with tab separated column names.")
+    header = meant_columns(header, path)
     repeated = sorted({name for name in header if header.count(name) > 1})
     if repeated:
         raise DataError(f"{path}: column {', '.join(repeated)} is given twice; keep one.")
@@ -201,6 +232,29 @@ def _check_columns(header: list[str], path: Path) -> tuple[str, ...]:
             f"{path}: found columns {', '.join(header)[:500]}; expected index and image (or image_path), tab separated."
         )
     return tuple(header)
+
+
+COLUMNS = (
+    *("index", "image", "image_path", "question", "hint", "answer"),
+    *("category", "l2-category", "split", *string.ascii_uppercase),
+)
+"""Columns with a meaning, in every benchmark or most."""
+
+
+def meant_columns(names: Sequence[str], where: Path | str, *, told: bool = True) -> list[str]:
+    """Names of columns as they are meant: one that differs from a known one by case (not for single letters), spaces
+    around it or a full stop is that one (which is `told`), unless the known one is there, too."""
+    known = {name.lower(): name for name in COLUMNS if len(name) > 1}
+    meant = []
+    for name in names:
+        bare = name.strip().rstrip(".:").strip()
+        new = bare if bare in COLUMNS else known.get(bare.lower(), name)
+        if new != name and new not in names:
+            if told:
+                logger.warning('%s: column "%s" is read as %s', where, name, new)
+            name = new
+        meant.append(name)
+    return meant
 
 
 def _image_texts(cell: str, where: str) -> list[str]:
@@ -261,14 +315,15 @@ def image_digest(cell: str) -> str:
     return hashlib.blake2b(cell.encode("utf-8", "surrogatepass"), digest_size=_DIGEST_BYTES).hexdigest()
 
 
-def sha256_of_files(paths: Sequence[Path]) -> str:
-    """SHA-256 of the files' bytes, one after the other."""
-    digest = hashlib.sha256()
+def digests_of_files(paths: Sequence[Path]) -> tuple[str, str]:
+    """SHA-256 and MD5 of the files' bytes, one after the other."""
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     for path in paths:
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
+                sha256.update(block)
+                md5.update(block)
+    return sha256.hexdigest(), md5.hexdigest()
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -3,9 +3,7 @@
 The guard matters: worker processes import this module.
 """
 
-import sys
-
-from mindspeed_mm.cli.main import main
+from mindspeed_mm.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -16,7 +16,17 @@ from evaluation.report import Report
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
 
-__all__ = ["MODES", "PROMPT_STYLES", "Benchmark", "Mode", "Prompt", "PromptStyle", "find_benchmark", "known_benchmarks"]
+__all__ = [
+    "MODES",
+    "PROMPT_STYLES",
+    "Benchmark",
+    "Mode",
+    "Prompt",
+    "PromptStyle",
+    "find_benchmark",
+    "known_benchmarks",
+    "refuse_other_table",
+]
 
 Mode = Literal["strict", "compat"]
 MODES: tuple[Mode, ...] = ("strict", "compat")
@@ -33,6 +43,7 @@ class Benchmark(Protocol):
     """VLMEvalKit's spelling; any case is accepted where users name it."""
     aliases: tuple[str, ...]
     """Other names of the same benchmark."""
+    # Optional: kind, which evaluation.identity compares with what a table's columns and answers are for.
 
     def check(self, table: Table) -> None:
         """Raise DataError when the table lacks a column that the benchmark needs."""
@@ -60,39 +71,50 @@ def known_benchmarks() -> dict[str, Benchmark]:
 
 
 def find_benchmark(name: str, table: Table) -> Benchmark:
-    """The benchmark called `name` (any case), or one for a table of the user's own.
+    """The benchmark called `name`, or one for a table of the user's own. Case, spaces, dashes and dots in a known name
+    make no difference.
 
     Raises DataError for an unknown name with the nearest names, when it looks like a typing error or when the table
-    is neither multiple choice (columns question, A, B) nor questions (column question).
+    is neither multiple choice (columns question, A, B) nor questions (column question), and for a table that the
+    benchmark cannot use, with the name of the right one where something speaks for it.
     """
-    benchmark = _scan().get(name.lower())
+    from evaluation.identity import advice_for
+    from evaluation.own_tables import own_benchmark
+
+    known = _scan()
+    folded = _fold(name)
+    benchmark = known.get(name.lower()) or next((one for key, one in known.items() if _fold(key) == folded), None)
     if benchmark is None:
-        likely = difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=_TYPING_ERROR)
-        own = None if likely else _own_benchmark(name, table)
+        likely = difflib.get_close_matches(name.lower(), known, n=3, cutoff=_TYPING_ERROR)
+        own = None if likely else own_benchmark(name, table)
         if own is None:
-            close = likely or difflib.get_close_matches(name.lower(), _scan(), n=3, cutoff=0.4)
-            known = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(sorted(_main_names()))}"
+            close = likely or difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+            names = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(sorted(_main_names()))}"
             advice = "a name that is less like these, and columns" if likely else "columns"
             raise DataError(
-                f"no benchmark is called {name} ({known}). Correct the name; for a table of your own, give {advice} "
+                f"no benchmark is called {name} ({names}). Correct the name; for a table of your own, give {advice} "
                 f"question, A, B, ... or question and answer; {table.path} has {', '.join(table.columns)}."
             )
         benchmark = own
-    benchmark.check(table)
+    try:
+        benchmark.check(table)
+    except DataError as error:
+        if advice := advice_for(benchmark, table, known):
+            raise DataError(f"{error} {advice}") from error
+        raise
     return benchmark
 
 
-def _own_benchmark(name: str, table: Table) -> Benchmark | None:
-    from evaluation.benchmarks.mcq._choice import MultipleChoice, refuse_rotations
-    from evaluation.benchmarks.vqa._open import OWN_QUESTIONS
-    from evaluation.benchmarks.yesno._yesno import YesNo, is_yes_no
+def refuse_other_table(benchmark: Benchmark, table: Table, *, accept_table: bool = False) -> None:
+    """Raise DataError when `table` is that of another benchmark than the known one it is scored as (see
+    evaluation.identity)."""
+    from evaluation.identity import refuse_other_table as refuse
 
-    if {"question", "A", "B"} <= set(table.columns):
-        refuse_rotations(name, table)
-        return MultipleChoice(name)
-    if "question" not in table.columns:
-        return None
-    return YesNo(name) if is_yes_no(table) else OWN_QUESTIONS(name)
+    refuse(benchmark, table, _scan(), accept_table=accept_table)
+
+
+def _fold(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum() or character == "+")
 
 
 def _main_names() -> set[str]:

@@ -8,6 +8,12 @@ from evaluation.scorers.vqa import remove_marks
 
 UNKNOWN = "unknown"
 POPE_SETS = ("random", "popular", "adversarial")
+MME_PERCEPTION = (
+    *("OCR", "artwork", "celebrity", "color", "count"),
+    *("existence", "landmark", "position", "posters", "scene"),
+)
+MME_REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
+"""The categories of MME's paper (Fu et al., 2023); 100 + 100 points each."""
 
 _YES_WORDS = frozenset(["yes", "yeah", "yep", "yup"])
 _NO_WORDS = frozenset(["no", "nope"])

@@ -14,7 +14,11 @@ export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-7200}"
 
 NPUS_PER_NODE="${NPUS_PER_NODE:-1}" # any number: the questions need not divide by it
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
-MASTER_PORT="${MASTER_PORT:-29501}"
+FREE_PORT=29501 # on one host: the first from here on that no other run has
+if [[ -z "${MASTER_PORT:-}" && "${NNODES:-1}" == 1 ]]; then
+    while (: >"/dev/tcp/127.0.0.1/$FREE_PORT") 2>/dev/null; do FREE_PORT=$((FREE_PORT + 1)); done
+fi
+MASTER_PORT="${MASTER_PORT:-$FREE_PORT}"
 NNODES="${NNODES:-1}"
 NODE_RANK="${NODE_RANK:-0}"
 # The cores of this host shared by its ranks; torchrun alone would give each rank one.
@@ -26,5 +30,5 @@ LOAD_PATH="${LOAD_PATH:-}" # a training checkpoint to evaluate, instead of the c
 
 torchrun \
     --nproc_per_node "$NPUS_PER_NODE" --nnodes "$NNODES" --node_rank "$NODE_RANK" \
-    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --logs-specs mindspeed_mm \
     -m mindspeed_mm evaluate --mm-model "$MM_MODEL" ${LOAD_PATH:+--load "$LOAD_PATH"} "$@"

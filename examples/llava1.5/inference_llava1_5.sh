@@ -11,7 +11,11 @@ ASCEND_ENV="${ASCEND_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}"
 if [[ -f "$ASCEND_ENV" ]]; then set +u; source "$ASCEND_ENV"; set -u; fi
 
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
-MASTER_PORT="${MASTER_PORT:-29501}"
+FREE_PORT=29501 # on one host: the first from here on that no other run has
+if [[ -z "${MASTER_PORT:-}" && "${NNODES:-1}" == 1 ]]; then
+    while (: >"/dev/tcp/127.0.0.1/$FREE_PORT") 2>/dev/null; do FREE_PORT=$((FREE_PORT + 1)); done
+fi
+MASTER_PORT="${MASTER_PORT:-$FREE_PORT}"
 TP="${TP:-1}"
 PP="${PP:-1}"
 NPUS_PER_NODE="${NPUS_PER_NODE:-$((TP * PP))}"
@@ -26,7 +30,7 @@ LOAD_ARGS=()
 if [[ -n "$LOAD_PATH" ]]; then LOAD_ARGS=(--load "$LOAD_PATH"); fi
 
 torchrun \
-    --nproc_per_node "$NPUS_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    --nproc_per_node "$NPUS_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --logs-specs mindspeed_mm \
     -m mindspeed_mm infer \
     --mm-model "$MM_MODEL" ${LOAD_ARGS[@]+"${LOAD_ARGS[@]}"} \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \

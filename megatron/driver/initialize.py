@@ -63,6 +63,7 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
         )
         _configure_log()
         preflight.try_collective(args, platform)
+        platform.settle()
     init_num_microbatches_calculator(
         rank=torch.distributed.get_rank(),
         rampup_batch_size=None,

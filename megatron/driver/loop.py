@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder, StepMetrics
 from megatron.driver.profiling import Profiler
 from megatron.driver.state import BatchFacts, Hooks, TrainState
+from megatron.driver.stopping import StopRequest
 from mindspeed_mm.errors import DataError, TrainingError
 from mindspeed_mm.platform.regions import region
 
@@ -42,6 +42,8 @@ class TrainReport(NamedTuple):
     """Of the last step; None where no step was left to do."""
     checkpoint: Path | None
     """The last one written by this run."""
+    stopped_by: int | None = None
+    """The signal that ended the run before its last step."""
 
 
 class MeteredIterator:
@@ -137,31 +139,6 @@ def forward_backward(
     )
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Slurm sends SIGTERM at the time limit, and SIGUSR1 before it with `--signal=USR1@seconds`."""
-
-
-class StopRequest:
-    """Context in which STOP_SIGNALS are remembered instead of killing the process."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous: dict[int, Any] = {}
-        self._installed = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> StopRequest:
-        if self._installed:
-            self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, _number: int, _frame: Any) -> None:
-        self.received = True
-
-
 def train(
     state: TrainState,
     args: DriverArguments,
@@ -184,7 +161,7 @@ def train(
     if state.iteration >= args.train_iters and is_rank_0():
         logger.warning("nothing to do: %d of --train-iters %d steps are done", state.iteration, args.train_iters)
     data = MeteredIterator(data_iterator, hooks.describe, hooks.level if interleaved() else None)
-    step = None
+    step = stopped_by = None
     clock = SaveClock(args)
     with (
         StopRequest() as stop,
@@ -203,13 +180,15 @@ def train(
                 recorder.flush()
                 saver.save()
                 clock.restart()
-            if totals.stop or _is_exit_due(state, args):
-                if is_rank_0():
-                    logger.info(
-                        "stopped at step %d: %s", state.iteration, "a signal" if totals.stop else "--exit-interval"
-                    )
+            if totals.stop and state.iteration < args.train_iters:
+                # A rank that got none stops because of another one's.
+                stopped_by = stop.signal or signal.SIGTERM
                 break
-    return TrainReport(state.iteration, None if step is None else step.loss, saver.last)
+            if _is_exit_due(state, args):
+                if is_rank_0():
+                    logger.info("stopped at step %d: --exit-interval", state.iteration)
+                break
+    return TrainReport(state.iteration, None if step is None else step.loss, saver.last, stopped_by)
 
 
 def _is_exit_due(state: TrainState, args: DriverArguments) -> bool:

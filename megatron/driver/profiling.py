@@ -76,6 +76,8 @@ class Profiler:
         path = folder / f"trace_rank{self._rank}_step{self._args.profile_step_start}.json"
         self._profile.export_chrome_trace(str(path))
         logger.info("profile of rank %d: %s\n%s", self._rank, path, table(read_trace(path)))
+        if choices := self._platform.choices():
+            logger.info("chosen for this machine:\n%s", choices)
 
 
 def trace_folder(args: DriverArguments) -> Path:

@@ -32,8 +32,15 @@ PATIENCE = 30.0
 SHARE = 3
 """A third of that timeout: one patience until the loss is seen, one until a stuck rank ends, and beats in between."""
 
-BEATS = 6
+BEATS = 30
 """Signs of life in that time."""
+
+HURRY = 6.0
+"""Seconds that replace PATIENCE where they are fewer, once a collective has failed or a loss is known: the run is over
+then, and what is left to find out is which rank has gone."""
+
+HURRIED = "hurried"
+"""Key that a rank sets whose collective has failed."""
 
 EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""
@@ -46,6 +53,7 @@ class Watch:
 
     def __init__(self, store: Store, rank: int, ranks: int, patience: float) -> None:
         self._store, self.rank, self._ranks, self._patience = store, rank, ranks, patience
+        self._allowed = patience
         self._done, self._lock = threading.Event(), threading.Lock()
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._answered = self._asked = time.monotonic()
@@ -53,6 +61,11 @@ class Watch:
         self._threads = [threading.Thread(target=work, name="watch", daemon=True) for work in (self._ask, self._judge)]
         self.lost: str | None = None
         """What has happened to other ranks, once it is known."""
+
+    @property
+    def _hurry(self) -> float:
+        """Seconds without a sign of life once the run is over for some rank."""
+        return min(self._patience, HURRY)
 
     def start(self) -> None:
         """Begin."""
@@ -70,6 +83,7 @@ class Watch:
         begin = time.monotonic()
         try:
             self._store.set(f"alive/{self.rank}", str(number))
+            self._allowed = self._hurry if self._store.check([HURRIED]) else self._patience
             self._learn(self._watch_all() if self.rank == 0 else self._watch_first())
             self._answered, self._asked = time.monotonic(), begin
         except RuntimeError as error:  # the store has gone, and with it whoever kept it
@@ -92,7 +106,7 @@ class Watch:
             if self.lost and noticed is None:
                 noticed = now
             # An orderly end of the main thread comes first, where a collective lets it.
-            if noticed is not None and now - noticed > self._patience and not self._leaving:
+            if noticed is not None and now - noticed > self._hurry and not self._leaving:
                 logger.error("%s. This rank stops; start again to resume from the last checkpoint", self.lost)
                 os._exit(EXIT_CODE)
 
@@ -111,14 +125,14 @@ class Watch:
         if value != before:
             since = now
         self._seen[rank] = value, since
-        return value != b"done" and now - since > self._patience
+        return value != b"done" and now - since > self._allowed
 
     def _watch_all(self) -> str | None:
         still = [rank for rank in range(1, self._ranks) if self._stands_still(rank)]
         failed = [rank for rank in range(1, self._ranks) if self._store.check([f"failed/{rank}"])]
         notes = [f"rank {rank} on {self._host(rank)} stopped: {self._read(f'failed/{rank}')}" for rank in failed]
         notes += [
-            f"rank {rank} on {self._host(rank)} is lost, it gave no sign of life for {self._patience:g} s"
+            f"rank {rank} on {self._host(rank)} is lost, it gave no sign of life for {self._allowed:g} s"
             for rank in still
             if rank not in failed
         ]
@@ -133,7 +147,7 @@ class Watch:
         if self._store.check(["failed/0"]):
             return f"rank 0 on {self._host(0)} stopped: {self._read('failed/0')}"
         if self._stands_still(0):
-            return f"rank 0 on {self._host(0)} is lost, it gave no sign of life for {self._patience:g} s"
+            return f"rank 0 on {self._host(0)} is lost, it gave no sign of life for {self._allowed:g} s"
         return None
 
     def _host(self, rank: int) -> str:
@@ -149,6 +163,8 @@ class Watch:
         A store that gives no answer is a loss, so that this comes to an end.
         """
         self._leaving = True
+        with contextlib.suppress(RuntimeError):  # the store may have gone with the rank that kept it
+            self._store.set(HURRIED, "")
         end = time.monotonic() + 2 * self._patience
         while self.lost is None and self._asked < end:
             time.sleep(0.02)
@@ -158,7 +174,7 @@ class Watch:
         """Stop beating, and tell the others that this rank has not been lost."""
         self._done.set()
         for thread in self._threads:
-            thread.join(self._patience)
+            thread.join(self._hurry)
         if self._threads[0].is_alive():  # it waits for a store that does not answer
             return
         with contextlib.suppress(RuntimeError):  # the store may have ended with the rank that kept it

@@ -1,8 +1,9 @@
-"""`mindspeed-mm evaluate`: scores a model, or answers that are already there, on a benchmark; compares two reports."""
+"""`mindspeed-mm evaluate`: scores a model, or answers that are already there, on a benchmark; compares runs."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -30,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluation-dataset", metavar="NAME", help="benchmark, or a name of your own for your own table"
     )
-    parser.add_argument("--evaluation-model", metavar="NAME", help="name of the model in the result files")
+    parser.add_argument(
+        "--evaluation-model",
+        metavar="NAME",
+        help="name of the model in the result files (default: the checkpoint's own)",
+    )
     parser.add_argument("--result-output-path", metavar="DIR", help="folder of the results and of the answers so far")
     parser.add_argument("--image-root", metavar="DIR", help="folder of an image_path column (default: the TSV's)")
     parser.add_argument("--prompt-style", choices=("official", "vlmevalkit"), default="official")
@@ -39,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--predictions", metavar="FILE", help="score these answers (.xlsx, .json, .jsonl) and no model")
     parser.add_argument(
-        "--compare", nargs=2, metavar="JSON", help="compare two *_report.json files and do nothing else"
+        "--compare",
+        nargs="+",
+        metavar="WHAT",
+        help="compare finished runs and do nothing else: a result folder, two *_report.json files, or names of models "
+        "in --result-output-path",
     )
     parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server that reads what no rule can read")
     parser.add_argument("--judge-model", metavar="NAME", default="judge", help="model that the judge is asked for")
@@ -49,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-questions", action="store_true", help="ask the rows of a TSV without an image too (all of ScienceQA)"
     )
+    parser.add_argument(
+        "--accept-table",
+        action="store_true",
+        help="the table is what --evaluation-dataset says, whatever its file name and number of rows speak for",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
     add_launcher_flags(parser)
 
@@ -56,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
     """Evaluate. The first rank prints the accuracy table on stdout; every rank returns the numbers for --json."""
     if namespace.compare:
-        return _compare(*namespace.compare, namespace.scoring)
+        return _compare(namespace)
 
     from mindspeed_mm.config.evaluation import EvaluationConfig
     from mindspeed_mm.config.load import load_config, read_json
@@ -84,6 +98,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         engine: Any = RecordedAnswers(namespace.predictions, table, by_order=by_order)
     else:
         communicator, engine = _model_engine(config, namespace, options)
+    from evaluation.identity import told_identity
     from evaluation.runner import run as run_evaluation
 
     start = time.perf_counter()
@@ -106,6 +121,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     if communicator.rank == 0:
         _print(result, namespace.scoring, seconds)
+        sys.stderr.write(f"table {table.path.name}: {told_identity(benchmark, table)}\n")
         if table.dropped:
             sys.stderr.write(
                 f"left out, because they have no image: {len(table.dropped)} rows, for example index "
@@ -151,33 +167,52 @@ def _judge(config, namespace: argparse.Namespace):
     return HttpJudge(namespace.judge, cache, model=namespace.judge_model, key=key)
 
 
-def _compare(first: str, second: str, scoring: str) -> dict[str, Any]:
-    """Print two runs side by side."""
-    import dataclasses
+def _compare(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Print runs side by side, each against the first one on its questions, and write a page for each pair."""
+    from evaluation.comparison import choose_results, compare_pair
 
-    from evaluation.compare import compare_reports
+    groups = choose_results(namespace.compare, namespace.result_output_path, namespace.evaluation_dataset)
+    pairs = [(own[0], other) for own in groups for other in own[1:]]
+    told = []
+    for first, second in pairs:
+        folder = Path(namespace.result_output_path or first.path.parent)
+        found, page = compare_pair(first, second, namespace.scoring, folder)
+        _print_comparison(first, second, found, rows=len(pairs) == 1)
+        sys.stdout.write(f"  {page}\n")
+        told.append(dataclasses.asdict(found) | {"difference": found.difference, "page": str(page)})
+        told[-1] |= {"models": [first.model, second.model], "benchmark": first.report["benchmark"]}
+    return told[0] if len(told) == 1 else {"comparisons": told}
 
-    found = compare_reports(first, second, scoring)
+
+def _print_comparison(first, second, found, *, rows: bool) -> None:
     low, high = found.interval
     mcnemar = "" if found.p_mcnemar is None else f", McNemar p = {found.p_mcnemar:.4g}"
     sys.stdout.write(
-        f"{found.metric} ({scoring}), {found.units} questions\n  A {first}: {found.first:.4f}\n"
-        f"  B {second}: {found.second:.4f}\n  B - A: {found.difference:+.4f} (95% interval {low:+.4f} to {high:+.4f}), "
+        f"{first.report['benchmark']}: {found.metric} ({found.mode}), {found.units} questions\n"
+        f"  A {first.model} ({first.path}): {found.first:.4f}\n"
+        f"  B {second.model} ({second.path}): {found.second:.4f}\n"
+        f"  B - A: {found.difference:+.4f} (95% interval {low:+.4f} to {high:+.4f}), "
         f"paired bootstrap p = {found.p_bootstrap:.4g}{mcnemar}\n{len(found.flipped)} rows flipped\n"
     )
-    for row in found.flipped:
+    for row in found.flipped if rows else ():
         (read_a, hit_a), (read_b, hit_b) = row["first"], row["second"]
         sys.stdout.write(f"  {row['index']}: {read_a} ({hit_a:g}) -> {read_b} ({hit_b:g})  {row['question'][:80]!r}\n")
-    return dataclasses.asdict(found) | {"difference": found.difference}
 
 
 def _flags(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Config values given as flags."""
+    """Config values given as flags. A model or answers given as a flag replace those of the JSON, and so its name."""
+    from evaluation.results import answers_name, checkpoint_name
+
     names = ("dataset_path", "evaluation_dataset", "evaluation_model", "result_output_path")
     given = {name: getattr(namespace, name) for name in names if getattr(namespace, name) is not None}
+    if "evaluation_model" in given:
+        return given
     model = namespace.load or namespace.model
-    if model and "evaluation_model" not in given and not namespace.mm_model:
-        given["evaluation_model"] = Path(model).resolve().name
+    if namespace.predictions:
+        sets = tuple(filter(None, (namespace.evaluation_dataset, Path(namespace.dataset_path or "").stem)))
+        given["evaluation_model"] = answers_name(namespace.predictions, sets)
+    elif model:
+        given["evaluation_model"] = checkpoint_name(model)
     return given
 
 
@@ -196,6 +231,7 @@ def _check_table(config, namespace: argparse.Namespace):
         limit=namespace.limit,
         image_root=namespace.image_root,
         text_questions=namespace.text_questions,
+        accept_table=namespace.accept_table,
     )
 
 
@@ -237,7 +273,7 @@ def _summary(result, config, namespace: argparse.Namespace, seconds: float) -> d
     report = result.reports.get(namespace.scoring)
     return {
         "benchmark": config.evaluation_dataset,
-        "model": config.evaluation_model,
+        "model": result.model,
         "scoring": namespace.scoring,
         "prompt_style": namespace.prompt_style,
         "n": len(result.predictions),

@@ -11,8 +11,10 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import mindspeed_mm
+from mindspeed_mm import ending
 from mindspeed_mm.errors import CheckpointError, ConfigError, DataError, TrainingError, WeightError
 
 USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError, TrainingError)
@@ -96,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 1 when the command failed with a message for the user, 2 for a wrong command line (argparse),
-        130 when interrupted.
+        130 when interrupted, 128 plus its number when a signal had the run save and stop.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word.replace("-", "_") for word in argv if not word.startswith("-")), None)
@@ -108,17 +110,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if unknown:
             _refuse_unknown(namespace.parser, unknown)
-        result = namespace.module.run(namespace)
+        with ending.closing():
+            result = namespace.module.run(namespace)
+    except ending.Stopped as stopped:
+        if namespace.json:
+            _print_json({**stopped.result, "error": str(stopped)})
+        if is_first_rank():
+            sys.stderr.write(f"mindspeed-mm {namespace.command}: {stopped}\n")
+        return stopped.exit_code
     except USER_ERRORS as error:
         if namespace.json:
             _print_json({**getattr(error, "result", {}), "error": str(error)})
         return _fail(namespace.command, error)
     except KeyboardInterrupt:
-        sys.stderr.write(f"mindspeed-mm {namespace.command}: interrupted\n")
+        if is_first_rank():
+            sys.stderr.write(f"mindspeed-mm {namespace.command}: interrupted\n")
         return EXIT_INTERRUPTED
     if namespace.json:
         _print_json(result)
     return 0
+
+
+def entry() -> NoReturn:
+    """What the console script and `python -m mindspeed_mm` do: `main`, and then the end of the process."""
+    ending.run_process(main)
 
 
 def _print_json(result: dict) -> None:

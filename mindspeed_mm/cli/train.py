@@ -6,6 +6,7 @@ import argparse
 import logging
 from typing import Any
 
+from mindspeed_mm import ending
 from mindspeed_mm.cli.plan import size
 
 HELP = "pretrain or fine-tune from --mm-model, --mm-data and Megatron's flags"
@@ -54,9 +55,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     args = arguments.from_namespace(namespace)
     training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data)
     training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
-    try:
+    with ending.closing():
+        ending.at_end(initialize.shutdown)
         initialize.initialize(training.args, platform)
         with watch.naming_lost_ranks(), explaining_out_of_memory(training):
             return training.run()
-    finally:
-        initialize.shutdown()

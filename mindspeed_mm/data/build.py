@@ -1,8 +1,7 @@
 """From a data config to an endless stream of batches."""
 
+import contextlib
 import logging
-import os
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mindspeed_mm import registry
+from mindspeed_mm import ending, registry
+from mindspeed_mm.data import loader_workers
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.config import DATASETS, DataConfig, DataloaderParam
 from mindspeed_mm.data.dataset import DataSet, MultimodalDataset, Policies, Positions
@@ -190,6 +190,7 @@ def build_loader(
     The order depends on `seed` and the data alone (see sampler.py). `options` are shuffle, packing, pinning and
     prefetching of data.json, `weights` its weights, `global_batch_size` (default: micro_batch_size * dp_size) is for
     grouping. `counts` is kept up to date. Errors of workers come out as themselves: DataError naming record and cause.
+    Close the iterator, or leave `ending.closing`, to end the workers.
     """
     options = options or DataloaderParam()
     order = build_order(
@@ -216,44 +217,37 @@ def build_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_CollateErrors(collator),
-        worker_init_fn=_leave_stop_signals,
+        worker_init_fn=loader_workers.settle,
         pin_memory=options.pin_memory and torch.cuda.is_available(),
         # An own generator seeds the workers, apart for every rank, and leaves the global one alone: drawing from that
         # would make a resumed run differ from a continued one.
         generator=torch.Generator().manual_seed(seed * 1_000_003 + dp_rank),
         **worker_options,
     )
-    return _batches(loader, counts or DataCounts(), dataset.policies.max_skip_percent)
-
-
-def _leave_stop_signals(_worker: int) -> None:
-    """Leave SIGTERM and SIGUSR1, with which a run is told to save and stop, to the training process.
-
-    torchrun sends them to process groups, Slurm to everything; a worker that ended would take the run with it before it
-    has saved. A second SIGTERM ends the worker: that is how a DataLoader ends those that do not listen.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    batches = _batches(loader, counts or DataCounts(), dataset.policies.max_skip_percent)
+    if num_workers:
+        ending.at_end(batches.close)
+    return batches
 
 
 def _batches(loader: DataLoader, counts: DataCounts, max_skip_percent: float) -> Iterator[Batch]:
     logged: set[str] = set()
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        counts.samples += len(batch.sample_ids)
-        counts.skipped += len(batch.skipped)
-        for reason in batch.skipped:
-            if reason not in logged:
-                logged.add(reason)
-                logger.warning("record left out: %s", reason)
-        if counts.skipped > max_skip_percent / 100 * max(counts.samples, LEAST_JUDGED):
-            raise DataError(
-                f"{counts.skipped} records had no usable image while {counts.samples} samples were read, more than "
-                f"max_skip_percent {max_skip_percent:g} allows; the last one: {batch.skipped[-1]} Run check-data."
-            )
-        yield batch
+    with contextlib.closing(loader_workers.batches(loader)) as batches:
+        for batch in batches:
+            if isinstance(batch, DataError):
+                raise batch
+            counts.samples += len(batch.sample_ids)
+            counts.skipped += len(batch.skipped)
+            for reason in batch.skipped:
+                if reason not in logged:
+                    logged.add(reason)
+                    logger.warning("record left out: %s", reason)
+            if counts.skipped > max_skip_percent / 100 * max(counts.samples, LEAST_JUDGED):
+                raise DataError(
+                    f"{counts.skipped} records had no usable image while {counts.samples} samples were read, more than "
+                    f"max_skip_percent {max_skip_percent:g} allows; the last one: {batch.skipped[-1]} Run check-data."
+                )
+            yield batch
 
 
 class _ErrorsAsValues(Dataset[Any]):

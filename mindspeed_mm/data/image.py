@@ -46,8 +46,21 @@ PROCESSOR_TYPES = (
     "LlavaImageProcessor",
     "LlavaImageProcessorFast",
     "LlavaImageProcessorPil",
+    "SiglipImageProcessor",
+    "SiglipImageProcessorFast",
+    "SiglipImageProcessorPil",
 )
-"""Names under which transformers of any age saves a CLIP image processor; LLaVA's own adds do_pad."""
+"""Names under which transformers of any age saves an image processor of this way; LLaVA's own adds do_pad."""
+
+TYPE_DEFAULTS = {
+    "SiglipImageProcessor": {
+        "size": {"height": 224, "width": 224},
+        "do_center_crop": False,
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+    }
+}
+"""What a kind leaves out and means, where it is not CLIP's; by its name without Fast or Pil."""
 
 UNUSED_KEYS = ("processor_class", "image_seq_length", "_valid_processor_keys")
 """Keys of preprocessor_config.json that say nothing about pixels."""
@@ -107,23 +120,24 @@ class ImageProcessor(StrictModel):
         """
         context = None
         if not isinstance(source, dict):
-            path = _config_file(Path(source))
+            path = config_file(Path(source))
             source, context = read_json(path), str(path)
             source = source.get("image_processor", source) if path.name == CONFIG_NAMES[1] else source
-        fields = dict(source)
+        fields, defaults = dict(source), {}
         for key in ("image_processor_type", "feature_extractor_type"):
             kind = fields.pop(key, None)
+            defaults |= TYPE_DEFAULTS.get(str(kind).removesuffix("Fast").removesuffix("Pil"), {})
             if kind is not None and kind not in PROCESSOR_TYPES:
                 raise ConfigError(
                     f'image processor ({context or "given fields"}): {key} is "{kind}"; expected one of '
-                    f"{', '.join(PROCESSOR_TYPES)}. Only CLIP's way of preprocessing is known."
+                    f"{', '.join(PROCESSOR_TYPES)}. Only CLIP's and SigLIP's ways are known."
                 )
         for key, value in FIXED_KEYS.items():
             if fields.pop(key, value) not in (value, None):
                 raise ConfigError(f"image processor: {key} is {source[key]!r}; expected {value!r}, or leave it out.")
         for key in [key for key, value in fields.items() if key in UNUSED_KEYS or value is None]:
             del fields[key]
-        return load_config(cls, fields, what="image processor", context=context)
+        return load_config(cls, defaults | fields, what="image processor", context=context)
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -145,13 +159,14 @@ class ImageProcessor(StrictModel):
         (Path(folder) / CONFIG_NAMES[0]).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def _config_file(path: Path) -> Path:
+def config_file(path: Path) -> Path:
+    """The processor's config of a folder, or the file itself. Raises ConfigError for a folder without one."""
     if not path.is_dir():
         return path
     for name in CONFIG_NAMES:
         if (path / name).is_file():
             return path / name
-    raise ConfigError(f"{path} holds no {CONFIG_NAMES[0]}; expected the folder of a CLIP image processor.")
+    raise ConfigError(f"{path} holds no {CONFIG_NAMES[0]}; expected the folder of an image processor.")
 
 
 def load_image(path: str | Path | EncodedImage) -> Image.Image:
@@ -258,8 +273,7 @@ def preprocess(
         image_processor = ImageProcessor.from_config(image_processor)
     path = image if not isinstance(image, Image.Image) else "(in memory)"
     pil_image = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
-    if min(pil_image.size) == 0:
-        raise ImageError(f"image {path} has no pixels; replace it.")
+    check_pixels(pil_image, path)
     if pad or image_processor.do_pad:
         pil_image = _expand_to_square(pil_image, image_processor, path)
     if image_processor.do_resize:
@@ -281,6 +295,17 @@ def preprocess(
         # "clip" spares a check of bounds that 8 bits cannot leave.
         np.take(table[channel], pixels[..., channel], out=values[channel], mode="clip")
     return torch.from_numpy(values)
+
+
+def check_pixels(image: Image.Image, path: Any) -> None:
+    """Raise ImageError for an image without pixels."""
+    if min(image.size) == 0:
+        raise ImageError(f"image {path} has no pixels; replace it.")
+
+
+def resized(image: Image.Image, size: tuple[int, int], resample: int, *, fast: bool = False) -> Image.Image:
+    """An image at (width, height) pixels, by Pillow or with `fast` by torch's kernel (see `preprocess`)."""
+    return Image.fromarray(_fast_resized(image, size, resample)) if fast else image.resize(size, resample)
 
 
 @lru_cache(maxsize=8)

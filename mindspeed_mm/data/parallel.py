@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mindspeed_mm import ending
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.errors import DataError
 
@@ -54,7 +55,7 @@ def ordered(
         return
     _work = work
     try:
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
+        with multiprocessing.get_context("fork").Pool(processes, initializer=ending.belong_to_parent) as pool:
             yield pool.imap(_call, parts)
     finally:
         _work = None

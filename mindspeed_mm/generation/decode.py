@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from mindspeed_mm.errors import ConfigError, ContextError
 from mindspeed_mm.generation.lean import LeanStep
 from mindspeed_mm.models.fusion import image_positions, scatter_features
-from mindspeed_mm.models.layers.kv_cache import KVCache
+from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.vlm import VLM
 
@@ -36,7 +36,15 @@ class Decoder:
         self._lean = LeanStep(vlm.text_decoder) if LeanStep.fits(vlm.text_decoder) else None
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
-        self.max_length = vlm.spec.text_decoder.max_position_embeddings
+        # Beyond `longest`, the rotation of the keys in the cache would change as a sequence grows (see kit/rotary.py).
+        positions, longest = vlm.spec.text_decoder.max_position_embeddings, vlm.text_decoder.rotary.longest
+        self.max_length = positions if longest is None else min(positions, longest)
+        self._limit = f"the model's context of {self.max_length} tokens"
+        if self.max_length < positions:
+            self._limit = (
+                f"{self.max_length} tokens, the original_max_position_embeddings of its rope_scaling, which generation "
+                "does not leave"
+            )
         config = vlm.text_decoder.config
         self.feature_bytes = config.hidden_size * config.params_dtype.itemsize
 
@@ -154,6 +162,6 @@ class Decoder:
             raise ConfigError("a prompt has no tokens: give it a text or an image")
         if prompt_tokens + new_tokens > self.max_length:
             raise ContextError(
-                f"a prompt of {prompt_tokens} tokens and max_new_tokens {new_tokens} exceed the model's context of "
-                f"{self.max_length} tokens: shorten the prompt or lower max_new_tokens"
+                f"a prompt of {prompt_tokens} tokens and max_new_tokens {new_tokens} exceed {self._limit}: shorten the "
+                "prompt or lower max_new_tokens"
             )

@@ -9,6 +9,7 @@ Legend: R rows, H hidden size, A query heads per key/value head, G key/value hea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import NoneType
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.identity_op import IdentityOp
 
-from mindspeed_mm.models.layers.kv_cache import KVCache
-from mindspeed_mm.models.layers.norm import RMSNorm
-from mindspeed_mm.models.modules.llama import LlamaDecoder
+from mindspeed_mm.models.kit.decoder import TextDecoder
+from mindspeed_mm.models.kit.kv_cache import KVCache
+from mindspeed_mm.models.kit.mlp import MLP
+from mindspeed_mm.models.kit.norm import RMSNorm
 from mindspeed_mm.platform import current_platform
 
 
@@ -31,37 +33,37 @@ class _Layer:
 
     norm_1: torch.Tensor
     qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
     proj: torch.Tensor
     norm_2: torch.Tensor
     fc1: torch.Tensor
     fc2: torch.Tensor
+    window: int | None
 
 
 class LeanStep:
     """Layers and final norm of a pipeline stage, for one token a row."""
 
-    def __init__(self, decoder: LlamaDecoder) -> None:
+    def __init__(self, decoder: TextDecoder) -> None:
         self._decoder, config = decoder, decoder.config
         self._layers = [_weights(layer) for layer in decoder.decoder.layers]
         attention = decoder.decoder.layers[0].self_attention
         self._head_size = attention.hidden_size_per_attention_head
         self._groups = attention.num_query_groups_per_partition
         self._per_group = attention.num_attention_heads_per_partition // self._groups
-        self._scale = attention.core_attention.scale
+        self._scale, self._soft_cap = attention.core_attention.scale, attention.core_attention.soft_cap
         self._eps, self._activation = config.layernorm_epsilon, config.activation_func
         self._parallel = config.tensor_model_parallel_size > 1
         self._platform = current_platform()
 
     @staticmethod
-    def fits(decoder: LlamaDecoder) -> bool:
+    def fits(decoder: TextDecoder) -> bool:
         """True where every layer is made of the modules that this class knows."""
         config = decoder.config
         plain = config.gated_linear_unit and config.normalization == "RMSNorm" and not config.add_bias_linear
         return bool(
             plain
             and not config.fp32_residual_connection
-            and not config.add_qkv_bias
-            and not config.qk_layernorm
             and len(decoder.decoder.layers)
             and all(_is_known(layer) for layer in decoder.decoder.layers)
         )
@@ -86,12 +88,15 @@ class LeanStep:
 
     def _attend(self, x, layer: _Layer, index: int, cos, sin, cache: KVCache) -> torch.Tensor:
         rows = x.shape[0]
-        qkv = self._platform.rotate_qk(F.linear(x, layer.qkv).unsqueeze(0), cos, sin, self._groups)
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias).unsqueeze(0)
+        qkv = self._platform.rotate_qk(qkv, cos, sin, self._groups, self._head_size)
         # Queries of a group take the place of a sequence: they share keys and values, which are not repeated.
         qkv = qkv.view(rows, self._groups, self._per_group + 2, self._head_size)
         query, key, value = qkv.split((self._per_group, 1, 1), dim=2)
-        keys, values, mask = cache.update(index, key, value)
-        output = self._platform.attention(query, keys, values, mask=mask, causal=False, scale=self._scale, dropout=0.0)
+        keys, values, mask = cache.update(index, key, value, layer.window)
+        output = self._platform.attention(
+            query, keys, values, mask=mask, causal=False, scale=self._scale, dropout=0.0, soft_cap=self._soft_cap
+        )
         return self._sum(F.linear(output.reshape(rows, -1), layer.proj))
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,10 +108,12 @@ def _weights(layer: torch.nn.Module) -> _Layer:
     return _Layer(
         layer.input_layernorm.weight,
         attention.linear_qkv.weight,
+        attention.linear_qkv.bias,
         attention.linear_proj.weight,
         layer.pre_mlp_layernorm.weight,
         mlp.linear_fc1.weight,
         mlp.linear_fc2.weight,
+        attention.core_attention.window,
     )
 
 
@@ -119,6 +126,8 @@ def _is_known(layer: torch.nn.Module) -> bool:
         (attention.linear_proj, RowParallelLinear),
         (attention.q_layernorm, IdentityOp),
         (attention.k_layernorm, IdentityOp),
+        (attention.post_layernorm, NoneType),
+        (mlp, MLP),
         (mlp.linear_fc1, ColumnParallelLinear),
         (mlp.linear_fc2, RowParallelLinear),
     )

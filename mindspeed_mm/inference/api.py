@@ -97,7 +97,7 @@ def load(
     )
     logger.info("weights of %s:\n%s", path, table(reports))
     if quantize is not None:
-        from mindspeed_mm.models.layers.quantized import quantize_decoder
+        from mindspeed_mm.models.kit.quantized import quantize_decoder
 
         quantize_decoder(vlm.text_decoder, quantize)
     return LoadedVLM(vlm, located, words, media)
@@ -129,6 +129,7 @@ def _join_ranks(platform: Platform, tensor: int, pipeline: int) -> None:
         )
     if not initialized:
         torch.distributed.init_process_group(backend=platform.backend)
+        platform.settle()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)
         tensor_parallel.model_parallel_cuda_manual_seed(1234)

@@ -56,10 +56,11 @@ class Line(StrictModel):
 
 
 def read_requests(path: Path) -> dict[str, Line | DataError]:
-    """The requests of a file by id, in order; a line that is none stands as its error, under the line's number.
+    """The requests of a file by id, in order. A line without an id has its number for it, or "line <number>" if that
+    is another line's id. A line that is no request, or whose id was there before, stands as its error: it fails alone.
 
     Raises:
-        DataError: the file cannot be read, is too large, is not UTF-8, has no line, or has an id twice.
+        DataError: the file cannot be read, is too large, is not UTF-8, or has no line.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -70,14 +71,17 @@ def read_requests(path: Path) -> dict[str, Line | DataError]:
         raise DataError(f"cannot read {path}: {error.strerror}; expected a JSONL file there") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    parsed = [
+        (number, *_line(text, f"{path}, line {number}")) for number, text in enumerate(lines, start=1) if text.strip()
+    ]
+    taken = {name for _, name, _ in parsed if name is not None}
     requests: dict[str, Line | DataError] = {}
-    for number, text in enumerate(lines, start=1):
-        if not text.strip():
-            continue
-        line = _line(text, f"{path}, line {number}")
-        name = str(number if isinstance(line, DataError) or line.id is None else line.id)
+    for number, name, line in parsed:
         if name in requests:
-            raise DataError(f"{path}, line {number}: the id {name} is there twice; give every request its own")
+            line = DataError(f"{path}, line {number}: the id {name} is there twice; give every request its own")
+            name = None
+        if name is None:
+            name = _free_name(number, taken | requests.keys())
         requests[name] = line
     if not requests:
         raise DataError(f'{path} holds no request; expected lines such as {{"image": "view.jpg", "prompt": "What?"}}')
@@ -111,17 +115,28 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
-def _line(text: str, where: str) -> Line | DataError:
+def _free_name(number: int, taken: set[str]) -> str:
+    """Id of a line that has none of its own."""
+    name = str(number)
+    while name in taken:
+        name = f"line {name}"
+    return name
+
+
+def _line(text: str, where: str) -> tuple[str | None, Line | DataError]:
+    """The id that the line gives itself (None if it has none), and the request or what is wrong with it."""
     try:
         data = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        return DataError(f"{where} is not JSON ({error}); correct it")
+        return None, DataError(f"{where} is not JSON ({error}); correct it")
     if not isinstance(data, dict):
-        return DataError(f'{where} is no JSON object; expected {{"prompt": ..., "image": ...}}')
+        return None, DataError(f'{where} is no JSON object; expected {{"prompt": ..., "image": ...}}')
+    own = data.get("id")
+    name = str(own) if isinstance(own, str | int) and not isinstance(own, bool) else None
     try:
-        return load_config(Line, data, what="request", context=where)
+        return name, load_config(Line, data, what="request", context=where if name is None else f"{where} (id {name})")
     except ConfigError as error:
-        return DataError(str(error))
+        return name, DataError(str(error))
 
 
 class Answers:

@@ -151,6 +151,10 @@ class Family(ABC):
         """The preprocessor_config.json of a model that came with none; None where nothing can be assumed."""
         return None
 
+    def fit_image_processor(self, spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
+        """The preprocessor_config.json beside weights of another layout, as the family's transformers folder has it."""
+        return config
+
     def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
         """The plan that every image has; None where the size decides."""
         return None

@@ -19,7 +19,7 @@ def token_losses(decoder, hidden: torch.Tensor, labels: torch.Tensor) -> torch.T
     of them go through it piece by piece, and again in the backward pass: their logits never exist all at once.
 
     Args:
-        decoder: LlamaDecoder of the last pipeline stage.
+        decoder: TextDecoder of the last pipeline stage.
         hidden: [S, B, H] of the final norm (a sequence slice under sequence parallelism).
         labels: [B, S] int64, the id each position predicts; IGNORE_INDEX where none; of the same slice as `hidden`
             under context parallelism. Best in host memory: what is supervised is then known without waiting for the

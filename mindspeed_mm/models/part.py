@@ -4,6 +4,8 @@ A Spec's keys are those of the public ancestor's model.json. Keys that cannot ch
 one value that describes what we do; any other value is refused with the reason, never ignored.
 """
 
+import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -13,7 +15,7 @@ import torch
 
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.registry import find, find_all, nearest
+from mindspeed_mm.registry import find, find_all
 from mindspeed_mm.weights.layouts import Layout
 from mindspeed_mm.weights.rules import Geometry, RuleSet
 
@@ -187,16 +189,29 @@ def all_parts(kind: str) -> dict[str, Part]:
     return find_all(f"mindspeed_mm.models.{kind}", "PART")
 
 
-def part_for_model_type(kind: str, model_type: str) -> Part:
-    """The part of one slot that reads the configs of an HF model_type.
+@functools.lru_cache
+def model_types(kind: str) -> dict[str, Part]:
+    """The parts of one slot by each HF model_type that they read. Raises ConfigError where two parts claim one."""
+    found: dict[str, Part] = {}
+    for part in all_parts(kind).values():
+        for model_type in part.model_types:
+            if model_type in found:
+                raise ConfigError(
+                    f'{kind}: both {found[model_type].name} and {part.name} read model_type "{model_type}"; keep it in '
+                    "one"
+                )
+            found[model_type] = part
+    return found
 
-    Raises ConfigError where there is none, with the nearest model types.
-    """
-    by_type = {name: part for part in all_parts(kind).values() for name in part.model_types}
-    if model_type not in by_type:
-        raise ConfigError(
-            f'{kind} config: found model_type "{model_type}", which no part reads; '
-            f"{nearest(model_type, sorted(by_type))}. Give weights of a supported model, "
-            "or add a part (docs/adding_a_family.md)."
-        )
-    return by_type[model_type]
+
+def part_for_model_type(kind: str, model_type: str) -> Part:
+    """The part that reads configs of a model_type. Raises ConfigError for one that no part reads, with the nearest."""
+    known = model_types(kind)
+    if model_type in known:
+        return known[model_type]
+    close = difflib.get_close_matches(model_type, known, n=3, cutoff=0.5)
+    hint = f"the nearest are {', '.join(close)}" if close else f"known are {', '.join(sorted(known))}"
+    raise ConfigError(
+        f'no {kind} here reads model_type "{model_type}"; {hint}. Use weights of one of these; a {kind} of another '
+        f"architecture would be a new file of mindspeed_mm/models/{kind} (docs/adding_a_family.md)"
+    )

@@ -13,7 +13,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm.models.fusion import image_positions, scatter_features
-from mindspeed_mm.models.layers.context import sequence_slice
+from mindspeed_mm.models.kit.context import sequence_slice
 from mindspeed_mm.models.loss import token_losses
 from mindspeed_mm.models.media import Features, Media
 from mindspeed_mm.models.runtime import Runtime

@@ -40,6 +40,10 @@ class LayerSizes:
     kernels: Kernels
     sequences: int = 1
     """Sequences that stand one behind the other in the row; attention puts its outputs for them together."""
+    norms: int = 2
+    """Norms of a layer over its whole width."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys are normed."""
 
     @property
     def width(self) -> int:
@@ -51,6 +55,15 @@ def norm(sizes: LayerSizes) -> float:
     """RMSNorm or LayerNorm, m rows: the input and the statistics."""
     statistics = 2 if sizes.spec.normalization == "LayerNorm" else 1
     return sizes.norm_tokens * (sizes.width + statistics * SINGLE)
+
+
+def head_norms(sizes: LayerSizes) -> float:
+    """Norms of queries and keys: the projection before them and the statistics of each head."""
+    if not sizes.qk_norm:
+        return 0.0
+    spec, tensor = sizes.spec, sizes.tensor
+    heads, groups = spec.num_attention_heads / tensor, spec.num_query_groups / tensor
+    return sizes.tokens * (sizes.element * spec.kv_channels * (heads + 2 * groups) + SINGLE * (heads + groups))
 
 
 def attention_core(sizes: LayerSizes) -> float:
@@ -94,7 +107,8 @@ def layer(sizes: LayerSizes, *, without_core: bool = False) -> float:
         core = own_output if sizes.trained else 0
     elif (sizes.context > 1 or sizes.sequences > 1) and sizes.trained:
         core += own_output  # what was put together, or came back from the exchange of slices, is the output linear's
-    return 2 * norm(sizes) + linear_inputs + attention_inputs(sizes) + core + mlp(sizes)
+    norms = sizes.norms * norm(sizes) + head_norms(sizes)
+    return norms + linear_inputs + attention_inputs(sizes) + core + mlp(sizes)
 
 
 def decoder_sizes(job: Job) -> LayerSizes:
@@ -110,6 +124,8 @@ def decoder_sizes(job: Job) -> LayerSizes:
         rotary=True,
         kernels=kernels_of(job.device),
         sequences=job.micro_batch_size * len(job.row.lengths),
+        norms=4 if job.spec.text_decoder.traits.post_norms else 2,
+        qk_norm=job.spec.text_decoder.traits.qk_norm,
     )
 
 

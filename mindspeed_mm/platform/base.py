@@ -19,10 +19,14 @@ import torch.nn.functional as F
 
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import fused
+from mindspeed_mm.platform.capped import CappedAttention, band
 from mindspeed_mm.platform.segments import Segments
 
 PLATFORM_ORDER = ("npu", "cuda", "cpu")
 """Order of choice when no device is named: the accelerators first, then the CPU that is always there."""
+
+LEAST_BLOCK = 128
+"""Queries of a block under a sliding window, at least: a narrower window is not worth more calls of the kernel."""
 
 _current: Platform | None = None
 
@@ -72,6 +76,17 @@ class Platform(abc.ABC):
     def set_device_rng_state(self, state: torch.Tensor) -> None:
         """Restore what `device_rng_state` returned."""
 
+    def settle(self) -> None:
+        """Agree with the other ranks on what each would else choose for itself. Collective; for a whole process group.
+
+        Here nothing is chosen.
+        """
+        return None
+
+    def choices(self) -> str:
+        """What was chosen for this machine, in lines for the log; empty where nothing was."""
+        return ""
+
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Dense matrix peak of the device in FLOP/s for `dtype`, or None where it is not known."""
         return None
@@ -105,22 +120,56 @@ class Platform(abc.ABC):
         causal: bool,
         scale: float,
         dropout: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> torch.Tensor:
         """Scaled dot-product attention.
 
         Args:
             query: [B, H, S, D]; key, value: [B, G, K, D] with H a multiple of G.
             mask: bool [B or 1, 1, S, K], True = may attend, or None. With a mask, `causal` must be False.
+            causal: a query sees the keys up to its own position; S is K.
             scale: factor on the scores, usually D ** -0.5.
             dropout: probability of dropping an attention weight, 0.0 when not training.
+            window: of the keys that a causal query sees, the last ones that count, its own among them; None: all. A
+                mask holds the window already.
+            soft_cap: bounds the scores, cap * tanh(score / cap); None: not at all. There is no dropout then.
 
         Returns:
             [B, H, S, D] in the dtype of `query`.
         """
+        if soft_cap is not None:
+            if dropout:
+                raise ValueError("attention with a soft cap has no dropout: found attention_dropout, set it to 0")
+            return CappedAttention.apply(query, key, value, mask, causal, scale, soft_cap, window)
+        if causal and window is not None and query.shape[2] > window:
+            return self._window_attention(query, key, value, window, scale=scale, dropout=dropout)
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=causal, scale=scale, dropout_p=dropout, enable_gqa=grouped
         )
+
+    def _window_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window: int,
+        *,
+        scale: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Causal attention to the last `window` keys, S = K: blocks of queries, each with the keys that it can see."""
+        outputs, length, size = [], query.shape[2], max(window, LEAST_BLOCK)
+        for first in range(0, length, size):
+            last, begin = min(first + size, length), max(0, first + 1 - window)
+            seen = band(range(first, last), range(begin, last), window, query.device)
+            keys, values = key[:, :, begin:last], value[:, :, begin:last]
+            own = query[:, :, first:last]
+            outputs.append(
+                self.attention(own, keys, values, mask=seen[None, None], causal=False, scale=scale, dropout=dropout)
+            )
+        return torch.cat(outputs, dim=2)
 
     def segment_attention(
         self,
@@ -131,19 +180,23 @@ class Platform(abc.ABC):
         *,
         scale: float,
         dropout: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
     ) -> torch.Tensor:
         """Causal attention inside each of the sequences of a row.
 
         Args:
             query: [T, H, D]; key, value: [T, G, D] with H a multiple of G; T is where the last segment ends.
+            window, soft_cap: as for `attention`.
 
         Returns:
             [T, H, D] in the dtype of `query`.
         """
         outputs = []
+        options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
         for place in segments.slices:
             rows = (x[place].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            output = self.attention(*rows, mask=None, causal=True, scale=scale, dropout=dropout)
+            output = self.attention(*rows, mask=None, causal=True, **options)
             outputs.append(output.squeeze(0).transpose(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
@@ -155,15 +208,22 @@ class Platform(abc.ABC):
         """silu(first half) * second half of the last dimension, [..., 2F] -> [..., F]."""
         return fused.SwiGLU.apply(x)
 
-    def rotate_qk(self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int) -> torch.Tensor:
+    def geglu(self, x: torch.Tensor) -> torch.Tensor:
+        """gelu(first half) * second half of the last dimension, gelu in its tanh form: [..., 2F] -> [..., F]."""
+        return fused.GeGLU.apply(x)
+
+    def rotate_qk(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int, head_size: int | None = None
+    ) -> torch.Tensor:
         """Rotate queries and keys of a joint projection, [S, B, G (A + 2) D] -> the same shape.
 
         Args:
             qkv: [S, B, G (A + 2) D]: A query heads, the key head and the value head of each group.
-            cos, sin: [S, B or 1, 1, 1, D / 2] in the dtype of `qkv`.
+            cos, sin: [S, B or 1, 1, 1, R / 2] in the dtype of `qkv`, for the first R channels of each head.
             groups: G.
+            head_size: D, None where it is R; channels from R on stay as they are.
         """
-        return fused.RotateQK.apply(qkv, cos, sin, groups)
+        return fused.RotateQK.apply(qkv, cos, sin, groups, head_size)
 
 
 def local_rank() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
+from mindspeed_mm.platform import host_products
 from mindspeed_mm.platform.base import MemoryStats, Platform
 from mindspeed_mm.platform.host_megatron import install
 
@@ -29,6 +30,23 @@ class CpuPlatform(Platform):
 
     def prepare_megatron(self) -> None:
         install()
+
+    def settle(self) -> None:
+        """Kernels of matrix products, see host_products."""
+        host_products.settle()
+
+    def choices(self) -> str:
+        return host_products.describe()
+
+    def attention(self, query, key, value, *, mask, causal, scale, dropout):
+        """See Platform. Where the processor cannot multiply the data type, the backward pass would take ten times as
+        long as in float32, so that trained attention goes there and back; the forward pass alone gains nothing."""
+        dtype = query.dtype
+        trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        if trained and dtype in host_products.HALVES and not host_products.has_half_products(dtype):
+            query, key, value = query.float(), key.float(), value.float()
+        output = super().attention(query, key, value, mask=mask, causal=causal, scale=scale, dropout=dropout)
+        return output.to(dtype)
 
     def synchronize(self) -> None:
         """CPU work is done when the call returns."""

@@ -53,12 +53,14 @@ class CudaPlatform(Platform):
     def set_device_rng_state(self, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state)
 
-    def segment_attention(self, query, key, value, segments, *, scale, dropout):
-        """See Platform. One call of torch's variable-length flash attention, which has half precision, no dropout."""
+    def segment_attention(self, query, key, value, segments, *, scale, dropout, window=None, soft_cap=None):
+        """See Platform. One call of torch's variable-length flash attention, which has half precision, windows, and
+        neither dropout nor a soft cap."""
         from torch.nn.attention.varlen import varlen_attn  # torch 2.10 on
 
-        if dropout or query.dtype not in (torch.bfloat16, torch.float16):
-            return super().segment_attention(query, key, value, segments, scale=scale, dropout=dropout)
+        if dropout or soft_cap is not None or query.dtype not in (torch.bfloat16, torch.float16):
+            options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
+            return super().segment_attention(query, key, value, segments, **options)
         return varlen_attn(
             query,
             key,
@@ -68,12 +70,14 @@ class CudaPlatform(Platform):
             segments.longest,
             segments.longest,
             scale=scale,
-            window_size=(-1, 0),  # causal
+            window_size=(-1 if window is None else window - 1, 0),  # causal
             enable_gqa=query.shape[1] != key.shape[1],
         )
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """torch has a fused CUDA kernel."""
+        """torch has a fused CUDA kernel, for a weight of the input's type."""
+        if weight.dtype != x.dtype:
+            return super().rms_norm(x, weight, eps)
         return F.rms_norm(x, weight.shape, weight, eps)
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:

@@ -64,30 +64,61 @@ class SwiGLU(torch.autograd.Function):
         return result
 
 
+class GeGLU(torch.autograd.Function):
+    """gelu(gate) * up (Shazeer 2020), gelu in its tanh form, of one tensor [..., gate | up]; keeps that tensor only."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        """[..., 2F] -> [..., F]"""
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        """d up = gelu(gate) g; d gate = gelu'(gate) up g."""
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        result = torch.empty_like(x)
+        grad_gate, grad_up = result.chunk(2, dim=-1)
+        torch.mul(F.gelu(gate, approximate="tanh"), grad, out=grad_up)
+        torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
+        return result
+
+
 class RotateQK(torch.autograd.Function):
     """Rotary embedding (half-split) of the queries and keys in a joint projection; keeps the angles only."""
 
     @staticmethod
-    def forward(ctx, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int) -> torch.Tensor:
-        """qkv [S, B, G (A + 2) D]; cos, sin [S, B or 1, 1, 1, D / 2]."""
+    def forward(
+        ctx, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int, head_size: int | None = None
+    ) -> torch.Tensor:
+        """qkv [S, B, G (A + 2) D]; cos, sin [S, B or 1, 1, 1, R / 2] for the first R of the D channels (None: all)."""
         ctx.save_for_backward(cos, sin)
-        ctx.groups = groups
-        return _rotate_qk(qkv, cos, sin, groups)
+        ctx.shape = (groups, head_size)
+        return _rotate_qk(qkv, cos, sin, groups, head_size)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         """The rotation backwards."""
         cos, sin = ctx.saved_tensors
-        return _rotate_qk(grad, cos, -sin, ctx.groups), None, None, None
+        return _rotate_qk(grad, cos, -sin, *ctx.shape), None, None, None, None
 
 
-def _rotate_qk(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int) -> torch.Tensor:
+def _rotate_qk(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int, head_size: int | None
+) -> torch.Tensor:
     result = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    old, new = (x.view(*x.shape[:2], groups, -1, 2 * cos.shape[-1]) for x in (qkv, result))
-    first, second = old[..., :-1, :].chunk(2, dim=-1)
-    new_first, new_second = new[..., :-1, :].chunk(2, dim=-1)
+    rotated = 2 * cos.shape[-1]
+    head_size = head_size or rotated
+    old, new = (x.view(*x.shape[:2], groups, -1, head_size) for x in (qkv, result))
+    first, second = old[..., :-1, :rotated].chunk(2, dim=-1)
+    new_first, new_second = new[..., :-1, :rotated].chunk(2, dim=-1)
     torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=new_second).addcmul_(first, sin)
+    if rotated < head_size:
+        new[..., :-1, rotated:] = old[..., :-1, rotated:]
     new[..., -1, :] = old[..., -1, :]
     return result

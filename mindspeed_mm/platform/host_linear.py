@@ -1,28 +1,27 @@
-"""Matrix products on the CPU by oneDNN, in float32 as exact as torch's own, which are MKL's.
-
-On processors of AMD, MKL does not use AVX-512: oneDNN's kernels take half the time there (docs/performance.md). torch
-reaches them through the operator behind torch.compile's linear layers; small products are left to MKL, which starts
-faster.
-"""
+"""Linear layers on the CPU, by the kernels that host_products chose for this processor."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-LEAST_WORK = 4_000_000
-"""Multiply-adds from which oneDNN's kernel is faster, its start included."""
+from mindspeed_mm.platform import host_products
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = host_products.FORMS
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight^T + bias without autograd: [..., K], [N, K], [N] or None -> [..., N]."""
-    work = x.numel() * weight.shape[0]
-    if _HAS_ONEDNN and work >= LEAST_WORK and x.dtype == weight.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    rows = x.numel() // max(1, x.shape[-1])
+    return _product(FORWARD, x, weight, bias, rows, x.shape[-1], weight.shape[0])
+
+
+def _product(
+    form: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int, inner: int, outer: int
+) -> torch.Tensor:
+    if x.device.type != "cpu" or x.dtype != weight.dtype:
+        return host_products.run(host_products.PLAIN, x, weight, bias)
+    return host_products.run(host_products.choose(form, x.dtype, rows, inner, outer), x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -38,9 +37,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        sizes = grad.shape[0], weight.shape[1], weight.shape[0]
         return (
-            multiply(grad, weight.t()) if wants_x else None,
-            multiply(grad.t(), x.t()) if wants_weight else None,
+            _product(INPUT_GRADIENT, grad, weight.t(), None, *sizes) if wants_x else None,
+            _product(WEIGHT_GRADIENT, grad.t(), x.t(), None, *sizes) if wants_weight else None,
             grad.sum(0) if wants_bias else None,
         )
 

@@ -65,8 +65,12 @@ class NpuPlatform(Platform):
     def set_device_rng_state(self, state: torch.Tensor) -> None:
         torch.npu.set_rng_state(state)
 
-    def attention(self, query, key, value, *, mask, causal, scale, dropout):
-        """See Platform.attention. The operator's masks say True = hidden, the reverse of ours."""
+    def attention(self, query, key, value, *, mask, causal, scale, dropout, window=None, soft_cap=None):
+        """See Platform.attention. The operator's masks say True = hidden, the reverse of ours. It has no soft cap;
+        windows go to it in blocks of queries, with a mask each."""
+        if soft_cap is not None or (causal and window is not None and query.shape[2] > window):
+            options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
+            return super().attention(query, key, value, mask=mask, causal=causal, **options)
         hidden = self._compressed_mask(query.device) if causal else None if mask is None else ~mask
         return self._torch_npu.npu_fusion_attention(
             query,
@@ -80,8 +84,11 @@ class NpuPlatform(Platform):
             sparse_mode=CAUSAL_MODE if causal else DENSE_MASK_MODE,
         )[0]
 
-    def segment_attention(self, query, key, value, segments, *, scale, dropout):
+    def segment_attention(self, query, key, value, segments, *, scale, dropout, window=None, soft_cap=None):
         """See Platform. The operator's layout TND takes the ends of the sequences."""
+        if soft_cap is not None or (window is not None and segments.longest > window):
+            options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
+            return super().segment_attention(query, key, value, segments, **options)
         return self._torch_npu.npu_fusion_attention(
             query,
             key,
@@ -103,7 +110,9 @@ class NpuPlatform(Platform):
         return self._causal_mask
 
     def rms_norm(self, x, weight, eps):
-        """See Platform; torch_npu.npu_rms_norm."""
+        """See Platform; torch_npu.npu_rms_norm, for a weight of the input's type."""
+        if weight.dtype != x.dtype:
+            return super().rms_norm(x, weight, eps)
         return self._torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
 
     def swiglu(self, x):

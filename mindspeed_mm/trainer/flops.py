@@ -2,14 +2,16 @@
 
 A multiply-add counts as two. Matrix products and attention are counted, norms, activations and softmax are not
 (the usual model-FLOP convention of PaLM, appendix B, and Megatron-LM). Recomputation is not counted. Causal attention
-counts half the square. The backward pass costs one forward pass where gradients flow through a part and another one
-where its weights are trained; attention itself, which has no weights, costs two wherever gradients flow.
+counts half the square, and under a sliding window what the window leaves of it. The backward pass costs one forward
+pass where gradients flow through a part and another one where its weights are trained; attention itself, which has no
+weights, costs two wherever gradients flow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 def transformer_flops(
@@ -23,18 +25,40 @@ def transformer_flops(
     gated: bool,
     lengths: Iterable[float],
     causal: bool,
+    windows: Sequence[int | None] = (),
 ) -> float:
-    """Forward operations of a stack of transformer layers over sequences of the given lengths."""
+    """Forward operations of a stack of transformer layers over sequences of the given lengths. `windows` are those of
+    its layers (see `stack_score_flops`)."""
     lengths = list(lengths)
     attention_weights = hidden * head_size * (heads + 2 * groups) + heads * head_size * hidden
     mlp_weights = hidden * ffn * (3 if gated else 2)
     products = 2.0 * sum(lengths) * (attention_weights + mlp_weights)
-    return layers * (products + score_flops(heads=heads, head_size=head_size, lengths=lengths, causal=causal))
+    scores = stack_score_flops(
+        layers=layers, windows=windows, heads=heads, head_size=head_size, lengths=lengths, causal=causal
+    )
+    return layers * products + scores
 
 
-def score_flops(*, heads: int, head_size: int, lengths: Iterable[float], causal: bool) -> float:
-    """Forward operations of one layer's attention itself: QK^T and the product with V."""
-    return 4.0 * heads * head_size * sum(length * length for length in lengths) * (0.5 if causal else 1.0)
+def stack_score_flops(*, layers: int, windows: Sequence[int | None], **one: Any) -> float:
+    """Forward operations of the attention itself over a stack of layers; `windows` has the window of each layer (empty:
+    none has one), `one` what `score_flops` takes beside."""
+    known = {window: score_flops(**one, window=window) for window in {*windows, None}}
+    return sum(known[window] for window in windows) if windows else layers * known[None]
+
+
+def score_flops(
+    *, heads: int, head_size: int, lengths: Iterable[float], causal: bool, window: int | None = None
+) -> float:
+    """Forward operations of one layer's attention itself: QK^T and the product with V. `window`: positions that a
+    causal query sees back, None for all."""
+    pairs = sum(_causal_pairs(length, window) if causal else length * length for length in lengths)
+    return 4.0 * heads * head_size * pairs
+
+
+def _causal_pairs(length: float, window: int | None) -> float:
+    """Pairs of a query and a key that it sees: half the square, less the triangle that lies before the window."""
+    hidden = 0.0 if window is None else max(0.0, length - window)
+    return (length * length - hidden * hidden) * 0.5
 
 
 @dataclass(frozen=True)
@@ -62,17 +86,21 @@ def forward_flops(
     text, vision_encoder, projector = spec.text_decoder, spec.vision_encoder, spec.vision_projector
     lengths = list(lengths)
     encoded = images if encoded is None else encoded
-    scores = score_flops(heads=text.num_attention_heads, head_size=text.kv_channels, lengths=lengths, causal=True)
+    attention = {
+        "layers": text.num_layers,
+        "windows": text.traits.windows,
+        "heads": text.num_attention_heads,
+        "head_size": text.kv_channels,
+        "lengths": lengths,
+        "causal": True,
+    }
+    scores = stack_score_flops(**attention)
     decoder = transformer_flops(
-        layers=text.num_layers,
+        **attention,
         hidden=text.hidden_size,
-        heads=text.num_attention_heads,
         groups=text.num_query_groups,
-        head_size=text.kv_channels,
         ffn=text.ffn_hidden_size,
-        gated=True,
-        lengths=lengths,
-        causal=True,
+        gated=text.gated_linear_unit,
     )
     one_image = transformer_flops(
         layers=vision_encoder.num_built_layers,
@@ -93,7 +121,7 @@ def forward_flops(
         projector=sum(linears),
         projector_first=linears[0],
         decoder=decoder,
-        scores=text.num_layers * scores,
+        scores=scores,
         head=2.0 * supervised * text.hidden_size * text.language_vocab_size,
     )
 

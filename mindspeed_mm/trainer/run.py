@@ -31,7 +31,9 @@ from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import step_flops
+from mindspeed_mm.trainer.start_checks import check_images
 from mindspeed_mm.trainer.step import level
+from mindspeed_mm.trainer.stopped import stopped
 from mindspeed_mm.trainer.validation import Validation, gather_counts
 from mindspeed_mm.weights.loading import table
 
@@ -81,6 +83,7 @@ class TrainingRun:
 
     def run(self) -> dict[str, Any]:
         """Train to the end and say where the result is."""
+        check_images(self.dataset)
         hooks = self._hooks()
         state = setup.setup(self.args, self._model_provider, self.platform, hooks)
         if state.iteration:
@@ -95,11 +98,14 @@ class TrainingRun:
         with forward_steps(self, state, self.feature_cache) as forward_step:
             report = loop.train(state, self.args, forward_step, self._batches(state), hooks)
         checkpoint = report.checkpoint or (find_checkpoint(self.args.save) if self.args.save else None)
-        return {
+        result = {
             "iteration": report.iteration,
             "loss": report.loss,
             "checkpoint": str(checkpoint) if checkpoint else None,
         }
+        if report.stopped_by is not None:
+            raise stopped(report, self.args, result)
+        return result
 
     @property
     def positions(self) -> Positions | None:

@@ -59,7 +59,7 @@ def one_row(batch: Batch, config: Any) -> tuple[Batch, list[int] | None]:
     """All rows of a micro-batch one behind the other, without their padding, so that none of it is computed.
 
     Virtual pipeline stages want micro-batches of one length and keep the padding. A batch that does not say how long
-    its rows are stays as it is.
+    its rows are stays as it is, and so does one without padding, whose rows attention takes at once.
 
     Args:
         config: the model's TransformerConfig.
@@ -68,14 +68,13 @@ def one_row(batch: Batch, config: Any) -> tuple[Batch, list[int] | None]:
         The batch with rows [1, T], and the lengths of its sequences, whose sum is T; or the batch as it was, and None.
     """
     fixed = config.virtual_pipeline_model_parallel_size is not None
-    real = None if fixed and batch.segment_ids is None else _real_positions(batch)
+    multiple = 1 if fixed else config.context_parallel_size
+    multiple *= config.tensor_model_parallel_size if config.sequence_parallel and not fixed else 1
+    real = None if (fixed or _is_full(batch, multiple)) and batch.segment_ids is None else _real_positions(batch)
     if real is None:
         return batch, None
     if fixed:
-        real, multiple = torch.ones_like(real), 1
-    else:
-        multiple = config.context_parallel_size
-        multiple *= config.tensor_model_parallel_size if config.sequence_parallel else 1
+        real = torch.ones_like(real)
     lengths = _sequence_lengths(batch, real)
     surplus = -sum(lengths) % multiple
     positions = batch.position_ids[..., real]
@@ -95,6 +94,12 @@ def _sequence_lengths(batch: Batch, real: torch.Tensor) -> list[int]:
     first = batch.segment_ids.shape[1] + 1  # more than a row has segments
     numbers = batch.segment_ids + first * torch.arange(len(batch.segment_ids))[:, None]
     return torch.unique_consecutive(numbers[real], return_counts=True)[1].tolist()
+
+
+def _is_full(batch: Batch, multiple: int) -> bool:
+    """Whether every row is one sequence without padding, which `multiple` ranks can share."""
+    rows, length = batch.input_ids.shape
+    return list(batch.lengths) == [length] * rows and length % multiple == 0
 
 
 def _real_positions(batch: Batch) -> torch.Tensor | None:

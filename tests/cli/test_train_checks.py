@@ -129,7 +129,7 @@ def test_image_size_must_agree(train, tmp_path):
     processor.save(tmp_path)
     train.dataset_param["preprocess_parameters"] = {"image_processer_path": str(tmp_path)}
     code, _, err = train("--train-iters", "1")
-    assert code == 1 and "makes images of (28, 28), but image_encoder.vision_encoder.image_size is 56" in err
+    assert code == 1 and "gives 28 x 28 pixels, the vision encoder takes 56 x 56" in err
 
 
 def fail_on_one_rank(rank_that_fails: int) -> str:

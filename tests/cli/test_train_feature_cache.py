@@ -121,7 +121,18 @@ def test_ranks_that_share_images_are_refused():
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
     from mindspeed_mm.trainer.caching_step import check_cachable
+    from tests.helpers.media import fixed_plan
     from tests.planning.planned_run import model
 
+    class OfAnySize:
+        fixed = None
+
+    class OneSize:
+        fixed = fixed_plan(4)
+
+    spec = load_model_spec(model())
     with pytest.raises(ConfigError, match="tensor 2 x context 1, whose ranks encode"):
-        check_cachable(load_model_spec(model()), Runtime(tensor_model_parallel_size=2))
+        check_cachable(spec, Runtime(tensor_model_parallel_size=2), OneSize())
+
+    with pytest.raises(ConfigError, match="those of model_id llava depend on their size: leave it out"):
+        check_cachable(spec, Runtime(), OfAnySize())

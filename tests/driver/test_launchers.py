@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import stat
 import subprocess
 from pathlib import Path
@@ -57,8 +58,9 @@ def test_pretraining_of_the_guide(launch):
     told = launch("pretrain")
     assert told["arguments"][:10] == [
         *("--nproc_per_node", "8", "--nnodes", "1", "--node_rank", "0"),
-        *("--master_addr", "localhost", "--master_port", "29501"),
+        *("--master_addr", "localhost", "--master_port", told["arguments"][9]),
     ]
+    assert int(told["arguments"][9]) >= 29501  # the first that is free
     namespace, args = train_flags(told, 8)
     assert Path(told["folder"]) == ROOT
     assert namespace.mm_model == "examples/llava1.5/model.json"
@@ -121,3 +123,24 @@ def test_launchers_are_strict_and_executable(name):
 def test_tools_switch_nothing_on():
     tools = json.loads((ROOT / "examples" / "llava1.5" / "tools.json").read_text())
     assert [block["enable"] for block in tools.values()] == [False, False]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_port_in_use_is_passed_over_on_one_host(launch, name):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", 29501))
+            taken.listen(8)
+        except OSError:
+            pass  # somebody else has it: as good
+        port = launch(name)["arguments"][9]
+        assert int(port) > 29501
+        assert launch(name, MASTER_PORT="29501")["arguments"][9] == "29501"
+        assert launch(name, NNODES="2")["arguments"][9] == "29501"  # the hosts have to agree
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_report_of_torchrun_goes_to_a_file(launch, name):
+    arguments = launch(name)["arguments"]
+    assert arguments[10:12] == ["--logs-specs", "mindspeed_mm"]

@@ -159,7 +159,7 @@ def test_a_loss_that_is_seen_late_is_told(monkeypatch):
             found._ask_once(2)
 
     monkeypatch.setattr(watch.time, "sleep", sleep)
-    assert found.wait_for_news() == "rank 1 on host-1 is lost, it gave no sign of life for 10 s"
+    assert found.wait_for_news() == "rank 1 on host-1 is lost, it gave no sign of life for 6 s"
     found.lost, lives = None, True
     assert found.wait_for_news() is None
     assert now[0] == 90.0  # both patiences are over

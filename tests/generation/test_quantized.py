@@ -5,6 +5,7 @@ import torch
 
 import mindspeed_mm as mm
 from mindspeed_mm.errors import ConfigError
+from tests.helpers.tiny_decoders import make, rows, save
 from tests.models.test_transformers_parity import batch, save_random_llava
 
 
@@ -25,7 +26,7 @@ def test_linears_with_bias_are_refused(golden, monkeypatch):
     from mindspeed_mm.platform import get_platform
 
     get_platform("cpu")
-    from mindspeed_mm.models.layers import quantized
+    from mindspeed_mm.models.kit import quantized
 
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: name)
     layer = SimpleNamespace(self_attention=SimpleNamespace(linear_qkv=torch.nn.Linear(2, 2)))
@@ -42,7 +43,7 @@ def test_every_linear_stays_close_and_memory_shrinks(kind, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
     save_random_llava(tmp_path, {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4})
     exact, small = (mm.load(tmp_path, device="cpu", quantize=value) for value in (None, kind))
-    from mindspeed_mm.models.layers.quantized import LINEARS
+    from mindspeed_mm.models.kit.quantized import LINEARS
 
     layers = [vlm.model.text_decoder.decoder.layers for vlm in (exact, small)]
     for before, after in zip(*layers, strict=True):
@@ -65,3 +66,15 @@ def test_quantised_model_generates(kind, tmp_path):
     # This random model amplifies the error of a linear four to five times (measured for each kind).
     assert (found - expected).norm() < 6 * LINEAR_ERRORS[kind] * expected.norm()
     assert len(small.generate(input_ids=ids, images=pixels, max_new_tokens=4, eos_token_id=-1)[0]) == 4
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_biases_and_gemma_in_few_bits(name, kind, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
+    theirs = make(name, hidden_size=128, intermediate_size=256, num_attention_heads=4, head_dim=32)
+    path = save(theirs, name, tmp_path)
+    exact, small = (mm.load(path, device="cpu", quantize=value) for value in (None, kind))
+    wanted, found = (vlm.logits(rows()) for vlm in (exact, small))
+    assert 0 < (found - wanted).norm() < 0.8 * wanted.norm()
+    assert len(small.generate(input_ids=rows()[0].tolist(), max_new_tokens=4, eos_token_id=-1)[0]) == 4

@@ -6,11 +6,14 @@ from house import LIBRARY, ROOT, imported_modules, module_name, python_files, wh
 # Lower floor first. A unit (one line's item) imports lower floors and itself; units of one floor are siblings that
 # never import each other.
 FLOORS = (
-    ("mindspeed_mm.constants", "mindspeed_mm.errors", "mindspeed_mm.logging_utils"),
+    ("mindspeed_mm.constants", "mindspeed_mm.errors", "mindspeed_mm.logging_utils", "mindspeed_mm.ending"),
     ("mindspeed_mm.registry",),
     ("mindspeed_mm.platform", "mindspeed_mm.weights"),
     ("mindspeed_mm.config",),
-    ("mindspeed_mm.models", "mindspeed_mm.data"),
+    ("mindspeed_mm.models",),
+    ("mindspeed_mm.data",),
+    ("mindspeed_mm.models.family",),  # a family knows parts and how images become pixels; both find it by the registry
+    ("mindspeed_mm.models.families",),
     ("mindspeed_mm.generation", "megatron.driver"),
     ("checkpoint_converters",),
     ("mindspeed_mm.inference",),
@@ -23,7 +26,13 @@ FLOORS = (
 )
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
 # Third-party packages that heavy floors bring in and that these units do without.
-LIGHT = ("mindspeed_mm.constants", "mindspeed_mm.errors", "mindspeed_mm.registry", "mindspeed_mm.config")
+LIGHT = (
+    "mindspeed_mm.constants",
+    "mindspeed_mm.ending",
+    "mindspeed_mm.errors",
+    "mindspeed_mm.registry",
+    "mindspeed_mm.config",
+)
 HEAVY = ("torch", "transformers", "megatron")
 DRIVER_MAY = ("mindspeed_mm.platform", "mindspeed_mm.errors", "megatron.core", "megatron.driver")
 GLUE = (

@@ -16,7 +16,7 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.platform import fused, get_platform, host_linear
+    from mindspeed_mm.platform import fused, get_platform, host_products
     from mindspeed_mm.platform.distributed import init_single_process
     from mindspeed_mm.trainer.flops import forward_flops, score_flops, step_flops
     from mindspeed_mm.trainer.step import forward_step
@@ -26,7 +26,7 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     vlm, _ = build_vlm(spec, Runtime(), torch.device("cpu"))
     batch = next(batches_of(Work({}, "", packed=packed), spec, 2, 1))
     # The counter does not know torch's CPU attention kernel and oneDNN's products; plain matrix products it does.
-    monkeypatch.setattr(host_linear, "_HAS_ONEDNN", False)
+    monkeypatch.setattr(host_products, "choose", lambda *_: host_products.PLAIN)
     # Norms are not counted, ours have sums in the form of matrix products.
     monkeypatch.setattr(fused.RMSNorm, "apply", lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

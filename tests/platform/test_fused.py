@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mindspeed_mm.platform import fused, get_platform, host_linear
+from mindspeed_mm.platform import fused, get_platform, host_linear, host_products
 from mindspeed_mm.platform.segments import Segments
 
 
@@ -57,6 +57,40 @@ def test_swiglu():
     equal(grads(fused.SwiGLU.apply, x), grads(plain, x))
 
 
+def test_geglu():
+    def plain(x):
+        gate, up = x.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
+    x = torch.randn(5, 2, 24)
+    equal(grads(fused.GeGLU.apply, x), grads(plain, x))
+
+
+def test_a_float32_factor_on_bfloat16():
+    """Norms with the factor 1 + weight hand over float32."""
+    x, weight = torch.randn(7, 64).bfloat16(), torch.randn(64)
+    found = grads(lambda x, w: fused.RMSNorm.apply(x, w, 1e-5), x, weight)
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    exact = grads(lambda x, w: F.rms_norm(x, (64,), w, 1e-5), x.float(), weight)
+    equal([tensor.float() for tensor in found], exact, rtol=2e-2, atol=2e-2)
+
+
+def test_rotation_of_some_channels():
+    length, rows, groups, size, rotated = 6, 2, 2, 10, 6
+    angles = torch.rand(length, 1, 1, 1, rotated // 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def plain(qkv):
+        heads = qkv.view(length, rows, groups, 5, size)
+        first, second = heads[..., :-1, :rotated].chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        turned = torch.cat((turned, heads[..., :-1, rotated:]), dim=-1)
+        return torch.cat((turned, heads[..., -1:, :]), dim=3).flatten(2)
+
+    qkv = torch.randn(length, rows, groups * 5 * size)
+    equal(grads(lambda x: fused.RotateQK.apply(x, cos, sin, groups, size), qkv), grads(plain, qkv))
+
+
 @pytest.mark.parametrize("shared", [1, 3])
 def test_rotation(shared):
     length, rows, groups, size = 6, 2, 2, 8
@@ -73,12 +107,15 @@ def test_rotation(shared):
     equal(grads(lambda x: fused.RotateQK.apply(x, cos, sin, groups), qkv), grads(plain, qkv))
 
 
+@pytest.mark.parametrize("kernel", host_products.kernels(torch.float32))
 @pytest.mark.parametrize("rows", [3, 512])
-def test_linear_of_small_and_large_products(rows):
+def test_linear_is_the_same_whatever_kernel_is_chosen(rows, kernel, monkeypatch):
+    calls = []
+    monkeypatch.setattr(host_products, "choose", lambda *call: calls.append(call) or kernel)
     x, weight, bias = torch.randn(rows, 2, 96), torch.randn(80, 96), torch.randn(80)
-    assert (rows * 2 * 96 * 80 >= host_linear.LEAST_WORK) == (rows == 512)  # both kernels are tried
     equal(grads(host_linear.linear, x, weight, bias), grads(F.linear, x, weight, bias), rtol=1e-4, atol=1e-3)
     equal(grads(host_linear.linear, x, weight), grads(F.linear, x, weight), rtol=1e-4, atol=1e-3)
+    assert calls[:3] == [(form, torch.float32, 2 * rows, 96, 80) for form in host_products.FORMS]
 
 
 def test_frozen_linear_keeps_no_input():

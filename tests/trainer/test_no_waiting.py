@@ -42,10 +42,9 @@ def vlm_and_batch(trained, packed=0):
 
 @pytest.fixture
 def meta(monkeypatch):
-    """The platform's device has no values, nor has its linear layers' kernel a form without."""
-    from mindspeed_mm.platform import current_platform, host_linear
+    """The platform's device has no values."""
+    from mindspeed_mm.platform import current_platform
 
-    monkeypatch.setattr(host_linear, "_HAS_ONEDNN", False)
     monkeypatch.setattr(current_platform(), "device", lambda: DEVICE)
 
 

@@ -1,12 +1,16 @@
 """Micro-batches become one row without padding."""
 
+import dataclasses
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.trainer.step import one_row
+from tests.planning.planned_run import STAGE_1, STAGE_2
+from tests.trainer.test_no_waiting import vlm_and_batch
 
 
 def config(context=1, tensor=1, sequence=False, virtual=None):
@@ -55,3 +59,39 @@ def test_virtual_stages_keep_the_length():
 def test_a_batch_of_unknown_lengths_stays_as_it_is():
     batch = Collator(0)([*SAMPLES, Encoded("empty", [], [])])
     assert torch.equal(one_row(batch, config())[0].input_ids, batch.input_ids)
+
+
+def test_rows_without_padding_stay_as_they_are():
+    """Attention takes them at once. Ranks that cannot share their length get one row."""
+    batch = Collator(0, (8, 8))([SAMPLES[1], SAMPLES[1]])
+    assert one_row(batch, config()) == (batch, None)
+    assert one_row(batch, config(context=5)) == (batch, None)
+    row, lengths = one_row(batch, config(context=2))
+    assert lengths == [5, 5] and row.input_ids.shape == (1, 10)
+    packed = Collator(0, (8, 8), row_length=5)([SAMPLES[1:2], SAMPLES[1:2]])
+    assert one_row(packed, config())[1] == [5, 5]
+
+
+@pytest.mark.parametrize("trained", [STAGE_1, STAGE_2], ids=["stage 1", "stage 2"])
+def test_losses_and_gradients_are_those_of_one_row(single_process, trained, monkeypatch):
+    from mindspeed_mm.trainer import step
+
+    vlm, batch = vlm_and_batch(trained)
+    length = min(batch.lengths)
+    rows = {name: getattr(batch, name)[:, :length] for name in ("input_ids", "labels", "position_ids")}
+    full = dataclasses.replace(batch, **rows, lengths=(length,) * len(batch.lengths))
+
+    def run():
+        vlm.zero_grad()
+        output, sums = step.forward_batch(full, vlm)
+        sums(output)[0].backward()
+        return output.sort().values, [p.grad for p in vlm.parameters() if p.grad is not None]
+
+    assert step.one_row(full, vlm.config) == (full, None)
+    losses, gradients = run()
+    monkeypatch.setattr(step, "_is_full", lambda *_: False)
+    assert step.one_row(full, vlm.config)[1] == list(full.lengths)
+    others, other_gradients = run()
+    torch.testing.assert_close(losses, others)
+    assert len(gradients) == len(other_gradients) > 0
+    torch.testing.assert_close(gradients, other_gradients, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from evaluation.benchmarks import Mode
 from evaluation.judge_protocol import Judge
 from evaluation.prompts import Prompt, PromptStyle
-from evaluation.report import Report, Rows, RowScore, mean_units
+from evaluation.report import Report, Rows, RowScore, mean_cell, mean_units
 from evaluation.scorers import boxes
 from evaluation.tsv import Row, Table
 from mindspeed_mm.constants import IMAGE_TOKEN
@@ -28,6 +28,7 @@ class REC:
 
     name: str = "REC"
     aliases: tuple[str, ...] = ("refcoco", "refcoco+", "refcocog", "rec_shikra")
+    kind = "boxes"
     by_order = True
     """Answers without an index are taken in the order of the questions, as Shikra's files are."""
 
@@ -96,6 +97,12 @@ class REC:
             benchmark=self.name,
             mode=mode,
             table={"all": line},
+            cells={
+                "all": {
+                    "accuracy": mean_cell(score.hit for score in scores.values()),
+                    "iou": mean_cell(map(float, overlaps)),
+                }
+            },
             rows=scores,
             units=mean_units({index: score.hit for index, score in scores.items()}),
             unparsed=failed,

@@ -17,7 +17,7 @@ from evaluation.prompts import (
     PromptStyle,
     images_first,
 )
-from evaluation.report import Report, Rows, RowScore, mean, mean_units
+from evaluation.report import Report, Rows, RowScore, mean, mean_cell, mean_units
 from evaluation.scorers import choice_compat, choice_strict
 from evaluation.scorers.circular import ABBREVIATIONS, ROTATION_OFFSET, question_of
 from evaluation.scorers.text import is_cjk
@@ -65,6 +65,13 @@ class MultipleChoice:
 
     name: str
     aliases: tuple[str, ...] = ()
+    kind = "multiple choice"
+    rotations: bool | None = False
+    """Whether the public table asks each question in rotated forms; None: both are known."""
+
+    def truth(self, cells: Mapping[str, str]) -> str:
+        """The right letter of a row."""
+        return cells["answer"].strip()
 
     def check(self, table: Table) -> None:
         """Raise DataError when a needed column is missing, or an answer is no letter."""
@@ -120,14 +127,18 @@ class MultipleChoice:
         notes = _by_image(readings)
         if judge is not None:
             notes["put_to_judge"] = sum(map(is_unread, readings))
-            readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
+            readings = [self._judged(reading, predictions[reading.row.index], judge) for reading in readings]
             notes |= _by_image(readings)
         views, hits, units = self.combine(readings, mode)
+        cells = hits_by_cell(views, hits, table.columns)
         unreadable = choice_compat.UNREADABLE if mode == "compat" else None
         return Report(
             benchmark=self.name,
             mode=mode,
-            table=accuracy_table(views, hits, table.columns),
+            table={line: {name: mean(own) for name, own in columns.items()} for line, columns in cells.items()},
+            cells={
+                line: {name: mean_cell(own) for name, own in columns.items() if own} for line, columns in cells.items()
+            },
             rows=Rows((r.row.index, RowScore(r.letter or unreadable, r.hit, r.log)) for r in readings),
             units=units,
             unparsed=sum(is_unread(reading) for reading in readings),
@@ -148,7 +159,7 @@ class MultipleChoice:
         readings = []
         for row, answer in zip(rows, answers, strict=True):
             letter = choice_strict.read_choice(answer, options_of(row.cells))
-            hit = int(letter is not None and letter == row.cells["answer"].strip())
+            hit = int(letter is not None and letter == self.truth(row.cells))
             log = f"answer read as {letter}" if letter else "no single option could be read"
             readings.append(Reading(row, row.cells, letter, hit, log))
         return readings
@@ -158,15 +169,27 @@ class MultipleChoice:
         views, truths = views_of_kit(table, rows), views_of_kit(table)
         readings = []
         for row, view, answer in zip(rows, views.values(), answers_of_kit(answers), strict=True):
-            options, truth = self.kit_question(options_of(view), truths[row.index].get("answer"))
+            options, truth = self.kit_question(options_of(view), self.kit_truth(truths[row.index]))
             letter = choice_compat.read_choice(answer, options)
             hit = int(letter is not None and letter == truth)
             readings.append(Reading(row, view, letter, hit, f"answer seen as {answer[:200]}"))
         return readings
 
+    def kit_truth(self, view: Mapping[str, str]) -> str | None:
+        """The answer cell as VLMEvalKit compares it."""
+        return view.get("answer")
+
     def kit_question(self, options: dict[str, str], truth: str | None) -> tuple[dict[str, str], str | None]:
         """Options and right letter as VLMEvalKit puts them to its answer rule."""
         return options, truth
+
+    def _judged(self, reading: Reading, answer: str, judge: Judge) -> Reading:
+        options = options_of(reading.row.cells)
+        if not is_unread(reading) or not options:
+            return reading
+        letter = judge.pick(reading.row.cells.get("question", ""), options, answer)
+        hit = int(letter is not None and letter == self.truth(reading.row.cells))
+        return Reading(reading.row, reading.view, letter, hit, f"judge read {letter or 'no option'}")
 
 
 def _by_image(readings: Sequence[Reading]) -> dict[str, float]:
@@ -181,15 +204,6 @@ def _by_image(readings: Sequence[Reading]) -> dict[str, float]:
 def is_unread(reading: Reading) -> bool:
     """True when an option was looked for and none could be read."""
     return reading.letter in (None, choice_compat.UNREADABLE) and not reading.is_open
-
-
-def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:
-    options = options_of(reading.row.cells)
-    if not is_unread(reading) or not options:
-        return reading
-    letter = judge.pick(reading.row.cells.get("question", ""), options, answer)
-    hit = int(letter is not None and letter == reading.row.cells["answer"].strip())
-    return Reading(reading.row, reading.view, letter, hit, f"judge read {letter or 'no option'}")
 
 
 def choice_text(cells: Mapping[str, str]) -> str:
@@ -212,10 +226,10 @@ def options_of(cells: Mapping[str, str]) -> dict[str, str]:
     return {letter: cells[letter] for letter in string.ascii_uppercase if cells.get(letter)}
 
 
-def accuracy_table(
+def hits_by_cell(
     views: Sequence[Mapping[str, str]], hits: Sequence[int], columns: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """{split: {"Overall": .., each l2-category: .., each category: ..}}; empty cells belong to no category."""
+) -> dict[str, dict[str, list[int]]]:
+    """{split: {"Overall": hits, each l2-category: .., each category: ..}}; empty cells belong to no category."""
     splits = [view.get("split") or NO_SPLIT for view in views] if "split" in columns else [NO_SPLIT] * len(views)
     groups = [
         (ABBREVIATIONS.get(value, value), column, value)
@@ -226,7 +240,7 @@ def accuracy_table(
     table = {}
     for split in sorted(set(splits)):
         inside = [(view, hit) for view, hit, name in zip(views, hits, splits, strict=True) if name == split]
-        table[split] = {"Overall": mean(hit for _, hit in inside)}
+        table[split] = {"Overall": [hit for _, hit in inside]}
         for name, column, value in groups:
-            table[split][name] = mean(hit for view, hit in inside if view.get(column) == value)
+            table[split][name] = [hit for view, hit in inside if view.get(column) == value]
     return table

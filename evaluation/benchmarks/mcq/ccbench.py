@@ -2,4 +2,4 @@
 
 from evaluation.benchmarks.mcq._choice import MultipleChoice
 
-BENCHMARK = MultipleChoice("CCBench")
+BENCHMARK = MultipleChoice("CCBench", rotations=None)

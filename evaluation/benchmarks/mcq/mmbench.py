@@ -23,6 +23,7 @@ _NO_OPTION = ("", "nan", "none")
 class MMBench(MultipleChoice):
     """Circular multiple choice. Rows of one question are those whose index is equal modulo 1,000,000."""
 
+    rotations: bool | None = True
     chinese: bool = False
     """Whether LLaVA's script is called with --lang cn."""
     submission = "mmbench"

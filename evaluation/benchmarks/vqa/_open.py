@@ -12,7 +12,7 @@ from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.pandas_rules import seen
 from evaluation.prompts import SHORT_INSTRUCTION, Prompt, PromptStyle, images_first
-from evaluation.report import Report, Rows, RowScore, mean, mean_units
+from evaluation.report import Report, Rows, RowScore, mean, mean_cell, mean_units
 from evaluation.scorers import exact
 from evaluation.scorers.cells import kit_answers
 from evaluation.scorers.text import strip_special_tokens
@@ -35,6 +35,7 @@ class OpenQuestions:
     strict_score: Scorer
     metric: str = "accuracy"
     aliases: tuple[str, ...] = ()
+    kind = "open questions"
     submission: str | None = None
     """Form of the file that a test server takes (evaluation.submissions)."""
 
@@ -93,10 +94,12 @@ class OpenQuestions:
         golds = [view.get("answer", seen(None)) if mode == "compat" else view["answer"] for view in views]
         scores = [compare(gold, answer) for gold, answer in zip(golds, given, strict=True)]
         indices = [row.index for row in rows]
+        columns = _columns(views, scores, table.columns)
         return Report(
             benchmark=self.name,
             mode=mode,
-            table={LINE: _columns(views, scores, table.columns)},
+            table={LINE: {name: 100 * mean(own) for name, own in columns.items()}},
+            cells={LINE: {name: mean_cell(own, 100) for name, own in columns.items()}},
             rows=Rows(
                 (index, RowScore(strip_special_tokens(answer).strip(), score, f"compared with {gold[:200]}"))
                 for index, answer, gold, score in zip(indices, given, golds, scores, strict=True)
@@ -115,16 +118,16 @@ def with_short_instruction(question: str) -> str:
     return question if question.endswith(f"\n{SHORT_INSTRUCTION}") else f"{question}\n{SHORT_INSTRUCTION}"
 
 
-def _columns(views: Sequence[Mapping[str, str]], scores: Sequence[float], columns: Sequence[str]) -> dict[str, float]:
-    """VLMEvalKit's columns, x100: the splits and Overall, or Overall and the categories."""
+def _columns(
+    views: Sequence[Mapping[str, str]], scores: Sequence[float], columns: Sequence[str]
+) -> dict[str, list[float]]:
+    """Scores by VLMEvalKit's columns: the splits and Overall, or Overall and the categories."""
 
-    def by(column: str) -> dict[str, float]:
+    def by(column: str) -> dict[str, list[float]]:
         names = sorted({view[column] for view in views if view.get(column)})
-        return {
-            name: 100 * mean(s for v, s in zip(views, scores, strict=True) if v.get(column) == name) for name in names
-        }
+        return {name: [s for v, s in zip(views, scores, strict=True) if v.get(column) == name] for name in names}
 
-    overall = {"Overall": 100 * mean(scores)}
+    overall = {"Overall": list(scores)}
     if "split" in columns:
         return by("split") | overall
     return overall | by("category") if "category" in columns else overall

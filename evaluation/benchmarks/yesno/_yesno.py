@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from evaluation.benchmarks import Mode
 from evaluation.benchmarks.vqa._open import with_short_instruction
@@ -9,12 +10,24 @@ from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.pandas_rules import seen
 from evaluation.prompts import Prompt, PromptStyle, images_first
-from evaluation.report import Report, Rows, RowScore, mean, mean_units
+from evaluation.report import Cell, Report, Rows, RowScore, mean, mean_cell, mean_units
 from evaluation.scorers import yesno
 from evaluation.tsv import Row, Table
 from mindspeed_mm.errors import DataError
 
+YES_NO_WORDS = ("yes", "no")
 JUDGE_OPTIONS = {"A": "yes", "B": "no"}
+
+
+class Combined(NamedTuple):
+    """What readings come to: fields of Report."""
+
+    table: dict[str, dict[str, float]]
+    units: dict[str, Sequence[float]]
+    cells: dict[str, dict[str, Cell]]
+    metric: str = "accuracy"
+    statistic: str = "mean"
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,17 +45,17 @@ class Reading:
         return int(self.said.lower() == self.truth.lower())
 
 
-def is_yes_no(table: Table) -> bool:
-    """True for a table whose answers are all yes or no."""
-    return "answer" in table.columns and all(row.cells["answer"].strip().lower() in ("yes", "no") for row in table.rows)
-
-
 @dataclass(frozen=True)
 class YesNo:
     """A benchmark (evaluation.benchmarks.Benchmark) whose answers are yes or no; here with plain accuracy."""
 
     name: str
     aliases: tuple[str, ...] = ()
+    kind = "yes-no questions"
+
+    def truth(self, cells: Mapping[str, str]) -> str:
+        """The right answer of a row in lower case."""
+        return cells["answer"].strip().lower()
 
     def check(self, table: Table) -> None:
         """Raise DataError when a column is missing, or an answer is neither yes nor no."""
@@ -51,7 +64,7 @@ class YesNo:
                 f"{table.path} lacks column question, which {self.name} needs; found {', '.join(table.columns)}."
             )
         for row in table.rows:
-            if row.cells.get("answer", "").strip().lower() not in ("", "yes", "no"):
+            if "answer" in row.cells and self.truth(row.cells) not in ("", *YES_NO_WORDS):
                 raise DataError(
                     f'{table.path}, row with index {row.index}: the answer is "{row.cells["answer"][:40]}"; '
                     "expected Yes or No."
@@ -59,7 +72,7 @@ class YesNo:
 
     def has_answers(self, table: Table) -> bool:
         """True when every row has an answer."""
-        return is_yes_no(table)
+        return "answer" in table.columns and all(self.truth(row.cells) in YES_NO_WORDS for row in table.rows)
 
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
         """Official: question and LLaVA's short-answer instruction; vlmevalkit: the question alone."""
@@ -97,20 +110,16 @@ class YesNo:
         if judge is not None:
             notes["put_to_judge"] = sum(reading.said.lower() == yesno.UNKNOWN for reading in readings)
             readings = [_judged(reading, predictions[reading.row.index], judge) for reading in readings]
-        table_, units, metric, statistic, scale = self.combine(readings, mode, table)
+        combined = self.combine(readings, mode, table)
         return Report(
             benchmark=self.name,
             mode=mode,
-            table=table_,
             rows=Rows((r.row.index, RowScore(r.said, r.hit, f"answer read as {r.said}")) for r in readings),
-            units=units,
             unparsed=sum(reading.said.lower() == yesno.UNKNOWN for reading in readings),
-            metric=metric,
-            statistic=statistic,
-            scale=scale,
             dropped=len(table.dropped),
             missing=missing,
             notes=notes,
+            **combined._asdict(),
         )
 
     def _read(self, table: Table, predictions: Mapping[int | str, str], mode: Mode) -> list[Reading]:
@@ -123,20 +132,35 @@ class YesNo:
             views = [row.cells for row in rows]
         read = self.compat_reader(table) if mode == "compat" else self.strict_reader()
         return [
-            Reading(row, view, read(answer), row.cells["answer"].strip().lower())
+            Reading(row, view, read(answer), self.truth(row.cells))
             for row, view, answer in zip(rows, views, answers, strict=True)
         ]
 
-    def combine(
-        self, readings: Sequence[Reading], mode: Mode, table: Table
-    ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
-        """Table, units, metric, statistic and scale; here accuracy over all rows and per category."""
+    def combine(self, readings: Sequence[Reading], mode: Mode, table: Table) -> Combined:
+        """Table, units and metric; here accuracy over all rows and per category."""
         names = sorted({reading.view["category"] for reading in readings if reading.view.get("category")})
-        columns = {"Overall": mean(reading.hit for reading in readings)}
+        hits = {"Overall": [reading.hit for reading in readings]}
         for name in names:
-            columns[name] = mean(reading.hit for reading in readings if reading.view.get("category") == name)
-        units = mean_units({reading.row.index: reading.hit for reading in readings})
-        return {"all": columns}, units, "accuracy", "mean", 1.0
+            hits[name] = [reading.hit for reading in readings if reading.view.get("category") == name]
+        return Combined(
+            {"all": {name: mean(own) for name, own in hits.items()}},
+            mean_units({reading.row.index: reading.hit for reading in readings}),
+            {"all": {name: mean_cell(own) for name, own in hits.items()}},
+        )
+
+
+def refuse_near_names(table: Table, names: Sequence[str], benchmark: str) -> None:
+    """Raise DataError for a category that differs from one of `names` by case or spaces only: it would be counted as
+    another one, and left out of the headline."""
+    meant = {name.lower(): name for name in names}
+    for row in table.rows:
+        for found in row.cells.get("category", "").split(","):
+            name = meant.get(found.strip().lower())
+            if name is not None and found != name:
+                raise DataError(
+                    f'{table.path}, row with index {row.index}: category "{found}" is not {benchmark}\'s "{name}", but '
+                    f'looks like it. Write "{name}" if that is meant, else a name that is less like it.'
+                )
 
 
 def _judged(reading: Reading, answer: str, judge: Judge) -> Reading:

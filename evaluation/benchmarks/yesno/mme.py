@@ -4,17 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from evaluation.benchmarks import Mode
-from evaluation.benchmarks.yesno._yesno import Reading, YesNo
-from evaluation.report import mean
+from evaluation.benchmarks.yesno._yesno import Combined, Reading, YesNo, refuse_near_names
+from evaluation.report import Cell, mean
+from evaluation.scorers.yesno import MME_PERCEPTION, MME_REASONING
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
 
-PERCEPTION = (
-    *("OCR", "artwork", "celebrity", "color", "count"),
-    *("existence", "landmark", "position", "posters", "scene"),
-)
-REASONING = ("code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation")
-"""The categories of MME's paper; 100 + 100 points each."""
 OWN_INSTRUCTION = "Please answer yes or no."
 """Ends every question of MME's tables; LLaVA's question file does without, its conversion for MME's tool adds it."""
 
@@ -32,14 +27,13 @@ class MME(YesNo):
                 f"{table.path} lacks column {', '.join(missing)}, which MME needs: points are given per category, and "
                 f"image_path tells which questions share an image; found {', '.join(table.columns)}."
             )
+        refuse_near_names(table, (*MME_PERCEPTION, *MME_REASONING), self.name)
 
     def official_text(self, question: str) -> str:
         """LLaVA's question file: its short-answer instruction stands in place of MME's own."""
         return super().official_text(question.removesuffix(OWN_INSTRUCTION).rstrip())
 
-    def combine(
-        self, readings: Sequence[Reading], mode: Mode, table: Table
-    ) -> tuple[dict[str, dict[str, float]], dict[str, Sequence[float]], str, str, float]:
+    def combine(self, readings: Sequence[Reading], mode: Mode, table: Table) -> Combined:
         """Points per category, and their sums for perception and reasoning. Both modes differ in reading only."""
         images: dict[tuple[str, str], list[int]] = {}
         for reading in readings:
@@ -48,13 +42,23 @@ class MME(YesNo):
         names = sorted({name for name, _ in images})
         points = {name: _points([hits for (own, _), hits in images.items() if own == name]) for name in names}
         line = {
-            "perception": sum(points.get(name, 0.0) for name in PERCEPTION),
-            "reasoning": sum(points.get(name, 0.0) for name in REASONING),
+            "perception": sum(points.get(name, 0.0) for name in MME_PERCEPTION),
+            "reasoning": sum(points.get(name, 0.0) for name in MME_REASONING),
             **points,
         }
-        counted = [name for name in names if name in PERCEPTION] or names
-        units = {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in images.items()}
-        return {"points": line}, units, "perception points", "MME points", 1.0
+        counted = [name for name in names if name in MME_PERCEPTION] or names
+
+        def units_of(counted: Sequence[str]) -> dict[str, list[int]]:
+            return {f"{name}/{path}": _unit(name, hits, counted) for (name, path), hits in images.items()}
+
+        groups = {"perception": MME_PERCEPTION, "reasoning": MME_REASONING, **{name: (name,) for name in names}}
+        parts = {title: [name for name in own if name in names] for title, own in groups.items()}
+        cells = {
+            title: Cell([unit for unit in units_of(own).values() if any(unit[1::4])], "MME points")
+            for title, own in parts.items()
+            if own
+        }
+        return Combined({"points": line}, units_of(counted), {"points": cells}, "perception points", "MME points")
 
 
 def _points(images: Sequence[Sequence[int]]) -> float:

@@ -17,9 +17,24 @@ from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.media import FixedSizeImages, ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.describe import part_of_source
 from mindspeed_mm.models.family import Family
+from mindspeed_mm.models.llava_config import (
+    DECODER_TYPES,
+    ORIGINAL,
+    has_class_token,
+    hf_config,
+    is_original,
+    is_tiled,
+    original_config,
+    refuse_start_end,
+    select_strategy,
+    text_config,
+    vision_config,
+    vision_select,
+)
 from mindspeed_mm.models.media import Media
-from mindspeed_mm.models.part import find_part, part_of
+from mindspeed_mm.models.part import all_parts, part_of
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.vision_projector.mlp import projector_prefixes
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, Prefix
@@ -30,34 +45,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HF, ORIGINAL = "llava-hf", "llava"
+HF = "llava-hf"
 
 IMAGE_TOKEN_ID = 32000
 """LlavaConfig's default of image_token_index."""
-
-SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
-"""LLaVA's mm_vision_select_feature in HF's words (vision_feature_select_strategy)."""
-
-DECODER_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2"}
-"""model_type of the decoder inside an original folder, where it is not what follows `llava_`."""
-
-ORIGINAL_TYPES = {decoder: name for name, decoder in DECODER_TYPES.items() if name != "llava"}
-
-LLAVA_DEFAULTS = {
-    "freeze_mm_mlp_adapter": False,
-    "image_aspect_ratio": "pad",
-    "mm_patch_merge_type": "flat",
-    "mm_projector_lr": None,
-    "mm_resampler_type": None,
-    "mm_use_im_patch_token": False,
-    "mm_use_im_start_end": False,
-    "tokenizer_padding_side": "right",
-    "tune_mm_mlp_adapter": False,
-    "unfreeze_mm_vision_tower": False,
-    "use_cache": True,
-    "use_mm_proj": True,
-}
-"""What LLaVA-1.5's released config.json says beside the architecture; a source's own values take their place."""
 
 
 def nested(outer: str, slot: str, new: str = "") -> tuple[Prefix, Prefix]:
@@ -104,30 +95,49 @@ class Llava(Family):
     model_types = ("llava",)
     layouts = (LLAVA_HF, LLAVA)
     model_ids = {PROJECTOR: "mlp"}
+    processor_class = "LlavaProcessor"
 
     def reads(self, config: dict[str, Any]) -> bool:
-        return super().reads(config) or is_original(config)
+        return (super().reads(config) or is_original(config)) and not is_tiled(config)
 
     def split_config(self, config: dict[str, Any], layout: str) -> dict[str, dict[str, Any] | None]:
+        self._check_config(config, layout)
         if layout == ORIGINAL:
             kind = str(config.get("model_type", "llava"))
             decoder = {**config, "model_type": DECODER_TYPES.get(kind, kind.removeprefix("llava_"))}
             return {TEXT: decoder, VISION: None, PROJECTOR: config if "mm_hidden_size" in config else None}
         return {TEXT: text_config(config), VISION: vision_config(config), PROJECTOR: config}
 
+    def _check_config(self, config: dict[str, Any], layout: str) -> None:
+        """Raise ConfigError where a config.json asks for what is not done here."""
+        if layout == ORIGINAL:
+            refuse_start_end(config)
+            if is_tiled(config) != (self.name != "llava"):
+                raise ConfigError(
+                    "config.json and weights are of two kinds of LLaVA: tiles go with image_aspect_ratio anyres, "
+                    f"mm_patch_merge_type spatial_unpad and a tensor model.image_newline; config.json says "
+                    f"{config.get('image_aspect_ratio')!r} and {config.get('mm_patch_merge_type')!r}. Correct it or "
+                    "give the weights that belong to it."
+                )
+        elif config.get("model_type", self.name) not in self.model_types:
+            raise ConfigError(
+                f'config.json: found model_type "{config["model_type"]}" with tensors of layout {layout}; expected '
+                f"{' or '.join(self.model_types)}. Give weights of a supported model."
+            )
+
     def complete(self, source: Source, slots: dict[str, PartSource]) -> dict[str, PartSource]:
         """An original folder names its vision encoder by path, relative to the folder; tensors inside come first."""
         if source.layout != ORIGINAL:
             return slots
         config = source.config or {}
-        select = vision_select(config)
+        vision_select(config)  # also where no encoder is named
         named = _named_encoder(source.path, config)
         described = named.config if named else None
         if described is not None and named.dialect == "hf":
-            described = {**described, **select}
+            described = {**described, **vision_select(config, has_class_token(part_of_source(named).Spec))}
         if VISION in slots:
             hf = described if named and named.dialect == "hf" else None
-            return {**slots, VISION: replace(slots[VISION], config=hf)}
+            return {**slots, VISION: replace(slots[VISION], config=hf, model_id=_encoder_of(slots[VISION].names))}
         return {**slots, VISION: replace(named, config=described)} if named else slots
 
     def stated(self, source: Source) -> dict[str, dict[str, Any]]:
@@ -148,6 +158,11 @@ class Llava(Family):
             raise WeightError(
                 f"{source.path}: the config of the vision encoder {name!r} is not there; put the encoder's folder at "
                 "that path (relative to this folder)"
+            )
+        if part_of_source(source.part(VISION)).from_shapes is None:
+            raise WeightError(
+                f"{source.path}: no config of the vision encoder {name!r} is here, and shapes do not show all of it; "
+                "put its folder (config.json suffices) beside and the path into mm_vision_tower of config.json"
             )
         # A name of the hub, whose encoders are CLIP releases: shapes show all but the heads.
         logger.info(
@@ -171,14 +186,14 @@ class Llava(Family):
         return (original_config if layout == ORIGINAL else hf_config)(specs, dtype, tokens)
 
     def processor_config(self, spec: ModelSpec) -> dict[str, Any]:
-        """Of transformers' LlavaProcessor; it counts the class token and drops it for "default"."""
+        """Of transformers' processor; it counts the class token and drops it for "default"."""
         encoder = spec.vision_encoder
         return {
-            "processor_class": "LlavaProcessor",
+            "processor_class": self.processor_class,
             "image_token": "<image>",
-            "num_additional_image_tokens": getattr(encoder, "class_token_len", 0),
+            "num_additional_image_tokens": encoder.class_token_len,
             "patch_size": encoder.patch_size,
-            "vision_feature_select_strategy": SELECT_STRATEGIES[encoder.select_feature],
+            "vision_feature_select_strategy": select_strategy(encoder),
         }
 
     def image_token_id(self, config: dict[str, Any]) -> int | None:
@@ -195,10 +210,10 @@ class Llava(Family):
                 f"text_decoder.language_max_sequence_length: found {decoder.language_max_sequence_length}, expected "
                 f"more than the {encoder.num_image_tokens} tokens of one image"
             )
-        if projector.model_id != "mlp":
+        if projector.model_id != self.model_ids[PROJECTOR]:
             problems.append(
-                f'image_encoder.vision_projector.model_id: found "{projector.model_id}", expected "mlp", the projector '
-                "of model_id llava"
+                f'image_encoder.vision_projector.model_id: found "{projector.model_id}", expected '
+                f'"{self.model_ids[PROJECTOR]}", the projector of model_id {self.name}'
             )
         return problems
 
@@ -262,39 +277,6 @@ def refuse_inputs(family: str, inputs: dict[str, Any], known: tuple[str, ...]) -
         raise ConfigError(f"model_id {family} takes the inputs {', '.join(known)}; found {', '.join(unknown)}")
 
 
-def is_original(config: dict[str, Any]) -> bool:
-    """Whether a config.json is the original code's."""
-    return "mm_vision_tower" in config or "mm_projector_type" in config or "mm_hidden_size" in config
-
-
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's config inside one of transformers' multimodal configs, with the head's tying as the outer one has
-    it."""
-    inner = dict(config.get("text_config") or {})
-    if "tie_word_embeddings" in config:
-        inner["tie_word_embeddings"] = config["tie_word_embeddings"]
-    return inner
-
-
-def vision_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The vision encoder's config inside a llava-hf config, with the feature selection of the outer one."""
-    keys = ("vision_feature_layer", "vision_feature_select_strategy")
-    return {**(config.get("vision_config") or {}), **{key: config[key] for key in keys if key in config}}
-
-
-def vision_select(config: dict[str, Any]) -> dict[str, Any]:
-    """HF's two vision_feature keys from an original config (mm_vision_select_layer, mm_vision_select_feature)."""
-    feature = config.get("mm_vision_select_feature", "patch")
-    if feature not in SELECT_STRATEGIES:
-        raise WeightError(
-            f"config.json: found mm_vision_select_feature {feature!r}; expected patch or cls_patch. Correct the file."
-        )
-    return {
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": SELECT_STRATEGIES[feature],
-    }
-
-
 def _named_encoder(folder: Path, config: dict[str, Any]) -> PartSource | None:
     name = config.get("mm_vision_tower")
     if not isinstance(name, str) or not name:
@@ -303,55 +285,12 @@ def _named_encoder(folder: Path, config: dict[str, Any]) -> PartSource | None:
     return open_source(path, follow=False).part(VISION) if path.exists() else None
 
 
-def hf_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """config.json of LlavaForConditionalGeneration, with keys that transformers 4 and 5 read.
-
-    Raises WeightError for a projector that this class does not have.
-    """
-    text, encoder, projector = (specs[slot] for slot in (TEXT, VISION, PROJECTOR))
-    if projector.num_layers != 2 or projector.ffn_hidden_size != projector.hidden_size:
-        raise WeightError(
-            f"the projector has {projector.num_layers} linears of width {projector.ffn_hidden_size}; expected 2 as "
-            "wide as the decoder, which is all that llava-hf can hold. Choose --to llava or mindspeed-mm."
-        )
-    inner = {key: value for key, value in tokens.items() if key not in ("image_token_id", "rows")}
-    rows = {} if tokens.get("rows") is None else {"vocab_size": tokens["rows"]}
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "ignore_index": -100,
-        "image_seq_length": encoder.num_image_tokens,
-        "image_token_index": tokens["image_token_id"],
-        "multimodal_projector_bias": True,
-        "pad_token_id": tokens.get("pad_token_id"),
-        "projector_hidden_act": projector.activation_func,
-        "text_config": part_of(TEXT, text).to_hf(text, dtype) | inner | rows,
-        "tie_word_embeddings": text.share_embeddings_and_output_weights,
-        "torch_dtype": dtype,
-        "vision_config": part_of(VISION, encoder).to_hf(encoder, dtype),
-        "vision_feature_layer": encoder.select_layer,
-        "vision_feature_select_strategy": SELECT_STRATEGIES[encoder.select_feature],
-        "vocab_size": text.language_vocab_size,
-    }
-
-
-def original_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the original code, without mm_vision_tower, which says where the encoder lies."""
-    text, vision = specs[TEXT], specs[VISION]
-    inner = {key: value for key, value in tokens.items() if key not in ("image_token_id", "rows")}
-    decoder = part_of(TEXT, text).to_hf(text, dtype)
-    kind = ORIGINAL_TYPES.get(decoder["model_type"], f"llava_{decoder['model_type']}")
-    architecture = "Qwen" if kind == "llava_qwen" else decoder["architectures"][0].removesuffix("ForCausalLM")
-    return {
-        **decoder,
-        **inner,
-        **find_part(PROJECTOR, "mlp").to_hf(specs[PROJECTOR], dtype),
-        "architectures": [f"Llava{architecture}ForCausalLM"],
-        "model_type": kind,
-        "mm_vision_select_feature": vision.select_feature,
-        "mm_vision_select_layer": vision.select_layer,
-        "vocab_size": text.language_vocab_size if tokens.get("rows") is None else tokens["rows"],
-    }
+def _encoder_of(names: tuple[str, ...]) -> str | None:
+    """model_id of the vision encoder that has tensors of such names; None for the default one."""
+    for part in all_parts(VISION).values():
+        if any(layout.dialects[VISION] == "hf" and layout.recognises(names) for layout in part.layouts):
+            return part.name
+    return None
 
 
 FAMILY = Llava()

@@ -381,7 +381,7 @@ def shapes(spec: ClipSpec) -> dict[str, tuple[int, ...]]:
 
 def build(spec: ClipSpec, runtime):
     """The vision encoder, up to the selected feature."""
-    from mindspeed_mm.models.modules.clip import CLIPVisionEncoder
+    from mindspeed_mm.models.kit.clip import CLIPVisionEncoder
 
     return CLIPVisionEncoder(spec, runtime)
 

@@ -178,7 +178,7 @@ def shapes(spec: MlpSpec) -> dict[str, tuple[int, ...]]:
 
 def build(spec: MlpSpec, runtime):
     """The projector."""
-    from mindspeed_mm.models.modules.mlp import MLPProjector
+    from mindspeed_mm.models.kit.linears import MLPProjector
 
     return MLPProjector(spec, runtime)
 

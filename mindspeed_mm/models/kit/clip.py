@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from mindspeed_mm.models.layers.specs import block_spec
+from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
 from mindspeed_mm.models.media import Features, Media, fixed_size_features
 from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
 
@@ -42,7 +42,7 @@ class CLIPVisionEncoder(MegatronModule):
         self.ln_pre = torch.nn.LayerNorm(spec.hidden_size, eps=spec.layernorm_epsilon)
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(spec.num_built_layers, causal=False),
+            spec=block_spec([LayerOptions()] * spec.num_built_layers, causal=False),
             pre_process=True,
             post_process=True,
             post_layer_norm=False,

@@ -1,4 +1,4 @@
-"""Llama decoder on megatron.core's parallel layers.
+"""Text decoders on megatron.core's parallel layers: Llama and what differs from it by the traits of a DecoderSpec.
 
 Legend: S sequence, B batch, H hidden size, V vocabulary, T tensor-parallel size.
 """
@@ -10,11 +10,12 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from mindspeed_mm.models.layers.context import sequence_slice
-from mindspeed_mm.models.layers.kv_cache import KVCache
-from mindspeed_mm.models.layers.rotary import RotaryEmbedding
-from mindspeed_mm.models.layers.specs import block_spec
+from mindspeed_mm.models.kit.context import sequence_slice
+from mindspeed_mm.models.kit.kv_cache import KVCache
+from mindspeed_mm.models.kit.rotary import RotaryEmbedding
+from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
 from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
 from mindspeed_mm.platform.segments import Segments
 from mindspeed_mm.weights.layout import padded_vocab_size
@@ -23,7 +24,7 @@ HIDDEN_LOGIT = -1e30
 """Logit of the columns that only fill the vocabulary up to a multiple of T: their probability is 0 in every dtype."""
 
 
-class LlamaDecoder(LanguageModule):
+class TextDecoder(LanguageModule):
     """Embedding (first stage), transformer layers, final norm and head (last stage)."""
 
     def __init__(
@@ -35,15 +36,28 @@ class LlamaDecoder(LanguageModule):
         post_process: bool = True,
         vp_stage: int | None = None,
     ) -> None:
-        config = transformer_config(spec, runtime, num_layers=spec.num_layers, pipelined=True, **attention_fields(spec))
+        traits = spec.traits
+        config = transformer_config(
+            spec,
+            runtime,
+            num_layers=spec.num_layers,
+            pipelined=True,
+            qk_layernorm=traits.qk_norm,
+            layernorm_zero_centered_gamma=traits.zero_centered_norm,
+            **attention_fields(spec),
+        )
         super().__init__(config=config)
-        self.spec = spec
+        self.spec, self.traits = spec, traits
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = spec.share_embeddings_and_output_weights
         self.vocab_size = spec.language_vocab_size
         self.padded_vocab_size = padded_vocab_size(self.vocab_size, runtime.tensor_model_parallel_size)
         self.rotary = RotaryEmbedding(
-            config.kv_channels, spec.rotary_base, spec.rope_scaling.model_dump() if spec.rope_scaling else None
+            traits.rotary_channels or config.kv_channels,
+            spec.rotary_base,
+            spec.rope_scaling.model_dump() if spec.rope_scaling else None,
+            max_positions=spec.max_position_embeddings,
+            sections=traits.mrope_section,
         )
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -55,7 +69,7 @@ class LlamaDecoder(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config=config,
-            spec=block_spec(get_num_layers_to_build(config, vp_stage), causal=True),
+            spec=block_spec(self._layer_options(), causal=True),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
@@ -76,11 +90,30 @@ class LlamaDecoder(LanguageModule):
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
+    def _layer_options(self) -> list[LayerOptions]:
+        """Those of this stage's layers."""
+        traits, first = self.traits, get_transformer_layer_offset(self.config, self.vp_stage)
+        numbers = range(first, first + get_num_layers_to_build(self.config, self.vp_stage))
+        return [
+            LayerOptions(
+                qk_norm=traits.qk_norm,
+                post_norms=traits.post_norms,
+                scale=traits.attention_scale,
+                window=traits.window(number),
+                soft_cap=traits.attention_soft_cap,
+            )
+            for number in numbers
+        ]
+
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Word embeddings of legal ids, [B, S] int64 in host memory or on the device -> [S, B, H] (whole sequence on
         every tensor-parallel rank)."""
-        device = self.embedding.word_embeddings.weight.device
-        return self.embedding(input_ids.to(device, non_blocking=True), None)
+        weight = self.embedding.word_embeddings.weight
+        embeddings = self.embedding(input_ids.to(weight.device, non_blocking=True), None)
+        if self.traits.embedding_scale is None:
+            return embeddings
+        # transformers rounds the factor to the type of the weights first.
+        return embeddings * torch.tensor(self.traits.embedding_scale, dtype=weight.dtype).item()
 
     def forward(
         self,
@@ -93,7 +126,8 @@ class LlamaDecoder(LanguageModule):
 
         Args:
             hidden: [S, B, H] embeddings (first stage) or None (later stages, see set_input_tensor).
-            position_ids: [B or 1, S] int64, of the whole sequence like `hidden` and the mask.
+            position_ids: [B or 1, S] int64, of the whole sequence like `hidden` and the mask; [3, B or 1, S] for time,
+                height and width where the decoder's rotary positions have sections.
             attention_mask: complete bool mask [B or 1, 1, S, S], True = may attend; None = causal.
             segments: the sequences of a single row (B is 1), instead of a mask.
 
@@ -108,9 +142,16 @@ class LlamaDecoder(LanguageModule):
         return self.decoder(
             hidden_states=hidden,
             attention_mask=attention_mask,
-            rotary_pos_emb=self.rotary.cos_sin(sequence_slice(position_ids, 1), self.config.params_dtype),
+            rotary_pos_emb=self._cos_sin(position_ids, segments),
             packed_seq_params=segments,
         )
+
+    def _cos_sin(self, position_ids: torch.Tensor, segments: Segments | None) -> torch.Tensor:
+        """Rotation of this rank's slice of the sequence."""
+        long = self.rotary.long_positions(position_ids.shape[-1], segments)
+        if isinstance(long, torch.Tensor):
+            long = sequence_slice(long, 0)
+        return self.rotary.cos_sin(sequence_slice(position_ids, -1), self.config.params_dtype, long)
 
     def gather_sequence(self, hidden: torch.Tensor) -> torch.Tensor:
         """What `forward` returned, [S, B, H], no longer split over the tensor-parallel ranks."""
@@ -122,6 +163,8 @@ class LlamaDecoder(LanguageModule):
         """Vocabulary-parallel logits [..., H] -> [..., V_padded / T] of gathered hidden states."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
+        if self.traits.final_soft_cap is not None:
+            logits = torch.tanh(logits / self.traits.final_soft_cap) * self.traits.final_soft_cap
         return self._hide_padding(logits)
 
     def _hide_padding(self, logits: torch.Tensor) -> torch.Tensor:

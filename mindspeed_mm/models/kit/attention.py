@@ -11,14 +11,18 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from mindspeed_mm.models.layers.context import heads_to_sequence, repeat_groups, sequence_to_heads
-from mindspeed_mm.models.layers.kv_cache import KVCache
+from mindspeed_mm.models.kit.context import heads_to_sequence, repeat_groups, sequence_to_heads
+from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.platform import current_platform
+from mindspeed_mm.platform.capped import band
 from mindspeed_mm.platform.segments import Segments
 
 
 class CoreAttention(MegatronModule):
-    """softmax(QK^T / sqrt(D)) V on what megatron.core's SelfAttention hands over."""
+    """softmax(QK^T / sqrt(D)) V on what megatron.core's SelfAttention hands over.
+
+    kit/self_attention.py sets `scale`, `window` and `soft_cap` where a decoder has its own.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,8 @@ class CoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.causal = attn_mask_type == AttnMaskType.causal
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.window: int | None = None
+        self.soft_cap: float | None = None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.platform = current_platform()
         parallel = config.context_parallel_size > 1
@@ -56,8 +62,8 @@ class CoreAttention(MegatronModule):
         Args:
             query: [S, B, H, D]; key, value: [K, B, G, D], already rotated; under context parallelism this rank's slices
                 of S and K, while the mask is that of the whole sequence.
-            attention_mask: bool [B or 1, 1, S, K], True = may attend, complete (causality included), or None: causal
-                for a decoder, everything for a vision encoder.
+            attention_mask: bool [B or 1, 1, S, K], True = may attend, complete (causality included, a window not), or
+                None: causal for a decoder, everything for a vision encoder.
             packed_seq_params: the sequences of the only row (B is 1): causal attention inside each; None: rows are
                 sequences. The name is megatron.core's.
 
@@ -70,16 +76,23 @@ class CoreAttention(MegatronModule):
         if group is not None:
             key, value = (repeat_groups(x, group.size()) for x in (key, value))
             query, key, value = (heads_to_sequence(x, group) for x in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
+        options = {
+            "scale": self.scale,
+            "dropout": self.dropout if self.training else 0.0,
+            "window": self.window,
+            "soft_cap": self.soft_cap,
+        }
         if packed_seq_params is not None:
             rows = (x.squeeze(1) for x in (query, key, value))
-            output = self.platform.segment_attention(*rows, packed_seq_params, scale=self.scale, dropout=dropout)
+            output = self.platform.segment_attention(*rows, packed_seq_params, **options)
             output = output.unsqueeze(1)
             return (output if group is None else sequence_to_heads(output, group)).flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask, held = attention_mask, 0
+        if mask is not None and self.window is not None:
+            mask = mask & band(range(mask.shape[2]), range(mask.shape[3]), self.window, mask.device)
         if self.cache is not None:
-            key, value, mask = self.cache.update(self.cache_layer, key, value)
+            key, value, mask = self.cache.update(self.cache_layer, key, value, self.window)
             if mask is None and query.shape[2] > 1:
                 held = key.shape[2] - query.shape[2]
                 # Causal kernels want S = K: some queries go in twice (S >= held), and the first results are dropped.
@@ -91,8 +104,7 @@ class CoreAttention(MegatronModule):
             mask=mask,
             # A single new token behind a cache may see all of it.
             causal=self.causal and mask is None and query.shape[2] == key.shape[2],
-            scale=self.scale,
-            dropout=dropout,
+            **options,
         )
         output = (output[:, :, held:] if held else output).permute(2, 0, 1, 3)
         return (output if group is None else sequence_to_heads(output, group)).flatten(2)

@@ -25,11 +25,27 @@ class RMSNorm(torch.nn.Module):
         return self.platform.rms_norm(x, self.weight, self.eps)
 
 
+class ZeroCenteredRMSNorm(torch.nn.Module):
+    """RMSNorm whose factor is 1 + weight (Gemma), added and applied in float32 as transformers does."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.platform = current_platform()
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.platform.rms_norm(x, self.weight.float() + 1.0, self.eps)
+
+
 class Norm:
-    """Spec entry: builds the norm that `config.normalization` names ("RMSNorm" or "LayerNorm")."""
+    """Spec entry: builds the norm that `config.normalization` and `config.layernorm_zero_centered_gamma` name."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused) -> torch.nn.Module:
-        norm_class = RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        if config.normalization == "RMSNorm":
+            norm_class = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
+        else:
+            norm_class = torch.nn.LayerNorm
         norm = norm_class(hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel

@@ -22,8 +22,9 @@ class KVCache:
         empty = torch.empty(0, heads, 0, head_size, dtype=dtype, device=device)
         self.keys, self.values = [empty] * layers, [empty] * layers
         self._rows, self._columns = slice(0, 0), slice(0, 0)
+        self._starts: list[int] = []
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._mask: torch.Tensor | None = None
+        self._seen: dict[int | None, tuple[int, torch.Tensor | None]] = {}
 
     @property
     def rows(self) -> int:
@@ -53,30 +54,56 @@ class KVCache:
         if end > self.length:
             raise ValueError(f"the cache holds {self.length} positions, position {end - 1} was asked for")
         self._rows, self._columns = slice(first_row, first_row + len(starts)), slice(max(starts), end)
-        self._places = self._mask = None
-        uniform = min(starts) == max(starts)
-        if uniform and (length == 1 or length >= end - length):
-            return
-        device = self.keys[0].device
-        first = torch.tensor(starts[:1] if uniform else starts, device=device)[:, None]
-        positions = first + torch.arange(length, device=device)
-        self._mask = (torch.arange(end, device=device) <= positions[:, :, None])[:, None]
-        if not uniform:
-            self._places = torch.arange(first_row, first_row + len(starts), device=device)[:, None], positions
+        self._starts, self._places, self._seen = starts, None, {}
+        if min(starts) < max(starts):
+            device = self.keys[0].device
+            rows = torch.arange(first_row, first_row + len(starts), device=device)[:, None]
+            self._places = rows, self._positions()
+
+    def _positions(self) -> torch.Tensor:
+        """Positions of the new tokens, [R or 1, S]."""
+        device, length = self.keys[0].device, self._columns.stop - self._columns.start
+        starts = self._starts if min(self._starts) < max(self._starts) else self._starts[:1]
+        return torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+
+    def _visible(self, window: int | None) -> tuple[int, torch.Tensor | None]:
+        """The first stored position that a new token may attend to, and the mask of those from there on: bool
+        [R or 1, 1, S, K - first], or None (see `update`). Made once for all layers with this window."""
+        if window not in self._seen:
+            self._seen[window] = self._make_visible(window)
+        return self._seen[window]
+
+    def _make_visible(self, window: int | None) -> tuple[int, torch.Tensor | None]:
+        start, end = self._columns.start, self._columns.stop
+        length, uniform = end - start, self._places is None
+        first = 0 if window is None else max(0, min(self._starts) + 1 - window)
+        if uniform and length == 1:
+            return first, None
+        if uniform and length >= start:
+            return 0, None
+        positions = self._positions()[:, :, None] if uniform else self._places[1][:, :, None]
+        stored = torch.arange(first, end, device=positions.device)
+        mask = stored <= positions
+        if window is not None:
+            mask &= stored > positions - window
+        return first, mask[:, None]
 
     def update(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
+        self, layer: int, key: torch.Tensor, value: torch.Tensor, window: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Store the new keys and values of a layer and return all that the new tokens may attend to.
 
         Args:
             layer: index within this pipeline stage.
             key, value: [R, G, S, D].
+            window: keys that the layer's queries see, their own among them; None: all.
 
         Returns:
-            keys, values [R, G, K, D] and the mask [R or 1, 1, S, K], True = may attend. No mask: causal, the last new
-            token may attend to all. Where most of K is new, computing it all with a causal kernel beats a mask.
+            keys, values [R, G, K, D] and the mask [R or 1, 1, S, K], True = may attend. No mask: causal (and within the
+            window), the last new token may attend to all. Where most of K is new, computing it all with a causal kernel
+            beats a mask.
         """
+        first, mask = self._visible(window)
         found = []
         for stored, new in ((self.keys[layer], key), (self.values[layer], value)):
             if self._places is None:
@@ -84,8 +111,8 @@ class KVCache:
             else:
                 rows, positions = self._places
                 stored[rows, :, positions] = new.transpose(1, 2)
-            found.append(stored[self._rows, :, : self._columns.stop])
-        return found[0], found[1], self._mask
+            found.append(stored[self._rows, :, first : self._columns.stop])
+        return found[0], found[1], mask
 
     def copy_rows(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first `length` positions of rows onto others, all at once (a row may be source and target)."""

@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 class QuantizedLinear(torch.nn.Module):
-    """Takes the place of one of megatron.core's parallel linears without bias, in one process."""
+    """Takes the place of one of megatron.core's parallel linears, in one process. A bias stays as it is."""
 
     def __init__(self, source: torch.nn.Module, kind: str) -> None:
         super().__init__()
@@ -38,6 +38,7 @@ class QuantizedLinear(torch.nn.Module):
             self.linear = bnb.nn.Linear4bit(**size, quant_type=kind, compute_dtype=weight.dtype)
             self.linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type=kind)
         self.linear.to(weight.device)
+        self.bias = source.bias
 
     @property
     def weight(self) -> torch.Tensor:
@@ -45,8 +46,9 @@ class QuantizedLinear(torch.nn.Module):
         return self.linear.weight
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """[..., in] -> ([..., out], no bias), in the dtype of `x`."""
-        return self.linear(x).to(x.dtype), None
+        """[..., in] -> ([..., out], no bias left to add), in the dtype of `x`."""
+        output = self.linear(x).to(x.dtype)
+        return (output if self.bias is None else output + self.bias), None
 
 
 def quantize_decoder(decoder: torch.nn.Module, kind: str) -> None:
@@ -66,10 +68,10 @@ def quantize_decoder(decoder: torch.nn.Module, kind: str) -> None:
         for block, name in LINEARS:
             parent = getattr(layer, block)
             source = getattr(parent, name)
-            if not isinstance(source, ColumnParallelLinear | RowParallelLinear) or source.bias is not None:
+            if not isinstance(source, ColumnParallelLinear | RowParallelLinear):
                 raise ConfigError(
-                    f"quantize {kind} works on linears without bias; found {type(source).__name__} as {block}.{name}: "
-                    "load the model without it"
+                    f"quantize {kind} works on plain linears; found {type(source).__name__} as {block}.{name}: load "
+                    "the model without it"
                 )
             new = QuantizedLinear(source, kind)
             before += source.weight.numel() * source.weight.element_size()

@@ -8,16 +8,31 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer import attention
 
+from mindspeed_mm.models.kit.norm import Norm
 from mindspeed_mm.platform import current_platform
 from mindspeed_mm.platform.segments import Segments
 
 
 class SelfAttention(attention.SelfAttention):
-    """Projection, rotary embedding, core attention, projection. Norms of queries and keys are not supported."""
+    """Projection, norms of queries and keys where there are any, rotary embedding, core attention, projection, and a
+    norm behind it where `post_norm` is set."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        post_norm: bool = False,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        **kwargs,
+    ) -> None:
+        """`scale` (None: D ** -0.5), `window` and `soft_cap` are those of Platform.attention."""
         super().__init__(*args, **kwargs)
         self.platform = current_platform()
+        config, core = self.config, self.core_attention
+        core.scale = core.scale if scale is None else scale
+        core.window, core.soft_cap = window, soft_cap
+        self.post_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon) if post_norm else None
 
     def forward(
         self,
@@ -40,8 +55,10 @@ class SelfAttention(attention.SelfAttention):
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads = self.num_attention_heads_per_partition
         qkv, _ = self.linear_qkv(hidden_states)
+        if self.config.qk_layernorm:
+            qkv = self._normed(qkv, groups, heads // groups, size)
         if rotary_pos_emb is not None:
-            qkv = self.platform.rotate_qk(qkv, *rotary_pos_emb, groups)
+            qkv = self.platform.rotate_qk(qkv, *rotary_pos_emb, groups, size)
         qkv = qkv.view(*qkv.shape[:2], groups, heads // groups + 2, size)
         query, key, value = qkv.split((heads // groups, 1, 1), dim=3)
         query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
@@ -51,4 +68,11 @@ class SelfAttention(attention.SelfAttention):
             )
         else:
             output = self.core_attention(query, key, value, attention_mask, packed_seq_params=packed_seq_params)
-        return self.linear_proj(output)
+        output, bias = self.linear_proj(output)
+        return (output if self.post_layernorm is None else self.post_layernorm(output)), bias
+
+    def _normed(self, qkv: torch.Tensor, groups: int, per_group: int, size: int) -> torch.Tensor:
+        """[S, B, G (A + 2) D] with each query head and each key head normed over its D channels."""
+        heads = qkv.view(*qkv.shape[:2], groups, per_group + 2, size)
+        query, key, value = heads.split((per_group, 1, 1), dim=3)
+        return torch.cat((self.q_layernorm(query), self.k_layernorm(key), value), dim=3).flatten(2)

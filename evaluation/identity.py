@@ -1,0 +1,282 @@
+"""Is a table the one that the user named? What its columns, answers, name, size and MD5 sum say is compared.
+
+Columns, answers and the MD5 sum are proof. A file's name and its number of rows are signs only, which the user may
+overrule: a part of a public table is a table of that benchmark, too.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from evaluation.public_tables import PUBLIC_TABLES
+from evaluation.scorers.cells import kit_answers
+from evaluation.scorers.circular import ROTATION_OFFSET
+from evaluation.scorers.text import is_cjk
+from evaluation.scorers.yesno import MME_PERCEPTION, MME_REASONING, POPE_SETS
+from evaluation.tsv import Table
+from mindspeed_mm.errors import DataError
+
+CHOICE, YES_NO, TEXT, BOXES = "multiple choice", "yes-no questions", "open questions", "boxes"
+MME_CATEGORIES = frozenset([*MME_PERCEPTION, *MME_REASONING])
+CHARTQA_SPLITS = frozenset(["test_human", "test_augmented"])
+ANNOTATORS = 10
+"""Answers a question has in VQAv2, TextVQA and VizWiz."""
+_LETTER = re.compile(r"\s*[A-Z]\s*")
+_YES_NO = ("yes", "no")
+
+
+class Named(Protocol):
+    """What is needed of a benchmark (evaluation.benchmarks.Benchmark). Without `kind` only the MD5 sum is compared."""
+
+    name: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a table is not the one that was named."""
+
+    reason: str
+    right: tuple[str, ...] = ()
+    """Benchmarks that it may be instead; one if that is sure."""
+    proof: bool = True
+    """False for signs that the user may overrule."""
+
+
+def refuse_other_table(
+    benchmark: Named, table: Table, known: Mapping[str, Named], *, accept_table: bool = False
+) -> None:
+    """Raise DataError, naming the right benchmark, when `table` is another one's than `benchmark`, a known one.
+
+    `known` holds every benchmark by lower-case name. With `accept_table` the name of the file and its number of rows
+    are not looked at.
+    """
+    if known.get(benchmark.name.lower()) is not benchmark:
+        return
+    verdict = _proof(benchmark, table, known)
+    if verdict is None and not accept_table:
+        verdict = _sign(benchmark, table, known)
+    if verdict is None:
+        return
+    overrule = "" if verdict.proof else f" If it is {benchmark.name} all the same, say so with --accept-table."
+    raise DataError(
+        f"{table.path} is no table of {benchmark.name}: {verdict.reason}. {_advice(verdict.right)}{overrule}"
+    )
+
+
+def advice_for(benchmark: Named, table: Table, known: Mapping[str, Named]) -> str:
+    """A sentence that names the right benchmark for a table that `benchmark` cannot use; "" if nothing speaks for one.
+
+    It is for the errors of a benchmark's own check.
+    """
+    if known.get(benchmark.name.lower()) is not benchmark:
+        return ""
+    verdict = _md5(benchmark, table) or _other_marks(benchmark, table) or _sign(benchmark, table, known)
+    kind = kind_of(table)
+    right = verdict.right if verdict else ()
+    if not right and kind not in (None, getattr(benchmark, "kind", None)):
+        right = _of_kind(kind, known)
+    return _advice(right) if right else ""
+
+
+def told_identity(benchmark: Named, table: Table) -> str:
+    """What a reader should know of a table before comparing numbers with published ones."""
+    public = PUBLIC_TABLES.get(benchmark.name)
+    rows = _rows_with_image(table)
+    if public is None:
+        return f"{rows:,} rows"
+    if table.md5 == public.md5:
+        return f"the public table ({rows:,} rows, MD5 as in VLMEvalKit 0.2rc1)"
+    if public.rows is None or table.is_json_lines:
+        return f"{rows:,} rows; not the file of VLMEvalKit 0.2rc1"
+    if rows < public.rows:
+        return f"{rows:,} of the {public.rows:,} rows of the public table; not comparable with published scores"
+    return f"{rows:,} rows, as many as the public table, but not the file of VLMEvalKit 0.2rc1"
+
+
+def kind_of(table: Table) -> str | None:
+    """What the columns and answers of a table are for; None if it has no questions."""
+    columns = set(table.columns)
+    if {"expression", "bbox"} <= columns:
+        return BOXES
+    if "question" not in columns:
+        return None
+    answers = [row.cells.get("answer", "") for row in table.rows]
+    given = [answer for answer in answers if answer]
+    if {"A", "B"} <= columns:
+        with_options = sum(bool(row.cells["A"] and row.cells["B"]) for row in table.rows)
+        letters = sum(bool(_LETTER.fullmatch(answer)) for answer in given)
+        if 2 * with_options >= len(table.rows) and 2 * letters >= len(given):
+            return CHOICE
+    if given and all(answer.strip().lower() in _YES_NO for answer in given):
+        return YES_NO
+    return TEXT
+
+
+def _proof(benchmark: Named, table: Table, known: Mapping[str, Named]) -> Verdict | None:
+    kind = getattr(benchmark, "kind", None)
+    verdict = _md5(benchmark, table)
+    if verdict is None and kind is not None:
+        verdict = _other_kind(kind, table, known) or _other_marks(benchmark, table)
+    if verdict is None and kind == TEXT:
+        verdict = _other_answers(benchmark, table, known)
+    if verdict is None and kind == CHOICE:
+        verdict = _rotations(benchmark, table) or _language(benchmark, table)
+    return verdict
+
+
+def _md5(benchmark: Named, table: Table) -> Verdict | None:
+    for name, public in PUBLIC_TABLES.items():
+        if table.md5 == public.md5 and name != benchmark.name:
+            return Verdict(f"its MD5 sum {public.md5} is that of {name}", (name,))
+    return None
+
+
+def _other_kind(kind: str, table: Table, known: Mapping[str, Named]) -> Verdict | None:
+    found = kind_of(table)
+    if found in (CHOICE, BOXES) and kind != found:
+        sign = "columns A and B hold options and the answers are letters" if found == CHOICE else "it has boxes"
+        named = tuple(filter(None, [_by_file_name(table, known), _by_rows(table, known)]))
+        named = tuple(name for name in dict.fromkeys(named) if getattr(known[name.lower()], "kind", None) == found)
+        return Verdict(f"it is {found} ({sign}), and that benchmark asks {kind}", named or _of_kind(found, known))
+    return None
+
+
+def _other_marks(benchmark: Named, table: Table) -> Verdict | None:
+    """Categories and splits that only one benchmark has."""
+    kind = kind_of(table)
+    categories = {name for row in table.rows for name in row.cells.get("category", "").split(",") if name}
+    splits = {row.cells["split"] for row in table.rows if row.cells.get("split")}
+    marks = (
+        ("POPE", YES_NO, "categories", categories, frozenset(POPE_SETS)),
+        ("MME", YES_NO, "categories", categories, MME_CATEGORIES),
+        ("ChartQA_TEST", TEXT, "splits", splits, CHARTQA_SPLITS),
+    )
+    for name, own_kind, what, found, own in marks:
+        if kind == own_kind and found and found <= own and name != benchmark.name:
+            return Verdict(f"its {what} ({', '.join(sorted(found)[:3])}) are those of {name}", (name,))
+    return None
+
+
+def _other_answers(benchmark: Named, table: Table, known: Mapping[str, Named]) -> Verdict | None:
+    """Open questions: one accepted answer, or those of ten people. A single row tells nothing."""
+    by_people = getattr(benchmark, "metric", "") == "VQA accuracy"
+    answers = [row.cells.get("answer", "") for row in table.rows]
+    if len(answers) < 2 or not all(answers):
+        return None
+    counts = {len(kit_answers(answer)) for answer in answers}
+    others = [one for one in _main(known) if getattr(one, "kind", None) == TEXT]
+    if by_people and counts == {1}:
+        right = tuple(one.name for one in others if getattr(one, "metric", "") != "VQA accuracy")
+        reason = "each row has one accepted answer, and VQA accuracy needs those of several people"
+        return Verdict(reason, _narrowed(right, table, known))
+    if not by_people and counts == {ANNOTATORS}:
+        right = tuple(one.name for one in others if getattr(one, "metric", "") == "VQA accuracy")
+        reason = f"each row has the answers of {ANNOTATORS} people, which are for VQA accuracy"
+        return Verdict(reason, _narrowed(right, table, known))
+    return None
+
+
+def _rotations(benchmark: Named, table: Table) -> Verdict | None:
+    wanted = getattr(benchmark, "rotations", None)
+    if wanted is None or len(table.rows) < 2:
+        return None
+    indices = {row.index for row in table.rows if isinstance(row.index, int)}
+    rotated = [index for index in indices if index >= ROTATION_OFFSET and index % ROTATION_OFFSET in indices]
+    if rotated and not wanted:
+        return Verdict(
+            f"it asks each question in rotated forms ({len(rotated)} rows with an index of {ROTATION_OFFSET:,} and "
+            "more), which count only together",
+            ("MMBench_DEV_EN", "CCBench"),
+        )
+    if wanted and not rotated:
+        return Verdict(
+            f"no row has an index of {ROTATION_OFFSET:,} or more, so no question is asked in rotated forms, and every "
+            "one would count as wrong",
+            ("AI2D_TEST", "MMStar", "SEEDBench_IMG"),
+        )
+    return None
+
+
+def _language(benchmark: Named, table: Table) -> Verdict | None:
+    """MMBench's two languages have different instructions."""
+    chinese = getattr(benchmark, "chinese", None)
+    if chinese is None or len(table.rows) < 2:
+        return None
+    share = sum(any(map(is_cjk, row.cells["question"])) for row in table.rows) / len(table.rows)
+    if (share > 0.5) == chinese:
+        return None
+    there, other = ("_EN", "_CN") if share > 0.5 else ("_CN", "_EN")
+    language = "Chinese" if share > 0.5 else "not Chinese"
+    return Verdict(f"most of its questions are {language}", (benchmark.name.replace(there, other),))
+
+
+def _sign(benchmark: Named, table: Table, known: Mapping[str, Named]) -> Verdict | None:
+    """What the name of the file and the number of rows say."""
+    named = _by_file_name(table, known, benchmark)
+    if named is not None and named != benchmark.name:
+        return Verdict(f"the name of the file says {named}", (named,), proof=False)
+    rows, own = _rows_with_image(table), PUBLIC_TABLES.get(benchmark.name)
+    if own is None or own.rows is None or rows == own.rows or named == benchmark.name or table.is_json_lines:
+        return None
+    same = _by_rows(table, known)
+    if same is not None:
+        return Verdict(f"it has {rows:,} rows, as {same} has, and not {own.rows:,}", (same,), proof=False)
+    if rows > own.rows:
+        kind = kind_of(table)
+        reason = f"it has {rows:,} rows, more than the {own.rows:,} of the public table"
+        return Verdict(reason, tuple(name for name in _of_kind(kind, known) if name != benchmark.name), proof=False)
+    return None
+
+
+def _by_file_name(table: Table, known: Mapping[str, Named], benchmark: Named | None = None) -> str | None:
+    """The benchmark whose name the file's name is, or begins with (AI2D_TEST_part2.tsv). A name of a family, such as
+    MMBench, does not speak against `benchmark`, one of its sets."""
+    stem = table.path.stem.lower()
+    fits = [name for name in known if re.fullmatch(rf"{re.escape(name)}(?:[^a-z0-9].*)?", stem)]
+    if not fits:
+        return None
+    name = max(fits, key=len)
+    if benchmark is not None and benchmark.name.lower().startswith(name):
+        return benchmark.name
+    return known[name].name
+
+
+def _by_rows(table: Table, known: Mapping[str, Named]) -> str | None:
+    """The benchmark of the table's kind whose public table has as many rows."""
+    kind, rows = kind_of(table), _rows_with_image(table)
+    for name, public in PUBLIC_TABLES.items():
+        if public.rows == rows and getattr(known[name.lower()], "kind", None) == kind:
+            return name
+    return None
+
+
+def _rows_with_image(table: Table) -> int:
+    return sum(row.image_count > 0 for row in table.rows)
+
+
+def _narrowed(names: tuple[str, ...], table: Table, known: Mapping[str, Named]) -> tuple[str, ...]:
+    """One of `names` if the file's name or its number of rows speaks for it, else all."""
+    for found in (_by_file_name(table, known), _by_rows(table, known)):
+        if found in names:
+            return (found,)
+    return names
+
+
+def _of_kind(kind: str | None, known: Mapping[str, Named]) -> tuple[str, ...]:
+    return tuple(one.name for one in _main(known) if getattr(one, "kind", None) == kind)
+
+
+def _main(known: Mapping[str, Named]) -> Iterable[Named]:
+    """Every benchmark once, by name."""
+    return sorted({one.name: one for one in known.values()}.values(), key=lambda one: one.name)
+
+
+def _advice(right: tuple[str, ...]) -> str:
+    own = "give a name of your own to score it by its columns"
+    if len(right) == 1:
+        return f"Score it as {right[0].lower()} (--evaluation-dataset), or {own}."
+    if right:
+        return f"It may be {', '.join(name.lower() for name in right)}: give the right one, or {own}."
+    return f"Correct --evaluation-dataset or --dataset-path, or {own}."

@@ -1,0 +1,73 @@
+"""The loader's worker processes: what they leave to the training process, and how they end with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from mindspeed_mm import ending
+from mindspeed_mm.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def settle(_worker: int) -> None:
+    """First act of a worker: it leaves the signals that stop a run to the training process, and ends with that.
+
+    torchrun sends SIGTERM to process groups, a terminal SIGINT, Slurm both and SIGUSR1 to everything; a worker that
+    ended would take the run with it before it has saved. A second SIGTERM ends the worker: that is how a DataLoader
+    ends those that do not listen.
+    """
+    os.setpgid(0, 0)
+    ending.belong_to_parent()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def batches(loader: DataLoader) -> Iterator[Any]:
+    """What the loader yields. Its workers end when this generator is closed, has raised, or is freed.
+
+    Raises:
+        DataError: a worker was killed from outside.
+    """
+    iterator = iter(loader)
+    try:
+        yield from _named(iterator)
+    finally:
+        _end(iterator)
+
+
+def _named(iterator: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            cause = str(error).splitlines()[0]
+            raise DataError(
+                f"a process that prepares data was ended from outside ({cause}). Most often the host has no memory "
+                "left: lower --num-workers, or prefetch_factor in the data config"
+            ) from None
+        yield batch
+
+
+def _end(iterator: Any) -> None:
+    """Stop the workers now. Freeing the iterator would do it, but the error on its way holds on to it; and the end of
+    the interpreter tells each worker only once, which they leave to the training process."""
+    workers = getattr(iterator, "_workers", ())  # none where the data is read in this process
+    if not workers:
+        return
+    iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join(1.0)

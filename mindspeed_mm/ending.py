@@ -1,0 +1,124 @@
+"""The end of a run, whatever ends it: what the run opened is closed, and the process ends within seconds.
+
+`closing` stands around every command. What starts processes or threads that could outlive an error says `at_end`, and
+processes that work for another one say `belong_to_parent`. A process that still does not end is made to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import multiprocessing
+import os
+import signal
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+logger = logging.getLogger(__name__)
+
+GRACE = 20.0
+"""Seconds in which a process ends by itself; then it is ended, and every thread's place is shown."""
+
+EXIT_SIGNAL = 128
+"""A process that was told to stop by signal n ends with this plus n, as a shell counts it."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_open: list[Callable[[], None]] = []
+_depth = 0
+_is_own_process = _is_limited = False
+
+
+class Stopped(Exception):
+    """A run saved what it had and stopped, because a signal told it to. `result` is what --json prints."""
+
+    def __init__(self, text: str, number: int, result: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.exit_code = EXIT_SIGNAL + number
+        self.result = result
+
+
+def at_end(close: Callable[[], None]) -> None:
+    """Have `close` called when the run around this ends. Outside of a run it is the caller's affair, as ever."""
+    if _depth:
+        _open.append(close)
+
+
+@contextlib.contextmanager
+def closing() -> Iterator[None]:
+    """Around a run: on every way out, calls what `at_end` was told inside, the last first.
+
+    What goes wrong in closing is logged where an error is on its way already, and raised where none is.
+    """
+    global _depth
+    before, _depth = len(_open), _depth + 1
+    try:
+        yield
+    except BaseException:
+        _limit()
+        _close_from(before, logger.error)
+        raise
+    else:
+        problems: list[str] = []
+        _close_from(before, lambda _text, problem: problems.append(str(problem)))
+        if problems:
+            raise RuntimeError("; ".join(problems))
+    finally:
+        _depth -= 1
+
+
+def _close_from(before: int, tell: Callable[[str, Exception], None]) -> None:
+    while len(_open) > before:
+        close = _open.pop()
+        try:
+            close()
+        except (OSError, RuntimeError, ValueError) as problem:
+            tell("in closing: %s", problem)
+
+
+def run_process(main: Callable[[], int]) -> NoReturn:
+    """Run `main` as the work of this process, and end the process with the code that it returns."""
+    global _is_own_process
+    _is_own_process = True
+    code = main()
+    _limit()
+    _leave_groups()
+    sys.exit(code)
+
+
+def _limit() -> None:
+    """From now on the process has GRACE seconds. Its thread needs no lock of Python's, so that nothing can hold it."""
+    global _is_limited
+    if _is_own_process and not _is_limited:
+        _is_limited = True
+        faulthandler.dump_traceback_later(GRACE, exit=True)
+
+
+def _leave_groups() -> None:
+    """Process groups that a command joined end before the interpreter does, whose end they would disturb."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def belong_to_parent() -> None:
+    """For a process that was forked to work for another one: end with it, and hold none of its connections.
+
+    A killed parent closes its connections at once, and its peers see that, only if no child holds them open. The parent
+    must have forked from a thread that lives as long as the work.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before that was said
+        os._exit(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for name in os.listdir("/proc/self/fd"):
+        handle = int(name)
+        with contextlib.suppress(OSError):  # the listing's own is closed already
+            if handle > 2 and stat.S_ISSOCK(os.fstat(handle).st_mode):
+                os.dup2(nothing, handle, inheritable=False)  # not closed: the number must not be given out again
+    os.close(nothing)

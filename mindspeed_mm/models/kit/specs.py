@@ -1,0 +1,74 @@
+"""Layer specs on megatron.core's parallel linear layers, with our norms and attention.
+
+megatron.core's own local ViT spec is causal in the releases we support, so that a CLIP vision encoder built on it is
+wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from mindspeed_mm.models.kit.attention import CoreAttention
+from mindspeed_mm.models.kit.mlp import MLP, PostNormMLP
+from mindspeed_mm.models.kit.norm import Norm
+from mindspeed_mm.models.kit.self_attention import SelfAttention
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What a layer has beside, or in place of, what Llama's have; see SelfAttention and MLP."""
+
+    qk_norm: bool = False
+    post_norms: bool = False
+    scale: float | None = None
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> ModuleSpec:
+    """Pre-norm transformer layer: norm, attention, add, norm, MLP, add."""
+    head_norm = Norm if options.qk_norm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask,
+            "post_norm": options.post_norms,
+            "scale": options.scale,
+            "window": options.window,
+            "soft_cap": options.soft_cap,
+        },
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=PostNormMLP if options.post_norms else MLP,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(layers: Sequence[LayerOptions], *, causal: bool) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and a final norm."""
+    specs = {options: layer_spec(causal=causal, options=options) for options in layers}
+    return TransformerBlockSubmodules(layer_specs=[specs[options] for options in layers], layer_norm=Norm)

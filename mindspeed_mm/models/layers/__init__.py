@@ -1,1 +1,0 @@
-"""Building blocks that every part shares: attention, norms, rotary embedding, layer specs on megatron.core."""

@@ -1,0 +1,370 @@
+"""SigLIP vision transformer: spec, HF config and weight rules.
+
+There is no class token, so every feature is a patch. The feature is a hidden state before the final norm: layers behind
+it, that norm and the pooling head are never built, and conversions carry them.
+Letters: H width, F MLP size, N heads, D channels per head.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pydantic
+
+from mindspeed_mm.config.load import load_config
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
+from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
+from mindspeed_mm.weights.rules import QKV, Drop, Geometry, Own, Reshape, Rule, RuleSet
+
+HF_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "attention_dropout": 0.0,
+    "vision_use_head": True,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+"""Values of keys that a config.json may omit: the documented defaults of transformers' SiglipVisionConfig; without the
+two vision_feature keys the feature is the last hidden state before the final norm."""
+
+MODEL_TYPES = ("siglip_vision_model", "siglip")
+
+
+@dataclass(frozen=True)
+class SiglipGeometry(Geometry):
+    """A Geometry that says whether a source has the pooling head."""
+
+    pooling_head: bool = True
+
+
+class SiglipSpec(PartSpec):
+    """image_encoder.vision_encoder block of a model.json."""
+
+    model_id: Literal["siglip"] = "siglip"
+    num_layers: Size
+    """Layers of the source, also those behind the feature that are not built."""
+    hidden_size: Size
+    ffn_hidden_size: Size
+    num_attention_heads: Size
+    num_query_groups: Size = None  # heads
+    kv_channels: Size = None  # hidden_size / heads
+    patch_size: Size
+    image_size: Size
+    """Pixels behind the last whole patch are not looked at (384 = 27 x 14 + 6)."""
+    num_channels: Annotated[int, only(3, why="images are RGB")] = 3
+    add_class_token: Annotated[bool, only(False, why="SigLIP has no class token")] = False
+    class_token_len: Annotated[int, only(0, why="SigLIP has no class token")] = 0
+    select_layer: int = -1
+    """Hidden state that is the feature, counted as HF does: -1 = after the last layer, before the final norm."""
+    select_feature: Literal["patch", "cls_patch"] = "patch"
+    """Both of LLaVA's words mean all patches here."""
+    activation_func: Literal["gelu_pytorch_tanh", "gelu", "quick_gelu"] = "gelu_pytorch_tanh"
+    gated_linear_unit: Annotated[bool, only(False, why="SigLIP's MLP has no gate")] = False
+    add_bias_linear: Annotated[bool, only(True, why="SigLIP's linears have biases")] = True
+    add_qkv_bias: Annotated[bool, only(True, why="SigLIP's linears have biases")] = True
+    normalization: Annotated[str, only("LayerNorm", why="SigLIP has LayerNorm")] = "LayerNorm"
+    layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-6
+    post_layer_norm: Annotated[bool, only(False, why="the feature is taken before the final norm")] = False
+    vision_use_head: bool = True
+    """Whether the source has a pooling head, which is carried by conversions and never built."""
+    pipeline_num_layers: StageLayers | None = None
+    """Layers of each pipeline stage; the vision encoder stands on the first stage."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """Derive what is not given or null."""
+        if not isinstance(data, dict):
+            return data
+        data = {key: value for key, value in data.items() if value is not None or key not in _DERIVED}
+        hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
+        if isinstance(hidden, int) and isinstance(heads, int) and hidden > 0 and heads > 0:
+            data.setdefault("num_query_groups", heads)
+            if hidden % heads == 0:
+                data.setdefault("kv_channels", hidden // heads)
+        return data | ({"select_feature": "patch"} if data.get("select_feature") == "cls_patch" else {})
+
+    @pydantic.model_validator(mode="after")
+    def _shapes_fit(self) -> "SiglipSpec":
+        heads = self.num_attention_heads
+        if self.kv_channels is None or self.kv_channels * heads != self.hidden_size or self.num_query_groups != heads:
+            raise ValueError(
+                f"num_attention_heads {heads} x kv_channels {self.kv_channels} in num_query_groups "
+                f"{self.num_query_groups} is not hidden_size {self.hidden_size}; SigLIP has plain multi-head attention "
+                "whose heads fill its width"
+            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}")
+        if not 0 < self.num_built_layers <= self.num_layers:
+            raise ValueError(
+                f"select_layer {self.select_layer} is outside the {self.num_layers} layers; expected "
+                f"{-self.num_layers}..-1 or 1..{self.num_layers}"
+            )
+        stages = flat_layers(self.pipeline_num_layers or [])
+        if self.pipeline_num_layers is not None and (stages[0] != self.num_layers or any(stages[1:])):
+            raise ValueError(
+                f"pipeline_num_layers {self.pipeline_num_layers} spreads the vision encoder, which stands on the first "
+                f"pipeline stage as a whole; expected {[self.num_layers] + [0] * (len(stages) - 1)}"
+            )
+        return self
+
+    @property
+    def num_built_layers(self) -> int:
+        """Layers that the feature needs."""
+        return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding: the patches."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Vectors that one image gives to the projector."""
+        return self.num_positions
+
+    @property
+    def geometry(self) -> SiglipGeometry:
+        return SiglipGeometry(
+            num_layers=self.num_built_layers,
+            source_layers=self.num_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            pooling_head=self.vision_use_head,
+        )
+
+
+_DERIVED = ("num_query_groups", "kv_channels")
+
+_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "patch_size": "patch_size",
+    "image_size": "image_size",
+    "num_channels": "num_channels",
+    "activation_func": "hidden_act",
+    "layernorm_epsilon": "layer_norm_eps",
+    "attention_dropout": "attention_dropout",
+    "vision_use_head": "vision_use_head",
+}
+"""Our keys and HF's."""
+
+
+def from_hf(config: dict[str, Any]) -> SiglipSpec:
+    """SiglipSpec of an HF SiglipVisionConfig or SiglipConfig, optionally with LLaVA's two vision_feature keys beside.
+
+    Raises ConfigError for another architecture, and for the strategy "default".
+    """
+    kind = config.get("model_type", "siglip_vision_model")
+    if kind not in MODEL_TYPES:
+        raise ConfigError(f'vision encoder config: found model_type "{kind}"; expected {" or ".join(MODEL_TYPES)}.')
+    full = {**HF_DEFAULTS, **config, **(config.get("vision_config") or {})}
+    strategy = full["vision_feature_select_strategy"]
+    if strategy != "full":
+        raise ConfigError(
+            f'vision encoder config: found vision_feature_select_strategy {strategy!r}; expected "full". SigLIP has no '
+            'class token, so that "default" would drop the first patch. Set it to "full" in config.json, if the model '
+            "was trained with all patches."
+        )
+    block = {ours: full[theirs] for ours, theirs in _KEYS.items()}
+    chosen = {
+        "select_layer": full["vision_feature_layer"],
+        "params_dtype": full.get("dtype") or full.get("torch_dtype"),
+    }
+    return load_config(SiglipSpec, block | chosen, what="vision encoder config")
+
+
+def to_hf(spec: SiglipSpec, dtype: str) -> dict[str, Any]:
+    """config.json of an HF SiglipVisionModel; `dtype` as HF names it."""
+    return {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        **{theirs: getattr(spec, ours) for ours, theirs in _KEYS.items()},
+        "torch_dtype": dtype,
+    }
+
+
+_LAYER = "decoder.layers.{}."
+_HEAD = "pooling_head."
+
+
+def _pair(ours: str, theirs: str, axis: int | None = None, **options: Any) -> tuple[Rule, Rule]:
+    """Weight and bias of one linear or norm; a row-parallel linear (axis 1) has a replicated bias."""
+    return (
+        Rule(f"{ours}.weight", (f"{theirs}.weight",), axis, **options),
+        Rule(f"{ours}.bias", (f"{theirs}.bias",), 0 if axis == 0 else None, **options),
+    )
+
+
+def _qkv(kind: str) -> QKV:
+    sources = tuple(f"encoder.layers.{{}}.self_attn.{name}_proj.{kind}" for name in "qkv")
+    return QKV(f"{_LAYER}self_attention.linear_qkv.{kind}", sources, axis=0)
+
+
+def _pooling_head() -> tuple[Rule, ...]:
+    """The attention that pools all patches, which the feature does not pass."""
+    options = {"needs": "pooling_head", "unused": True}
+    layer = _LAYER.format(0)
+
+    def pair(name: str, like: str) -> list[Rule]:
+        return [
+            Rule(f"{_HEAD}{name}.{kind}", (f"head.{name}.{kind}",), shape_like=f"{layer}{like}.{kind}", **options)
+            for kind in ("weight", "bias")
+        ]
+
+    probe = Reshape(
+        _HEAD + "probe", ("head.probe",), shape_like="conv1.bias", ours=(1, 1, -1), theirs=(1, 1, -1), **options
+    )
+    in_proj = (
+        Rule(
+            f"{_HEAD}attention.in_proj_{kind}",
+            (f"head.attention.in_proj_{kind}",),
+            shape_like=f"{layer}self_attention.linear_qkv.{kind}",
+            **options,
+        )
+        for kind in ("weight", "bias")
+    )
+    return (
+        probe,
+        *in_proj,
+        *pair("attention.out_proj", "self_attention.linear_proj"),
+        *pair("layernorm", "input_layernorm"),
+        *pair("mlp.fc1", "mlp.linear_fc1"),
+        *pair("mlp.fc2", "mlp.linear_fc2"),
+    )
+
+
+HF_RULES = RuleSet(
+    (
+        *_pair("conv1", "embeddings.patch_embedding"),
+        Rule("position_embeddings.weight", ("embeddings.position_embedding.weight",)),
+        *_pair(_LAYER + "input_layernorm", "encoder.layers.{}.layer_norm1"),
+        _qkv("weight"),
+        _qkv("bias"),
+        *_pair(_LAYER + "self_attention.linear_proj", "encoder.layers.{}.self_attn.out_proj", 1),
+        *_pair(_LAYER + "pre_mlp_layernorm", "encoder.layers.{}.layer_norm2"),
+        *_pair(_LAYER + "mlp.linear_fc1", "encoder.layers.{}.mlp.fc1", 0),
+        *_pair(_LAYER + "mlp.linear_fc2", "encoder.layers.{}.mlp.fc2", 1),
+        *_pair("post_layernorm", "post_layernorm", unused=True, shape_like="decoder.layers.0.input_layernorm.bias"),
+        *_pooling_head(),
+        Drop("embeddings.position_ids"),
+    )
+)
+
+OWN_RULES = RuleSet(
+    (
+        *HF_RULES.own().rules,
+        *(
+            Own(rule.target, (rule.target,), needs=rule.needs, unused=True, like=rule)
+            for rule in HF_RULES.rules
+            if isinstance(rule, Rule) and rule.unused
+        ),
+    )
+)
+"""Our files keep what the feature does not pass, too."""
+
+
+SIGLIP = Layout(
+    "siglip",
+    (
+        r"^(vision_model\.)?embeddings\.patch_embedding\.bias$",
+        r"^(vision_model\.)?embeddings\.position_embedding\.weight$",
+        r"^(vision_model\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight$",
+    ),
+    (
+        Prefix("vision_model.", VISION),
+        *(Prefix(name, VISION, name) for name in ("embeddings.", "encoder.", "post_layernorm.", "head.")),
+        *(Prefix(name, None) for name in ("text_model.", "logit_scale", "logit_bias")),
+    ),
+    {VISION: "hf"},
+    {VISION: "vision_model."},
+)
+"""HF's SiglipVisionModel (its tensors under `vision_model.` before transformers 5, under no prefix since) or
+SiglipModel."""
+
+
+def image_processor(spec: SiglipSpec) -> dict[str, Any]:
+    """preprocessor_config.json of every SigLIP release of one resolution, at the encoder's size."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": spec.image_size, "width": spec.image_size},
+    }
+
+
+def shapes(spec: SiglipSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of our tensors; `{}` is the layer."""
+    width, inner = spec.hidden_size, spec.ffn_hidden_size
+    linears = {
+        _LAYER + "self_attention.linear_qkv": (3 * width, width),
+        _LAYER + "self_attention.linear_proj": (width, width),
+        _LAYER + "mlp.linear_fc1": (inner, width),
+        _LAYER + "mlp.linear_fc2": (width, inner),
+        _HEAD + "attention.out_proj": (width, width),
+        _HEAD + "mlp.fc1": (inner, width),
+        _HEAD + "mlp.fc2": (width, inner),
+    }
+    result = {
+        "conv1.weight": (width, spec.num_channels, spec.patch_size, spec.patch_size),
+        "conv1.bias": (width,),
+        "position_embeddings.weight": (spec.num_positions, width),
+        _HEAD + "probe": (1, 1, width),
+        _HEAD + "attention.in_proj_weight": (3 * width, width),
+        _HEAD + "attention.in_proj_bias": (3 * width,),
+    }
+    for name, shape in linears.items():
+        result |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    norms = ("post_layernorm", _HEAD + "layernorm", _LAYER + "input_layernorm", _LAYER + "pre_mlp_layernorm")
+    for name in norms:
+        result |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return result
+
+
+def build(spec: SiglipSpec, runtime):
+    """The vision encoder, up to the selected feature."""
+    from mindspeed_mm.models.kit.siglip import SiglipVisionEncoder
+
+    return SiglipVisionEncoder(spec, runtime)
+
+
+PART = Part(
+    name="siglip",
+    kind="vision_encoder",
+    Spec=SiglipSpec,
+    model_types=MODEL_TYPES,
+    layouts=(SIGLIP,),
+    image_processor=image_processor,
+    from_hf=from_hf,
+    to_hf=to_hf,
+    rules={"hf": HF_RULES, "ours": OWN_RULES},
+    shapes=shapes,
+    build=build,
+    checked=(
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "ffn_hidden_size",
+        "patch_size",
+        "image_size",
+        "activation_func",
+        "layernorm_epsilon",
+    ),
+    checked_where={"select_layer": "vision_feature_layer"},
+)

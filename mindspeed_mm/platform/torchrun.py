@@ -1,0 +1,88 @@
+"""What torchrun itself writes, out of the way of the run's own words.
+
+`torchrun --logs-specs mindspeed_mm ...` (the launchers say it) loads `ReportToFile` in torchrun's process. When a rank
+fails, the rank says why; torchrun's report about it, dozens of lines, then goes to a file, and one line names the file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+REPORT_VARIABLE = "TORCHRUN_REPORT"
+"""Environment variable that names the file."""
+
+TORCHRUN_LOGGER = "torch.distributed"
+
+
+class ReportToFile(DefaultLogsSpecs):
+    """torchrun's default treatment of the ranks' output, with its own output in a file."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        report = report_path()
+        handler = logging.FileHandler(report, delay=True, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger(TORCHRUN_LOGGER)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        sys.excepthook = _Report(report)
+
+
+def report_path() -> Path:
+    """Where the report of this torchrun goes: REPORT_VARIABLE, else a file of its own in the folder for such files."""
+    given = os.environ.get(REPORT_VARIABLE)
+    return Path(given) if given else Path(tempfile.gettempdir()) / f"torchrun_{os.getpid()}.log"
+
+
+class _Report:
+    """Takes the place of sys.excepthook."""
+
+    def __init__(self, report: Path) -> None:
+        self._report = report
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(f"torchrun: {summary(error)}{self._write(kind, error, trace)}\n")
+        sys.stderr.flush()
+
+    def _write(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> str:
+        """Append the traceback; what the screen says about it."""
+        text = "".join(traceback.format_exception(kind, error, trace))
+        try:
+            with self._report.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        except OSError as problem:
+            return f"; its report could not be written to {self._report} ({problem.strerror}):\n{text}"
+        return f"; its report: {self._report}"
+
+
+def summary(error: BaseException) -> str:
+    """One line about what ended torchrun."""
+    if isinstance(error, ChildFailedError):
+        rank, failure = error.get_first_failure()
+        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        return f"rank {rank} ended with {how}, the message above says why"
+    if isinstance(error, SignalException):
+        return f"stopped by {error.sigval.name}"
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "EADDRINUSE" in first:
+        port = os.environ.get("MASTER_PORT") or _port_of(sys.argv)
+        return f"port {port} of this host is in use, perhaps by another run: set MASTER_PORT to a free one"
+    return first
+
+
+def _port_of(argv: list[str]) -> str:
+    """The --master_port of a command line; torchrun's default where there is none."""
+    for name, value in zip(argv, [*argv[1:], ""], strict=True):
+        flag, equals, given = name.partition("=")
+        if flag in ("--master_port", "--master-port"):
+            return given if equals else value
+    return "29500"
