@@ -108,26 +108,18 @@ class TiledFamily(Llava):
 
 @pytest.fixture(scope="module")
 def vlm(golden, tmp_path_factory):
-    from mindspeed_mm.models.layers.rotary import RotaryEmbedding
-
-    plain = RotaryEmbedding.cos_sin
-
-    def cos_sin(self, position_ids, dtype):
-        """Each pair of channels rotates by one of the axes; where there is one axis, all are equal."""
-        if position_ids.dim() == 2:
-            return plain(self, position_ids, dtype)
-        axes = torch.stack([plain(self, axis, dtype) for axis in position_ids])
-        pairs = torch.arange(axes.shape[-1])
-        return axes[pairs % 3, ..., pairs].movedim(0, -1)
+    from mindspeed_mm.models.kit.rotary import RotaryEmbedding
 
     registry.register(FAMILIES, "tiled", TiledFamily())
     path = tmp_path_factory.mktemp("tiled") / "model.json"
     path.write_text(json.dumps({"model_id": "tiled", **model_json(golden)}))
-    RotaryEmbedding.cos_sin = cos_sin
     try:
-        yield mm.load(path, device="cpu", tokenizer=golden / "tokenizer", image_processor=golden / "models" / "clip_hf")
+        loaded = mm.load(
+            path, device="cpu", tokenizer=golden / "tokenizer", image_processor=golden / "models" / "clip_hf"
+        )
+        loaded.model.text_decoder.rotary = RotaryEmbedding(16, 10000.0, None, max_positions=2048, sections=(2, 3, 3))
+        yield loaded
     finally:
-        RotaryEmbedding.cos_sin = plain
         registry._REGISTERED[FAMILIES].pop("tiled")
 
 
