@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.media import MediaProcessor
+from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.data.template import get_template
 from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
@@ -234,15 +234,17 @@ class GenerationEngine:
     def prepare(self, request: GenerationRequest) -> list[int]:
         """Expanded prompt ids of a request. Raises as `prompts.prompt_ids` does, and ImageError where the size of an
         image decides and cannot be read."""
-        return self._prepare(request, self._images(request))
+        return self._prepare(request, self._plans(self._images(request)))
 
     def _images(self, request: GenerationRequest) -> Sequence[Any]:
         """The images of a request, found already where their sizes decide how long the prompt is."""
         return request.images if self.image_features.fixed else self.image_features.find(request.images)
 
-    def _prepare(self, request: GenerationRequest, images: Sequence[Any]) -> list[int]:
+    def _plans(self, images: Sequence[Any]) -> list[ItemPlan]:
         fixed = self.image_features.fixed
-        plans = [fixed] * len(images) if fixed else [image.plan for image in images]
+        return [fixed] * len(images) if fixed else [image.plan for image in images]
+
+    def _prepare(self, request: GenerationRequest, plans: Sequence[ItemPlan]) -> list[int]:
         ids = expand(prompt_ids(request, self.tokenizer, self.template), plans)
         size = self.vlm.spec.text_decoder.language_vocab_size
         if ids and max(ids) >= size:
@@ -256,8 +258,9 @@ class GenerationEngine:
         if not isinstance(options, GenerationOptions):
             options = generation_options(options or {})
         images = self._images(request)
-        prompt = self._prepare(request, images)
-        positions = prompt_positions(self.vlm.spec, prompt, () if self.image_features.fixed else images)
+        plans = self._plans(images)
+        prompt = self._prepare(request, plans)
+        positions = prompt_positions(self.vlm.spec, prompt, plans)
         self._decoder.check_length(len(prompt), options.max_new_tokens)
         ids, texts = self._template_stops
         stop_ids = (*(options.eos_token_ids or (self.tokenizer.eos_token_id,)), *ids)

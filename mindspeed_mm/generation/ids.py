@@ -64,7 +64,7 @@ def continue_ids(
         else:
             job = SampleJob(history, options, stop_ids, streams)
         length = len(prompt) + options.max_new_tokens
-        positions = prompt_positions(decoder.vlm.spec, prompt, own)
+        positions = prompt_positions(decoder.vlm.spec, prompt, [image.plan for image in own])
         entries.append(Entry(job, prompt, length, own, errors.append, positions=positions))
         scheduler.submit(entries[-1])
     while scheduler.busy:

@@ -73,12 +73,12 @@ class ImageFeatures:
         Images of all requests go through the vision encoder together. A request with an image that cannot be used costs
         no other one anything.
         """
-        new: dict[bytes, tuple[Media, int]] = {}
+        new: dict[bytes, tuple[Media, ItemPlan]] = {}
         errors: dict[int, ImageError] = {}
         for index, images in enumerate(requests):
             try:
                 own = {
-                    image.key: (self._item(image.source), image.plan.count)
+                    image.key: (self._item(image.source), image.plan)
                     for image in images
                     if image.key not in self._known and image.key not in new
                 }
@@ -94,9 +94,10 @@ class ImageFeatures:
         self._remember(found, [image for images in requests for image in images])
         return answers
 
-    def _compute(self, new: dict[bytes, tuple[Media, int]]) -> dict[bytes, torch.Tensor | None]:
+    def _compute(self, new: dict[bytes, tuple[Media, ItemPlan]]) -> dict[bytes, torch.Tensor | None]:
         found: dict[bytes, torch.Tensor | None] = {}
-        for keys in _groups({key: count for key, (_, count) in new.items()}, current_platform().inference_tokens):
+        sizes = {key: max(media.rows[0], plan.count) for key, (media, plan) in new.items()}
+        for keys in _groups(sizes, current_platform().inference_tokens):
             found |= zip(keys, self._decoder.image_features([new[key][0] for key in keys]), strict=True)
         self.computed += len(new)
         return found
@@ -150,19 +151,28 @@ class ImageFeatures:
         return FoundImage(_digest(image.data), image, self._plan(image))
 
     def _plan(self, image: Image.Image | ImageBytes) -> ItemPlan:
-        return self.fixed or self._processor().plan(*image_size(image))
+        if self.fixed is not None:
+            return self.fixed
+        height, width = image_size(image)
+        if not height or not width:
+            raise ImageError(f"an image is {width} x {height} pixels, which is none; replace it")
+        return self._processor().plan(height, width)
 
 
-def _groups(counts: dict[bytes, int], most: int) -> Iterator[list[bytes]]:
-    """Keys of images that go through the vision encoder together: at most VISION_ENCODER_BATCH with `most` features."""
+def _groups(sizes: dict[bytes, int], most: int) -> Iterator[list[bytes]]:
+    """Keys of images that go through the vision encoder together: at most VISION_ENCODER_BATCH of `most` in size.
+
+    The size of an image is its features or its rows of pixels, whichever are more: an encoder that merges patches has
+    more rows than features, one that cuts images into tiles has fewer.
+    """
     group: list[bytes] = []
     total = 0
-    for key, count in counts.items():
-        if group and (len(group) == VISION_ENCODER_BATCH or total + count > most):
+    for key, size in sizes.items():
+        if group and (len(group) == VISION_ENCODER_BATCH or total + size > most):
             yield group
             group, total = [], 0
         group.append(key)
-        total += count
+        total += size
     if group:
         yield group
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,6 @@ from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.models.spec import ModelSpec
-
-if TYPE_CHECKING:
-    from mindspeed_mm.generation.images import FoundImage
 
 
 @dataclass(frozen=True)
@@ -102,11 +99,11 @@ def expand(ids: Sequence[int], plans: Sequence[ItemPlan]) -> list[int]:
     return expand_images(ids, ids, plans)[0]
 
 
-def prompt_positions(spec: ModelSpec, prompt: Sequence[int], images: Sequence[FoundImage]) -> torch.Tensor | None:
+def prompt_positions(spec: ModelSpec, prompt: Sequence[int], plans: Sequence[ItemPlan]) -> torch.Tensor | None:
     """[3, length] positions of an expanded prompt for a family with multimodal positions; None where they count up."""
     if not spec.family.multimodal_positions:
         return None
-    grids = torch.tensor([image.plan.grid for image in images], dtype=torch.int64).reshape(-1, 3)
+    grids = torch.tensor([plan.grid for plan in plans], dtype=torch.int64).reshape(-1, 3)
     return spec.family.positions(spec, torch.tensor(prompt), grids)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class Entry:
     positions: torch.Tensor | None = None
     """[3, length] of the prompt, for a family with multimodal positions; the answer continues behind the largest."""
 
-    @property
+    @cached_property
     def offset(self) -> int:
         """What the position of a token of the answer is ahead of its place in the row."""
         return 0 if self.positions is None else int(self.positions.max()) + 1 - self.positions.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import torch
 from checkpoint_converters.convert import convert
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.inference.locate import locate
+from mindspeed_mm.inference.locate import Located, locate
 from mindspeed_mm.models.part import DTYPES
 from mindspeed_mm.platform import Platform, get_platform
 from mindspeed_mm.platform.distributed import init_single_process
@@ -63,6 +64,8 @@ def load(
         raise ConfigError(f"quantize {quantize} works in one process: leave the parallel sizes at 1")
     located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
     words = load_tokenizer(located.tokenizer) if located.tokenizer else None
+    if not located.placeholder_ids and words is not None:  # our own layouts, whose files hold no ids of HF's keys
+        located = _with_token_ids(located, located.spec.family.token_ids(words.token_to_id))
     media = None
     if located.image_processor:
         media = located.spec.family.media_processor(located.spec, located.image_processor, pad=located.pad)
@@ -98,6 +101,14 @@ def load(
 
         quantize_decoder(vlm.text_decoder, quantize)
     return LoadedVLM(vlm, located, words, media)
+
+
+def _with_token_ids(located: Located, ids: dict[str, int]) -> Located:
+    """With the placeholders of a family whose tokens are in the tokenizer."""
+    if not ids:
+        return located
+    family = located.spec.family
+    return replace(located, image_token_id=family.image_token_id(ids), placeholder_ids=family.placeholder_ids(ids))
 
 
 def _join_ranks(platform: Platform, tensor: int, pipeline: int) -> None:

@@ -121,24 +121,34 @@ class LoadedVLM:
         counts = [] if media is None else list(self.spec.family.item_counts(self.spec, media))
         positions, item = torch.zeros(3, *ids.shape, dtype=torch.int64), 0
         for row, (own, kept) in enumerate(zip(ids.cpu(), real.cpu(), strict=True)):
-            first, left = item, int((own[kept] == IMAGE_TOKEN_INDEX).sum())
+            first, found = item, int((own[kept] == IMAGE_TOKEN_INDEX).sum())
+            left = found
             while left > 0 and item < len(counts):
                 left -= counts[item]
                 item += 1
+            if left:
+                raise ConfigError(
+                    f"row {row} of input_ids holds {found} image positions, which are not those of whole "
+                    "images: expand each image by its own number, and let no row end inside one"
+                )
             grids = torch.empty(0, 3, dtype=torch.int64) if media is None else media.grid[first:item]
             positions[:, row, kept] = self.spec.family.positions(self.spec, own[kept], grids)
         return positions.to(self.device)
 
     @torch.inference_mode()
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Features of the vision encoder, [N, 3, h, w] -> [N, P, Hv], of a model with images of one size."""
+        """Features of the vision encoder, [N, 3, h, w] -> [N, P, Hv], of a model with images of one size. Raises
+        ConfigError for another one."""
+        self.tokens_per_image  # noqa: B018  raises
         media = self.spec.family.media_of_inputs(self.spec, {"pixel_values": pixel_values})
         values = self.model.image_encoder.features(media.to(self.device)).values
         return values.view(len(media), -1, values.shape[-1])
 
     @torch.inference_mode()
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Projected features, [N, P, Hv] -> [N, P, H], of a model with images of one size."""
+        """Projected features, [N, P, Hv] -> [N, P, H], of a model with images of one size. Raises ConfigError for
+        another one."""
+        self.tokens_per_image  # noqa: B018  raises
         images, count = features.shape[:2]
         media = Media.of_images(features.new_empty(images, 0))
         flat = Features(features.flatten(0, 1).to(self.device), (count,) * images, media)

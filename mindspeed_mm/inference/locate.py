@@ -76,6 +76,7 @@ def _from_model_json(path: Path) -> Located:
         tokenizer=_beside(spec.text_decoder.ckpt_path, TOKENIZER_FILES) or _holding(path.parent, TOKENIZER_FILES),
         image_processor=_beside(spec.vision_encoder.ckpt_path, PROCESSOR_FILES)
         or _holding(path.parent, PROCESSOR_FILES),
+        pad=spec.family.pads({}),
     )
 
 
@@ -99,6 +100,7 @@ def _from_source(path: Path, source: Source) -> Located:
             sources,
             tokenizer=_holding(path, TOKENIZER_FILES),
             image_processor=_holding(path, PROCESSOR_FILES),
+            pad=spec.family.pads({}),
         )
     raise WeightError(
         f"{path}: found layout {source.layout}, which does not say the model's architecture; give a model.json whose "
@@ -126,15 +128,15 @@ def _of_family(family: Any, path: Path, source: Source, sources: dict[str, Sourc
 
 def _checkpoint(path: Path, source: Source, sources: dict[str, Source]) -> Located:
     extra = _config(path, source)
-    data = extra.get("data", {})
+    data, spec = extra.get("data", {}), load_model_spec(extra["model"], context=f"{source.path}: model in run.json")
     return Located(
         path,
-        load_model_spec(extra["model"], context=f"{source.path}: model in run.json"),
+        spec,
         sources,
         tokenizer=_holding(source.path.parent / TOKENIZER_FOLDER, TOKENIZER_FILES) or _path(data.get("tokenizer")),
         image_processor=data.get("image_processor"),
         template=_chat_template(data.get("template")),
-        pad=bool(data.get("pad", True)),
+        pad=bool(data.get("pad", spec.family.pads({}))),
     )
 
 
