@@ -69,7 +69,7 @@ def test_geglu():
 def test_a_float32_factor_on_bfloat16():
     """Norms with the factor 1 + weight hand over float32."""
     x, weight = torch.randn(7, 64).bfloat16(), torch.randn(64)
-    found = grads(lambda x, w: fused.RMSNorm.apply(x, w, 1e-5), x, weight)
+    found = grads(lambda x, w: fused.FusedRMSNorm.apply(x, w, 1e-5), x, weight)
     assert [tensor.dtype for tensor in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
     exact = grads(lambda x, w: F.rms_norm(x, (64,), w, 1e-5), x.float(), weight)
     equal([tensor.float() for tensor in found], exact, rtol=2e-2, atol=2e-2)
