@@ -69,22 +69,23 @@ def head_norms(sizes: LayerSizes) -> float:
 def attention_core(sizes: LayerSizes) -> float:
     """softmax(QK^T)V: the output and the log-sum of each row and head. What it takes: `attention_inputs`."""
     heads = sizes.spec.num_attention_heads / sizes.tensor
-    return sizes.tokens * heads * (sizes.element * sizes.spec.kv_channels + SINGLE)
+    element = SINGLE if sizes.kernels.single_attention else sizes.element
+    return sizes.tokens * heads * (element * sizes.spec.kv_channels + SINGLE)
 
 
-def attention_inputs(sizes: LayerSizes) -> float:
+def attention_inputs(sizes: LayerSizes, *, single: bool) -> float:
     """Query, key and value as the kernel takes them.
 
     All three are views of the (rotated) fused projection, but for queries that share keys, which are copied together.
-    Context parallelism sends copies of all three.
+    Context parallelism sends copies of all three. `single`: the kernel takes copies in float32.
     """
     spec, tokens = sizes.spec, sizes.tokens
     heads, groups = spec.num_attention_heads / sizes.tensor, spec.num_query_groups / sizes.tensor
-    channels = sizes.element * spec.kv_channels
+    channels = (SINGLE if single else sizes.element) * spec.kv_channels
     if sizes.context > 1:
         groups *= sizes.context // math.gcd(int(groups), sizes.context)
         return tokens * channels * (heads + 2 * groups)
-    copied = heads if heads != groups else 0
+    copied = heads if heads != groups and not single else 0
     return tokens * channels * (heads + 2 * groups + copied)
 
 
@@ -102,13 +103,15 @@ def layer(sizes: LayerSizes, *, without_core: bool = False) -> float:
     input_rows = sizes.tokens if sizes.kernels.keeps_gathered else sizes.norm_tokens
     linear_inputs = 2 * input_rows * sizes.width if sizes.trained else 0
     own_output = sizes.tokens * sizes.element * sizes.spec.num_attention_heads * sizes.spec.kv_channels / sizes.tensor
+    single = sizes.kernels.single_attention and not without_core
     core = attention_core(sizes)
     if without_core:
         core = own_output if sizes.trained else 0
-    elif (sizes.context > 1 or sizes.sequences > 1) and sizes.trained:
-        core += own_output  # what was put together, or came back from the exchange of slices, is the output linear's
+    elif (sizes.context > 1 or sizes.sequences > 1 or single) and sizes.trained:
+        # What was put together, rounded, or came back from the exchange of slices is the output linear's.
+        core += own_output
     norms = sizes.norms * norm(sizes) + head_norms(sizes)
-    return norms + linear_inputs + attention_inputs(sizes) + core + mlp(sizes)
+    return norms + linear_inputs + attention_inputs(sizes, single=single) + core + mlp(sizes)
 
 
 def decoder_sizes(job: TrainingJob) -> LayerSizes:
@@ -122,8 +125,8 @@ def decoder_sizes(job: TrainingJob) -> LayerSizes:
         context=job.context,
         trained=job.trained("text_decoder"),
         rotary=True,
-        kernels=kernels_of(job.device),
-        sequences=job.micro_batch_size * len(job.row.lengths),
+        kernels=kernels_of(job.device, job.runtime.params_dtype),
+        sequences=job.joined_sequences,
         norms=4 if job.spec.text_decoder.traits.post_norms else 2,
         qk_norm=job.spec.text_decoder.traits.qk_norm,
     )
@@ -142,7 +145,7 @@ def vision_encoder_sizes(job: TrainingJob) -> LayerSizes:
         context=1,
         trained=job.trained("vision_encoder"),
         rotary=False,
-        kernels=kernels_of(job.device),
+        kernels=kernels_of(job.device, job.runtime.params_dtype),
     )
 
 

@@ -115,6 +115,13 @@ class TrainingJob:
         return self.tokens / (self.tensor if self.runtime.sequence_parallel else 1)
 
     @property
+    def joined_sequences(self) -> int:
+        """Sequences that one row of a micro-batch holds, once its rows stand one behind the other; 1 where rows stay
+        rows, since each is one sequence without padding."""
+        full = not self.row.packed and self.row.lengths[0] == self.positions
+        return 1 if full else self.micro_batch_size * len(self.row.lengths)
+
+    @property
     def images(self) -> float:
         """Images of a micro-batch that one rank encodes: context-parallel ranks share them, blank ones filling up."""
         images = self.micro_batch_size * self.row.images

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from mindspeed_mm.platform import host_products
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -13,11 +17,18 @@ class Kernels:
     """Whether trained linears keep their input as gathered under sequence parallelism, or gather it again."""
     foreach_optimizer: bool
     """Whether AdamW runs over all tensors at once, with a temporary of their size."""
+    single_attention: bool
+    """Whether trained attention takes float32 copies of its inputs (platform/cpu.py)."""
 
 
-def kernels_of(device: str) -> Kernels:
-    """The kernels that the layers use on `device` (cuda, npu, cpu).
+def kernels_of(device: str, dtype: torch.dtype) -> Kernels:
+    """The kernels that the layers use on `device` (cuda, npu, cpu) for activations of `dtype`.
 
-    CPU is measured; CUDA and NPU were not run by us.
+    CPU is measured, and is taken to be like the one that plans. CUDA and NPU were not run by us.
     """
-    return Kernels(keeps_gathered=device == "cpu", foreach_optimizer=device != "cpu")
+    host = device == "cpu"
+    return Kernels(
+        keeps_gathered=host,
+        foreach_optimizer=not host,
+        single_attention=host and dtype in host_products.HALVES and not host_products.has_half_products(dtype),
+    )

@@ -106,7 +106,7 @@ def _stage_activations(job: TrainingJob, stage: int) -> tuple[float, float, floa
 
 def _optimizer_buffers(job: TrainingJob, parameters: float) -> float:
     """AdamW's denominator of all parameters at once; the fused AdamW of the CPU needs no memory."""
-    return SINGLE * parameters if kernels_of(job.device).foreach_optimizer else 0.0
+    return SINGLE * parameters if kernels_of(job.device, job.runtime.params_dtype).foreach_optimizer else 0.0
 
 
 def _batch_bytes(job: TrainingJob) -> float:

@@ -1,6 +1,6 @@
 """LLaVA-NeXT against transformers' classes: pixels, counts, logits, gradients, text, training and both layouts."""
 
-import json
+import copy
 
 import pytest
 import torch
@@ -9,26 +9,22 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import mindspeed_mm as mm
-from mindspeed_mm.data.image import ImageError
-from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.models.families.llava_next import LLAVA_NEXT_HF
-from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.sources import open_source
-from mindspeed_mm.models.spec import find_family, load_model_spec
+from mindspeed_mm.models.spec import find_family
 from tests.helpers.golden_training import GoldenLayout
 from tests.helpers.tiny_llava import (
     FULL,
     IMAGE_ID,
-    PINPOINTS,
+    SIZES,
     clip,
+    close,
     image,
     inputs,
-    llava,
     llava_next,
     sample,
     save,
-    save_original,
     siglip,
     text,
     their_loss,
@@ -63,13 +59,6 @@ def base(tmp_path_factory):
     theirs = llava_next(clip())
     folder = save(theirs, tmp_path_factory.mktemp("base"), tile_processor())
     return theirs, folder, describe_model(open_source(folder))
-
-
-def close(found, wanted, tolerance=2e-4):
-    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
-
-
-SIZES = ((30, 50), (90, 20), (1, 1), (40, 41))
 
 
 def test_logits(pair):
@@ -173,18 +162,13 @@ def test_pixels_and_counts_follow_from_the_size(base, grids, height, width, patc
     assert (whole(text="<image>", images=shown)["input_ids"][0].count(IMAGE_ID)) == plan.count
     assert item.grid.tolist() == [list(plan.grid)] and item.sizes.tolist() == [[height, width]]
     patches = 28 // patch
-    config = theirs.config.__class__(
-        text_config=theirs.config.text_config,
-        vision_config=clip(patch_size=patch),
-        image_grid_pinpoints=pinpoints,
-    )
-    old, theirs.model.config = theirs.model.config, config
-    try:
-        features = torch.randn(item.rows[0], patches**2, 48)
-        newline = theirs.model.image_newline
-        packed, _ = theirs.model.pack_image_features([features], wanted["image_sizes"], "default", newline)
-    finally:
-        theirs.model.config = old
+    model = copy.copy(theirs.model)
+    model.config = copy.deepcopy(theirs.config)
+    model.config.vision_config.patch_size = patch
+    model.config.image_grid_pinpoints = pinpoints
+    features = torch.randn(item.rows[0], patches**2, 48)
+    newline = theirs.model.image_newline
+    packed, _ = model.pack_image_features([features], wanted["image_sizes"], "default", newline)
     assert len(packed[0]) == plan.count
     from mindspeed_mm.models.kit.llava_next import _places
 
@@ -197,17 +181,18 @@ def test_pixels_and_counts_follow_from_the_size(base, grids, height, width, patc
 @given(
     heads=st.integers(1, 3),
     channels=st.sampled_from([4, 6, 10]),
-    side=st.sampled_from([14, 20, 35]),
+    patch=st.sampled_from([7, 10, 17]),
     grids=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3, unique=True),
     size=st.tuples(st.integers(1, 80), st.integers(1, 80)),
     kind=st.sampled_from([clip, siglip]),
 )
-def test_logits_of_any_geometry(tmp_path_factory, heads, channels, side, grids, size, kind):
+def test_logits_of_any_geometry(tmp_path_factory, heads, channels, patch, grids, size, kind):
+    side = 2 * patch
     vision = {
         "hidden_size": heads * channels,
         "num_attention_heads": heads,
         "image_size": side,
-        "patch_size": side // 2,
+        "patch_size": patch,
     }
     pinpoints = [[side * rows, side * columns] for rows, columns in grids]
     theirs = llava_next(
@@ -272,205 +257,3 @@ def test_five_steps(base, ranks, name, tmp_path):
     layout = LAYOUTS[name]
     ranks(layout.ranks).run(train, str(folder), layout, samples, str(tmp_path), 5, ADAM)
     compare(trained(tmp_path, spec, LLAVA_NEXT_HF), stored(theirs, LLAVA_NEXT_HF))
-
-
-# --- The original layout -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def original(base, tmp_path_factory):
-    return save_original(base[0], tmp_path_factory.mktemp("original"))
-
-
-def test_the_original_layout_is_the_same_model(base, original):
-    theirs, folder, _ = base
-    hub, ours = mm.load(folder, device="cpu"), mm.load(original, device="cpu")
-    assert ours.spec.vision_projector.image_grid_pinpoints == PINPOINTS
-    shown = [image(20, 60), image(60, 20)]
-    own = inputs(FAMILY, ours.spec, sample(ours.media, shown, (5, 6, 7)))
-    for key, value in inputs(FAMILY, hub.spec, sample(hub.media, shown, (5, 6, 7))).items():
-        assert torch.equal(own[key], value)
-    ids = own["input_ids"].masked_fill(own["input_ids"] == IMAGE_ID, -200)
-    with torch.no_grad():
-        close(ours.logits(**(own | {"input_ids": ids})), theirs(**own).logits)
-
-
-def test_layouts_become_one_another(base, original, tmp_path):
-    theirs, folder, spec = base
-    mm.convert(original, tmp_path / "hf", to="llava_next")
-    again, report = transformers.LlavaNextForConditionalGeneration.from_pretrained(
-        tmp_path / "hf", output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert again.config.image_grid_pinpoints == PINPOINTS
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
-    answer = processor(text="w5 <image> w6", images=image(20, 60), return_tensors="pt")
-    with torch.no_grad():
-        close(again.eval()(**answer).logits[..., :IMAGE_ID], theirs(**answer).logits[..., :IMAGE_ID], 0)
-    mm.convert(folder, tmp_path / "back", to="llava")
-    config = json.loads((tmp_path / "back/config.json").read_text())
-    assert config["image_grid_pinpoints"] == [[width, height] for height, width in PINPOINTS]
-    assert (config["image_aspect_ratio"], config["mm_patch_merge_type"]) == ("anyres", "spatial_unpad")
-    ours, wanted = (open_source(path) for path in (tmp_path / "back", original))
-    for slot in ("text_decoder", "vision_encoder", "vision_projector"):
-        found, expected = ours.part(slot), wanted.part(slot)
-        assert set(found.names) == set(expected.names)
-        assert all(torch.equal(found.get(name)[:IMAGE_ID], expected.get(name)[:IMAGE_ID]) for name in found.names)
-
-
-def test_our_own_layout_round_trip(base, tmp_path):
-    theirs, folder, _ = base
-    mm.convert(folder, tmp_path / "ours", to="mindspeed-mm")
-    vlm = mm.load(tmp_path / "ours", device="cpu")
-    assert vlm.spec.model_id == "llava_next"
-    own = inputs(FAMILY, vlm.spec, sample(vlm.media, [image(30, 50)], (5, 6)))
-    ids = own["input_ids"].masked_fill(own["input_ids"] == IMAGE_ID, -200)
-    with torch.no_grad():
-        close(vlm.logits(**(own | {"input_ids": ids})), theirs(**own).logits)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"mm_patch_merge_type": "flat"},
-            "anyres' with mm_patch_merge_type 'flat'; expected anyres with spatial_unpad",
-        ),
-        ({"image_aspect_ratio": "anyres_max_9"}, "found image_aspect_ratio 'anyres_max_9'"),
-        ({"image_aspect_ratio": "pad"}, "found image_aspect_ratio 'pad' with mm_patch_merge_type 'spatial_unpad'"),
-        ({"mm_use_im_start_end": True}, "found mm_use_im_start_end true: such a model .LLaVA v1.0."),
-        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "found image_grid_pinpoints .*expected pairs of pixels"),
-        ({"image_grid_pinpoints": [[28, 56], [30, 56]]}, r"found \[56, 30\], expected multiples of .* image_size 28"),
-        (
-            {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"},
-            "tiles go with image_aspect_ratio anyres, mm_patch_merge_type spatial_unpad",
-        ),
-        ({"mm_vision_select_feature": "cls_patch"}, "a class token has no place"),
-    ],
-)
-def test_other_original_models_are_refused(base, tmp_path, changes, message):
-    with pytest.raises((ConfigError, WeightError), match=message):
-        mm.load(save_original(base[0], tmp_path, **changes), device="cpu")
-
-
-def test_pinpoints_as_text_are_read(base, tmp_path):
-    folder = save_original(base[0], tmp_path, image_grid_pinpoints="[(56, 28), (28, 56)]")
-    assert describe_model(open_source(folder)).vision_projector.image_grid_pinpoints == [[28, 56], [56, 28]]
-
-
-@pytest.mark.parametrize("changes", [{"image_aspect_ratio": "anyres"}, {"mm_patch_merge_type": "spatial"}])
-def test_weights_without_newline_are_no_llava_of_tiles(base, tmp_path, changes):
-    """Case: a LLaVA-1.5 checkpoint whose config.json asks for tiles was read as if it did not."""
-    folder = save_original(base[0], tmp_path, **({"mm_patch_merge_type": "flat"} | changes))
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.image_newline"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match="tiles go with image_aspect_ratio anyres"):
-        mm.load(folder, device="cpu")
-
-
-def test_another_model_type_is_not_read_by_its_tensors(base, tmp_path):
-    theirs, folder, _ = base
-    save(theirs, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llava_onevision"}))
-    with pytest.raises(ConfigError, match='found model_type "llava_onevision" .*; expected llava_next'):
-        mm.load(tmp_path, device="cpu")
-
-
-# --- Bad input -----------------------------------------------------------------------------------------------------
-
-
-def test_processors_that_do_not_fit_are_refused(base):
-    _, _, spec = base
-
-    def refused(config, message, **options):
-        with pytest.raises(ConfigError, match=message):
-            FAMILY.media_processor(spec, config, **options)
-
-    refused(
-        tile_processor(pinpoints=[[28, 56]]).to_dict(), r"has image_grid_pinpoints \[\[28, 56\]\], the model \[\[28"
-    )
-    refused(tile_processor(side=14).to_dict(), "shortest_edge 14, crop height 14, crop width 14; .* tiles of 28 x 28")
-    refused({"image_processor_type": "Qwen2VLImageProcessor"}, 'image_processor_type is "Qwen2VLImageProcessor"')
-    refused({"image_processor_type": "LlavaImageProcessor", "do_pad": True}, "pads images to squares")
-    refused(tile_processor().to_dict() | {"image_grid_pinpoints": [3]}, "expected pairs of pixels")
-    refused(tile_processor().to_dict(), "pads none to a square: set pad2square false", pad=True)
-
-
-def test_inputs_that_do_not_fit_are_refused(base):
-    _, _, spec = base
-    given = tile_processor()([image(30, 50)], return_tensors="pt")
-    with pytest.raises(ConfigError, match="takes pixel_values and image_sizes together"):
-        FAMILY.media_of_inputs(spec, {"pixel_values": given["pixel_values"]})
-    with pytest.raises(
-        ConfigError, match=r"have shape \[1, 2, 3, 28, 28\]; expected \[images, tiles, 3, 28, 28\] with"
-    ):
-        FAMILY.media_of_inputs(spec, dict(given) | {"pixel_values": given["pixel_values"][:, :2]})
-    with pytest.raises(ConfigError, match="takes the inputs pixel_values, image_sizes; found image_grid_thw"):
-        FAMILY.media_of_inputs(spec, {"image_grid_thw": torch.ones(1, 3)})
-    assert FAMILY.media_of_inputs(spec, {}) is None
-
-
-def test_an_image_without_pixels_is_refused(base):
-    media = FAMILY.media_processor(base[2], tile_processor().to_dict())
-    from PIL import Image
-
-    with pytest.raises(ImageError, match="has no pixels"):
-        media.item(Image.new("RGB", (0, 5)))
-
-
-def test_features_that_are_no_grid_are_refused(base):
-    from mindspeed_mm.errors import DataError
-    from mindspeed_mm.models.kit.llava_next import _places
-
-    with pytest.raises(DataError, match="an image of 3 tiles has 48 features; expected 2 x 2 tiles"):
-        _places(48, 3, (20, 20), (2, 2), 0, 48)
-
-
-def test_parts_that_do_not_fit_are_refused(base):
-    from mindspeed_mm.models.spec import model_block
-
-    _, _, spec = base
-    model = model_block(spec.part_specs(), "llava_next")
-
-    def refused(message, slot, **changes):
-        inner = {**model["image_encoder"], slot: {**model["image_encoder"][slot], **changes}}
-        with pytest.raises(ConfigError, match=message):
-            load_model_spec({**model, "image_encoder": inner})
-
-    refused("image_grid_pinpoints: found .*, expected multiples", "vision_projector", image_grid_pinpoints=[[28, 57]])
-    refused("expected the vision_encoder's hidden_size|expected 32", "vision_projector", input_size=31)
-    refused("at least 1 item|image_grid_pinpoints", "vision_projector", image_grid_pinpoints=[])
-    short = {**model, "text_decoder": {**model["text_decoder"], "max_position_embeddings": 60}}
-    with pytest.raises(ConfigError, match="expected more than 88, the tokens of an image of the largest"):
-        load_model_spec(short)
-    plain = {key: value for key, value in model["image_encoder"]["vision_projector"].items()}
-    plain = {key: value for key, value in plain.items() if key not in ("model_id", "image_grid_pinpoints")}
-    with pytest.raises(ConfigError, match='found "mlp", expected "llava_next", the projector of model_id llava_next'):
-        load_model_spec({**model, "image_encoder": {**model["image_encoder"], "vision_projector": plain}})
-
-
-def test_llava_refuses_a_start_and_an_end_token(base, tmp_path):
-    """Case: LLaVA v1.0's <im_start> and <im_end> were left out without a word."""
-    from safetensors.torch import load_file, save_file
-
-    folder = save_original(base[0], tmp_path, image_aspect_ratio="pad", mm_patch_merge_type="flat")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.image_newline"]
-    save_file(tensors, folder / "model.safetensors")
-    assert mm.load(folder, device="cpu").spec.model_id == "llava"
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": True}))
-    with pytest.raises(ConfigError, match="found mm_use_im_start_end true: such a model"):
-        mm.load(folder, device="cpu")
-
-
-def test_joined_media_keep_their_tiles(base):
-    media = FAMILY.media_processor(base[2], tile_processor().to_dict())
-    items = [media.item(image(*size)) for size in SIZES]
-    joined = Media.join(items)
-    assert joined.rows == tuple(item.rows[0] for item in items) and len(joined.pixels) == sum(joined.rows)
-    assert llava(clip()).config.model_type == "llava"

@@ -37,7 +37,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": list(SHORT), "long_factor":
 YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 32, "rope_theta": 1000.0}
 
 
-class Family(NamedTuple):
+class TinyDecoder(NamedTuple):
     """A decoder's classes in transformers, and the keys of its tiny config."""
 
     config: str
@@ -46,12 +46,12 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "llama": Family("LlamaConfig", "LlamaForCausalLM"),
-    "mistral": Family("MistralConfig", "MistralForCausalLM", {"sliding_window": WINDOW, "head_dim": 10}),
-    "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
-    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 10}),
-    "gemma": Family("GemmaConfig", "GemmaForCausalLM", {"head_dim": 14}),
-    "gemma2": Family(
+    "llama": TinyDecoder("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": TinyDecoder("MistralConfig", "MistralForCausalLM", {"sliding_window": WINDOW, "head_dim": 10}),
+    "qwen2": TinyDecoder("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+    "qwen3": TinyDecoder("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 10}),
+    "gemma": TinyDecoder("GemmaConfig", "GemmaForCausalLM", {"head_dim": 14}),
+    "gemma2": TinyDecoder(
         "Gemma2Config",
         "Gemma2ForCausalLM",
         {
@@ -62,8 +62,8 @@ FAMILIES = {
             "final_logit_softcapping": 3.0,
         },
     ),
-    "phi3": Family("Phi3Config", "Phi3ForCausalLM", {"sliding_window": WINDOW, "partial_rotary_factor": 0.75}),
-    "internlm2": Family("LlamaConfig", "LlamaForCausalLM"),
+    "phi3": TinyDecoder("Phi3Config", "Phi3ForCausalLM", {"sliding_window": WINDOW, "partial_rotary_factor": 0.75}),
+    "internlm2": TinyDecoder("LlamaConfig", "LlamaForCausalLM"),
 }
 """internlm2 is a Llama that is saved under InternLM2's names: transformers has no class for it."""
 

@@ -42,6 +42,14 @@ PINPOINTS = [[28, 56], [56, 28], [56, 56], [28, 84]]
 FULL = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
 """The feature selection of a vision encoder without a class token."""
 
+SIZES = ((30, 50), (90, 20), (1, 1), (40, 41))
+"""Heights and widths of images."""
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 2e-4) -> None:
+    """Assert that no element differs by more."""
+    torch.testing.assert_close(found, wanted, atol=tolerance, rtol=0)
+
 
 def clip(**changes) -> transformers.CLIPVisionConfig:
     return transformers.CLIPVisionConfig(**(VISION | changes))

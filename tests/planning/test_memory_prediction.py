@@ -3,7 +3,7 @@
 import pytest
 
 from tests.planning.planned_run import EVERYTHING, STAGE_1, model, planned
-from tests.planning.real_run import Work, measure
+from tests.planning.real_run import Work, as_processor, measure
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = FULL | {"recompute_method": "block", "recompute_num_layers": 2}
@@ -30,6 +30,11 @@ RUNS = {
     "PP2 stage 1": Work(model(STAGE_1), f"{PAIR} --pipeline-model-parallel-size 2 --global-batch-size 8", 2),
     "DP2 distributed": Work(model(), f"{PAIR} --use-distributed-optimizer", 2),
 }
+OLD_PROCESSOR = (
+    "stage 2", "grouped queries", "selective recomputation", "full recomputation", "vision encoder trained", "packed",
+    "TP2 SP", "CP2 grouped", "PP2",
+)  # fmt: skip
+RUNS |= {f"{name}, no bfloat16": RUNS[name]._replace(half_products=False) for name in OLD_PROCESSOR}
 for run in RUNS.values():
     if run.model["text_decoder"]["hidden_size"] == 192:
         run.model["image_encoder"]["vision_projector"]["hidden_size"] = 192
@@ -42,7 +47,10 @@ def test_prediction(ranks, name):
     from mindspeed_mm.planning.memory import micro_batches_under_way, rank_memory
 
     measured = ranks(work.world_size).run(measure, work)
-    predicted = [rank_memory(job, rank if job.pipeline > 1 else 0) for rank in range(work.world_size)]
+    with as_processor(work):
+        predicted = [rank_memory(job, rank if job.pipeline > 1 else 0) for rank in range(work.world_size)]
+    # Products in float32 for want of bfloat16 copy their operands for a moment, which the plan leaves out.
+    peak = 0.1 if work.half_products else 0.12
     for expected, found in zip(predicted, measured, strict=True):
         assert found.parameters == expected.parameters
         assert found.gradients == pytest.approx(expected.gradients, rel=1e-3)
@@ -51,7 +59,7 @@ def test_prediction(ranks, name):
         held = found.parameters + found.gradients + found.optimizer
         assert held + found.peak == pytest.approx(expected.peak, rel=0.1)
         if job.context == 1:
-            assert found.peak == pytest.approx(step, rel=0.1)
+            assert found.peak == pytest.approx(step, rel=peak)
             one = expected.activations / micro_batches_under_way(job, expected.stage)
             # The schedule, not autograd, keeps what a stage sends.
             sent = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element

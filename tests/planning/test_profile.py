@@ -75,7 +75,7 @@ def test_a_run(ranks, tmp_path, size):
     path = tmp_path / "profile" / "trace_rank0_step2.json"
     events = json.loads(path.read_text())["traceEvents"]
     assert sum(event.get("name") == "step: whole step" for event in events) == 2
-    (message,) = told
+    (message,) = [lines for lines in told if lines.startswith("profile of rank 0")]
     lines = message.splitlines()[2:]
     percent = {line[:24].strip(): float(line.split()[-1]) for line in lines}
     assert percent.pop("sum") == 100

@@ -113,12 +113,7 @@ class Llava(Family):
         if layout == ORIGINAL:
             refuse_start_end(config)
             if is_tiled(config) != (self.name != "llava"):
-                raise ConfigError(
-                    "config.json and weights are of two kinds of LLaVA: tiles go with image_aspect_ratio anyres, "
-                    f"mm_patch_merge_type spatial_unpad and a tensor model.image_newline; config.json says "
-                    f"{config.get('image_aspect_ratio')!r} and {config.get('mm_patch_merge_type')!r}. Correct it or "
-                    "give the weights that belong to it."
-                )
+                raise _two_kinds(config)
         elif config.get("model_type", self.name) not in self.model_types:
             raise ConfigError(
                 f'config.json: found model_type "{config["model_type"]}" with tensors of layout {layout}; expected '
@@ -130,6 +125,8 @@ class Llava(Family):
         if source.layout != ORIGINAL:
             return slots
         config = source.config or {}
+        if not is_tiled(config) and any(name.endswith("image_newline") for name in slots[TEXT].names):
+            raise _two_kinds(config)
         vision_select(config)  # also where no encoder is named
         named = _named_encoder(source.path, config)
         described = named.config if named else None
@@ -251,6 +248,15 @@ class Llava(Family):
 
     def default_image_processor(self, spec: ModelSpec) -> dict[str, Any] | None:
         return part_of(VISION, spec.vision_encoder).image_processor(spec.vision_encoder)
+
+
+def _two_kinds(config: dict[str, Any]) -> ConfigError:
+    return ConfigError(
+        "config.json and weights are of two kinds of LLaVA: tiles go with image_aspect_ratio anyres, "
+        f"mm_patch_merge_type spatial_unpad and a tensor model.image_newline; config.json says "
+        f"{config.get('image_aspect_ratio')!r} and {config.get('mm_patch_merge_type')!r}. Correct it or give the "
+        "weights that belong to it."
+    )
 
 
 def fit_problems(spec: ModelSpec) -> list[str]:
