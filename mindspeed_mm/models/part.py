@@ -15,6 +15,7 @@ import torch
 
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.media import EncoderWork, Media
 from mindspeed_mm.registry import find, find_all
 from mindspeed_mm.weights.layouts import Layout
 from mindspeed_mm.weights.rules import Geometry, RuleSet
@@ -126,6 +127,25 @@ class PartSpec(StrictModel):
     def geometry(self) -> Geometry:
         """What the weight rules need to know."""
         raise NotImplementedError
+
+    def encoder_work(self, rows: float, media: Media | None = None) -> EncoderWork:
+        """Of a vision encoder: the work on `rows` rows of pixels; here rows are images or tiles of one size.
+
+        `media` holds the sizes, for encoders whose work depends on them; None: images of the size that plans are made
+        with.
+        """
+        positions = rows * self.num_positions
+        return EncoderWork(
+            positions=positions,
+            patches=rows * (self.image_size // self.patch_size) ** 2,
+            features=rows * self.num_image_tokens,
+            pairs=positions * self.num_positions * self.num_built_layers,
+        )
+
+    @property
+    def patch_channels(self) -> int:
+        """Values of a patch of a vision encoder."""
+        return self.num_channels * self.patch_size**2
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mindspeed_mm.models.media import Media
+
 
 def transformer_flops(
     *,
@@ -30,13 +32,17 @@ def transformer_flops(
     """Forward operations of a stack of transformer layers over sequences of the given lengths. `windows` are those of
     its layers (see `stack_score_flops`)."""
     lengths = list(lengths)
-    attention_weights = hidden * head_size * (heads + 2 * groups) + heads * head_size * hidden
-    mlp_weights = hidden * ffn * (3 if gated else 2)
-    products = 2.0 * sum(lengths) * (attention_weights + mlp_weights)
+    products = sum(lengths) * _layer_products(hidden, heads, groups, head_size, ffn, gated)
     scores = stack_score_flops(
         layers=layers, windows=windows, heads=heads, head_size=head_size, lengths=lengths, causal=causal
     )
     return layers * products + scores
+
+
+def _layer_products(hidden: int, heads: int, groups: int, head_size: int, ffn: int, gated: bool) -> float:
+    """Operations of a layer's linears for one position."""
+    attention_weights = hidden * head_size * (heads + 2 * groups) + heads * head_size * hidden
+    return 2.0 * (attention_weights + hidden * ffn * (3 if gated else 2))
 
 
 def stack_score_flops(*, layers: int, windows: Sequence[int | None], **one: Any) -> float:
@@ -80,7 +86,13 @@ class ForwardFlops:
 
 
 def forward_flops(
-    spec, *, lengths: Iterable[float], images: float, supervised: float, encoded: float | None = None
+    spec,
+    *,
+    lengths: Iterable[float],
+    images: float,
+    supervised: float,
+    encoded: float | None = None,
+    media: Media | None = None,
 ) -> ForwardFlops:
     """Forward operations of a micro-batch, by part; arguments as for `step_flops`."""
     text, vision_encoder, projector = spec.text_decoder, spec.vision_encoder, spec.vision_projector
@@ -102,22 +114,24 @@ def forward_flops(
         ffn=text.ffn_hidden_size,
         gated=text.gated_linear_unit,
     )
-    one_image = transformer_flops(
-        layers=vision_encoder.num_built_layers,
-        hidden=vision_encoder.hidden_size,
-        heads=vision_encoder.num_attention_heads,
-        groups=vision_encoder.num_query_groups,
-        head_size=vision_encoder.kv_channels,
-        ffn=vision_encoder.ffn_hidden_size,
-        gated=False,
-        lengths=[vision_encoder.num_positions],
-        causal=False,
+    work, own = vision_encoder.encoder_work(encoded, media), vision_encoder
+    products = (
+        own.num_built_layers
+        * work.positions
+        * _layer_products(
+            own.hidden_size,
+            own.num_attention_heads,
+            own.num_query_groups,
+            own.kv_channels,
+            own.ffn_hidden_size,
+            own.gated_linear_unit,
+        )
     )
-    patches = (vision_encoder.image_size // vision_encoder.patch_size) ** 2
-    linears = [2.0 * images * vision_encoder.num_image_tokens * inputs * outputs for inputs, outputs in projector.sizes]
+    features = vision_encoder.encoder_work(images, media).features
+    linears = [2.0 * features * inputs * outputs for inputs, outputs in projector.sizes]
     return ForwardFlops(
-        patches=2.0 * encoded * patches * 3 * vision_encoder.patch_size**2 * vision_encoder.hidden_size,
-        vision_encoder=encoded * one_image,
+        patches=2.0 * work.patches * vision_encoder.patch_channels * vision_encoder.hidden_size,
+        vision_encoder=products + 4.0 * own.num_attention_heads * own.kv_channels * work.pairs,
         projector=sum(linears),
         projector_first=linears[0],
         decoder=decoder,
@@ -127,7 +141,13 @@ def forward_flops(
 
 
 def step_flops(
-    spec, *, lengths: Iterable[float], images: float, supervised: float, encoded: float | None = None
+    spec,
+    *,
+    lengths: Iterable[float],
+    images: float,
+    supervised: float,
+    encoded: float | None = None,
+    media: Media | None = None,
 ) -> float:
     """Forward and backward operations of a micro-batch.
 
@@ -136,11 +156,12 @@ def step_flops(
             weight gradients in a frozen decoder behind a trained projector.
         lengths: real tokens of each sample, image positions included, padding not. Samples that share a packed row
             count each by itself: attention stays inside a sample.
-        images: images.
+        images: images, or tiles where images are cut into them.
         supervised: positions with a label (the head runs on these only).
         encoded: images that the vision encoder runs on; None: all. The features of the others come from a cache.
+        media: the images themselves, for encoders whose work depends on their sizes.
     """
-    forward = forward_flops(spec, lengths=lengths, images=images, supervised=supervised, encoded=encoded)
+    forward = forward_flops(spec, lengths=lengths, images=images, supervised=supervised, encoded=encoded, media=media)
     vision_encoder = not spec.vision_encoder.freeze
     projector, decoder = not spec.vision_projector.freeze, not spec.text_decoder.freeze
     flow = vision_encoder or projector or decoder

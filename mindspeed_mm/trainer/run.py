@@ -122,12 +122,14 @@ class TrainingRun:
 
     def _describe(self, batch: Batch) -> BatchFacts:
         self._check_ids(batch)
+        encoded = 0 if batch.media is None else sum(batch.media.rows)
         flops = step_flops(
             self.inputs.spec,
             lengths=batch.lengths,
-            images=batch.num_images,
+            images=encoded if batch.cached is None else batch.num_images,
             supervised=batch.supervised,
-            encoded=batch.num_encoded,
+            encoded=encoded,
+            media=batch.media,
         )
         trained = not self.inputs.spec.text_decoder.freeze or batch.num_images > 0
         return BatchFacts(

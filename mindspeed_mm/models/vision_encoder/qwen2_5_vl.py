@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.media import EncoderWork, Media
 from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
 from mindspeed_mm.weights.rules import GateUp, Geometry, PackedQKV, Rule, RuleSet
 
@@ -153,6 +154,23 @@ class PatchVisionSpec(PartSpec):
     def num_image_tokens(self) -> int:
         """Features of that image behind the projector."""
         return self.num_positions // self.spatial_merge_size**2
+
+    def encoder_work(self, rows: float, media: Media | None = None) -> EncoderWork:
+        """See PartSpec; without media, `rows` counts images of the size that plans are made with."""
+        side = self.image_size // self.patch_size
+        grids = [(1, side, side)] if media is None else media.grid.tolist()
+        whole = sum(time * (height * width) ** 2 for time, height, width in grids)
+        inside = sum(time * self._window_pairs(height) * self._window_pairs(width) for time, height, width in grids)
+        full, layers = len(set(self.full_attention_layers)), self.num_layers
+        times = rows if media is None else 1
+        positions = times * sum(time * height * width for time, height, width in grids)
+        pairs = times * (full * whole + (layers - full) * inside)
+        return EncoderWork(positions, positions, positions / self.spatial_merge_size**2, pairs)
+
+    def _window_pairs(self, patches: int) -> int:
+        """Pairs along one axis that share a window."""
+        windows, rest = divmod(patches, self.window_units * self.spatial_merge_size)
+        return windows * (self.window_units * self.spatial_merge_size) ** 2 + rest**2
 
     @property
     def geometry(self) -> PatchGeometry:
