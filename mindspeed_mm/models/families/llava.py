@@ -20,13 +20,13 @@ from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import part_of_source
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.llava_config import (
-    DECODER_TYPES,
     ORIGINAL,
     has_class_token,
     hf_config,
     is_original,
     is_tiled,
     original_config,
+    original_text_config,
     refuse_start_end,
     select_strategy,
     text_config,
@@ -103,8 +103,7 @@ class Llava(Family):
     def split_config(self, config: dict[str, Any], layout: str) -> dict[str, dict[str, Any] | None]:
         self._check_config(config, layout)
         if layout == ORIGINAL:
-            kind = str(config.get("model_type", "llava"))
-            decoder = {**config, "model_type": DECODER_TYPES.get(kind, kind.removeprefix("llava_"))}
+            decoder = original_text_config(config)
             return {TEXT: decoder, VISION: None, PROJECTOR: config if "mm_hidden_size" in config else None}
         return {TEXT: text_config(config), VISION: vision_config(config), PROJECTOR: config}
 
