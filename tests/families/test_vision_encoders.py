@@ -12,7 +12,7 @@ from mindspeed_mm.models.describe import describe_part
 from mindspeed_mm.models.part import part_for_model_type, part_of
 from mindspeed_mm.models.sources import open_source
 from tests.helpers.encoder_ranks import EncoderShard, encode, whole_gradients
-from tests.helpers.tiny_llava import VISION, clip, close, randomised, siglip
+from tests.helpers.tiny_llava import VISION, clip, close, image, randomised, siglip
 
 CLASSES = {"clip": (clip, transformers.CLIPVisionModel), "siglip": (siglip, transformers.SiglipVisionModel)}
 
@@ -124,6 +124,17 @@ def test_features_of_any_geometry(tmp_path_factory, kind, heads, channels, inner
     chosen = {"select_layer": layer, "select_feature": feature}
     found = EncoderCase(kind, changes, chosen, tmp_path_factory.mktemp("any"))
     close(found.ours()[0].features, found.their_features().detach())
+
+
+@pytest.mark.parametrize("kind", ["CLIPImageProcessorPil", "SiglipImageProcessorPil", "ViTImageProcessorPil"])
+@pytest.mark.parametrize("size", [(30, 50), (90, 20), (1, 1), (1, 300), (300, 1)])
+def test_pixels_equal_the_processor_that_transformers_has(kind, size):
+    """Also of one pixel and of extreme aspect ratios."""
+    theirs = getattr(transformers, kind)()
+    shown = image(*size)
+    wanted = theirs(shown, return_tensors="pt")["pixel_values"][0]
+    for config in (theirs.to_dict(), {"image_processor_type": kind}):
+        torch.testing.assert_close(mm.preprocess(shown, config, pad=False), wanted, atol=1e-6, rtol=0)
 
 
 # --- Bad input -----------------------------------------------------------------------------------------------------

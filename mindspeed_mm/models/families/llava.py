@@ -71,7 +71,7 @@ LLAVA_HF = Layout(
     (*DECODER_PREFIXES, *VISION_PREFIXES, *nested("multi_modal_projector.", PROJECTOR)),
     {TEXT: "hf", VISION: "hf", PROJECTOR: "hf"},
     # Names of the hub, which transformers of every version reads.
-    {TEXT: "language_model.", VISION: "vision_tower.vision_model.", PROJECTOR: "multi_modal_projector."},
+    {TEXT: "language_model.", VISION: "vision_tower.{own}", PROJECTOR: "multi_modal_projector."},
 )
 
 LLAVA = Layout(
@@ -84,7 +84,7 @@ LLAVA = Layout(
         *projector_prefixes("model.mm_projector."),
     ),
     {TEXT: "hf", VISION: "hf", PROJECTOR: "llava"},
-    {TEXT: "", VISION: "model.vision_tower.vision_tower.vision_model.", PROJECTOR: "model.mm_projector."},
+    {TEXT: "", VISION: "model.vision_tower.vision_tower.{own}", PROJECTOR: "model.mm_projector."},
 )
 
 
