@@ -10,7 +10,7 @@ COLUMNS = ("train", "pack", "TP", "PP", "CP", "convert in", "convert out", "gene
 HEAD = """# Models
 
 This page is made by `tests/families/test_models_page.py`. The test tries every cell with a tiny model of the family
-and fails when the page says something else; the message then names a file with the right page.
+and fails when the page says something else; the message gives the right lines.
 
 ## Families
 train: a step of all parts. pack: samples of several lengths in one row. TP, PP, CP: two tensor-, pipeline- or
@@ -24,24 +24,26 @@ A family takes any part of a slot, or those that it names. model_type is that of
 """
 
 
-def page(cells: dict[str, dict[str, str]]) -> str:
-    """The page; `cells` are the columns of each family."""
-    families = all_families()
-    rows = [["family", "model_type", *COLUMNS]]
-    for name in sorted(cells):
-        types = ", ".join(families[name].model_types)
-        rows.append([name, types, *(cells[name][column] for column in COLUMNS)])
-    parts = [["slot", "model_id", "model_type", "its own folders", "families that name it"]]
+def family_line(name: str, cells: dict[str, str]) -> str:
+    """A family's line of the page; `cells` by column."""
+    types = ", ".join(all_families()[name].model_types)
+    return _line([name, types, *(cells[column] for column in COLUMNS)])
+
+
+def page(lines: list[str]) -> str:
+    """The page with the given lines of families."""
+    shown = {line.split(" | ")[0].removeprefix("| ") for line in lines}
+    parts = [_line(["slot", "model_id", "model_type", "its own folders", "families that name it"]), "|" + "---|" * 5]
     for slot in SLOTS:
         for name, part in sorted(all_parts(slot).items()):
-            named = [family.name for family in all_families().values() if family.model_ids.get(slot) == name]
-            if named and not set(named) & set(cells):
+            named = sorted(family.name for family in all_families().values() if family.model_ids.get(slot) == name)
+            if named and not set(named) & shown:
                 continue
             layouts = ", ".join(layout.name for layout in part.layouts) or ("hf" if slot == "text_decoder" else "-")
-            parts.append([slot, name, ", ".join(part.model_types) or "-", layouts, ", ".join(sorted(named)) or "-"])
-    return "\n".join([HEAD, _table(rows), SLOT_HEAD, _table(parts), ""])
+            parts.append(_line([slot, name, ", ".join(part.model_types) or "-", layouts, ", ".join(named) or "-"]))
+    head = [_line(["family", "model_type", *COLUMNS]), "|" + "---|" * (len(COLUMNS) + 2)]
+    return "\n".join([HEAD, *head, *lines, SLOT_HEAD, *parts, ""])
 
 
-def _table(rows: list[list[str]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *body])
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
