@@ -1,11 +1,12 @@
 """LLaVA with every decoder and vision encoder against transformers' class: logits, text, both layouts, training."""
 
 import json
+import re
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mindspeed_mm as mm
 from mindspeed_mm.models.describe import describe_model
@@ -147,6 +148,25 @@ def test_original_layout_both_ways(pair, tmp_path, caplog):
         found, expected = back.part(slot), wanted.part(slot)
         assert set(found.names) == set(expected.names)
         assert all(torch.equal(found.get(key)[:IMAGE_ID], expected.get(key)[:IMAGE_ID]) for key in found.names)
+
+
+def test_names_of_every_transformers_are_read(pair, tmp_path):
+    """Those inside the class since 4.52, and those of the hub, which every version writes or reads."""
+    name, theirs, ours, folder = pair
+    if name == UNREAD:  # saved under InternLM2's names, not under those of the class
+        return
+    tensors = {key: tensor.clone().contiguous() for key, tensor in theirs.state_dict().items()}
+    hub = {re.sub(r"^model\.(language_model|lm_head)\.", r"\1.model.", key): tensor for key, tensor in tensors.items()}
+    hub = {re.sub(r"^lm_head\.", "language_model.lm_head.", key): tensor for key, tensor in hub.items()}
+    hub = {re.sub(r"^model\.vision_tower\.", "vision_tower.vision_model.", key): tensor for key, tensor in hub.items()}
+    hub = {re.sub(r"^model\.multi", "multi", key): tensor for key, tensor in hub.items()}
+    own = inputs(FAMILY, ours.spec, sample(ours.media, [image(30, 50)], (5, 6)))
+    wanted = ours.logits(**own)
+    for number, names in enumerate((tensors, hub)):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "config.json").write_bytes((folder / "config.json").read_bytes())
+        save_file(names, tmp_path / str(number) / "model.safetensors", metadata={"format": "pt"})
+        assert torch.equal(mm.load(tmp_path / str(number), device="cpu").logits(**own), wanted)
 
 
 # --- Training ------------------------------------------------------------------------------------------------------
