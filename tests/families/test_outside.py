@@ -100,9 +100,9 @@ ids, pixels = torch.load("given.pt")
 vlm = mm.load(path, device="cpu")
 mm.convert(path, target, to=to)
 again = mm.load(target, device="cpu")
+ids = ids.masked_fill(ids == 130, -200)
 rows = [ids[0].tolist(), ids[1, 21:].tolist()]
 text = vlm.generate(input_ids=rows, images=pixels[:1], max_new_tokens=7, eos_token_id=-1)
-ids = ids.masked_fill(ids == 130, -200)
 torch.save((vlm.spec.model_id, vlm.logits(ids, None, pixels), again.logits(ids, None, pixels), text), "shown.pt")
 """
 
@@ -110,8 +110,9 @@ torch.save((vlm.spec.model_id, vlm.logits(ids, None, pixels), again.logits(ids, 
 def shown(outside, path, to, tmp_path):
     """(model_id, logits, logits of the export, greedy text) in a process of its own, and the export's folder."""
     torch.save(given(), tmp_path / "given.pt")
-    run(outside, "-c", SHOW, str(path), str(tmp_path / "export"), to, cwd=tmp_path)
-    return (*torch.load(tmp_path / "shown.pt"), tmp_path / "export")
+    export = tmp_path / f"export as {to}"
+    run(outside, "-c", SHOW, str(path), str(export), to, cwd=tmp_path)
+    return (*torch.load(tmp_path / "shown.pt"), export)
 
 
 def test_decoder_and_encoder_from_outside_equal_transformers(outside, theirs, folder, tmp_path):
@@ -134,8 +135,13 @@ def test_decoder_and_encoder_from_outside_equal_transformers(outside, theirs, fo
 
 
 def test_projector_and_family_from_outside(outside, theirs, normed, tmp_path):
+    (tmp_path / "back").mkdir()
     model_id, logits, again, _, export = shown(outside, normed, "norm_llava", tmp_path)
     assert model_id == "norm_llava" and torch.equal(again, logits)
+    _, _, again, _, ours = shown(outside, normed, "mindspeed-mm", tmp_path)
+    assert torch.equal(again, logits)
+    model_id, from_ours, again, _, _ = shown(outside, ours, "norm_llava", tmp_path / "back")
+    assert model_id == "norm_llava" and torch.equal(from_ours, logits) and torch.equal(again, logits)
     saved, wanted = (load_file(path / "model.safetensors") for path in (export, normed))
     assert saved.keys() == wanted.keys() and all(torch.equal(saved[name], wanted[name]) for name in wanted)
     ids, pixels = given()
