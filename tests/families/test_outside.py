@@ -96,7 +96,7 @@ import sys, torch
 import mindspeed_mm as mm
 
 path, target, to = sys.argv[1:4]
-ids, pixels = torch.load("given.pt")
+ids, pixels = torch.load("given.pt", weights_only=True)
 vlm = mm.load(path, device="cpu")
 mm.convert(path, target, to=to)
 again = mm.load(target, device="cpu")
@@ -112,7 +112,7 @@ def shown(outside, path, to, tmp_path):
     torch.save(given(), tmp_path / "given.pt")
     export = tmp_path / f"export as {to}"
     run(outside, "-c", SHOW, str(path), str(export), to, cwd=tmp_path)
-    return (*torch.load(tmp_path / "shown.pt"), export)
+    return (*torch.load(tmp_path / "shown.pt", weights_only=True), export)
 
 
 def test_decoder_and_encoder_from_outside_equal_transformers(outside, theirs, folder, tmp_path):
