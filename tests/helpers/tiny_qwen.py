@@ -62,7 +62,9 @@ def words() -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, additional_special_tokens=tags)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **special, additional_special_tokens=tags
+    )
 
 
 def save(model, folder: Path, processor=None) -> Path:
