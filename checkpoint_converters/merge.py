@@ -228,7 +228,8 @@ def _reading(file, name: str, change: _Change | None, dtype: torch.dtype):
 def _check_vision_encoder(source: Source, changes: dict[str, _Change]) -> None:
     """A liuhaotian folder that carries its vision encoder twice must not get two different ones."""
     vision_encoder = source.path / str((source.config or {}).get("mm_vision_tower"))
-    changed = [change for name, change in changes.items() if name.startswith(LLAVA.written[VISION])]
+    prefix = LLAVA.written[VISION].partition("{own}")[0]
+    changed = [change for name, change in changes.items() if name.startswith(prefix)]
     if source.layout == "llava" and changed and vision_encoder.exists():
         raise WeightError(
             f"{changed[0].files.path}: tensor {changed[0].stored} changes the vision encoder, "

@@ -26,7 +26,7 @@ from checkpoint_converters.write import VISION_ENCODER_FOLDER, write_json
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.families.llava import LLAVA, ORIGINAL
-from mindspeed_mm.models.part import SLOTS, PartSpec, all_parts, part_block, part_of
+from mindspeed_mm.models.part import SLOTS, PartSpec, all_parts, part_block, part_of, written_prefix
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, all_families, find_family, load_model_spec, model_block
 from mindspeed_mm.weights.files import read_json_object
 from mindspeed_mm.weights.layouts import HF_DECODER, OUR_FILES, OUR_MODEL, OURS, PROJECTOR, TEXT, VISION, Layout
@@ -97,7 +97,7 @@ class Conversion:
 
     def jobs(self, layout: Layout, kind: str, rows: int | None = None) -> list[Job]:
         """Jobs of one part in the names of a layout."""
-        dialect, prefix = layout.dialects[kind], layout.written[kind]
+        dialect, prefix = layout.dialects[kind], written_prefix(layout, part_of(kind, self.specs[kind]))
         jobs, filled = part_jobs(
             self.parts[kind],
             self.specs[kind],

@@ -4,7 +4,9 @@ The implementation `name` of a kind lives in the module `<package>.<name>` under
 `find("mindspeed_mm.models.vision_encoder", "clip", "PART")`. Only the module that is asked for is imported.
 
 Other packages add theirs by `register`, from a module that they name as an entry point of the group
-"mindspeed_mm.plugins"; it is imported when a name is first looked up.
+"mindspeed_mm.plugins"; it is imported when a name is first looked up (docs/adding_a_family.md). Templates are JSON
+files of the folder `mindspeed_mm/data/templates`, benchmarks modules of `evaluation/benchmarks`; further ones are
+registered under these packages, too.
 """
 
 import difflib
@@ -51,6 +53,12 @@ def find(package: str, name: str, attribute: str, *, what: str | None = None) ->
     if name in _REGISTERED.get(package, ()):
         return _REGISTERED[package][name]
     return getattr(importlib.import_module(f"{package}.{name}"), attribute)
+
+
+def registered(package: str) -> dict[str, Any]:
+    """What other packages have added to `package`, by name."""
+    _import_plugins()
+    return dict(_REGISTERED.get(package, {}))
 
 
 def find_all(package: str, attribute: str) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 """Benchmarks: one module each, found by scanning this folder for modules with a `BENCHMARK` (or `BENCHMARKS`).
+Other packages register theirs under this package (mindspeed_mm.registry).
 
 A table of a user's own needs no module: its columns say whether it is multiple choice, yes-no or open questions.
 """
@@ -10,7 +11,8 @@ import pkgutil
 
 from evaluation.benchmark import Benchmark
 from evaluation.tsv import Table
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.registry import registered
 
 _TYPING_ERROR = 0.85
 """Names more alike than this (difflib ratio) to a known one, but not equal to it, are taken for typing errors."""
@@ -72,8 +74,22 @@ def _main_names() -> set[str]:
     return {benchmark.name.lower() for benchmark in _scan().values()}
 
 
-@functools.cache
 def _scan() -> dict[str, Benchmark]:
+    """All benchmarks by each of their names: those of this folder, and those that other packages registered."""
+    further = registered(__name__)
+    if not further:
+        return _own()
+    added: dict[str, Benchmark] = {}
+    for benchmark in further.values():
+        for name in (benchmark.name, *benchmark.aliases):
+            if name.lower() in {**_own(), **added}:
+                raise ConfigError(f"two benchmarks are called {name}; register the second under another name")
+            added[name.lower()] = benchmark
+    return {**_own(), **added}
+
+
+@functools.cache
+def _own() -> dict[str, Benchmark]:
     found: dict[str, Benchmark] = {}
     for module in pkgutil.walk_packages(__path__, f"{__name__}."):
         if module.ispkg or module.name.rsplit(".", 1)[-1].startswith("_"):

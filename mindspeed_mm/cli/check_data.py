@@ -118,10 +118,10 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
     parameters = config.dataset_param
     media, seq_length, weights, rows = None, SEQUENCE, None, None
     if model is not None:
+        from mindspeed_mm.models.complete import read_model
         from mindspeed_mm.models.family import media_of_data
-        from mindspeed_mm.models.spec import load_model_spec
 
-        spec = load_model_spec(namespace.mm_model)
+        spec = read_model(namespace.mm_model)
         media = media_of_data(spec, config)
         rows = spec.text_decoder.language_vocab_size
         seq_length, weights = spec.text_decoder.language_max_sequence_length, spec.text_decoder.ckpt_path

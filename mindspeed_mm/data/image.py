@@ -49,16 +49,24 @@ PROCESSOR_TYPES = (
     "SiglipImageProcessor",
     "SiglipImageProcessorFast",
     "SiglipImageProcessorPil",
+    "ViTImageProcessor",
+    "ViTImageProcessorFast",
+    "ViTImageProcessorPil",
+    "ViTFeatureExtractor",
 )
 """Names under which transformers of any age saves an image processor of this way; LLaVA's own adds do_pad."""
 
+_STRETCHED = {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": (0.5, 0.5, 0.5),
+    "image_std": (0.5, 0.5, 0.5),
+}
+
 TYPE_DEFAULTS = {
-    "SiglipImageProcessor": {
-        "size": {"height": 224, "width": 224},
-        "do_center_crop": False,
-        "image_mean": (0.5, 0.5, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
-    }
+    "SiglipImageProcessor": _STRETCHED,
+    "ViTImageProcessor": {**_STRETCHED, "resample": 2},
+    "ViTFeatureExtractor": {**_STRETCHED, "resample": 2},
 }
 """What a kind leaves out and means, where it is not CLIP's; by its name without Fast or Pil."""
 
@@ -130,7 +138,7 @@ class ImageProcessor(StrictModel):
             if kind is not None and kind not in PROCESSOR_TYPES:
                 raise ConfigError(
                     f'image processor ({context or "given fields"}): {key} is "{kind}"; expected one of '
-                    f"{', '.join(PROCESSOR_TYPES)}. Only CLIP's and SigLIP's ways are known."
+                    f"{', '.join(PROCESSOR_TYPES)}. Only CLIP's, SigLIP's and ViT's ways are known."
                 )
         for key, value in FIXED_KEYS.items():
             if fields.pop(key, value) not in (value, None):

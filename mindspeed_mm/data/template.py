@@ -1,6 +1,7 @@
 """Conversation templates as data.
 
-Templates are JSON files in the folder `templates`; a new one is a new file. The name "tokenizer" stands for the chat
+Templates are JSON files in the folder `templates`; a new one is a new file. Other packages register the path of
+theirs under PACKAGE. The name "tokenizer" stands for the chat
 template that comes with the tokenizer (see chat_template.py). What is made of them: rendering.py and encode.py.
 """
 
@@ -12,24 +13,43 @@ from mindspeed_mm.data.chat_template import template_from_tokenizer
 from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import TemplateError
+from mindspeed_mm.registry import registered
 
 FOLDER = Path(__file__).parent / "templates"
+
+PACKAGE = "mindspeed_mm.data.templates"
+"""Where the registry keeps templates of other packages."""
 
 OWN_TEMPLATE = "tokenizer"
 """The name that stands for the tokenizer's own chat template."""
 
 
 @lru_cache(maxsize=1)
-def _templates() -> dict[str, Template]:
-    """Every template by its name (the file's) and its aliases."""
+def _own_templates() -> dict[str, Template]:
+    """Every template of the folder by its name (the file's) and its aliases."""
     found: dict[str, Template] = {}
     for path in sorted(FOLDER.glob("*.json")):
-        template = load_config(Template, path, what="template")
-        for name in (path.stem, *template.aliases):
-            if name in found:
-                raise TemplateError(f'the template name "{name}" is used twice, the second time in {path.name}.')
-            found[name] = template
+        _add(found, path.stem, path)
     return found
+
+
+def _templates() -> dict[str, Template]:
+    """The folder's templates and those that other packages registered: paths of JSON files."""
+    further = registered(PACKAGE)
+    if not further:
+        return _own_templates()
+    found = dict(_own_templates())
+    for name, path in further.items():
+        _add(found, name, path)
+    return found
+
+
+def _add(found: dict[str, Template], name: str, path: Path) -> None:
+    template = load_config(Template, path, what="template")
+    for each in (name, *template.aliases):
+        if each in found:
+            raise TemplateError(f'the template name "{each}" is used twice, the second time in {path}.')
+        found[each] = template
 
 
 def template_names() -> list[str]:

@@ -12,6 +12,7 @@ from checkpoint_converters.companions import SAVED_TOKENIZER
 from mindspeed_mm.config.load import read_json
 from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.complete import read_model
 from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, MODEL_KEYS, ModelSpec, find_family, load_model_spec
@@ -68,7 +69,7 @@ def locate(path: Path, *, tokenizer: str | Path | None = None, image_processor: 
 
 def _from_model_json(path: Path) -> Located:
     values = {key: value for key, value in read_json(path).items() if key in MODEL_KEYS}
-    spec = load_model_spec(values, context=str(path))
+    spec = read_model(values, context=str(path))
     return Located(
         path,
         spec,

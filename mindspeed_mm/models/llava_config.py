@@ -36,6 +36,19 @@ LLAVA_DEFAULTS = {
 """What LLaVA-1.5's released config.json says beside the architecture; a source's own values take their place."""
 
 
+OWN_KEYS = (
+    "delay_load",
+    "image_crop_resolution",
+    "image_grid_pinpoints",
+    "image_split_resolution",
+    "max_length",
+    "max_sequence_length",
+    "tokenizer_model_max_length",
+    "use_pos_skipping",
+)
+"""Further keys of an original config.json that do not describe the decoder, beside those with mm_ in their names."""
+
+
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a config.json is the original code's."""
     return "mm_vision_tower" in config or "mm_projector_type" in config or "mm_hidden_size" in config
@@ -76,6 +89,14 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     if "tie_word_embeddings" in config:
         inner["tie_word_embeddings"] = config["tie_word_embeddings"]
     return inner
+
+
+def original_text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's config inside an original one, whose top level is the decoder's with LLaVA's keys among it."""
+    kind = str(config.get("model_type", "llava"))
+    own = {*LLAVA_DEFAULTS, *OWN_KEYS}
+    kept = {key: value for key, value in config.items() if key not in own and "mm_" not in key}
+    return {**kept, "model_type": DECODER_TYPES.get(kind, kind.removeprefix("llava_"))}
 
 
 def vision_config(config: dict[str, Any]) -> dict[str, Any]:

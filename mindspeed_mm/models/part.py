@@ -5,7 +5,6 @@ one value that describes what we do; any other value is refused with the reason,
 """
 
 import difflib
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -198,6 +197,12 @@ def part_of(kind: str, spec: PartSpec) -> Part:
     return find_part(kind, spec.model_id)
 
 
+def written_prefix(layout: Layout, part: Part) -> str:
+    """What stands before a part's names where a layout is written."""
+    own = part.layouts[0].written.get(part.kind, "") if part.layouts else ""
+    return layout.written[part.kind].replace("{own}", own)
+
+
 def part_block(kind: str, spec: PartSpec) -> dict[str, Any]:
     """One block of a model.json, with the values that differ from the defaults."""
     block = spec.model_dump(mode="json", exclude_defaults=True)
@@ -209,7 +214,6 @@ def all_parts(kind: str) -> dict[str, Part]:
     return find_all(f"mindspeed_mm.models.{kind}", "PART")
 
 
-@functools.lru_cache
 def model_types(kind: str) -> dict[str, Part]:
     """The parts of one slot by each HF model_type that they read. Raises ConfigError where two parts claim one."""
     found: dict[str, Part] = {}

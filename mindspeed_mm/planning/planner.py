@@ -12,7 +12,8 @@ from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.spec import ModelSpec, load_model_spec
+from mindspeed_mm.models.complete import read_model
+from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.planning.flags import STRATEGY_FLAGS
 from mindspeed_mm.planning.hardware import Hardware, find_hardware, from_records
 from mindspeed_mm.planning.job import PlannedRow, TrainingJob
@@ -46,7 +47,7 @@ class Planner:
     def __init__(self, namespace: argparse.Namespace, platform: Platform) -> None:
         self.namespace, self.platform = namespace, platform
         _check_numbers(namespace)
-        self.spec = load_model_spec(namespace.mm_model)
+        self.spec = read_model(namespace.mm_model)
         if all(part.freeze for part in self.spec.part_specs().values()):
             raise ConfigError("nothing to train: all parts are frozen; set freeze to false for at least one part")
         self.samples = namespace.samples

@@ -14,10 +14,11 @@ from mindspeed_mm.data.dataset import Positions
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.complete import read_model
 from mindspeed_mm.models.family import media_of_data
 from mindspeed_mm.models.parallel import layout_problems
 from mindspeed_mm.models.runtime import Runtime
-from mindspeed_mm.models.spec import ModelSpec, load_model_spec
+from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.objectives import find_objective
 from mindspeed_mm.objectives._batches import pad_to_one_length
 from mindspeed_mm.platform import Platform
@@ -47,7 +48,7 @@ class RunInputs:
         """
         register_checkpoints()
         self.objective = find_objective(objective)
-        self.spec = load_model_spec(model_path)
+        self.spec = read_model(model_path)
         self.args, self.platform = with_virtual_stages(args, self.spec.text_decoder.num_layers), platform
         self.data_config = DataConfig.load(data_path)
         self.runtime = runtime_of(self.args)

@@ -28,7 +28,8 @@ class Layout:
     markers: regular expressions; the layout is recognised when each is found in one of the names.
     prefixes: of them the longest that fits a name counts.
     dialects: the names that are left, by slot: which rules of the part read them.
-    written: the prefix of each slot's names where the layout is written; empty where it is only read.
+    written: the prefix of each slot's names where the layout is written; empty where it is only read. `{own}` in it
+        stands for the prefix that the part has in its own folder.
     """
 
     name: str

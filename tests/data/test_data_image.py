@@ -96,7 +96,7 @@ def test_a_nested_processor_config(tmp_path):
 @pytest.mark.parametrize("kind", PROCESSOR_TYPES)
 def test_processors_of_stock_exports(kind):
     fast = {"data_format": "channels_first", "default_to_square": False, "device": None, "do_pad": None}
-    size = {"height": 30, "width": 30} if kind.startswith("Siglip") else {"shortest_edge": 30}
+    size = {"height": 30, "width": 30} if kind.startswith(("Siglip", "ViT")) else {"shortest_edge": 30}
     fields = {"image_processor_type": kind, "size": size, "crop_size": 30}
     assert ImageProcessor.from_config(fields | fast).output_size == (30, 30)
 
@@ -118,7 +118,10 @@ def test_llavas_own_processor_pads(tmp_path):
     [
         ({"data_format": "channels_last"}, "data_format is 'channels_last'; expected 'channels_first'"),
         ({"default_to_square": True}, "default_to_square is True; expected False"),
-        ({"image_processor_type": "ViTImageProcessor"}, 'image_processor_type is "ViTImageProcessor"; expected'),
+        (
+            {"image_processor_type": "ConvNextImageProcessor"},
+            'image_processor_type is "ConvNextImageProcessor"; expected',
+        ),
         ({"sise": 3}, 'sise: unknown key; did you mean "size"'),
         ({"size": {"longest_edge": 3}}, "size has the keys"),
         ({"crop_size": {"shortest_edge": 3}}, "crop_size has the keys"),

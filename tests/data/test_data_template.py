@@ -123,18 +123,18 @@ def test_names_and_aliases():
 
 def test_a_new_template_is_a_new_file(tmp_path, monkeypatch):
     monkeypatch.setattr(template_module, "FOLDER", tmp_path)
-    template_module._templates.cache_clear()
+    template_module._own_templates.cache_clear()
     try:
         content = {"human": "Q: {text}\n", "gpt_header": "A:", "gpt": " {text}</s>", "end": "</s>", "stop": ["</s>"]}
         (tmp_path / "mine.json").write_text(json.dumps(content))
         turns = [{"from": "human", "value": "1?"}, {"from": "gpt", "value": "2"}]
         assert render(turns, "mine") == "Q: 1?\nA: 2</s>"
-        template_module._templates.cache_clear()
+        template_module._own_templates.cache_clear()
         (tmp_path / "other.json").write_text(json.dumps(content | {"aliases": ["mine"]}))
         with pytest.raises(TemplateError, match='the template name "mine" is used twice'):
             get_template("mine")
     finally:
-        template_module._templates.cache_clear()
+        template_module._own_templates.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["plain", "v1", "llava_v1", "llava_llama_2"])

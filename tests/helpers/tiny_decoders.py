@@ -130,8 +130,8 @@ def save(model: transformers.PreTrainedModel, name: str, folder: Path, **decoder
 
 
 INTERNLM2_NAMES = {
-    r"^model\.embed_tokens\.": "model.tok_embeddings.",
-    r"^lm_head\.": "output.",
+    r"model\.embed_tokens\.": "model.tok_embeddings.",
+    r"lm_head\.": "output.",
     r"\.self_attn\.o_proj\.": ".attention.wo.",
     r"\.mlp\.gate_proj\.": ".feed_forward.w1.",
     r"\.mlp\.up_proj\.": ".feed_forward.w3.",
@@ -141,26 +141,30 @@ INTERNLM2_NAMES = {
 }
 
 
-def as_internlm2(folder: Path) -> None:
-    """Rename a Llama to InternLM2: its config says bias false, and wqkv holds each group's queries, key and value."""
+def as_internlm2(folder: Path, prefix: str = "") -> None:
+    """Rename a Llama to InternLM2: its config says bias false, and wqkv holds each group's queries, key and value.
+
+    `prefix` is that of the decoder's names where it is the decoder of a LLaVA, whose config is `text_config` then.
+    """
     config = json.loads((folder / "config.json").read_text())
-    groups = config["num_key_value_heads"]
+    text = config["text_config"] if prefix else config
     tensors = load_file(folder / "model.safetensors")
     renamed = {}
     for name, tensor in tensors.items():
-        if ".self_attn." in name and "o_proj" not in name:
+        own = name.startswith(prefix)
+        if own and ".self_attn." in name and "o_proj" not in name:
             continue
-        for old, new in INTERNLM2_NAMES.items():
+        for old, new in INTERNLM2_NAMES.items() if own else ():
             name = re.sub(old, new, name)
         renamed[name] = tensor
-    for layer in range(config["num_hidden_layers"]):
-        parts = [tensors[f"model.layers.{layer}.self_attn.{kind}_proj.weight"] for kind in "qkv"]
-        grouped = [part.view(groups, -1, config["hidden_size"]) for part in parts]
-        renamed[f"model.layers.{layer}.attention.wqkv.weight"] = torch.cat(grouped, dim=1).flatten(0, 1)
+    for layer in range(text["num_hidden_layers"]):
+        parts = [tensors[f"{prefix}model.layers.{layer}.self_attn.{kind}_proj.weight"] for kind in "qkv"]
+        grouped = [part.view(text["num_key_value_heads"], -1, text["hidden_size"]) for part in parts]
+        renamed[f"{prefix}model.layers.{layer}.attention.wqkv.weight"] = torch.cat(grouped, dim=1).flatten(0, 1)
     save_file(renamed, folder / "model.safetensors")
-    kept = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias", "head_dim")}
+    kept = {key: value for key, value in text.items() if key not in ("attention_bias", "mlp_bias", "head_dim")}
     kept |= {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False}
-    (folder / "config.json").write_text(json.dumps(kept))
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": kept} if prefix else kept))
 
 
 def rows(count: int = 2, length: int = 23, seed: int = 3) -> torch.Tensor:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.sample import Encoded
+from tests.helpers.tiny_decoders import FAMILIES
 
 IMAGE_ID, ROWS = 130, 131
 
@@ -59,10 +60,17 @@ def siglip(**changes) -> transformers.SiglipVisionConfig:
     return transformers.SiglipVisionConfig(**(VISION | changes))
 
 
-def llava(vision, **changes):
-    """A LlavaForConditionalGeneration."""
-    text = transformers.LlamaConfig(**(TEXT | changes.pop("text", {})))
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_ID, **changes)
+def decoder_config(name: str, **changes) -> transformers.PreTrainedConfig:
+    """The config of a decoder of tests/helpers/tiny_decoders.py, at the sizes of this file."""
+    family = FAMILIES[name]
+    return getattr(transformers, family.config)(**(TEXT | {"pad_token_id": 0} | family.keys | changes))
+
+
+def llava(vision, decoder: str = "llama", **changes):
+    """A LlavaForConditionalGeneration around any decoder; InternLM2 is a Llama until it is saved."""
+    text = decoder_config(decoder, **changes.pop("text", {}))
+    options = {"image_token_index": IMAGE_ID, "tie_word_embeddings": text.tie_word_embeddings, "pad_token_id": 0}
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, **(options | changes))
     return randomised(transformers.LlavaForConditionalGeneration(config))
 
 
@@ -98,6 +106,14 @@ def words() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **special, additional_special_tokens=["<image>"]
     )
+
+
+def fixed_processor(kind: str, side: int = 28):
+    """transformers' image processor of CLIP or SigLIP."""
+    square = {"height": side, "width": side}
+    if kind == "siglip":
+        return transformers.SiglipImageProcessorPil(size=square)
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
 
 
 def save(model, folder: Path, processor=None) -> Path:

@@ -24,7 +24,8 @@ GRADIENT = f"--lr {STEP * 1e8} --adam-beta1 0 --adam-beta2 0 --adam-eps 1e8"
 
 
 def train(path: str, layout: GoldenLayout, samples: list[Encoded], save: str, steps: int, optimizer: str) -> None:
-    """Train on this rank into the folder `save`: `steps` steps, each of all samples; weights from the folder `path`."""
+    """Train on this rank into the folder `save`: `steps` steps, each of all samples; weights from the folder `path`.
+    Data-parallel ranks take the samples in turns."""
     from mindspeed_mm.platform import get_platform
 
     platform = get_platform("cpu")
@@ -57,7 +58,7 @@ def train(path: str, layout: GoldenLayout, samples: list[Encoded], save: str, st
 
     state = setup.setup(args, provide, platform)
     collate = Collator(0, pad_multiple=runtime.sequence_multiple, row_length=ROW if layout.packed else None)
-    batches = cycle([collate([row]) for row in rows])
+    batches = cycle([collate([row]) for row in rows[state.data_parallel_rank :: layout.data]])
     from mindspeed_mm.objectives.sft import OBJECTIVE
 
     loop.train(state, args, OBJECTIVE.forward_step, batches, Hooks())

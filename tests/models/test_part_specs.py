@@ -217,7 +217,7 @@ def test_a_llama_that_cannot_be_built(changes, message):
         ({"num_attention_heads": 3}, "num_attention_heads 3 x kv_channels None"),
         ({"kv_channels": 32}, "CLIP's heads fill its width"),
         ({"num_query_groups": 1}, "CLIP has plain multi-head attention"),
-        ({"image_size": 57}, "image_size 57 is not a multiple of patch_size 14"),
+        ({"image_size": 13}, "image_size 13 holds no patch of patch_size 14"),
         ({"select_layer": -5}, "select_layer -5 is outside the 4 layers"),
         ({"select_layer": 5}, "select_layer 5 is outside"),
         ({"class_token_len": 2}, "CLIP has one class token"),

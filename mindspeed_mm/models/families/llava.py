@@ -20,13 +20,13 @@ from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import part_of_source
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.llava_config import (
-    DECODER_TYPES,
     ORIGINAL,
     has_class_token,
     hf_config,
     is_original,
     is_tiled,
     original_config,
+    original_text_config,
     refuse_start_end,
     select_strategy,
     text_config,
@@ -71,7 +71,7 @@ LLAVA_HF = Layout(
     (*DECODER_PREFIXES, *VISION_PREFIXES, *nested("multi_modal_projector.", PROJECTOR)),
     {TEXT: "hf", VISION: "hf", PROJECTOR: "hf"},
     # Names of the hub, which transformers of every version reads.
-    {TEXT: "language_model.", VISION: "vision_tower.vision_model.", PROJECTOR: "multi_modal_projector."},
+    {TEXT: "language_model.", VISION: "vision_tower.{own}", PROJECTOR: "multi_modal_projector."},
 )
 
 LLAVA = Layout(
@@ -84,7 +84,7 @@ LLAVA = Layout(
         *projector_prefixes("model.mm_projector."),
     ),
     {TEXT: "hf", VISION: "hf", PROJECTOR: "llava"},
-    {TEXT: "", VISION: "model.vision_tower.vision_tower.vision_model.", PROJECTOR: "model.mm_projector."},
+    {TEXT: "", VISION: "model.vision_tower.vision_tower.{own}", PROJECTOR: "model.mm_projector."},
 )
 
 
@@ -103,8 +103,7 @@ class Llava(Family):
     def split_config(self, config: dict[str, Any], layout: str) -> dict[str, dict[str, Any] | None]:
         self._check_config(config, layout)
         if layout == ORIGINAL:
-            kind = str(config.get("model_type", "llava"))
-            decoder = {**config, "model_type": DECODER_TYPES.get(kind, kind.removeprefix("llava_"))}
+            decoder = original_text_config(config)
             return {TEXT: decoder, VISION: None, PROJECTOR: config if "mm_hidden_size" in config else None}
         return {TEXT: text_config(config), VISION: vision_config(config), PROJECTOR: config}
 

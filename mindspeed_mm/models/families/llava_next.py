@@ -37,7 +37,7 @@ LLAVA_NEXT_HF = Layout(
     ),
     {TEXT: "hf", VISION: "hf", PROJECTOR: "hf"},
     # Names of the hub, which transformers of every version reads.
-    {TEXT: "language_model.", VISION: "vision_tower.vision_model.", PROJECTOR: ""},
+    {TEXT: "language_model.", VISION: "vision_tower.{own}", PROJECTOR: ""},
 )
 
 LLAVA_NEXT = Layout(

@@ -149,7 +149,7 @@ class HfFormat:
             )
         known = {*self.honoured, *NEUTRAL, *HARMLESS}
         unknown = [key for key, value in config.items() if key not in known and value not in (None, False, "", [], {})]
-        if unknown and not str(config.get("model_type")).startswith("llava"):
+        if unknown:
             logger.warning("%s: keys that are not known here change nothing: %s", self.name, ", ".join(unknown))
 
     def spec_of(self, full: dict[str, Any], **options: Any) -> DecoderSpec:

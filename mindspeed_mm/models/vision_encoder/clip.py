@@ -58,11 +58,12 @@ class ClipSpec(PartSpec):
     kv_channels: Size = None  # hidden_size / heads
     patch_size: Size
     image_size: Size
+    """Pixels behind the last whole patch are not looked at."""
     num_channels: Annotated[int, only(3, why="images are RGB")] = 3
     add_class_token: Annotated[bool, only(True, why="CLIP has a class token")] = True
     class_token_len: Annotated[int, only(1, why="CLIP has one class token")] = 1
     select_layer: int = -2
-    """Hidden state that is the feature, counted as HF does: 0 = embeddings, -1 = after the last layer."""
+    """Hidden state that is the feature, counted as HF does: 1 = after the first layer, -1 = after the last."""
     select_feature: Literal["patch", "cls_patch"] = "patch"
     activation_func: Literal["quick_gelu", "gelu"] = "quick_gelu"
     gated_linear_unit: Annotated[bool, only(False, why="CLIP's MLP has no gate")] = False
@@ -125,10 +126,8 @@ class ClipSpec(PartSpec):
                 f"the text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers "
                 "there"
             )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; correct one of them"
-            )
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}")
         if not 0 < self.num_built_layers <= self.num_layers:
             raise ValueError(
                 f"select_layer {self.select_layer} is outside the {self.num_layers} layers; expected "
