@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 FILE_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 
 RUN_KEYS = (
-    *("freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16"),
+    *("freeze", "lora", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16"),
     *("recompute_granularity", "recompute_method", "recompute_num_layers"),
 )
 """Spec keys that say how a run used the part, which is nothing of the weights."""

@@ -1,0 +1,117 @@
+"""LoRA against the peft library on transformers' models: losses, gradients and AdamW steps at every layout."""
+
+import json
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mindspeed_mm.models.adapters.splits import their_b
+from mindspeed_mm.models.adapters.targets import sites
+from mindspeed_mm.models.part import find_part
+from mindspeed_mm.models.spec import load_model_spec
+from tests.helpers.decoder_ranks import DecoderStep, Spread, joined_losses, labels_of, take_step
+from tests.helpers.tiny_decoders import make, rows, save
+
+PACKED = {"phi3": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]}
+TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
+SPREADS = {
+    "one process": Spread(),
+    "TP2": Spread(tensor=2),
+    "TP2 SP": Spread(tensor=2, sequence_parallel=True),
+    "PP2": Spread(pipeline=2),
+    "CP2": Spread(context=2),
+}
+
+
+def wrapped(name, folder, **changes):
+    """A random model with a random adapter of PEFT on it, and the model.json of both."""
+    theirs = make(name)
+    block = {"r": 3, "alpha": 7, "use_rslora": name == "qwen3", "target_modules": PACKED.get(name, TARGETS)} | changes
+    if name == "llama" and not changes:
+        block["target_modules"] = "all-linear"
+    path = save(theirs, name, folder, lora=block | {"load": str(folder / "adapter")}, pipeline_num_layers=None)
+    config = peft.LoraConfig(r=3, lora_alpha=7, use_rslora=block["use_rslora"], target_modules=block["target_modules"])
+    model = peft.get_peft_model(theirs, config)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "adapter")
+    return model, path
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request, tmp_path_factory):
+    """(name, model.json, losses and gradients of PEFT)."""
+    model, path = wrapped(request.param, tmp_path_factory.mktemp(request.param))
+    ids = rows(length=24)
+    labels = labels_of(ids)
+    losses = F.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    losses[labels != -100].mean().backward()
+    marks = ("base_model.model.", ".default")
+    gradients = {}
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for mark in marks:
+                key = key.replace(mark, "", 1)
+            gradients[key] = parameter.grad
+    return request.param, path, losses.detach(), gradients
+
+
+def whole(shards, part, spec):
+    """Gradients of A and B of the whole part in PEFT's names."""
+    found = {}
+    for site in sites(part, spec):
+        for which, axis in (("a", 1), ("b", 0)):
+            key = f"{site.owner}.lora.{site.short}.{which}"
+            by_rank = {shard.tensor_rank: shard.gradients[key] for shard in shards if key in shard.gradients}
+            pieces = [by_rank[rank] for rank in sorted(by_rank)]
+            split = (site.step.rule.axis == 1) == (which == "a")
+            for other in pieces[1:] if not split else ():
+                torch.testing.assert_close(other, pieces[0])
+            blocks = site.step.rule.blocks(spec.geometry) if which == "b" and len(site.step.sources) == 1 else 1
+            if split:
+                pieces = [
+                    torch.cat(block, axis) for block in zip(*(p.chunk(blocks, axis) for p in pieces), strict=True)
+                ]
+                full = torch.cat(pieces, axis)
+            else:
+                full = pieces[0]
+            full = their_b(site, full, spec.geometry) if which == "b" else full
+            found[f"{site.module}.lora_{which.upper()}.weight"] = full
+    return found
+
+
+@pytest.mark.parametrize("layout", SPREADS)
+def test_losses_and_gradients(ranks, pair, layout):
+    name, path, losses, wanted = pair
+    spread, ids = SPREADS[layout], rows(length=24)
+    labels = labels_of(ids)
+    if spread.pipeline > 1:
+        path = staged(path)
+    step = DecoderStep(ids, labels)
+    shards = (
+        [take_step(str(path), spread, step)]
+        if spread.ranks == 1
+        else ranks(spread.ranks).run(take_step, str(path), spread, step)
+    )
+    torch.testing.assert_close(joined_losses(shards), losses.t()[labels.t() != -100], atol=2e-4, rtol=0)
+    part, spec = find_part("text_decoder", name), load_model_spec(path).text_decoder
+    found = whole(shards, part, spec)
+    assert found.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+    assert all(".lora." in key for shard in shards for key in shard.gradients)
+
+
+def staged(path):
+    """A copy of model.json that puts one of the three layers on the first stage."""
+    model = json.loads(path.read_text())
+    model["text_decoder"]["pipeline_num_layers"] = [1, 2]
+    other = path.with_name("stages.json")
+    other.write_text(json.dumps(model))
+    return other
