@@ -60,20 +60,14 @@ def load(
         WeightError: the path holds no whole model, or a damaged one; the adapter is damaged or another model's.
         ConfigError: the model's spec is missing or wrong; unknown device or dtype; another number of processes.
     """
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype!r} is not known: expected one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+    dtype = _dtype(dtype)
     if quantize is not None and tensor_model_parallel_size * pipeline_model_parallel_size > 1:
         raise ConfigError(f"quantize {quantize} works in one process: leave the parallel sizes at 1")
     if quantize is not None and adapter is not None:
         raise ConfigError(f"quantize {quantize} and an adapter do not go together: merge the adapter first")
     located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
-    spec = (
-        with_adapter(located.spec, adapter)
-        if adapter
-        else own_adapters(located.spec, merged=located.sources is not None)
-    )
+    spec = own_adapters(located.spec, merged=located.sources is not None)
+    spec = spec if adapter is None else with_adapter(spec, adapter)
     words = load_tokenizer(located.tokenizer) if located.tokenizer else None
     if not located.placeholder_ids and words is not None:  # our own layouts, whose files hold no ids of HF's keys
         located = _with_token_ids(located, located.spec.family.token_ids(words.token_to_id))
@@ -112,6 +106,14 @@ def load(
 
         quantize_decoder(vlm.text_decoder, quantize)
     return LoadedVLM(vlm, located, words, media)
+
+
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    if not isinstance(name, str):
+        return name
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _with_token_ids(located: Located, ids: dict[str, int]) -> Located:

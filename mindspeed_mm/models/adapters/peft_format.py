@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mindspeed_mm.errors import WeightError
+from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.adapters.spec import LoraSpec
 from mindspeed_mm.models.adapters.targets import DIALECT, WEIGHT, all_sites
 from mindspeed_mm.models.spec import ModelSpec, find_family
 from mindspeed_mm.weights.files import SafetensorsFile, read_json_object
 from mindspeed_mm.weights.layouts import HF_DECODER, Layout
+from mindspeed_mm.weights.rules import Drop
+
+logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 OUTER = "base_model.model."
@@ -56,41 +60,72 @@ class PeftAdapter:
         file = SafetensorsFile(self.path / TENSORS)
         return file.get(OUTER + name + _A), file.get(OUTER + name + _B)
 
-    def sites(self, parts: dict[str, Any], specs: dict[str, Any], family: Any) -> dict[str, dict[str, str]]:
-        """Slot -> {our Hugging Face name of a linear: the adapter's name of it}.
+    def sites(
+        self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
+    ) -> dict[str, dict[str, str]]:
+        """Slot -> {our Hugging Face name of a linear: the adapter's name of it}, of the linears that our model builds.
+
+        Modules that features never come from (the last layer of a CLIP, say) are left out, with a word in the log.
+        Raises WeightError where the adapter names a module that the model does not have or that takes no adapter.
+        """
+        tensors = self.tensors(parts, specs, layouts)
+        linears = {slot: {site.module for site in all_sites(parts[slot], specs[slot])} for slot in specs}
+        found: dict[str, dict[str, str]] = {}
+        idle = []
+        for slot, names in tensors.items():
+            for tensor, name in names.items():
+                module = tensor.removesuffix(WEIGHT)
+                if module in linears[slot]:
+                    found.setdefault(slot, {})[module] = name
+                elif _is_idle(parts[slot], specs[slot], tensor):
+                    idle.append(name)
+                else:
+                    raise WeightError(
+                        f"{self.path}: it adapts {name}, which takes no adapter here; expected linears of layers and "
+                        "of the projector alone. Merge the adapter with PEFT and give the merged weights"
+                    )
+        if idle:
+            logger.info("%s: %d adapters of layers that are not used, such as %s", self.path, len(idle), idle[0])
+        return found
+
+    def tensors(
+        self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
+    ) -> dict[str, dict[str, str]]:
+        """Slot -> {Hugging Face's name of an adapted weight in the part: the adapter's name of the module}.
 
         Raises WeightError where the adapter names a module that the model does not have, with some that it has.
         """
-        known = {
-            slot: {site.step.sources[site.number]: site.module for site in all_sites(parts[slot], specs[slot])}
-            for slot in specs
-        }
         best: list[str] = list(self.names)
-        for layout in (*family.layouts, HF_DECODER):
-            found, unknown = self._split(layout, parts, specs, known)
+        for layout in (*layouts, HF_DECODER):
+            found, unknown = self._split(layout, parts, specs)
             if not unknown:
                 return found
             best = min(best, unknown, key=len)
-        have = [name for names in known.values() for name in names.values()]
+        have = [site.module for slot in specs for site in all_sites(parts[slot], specs[slot])]
         raise WeightError(
-            f"{self.path}: it adapts {len(best)} modules that this model does not have or cannot adapt, such as "
-            f"{best[0]}; expected some like {', '.join(have[:3])}. Give an adapter of this base model"
+            f"{self.path}: it adapts {len(best)} modules that this model does not have, such as {best[0]}; expected "
+            f"some like {', '.join(have[:3])}. Give an adapter of this base model"
         )
 
     def _split(
-        self, layout: Layout, parts: dict[str, Any], specs: dict[str, Any], known: dict[str, dict[str, str]]
+        self, layout: Layout, parts: dict[str, Any], specs: dict[str, Any]
     ) -> tuple[dict[str, dict[str, str]], list[str]]:
-        """(what `sites` returns, names that fit nothing) where the names are those of a layout."""
+        """(what `tensors` returns, names that fit nothing) where the names are those of a layout."""
         split, _, unknown = layout.split(name + WEIGHT for name in self.names)
         found: dict[str, dict[str, str]] = {}
         for slot, names in split.items():
-            translate = _to_dialect(parts[slot], specs[slot], layout.dialects[slot])
+            if slot not in specs:
+                unknown += names.values()
+                continue
+            part, spec = parts[slot], specs[slot]
+            to_ours = translation(part, spec, layout.dialects[slot], DIALECT)
+            known = set(to_ours.values())
             for short, stored in names.items():
-                module = known[slot].get(translate.get(short, ""))
-                if module is None:
-                    unknown.append(stored)
+                name = to_ours.get(short, short)
+                if name in known or _is_idle(part, spec, name):
+                    found.setdefault(slot, {})[name] = stored.removesuffix(WEIGHT)
                 else:
-                    found.setdefault(slot, {})[module] = stored.removesuffix(WEIGHT)
+                    unknown.append(stored)
         return found, [name.removesuffix(WEIGHT) for name in unknown]
 
     def lora(self, **changes: Any) -> LoraSpec:
@@ -99,10 +134,17 @@ class PeftAdapter:
         return LoraSpec(**(given | {"load": str(self.path)} | changes))
 
 
-def _to_dialect(part: Any, spec: Any, dialect: str) -> dict[str, str]:
-    """Names of a dialect -> those that targets are given in, where both have the same tensors."""
-    theirs = {step.target: step.sources for step in part.rules[dialect].steps(spec.geometry)}
-    ours = {step.target: step.sources for step in part.rules[DIALECT].steps(spec.geometry)}
+def _is_idle(part: Any, spec: Any, name: str) -> bool:
+    """Whether a part's weights have this tensor, but our model never builds it."""
+    rules = part.rules[DIALECT]
+    unused = any(step.unused and name in step.sources for step in rules.steps(spec.geometry))
+    return unused or any(isinstance(rule, Drop) and rule.matches(name) for rule in rules.rules)
+
+
+def translation(part: Any, spec: Any, old_dialect: str, new_dialect: str) -> dict[str, str]:
+    """Names of one dialect of a part -> those of another, where both have the same tensors."""
+    theirs = {step.target: step.sources for step in part.rules[old_dialect].steps(spec.geometry)}
+    ours = {step.target: step.sources for step in part.rules[new_dialect].steps(spec.geometry)}
     return {
         old: new
         for target, names in theirs.items()
@@ -154,10 +196,17 @@ def read_peft(folder: str | Path) -> PeftAdapter:
 def with_adapter(spec: ModelSpec, folder: str | Path) -> ModelSpec:
     """The spec of a model with the adapter of a folder on it, for `build_vlm`, which loads it.
 
-    Raises WeightError for an adapter that cannot be read or belongs to another model.
+    Raises ConfigError for a model that has an adapter of its own already, and WeightError for an adapter that cannot be
+    read or belongs to another model.
     """
+    held = [part.lora.load for part in spec.part_specs().values() if part.lora]
+    if held:
+        raise ConfigError(
+            f"found the adapter {folder} for a model whose lora block loads {held[0]} already; expected one of them. "
+            "Leave one out, or merge one into the weights first (mindspeed-mm merge)"
+        )
     adapter = read_peft(folder)
-    found = adapter.sites(spec.parts(), spec.part_specs(), spec.family)
+    found = adapter.sites(spec.parts(), spec.part_specs(), spec.family.layouts)
     return _with_blocks(spec, {slot: adapter.lora(target_modules=list(names)) for slot, names in found.items()})
 
 
@@ -193,7 +242,7 @@ def pairs_of(spec: ModelSpec, slot: str) -> dict[str, tuple[Tensor, Tensor]] | N
     found = {key: getattr(adapter, key) for key in stated}
     if found != stated:
         raise WeightError(f"{lora.load}: the adapter has {found}, {slot}.lora says {stated}. Make them equal")
-    names = adapter.sites(spec.parts(), spec.part_specs(), spec.family).get(slot, {})
+    names = adapter.sites(spec.parts(), spec.part_specs(), spec.family.layouts).get(slot, {})
     return {module: adapter.pair(name) for module, name in names.items()}
 
 

@@ -1,0 +1,203 @@
+"""Folders of the peft library: read, merged, and what is refused."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import mindspeed_mm as mm
+from checkpoint_converters.merge import merge
+from mindspeed_mm.cli.main import main
+from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.spec import load_model_spec
+from tests.helpers.tiny_decoders import make, rows, save
+from tests.helpers.tiny_llava import IMAGE_ID, clip, close, llava, llava_next, siglip
+from tests.helpers.tiny_llava import save as save_llava
+
+ALL = {"target_modules": "all-linear"}
+DECODER = {"target_modules": r".*language_model.*\.(q_proj|down_proj|gate_proj)", "use_rslora": True}
+
+
+def adapted(model, folder, seed=3, **changes):
+    """PEFT's model with random A and B, saved in `folder`."""
+    config = peft.LoraConfig(**({"r": 3, "lora_alpha": 7} | changes))
+    wrapped = peft.get_peft_model(model, config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in wrapped.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+@pytest.fixture
+def decoder(tmp_path):
+    """(transformers' model, its folder, model.json around it)."""
+    theirs = make("llama")
+    path = save(theirs, "llama", tmp_path)
+    return theirs, tmp_path / "hf", path
+
+
+@pytest.mark.parametrize("targets", [ALL, DECODER], ids=["all-linear", "decoder"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "siglip"])
+def test_whole_models(tmp_path, kind, targets):
+    """The adapter of PEFT on transformers' class, switched on, off and merged."""
+    if kind == "siglip":
+        model = llava(siglip(), vision_feature_select_strategy="full", vision_feature_layer=-1)
+    else:
+        model = {"llava": llava, "llava_next": llava_next}[kind](clip())
+    base = save_llava(model, tmp_path / "base")
+    ids = rows(1, 30)
+    ids[ids == IMAGE_ID] = 5
+    inputs = {}
+    if kind != "llava_next":
+        count = 16
+        ids[:, 2 : 2 + count] = IMAGE_ID
+        inputs["pixel_values"] = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain = model(input_ids=ids, **inputs).logits
+        wanted = adapted(model, tmp_path / "adapter", **targets)(input_ids=ids, **inputs).logits
+    ours = mm.load(base, device="cpu", adapter=tmp_path / "adapter")
+    close(ours.logits(ids, **inputs), wanted)
+    with ours.disable_adapter():
+        close(ours.logits(ids, **inputs), plain)
+    close(ours.logits(ids, **inputs), wanted)
+    assert main(["merge", str(base), str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    close(mm.load(tmp_path / "merged", device="cpu").logits(ids, **inputs), wanted)
+    again = type(model).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        close(again(input_ids=ids, **inputs).logits, wanted)
+
+
+def test_generation_and_several_adapters(decoder, tmp_path):
+    theirs, base, path = decoder
+    first = adapted(theirs, tmp_path / "first", target_modules=["q_proj", "up_proj"])
+    prompt = rows(1, 9)
+    with torch.no_grad():
+        logits = first(input_ids=prompt).logits
+    ours = mm.load(path, device="cpu", adapter=tmp_path / "first")
+    close(ours.logits(prompt), logits)
+    options = transformers.GenerationConfig(max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=[10**6])
+    wanted = first.generate(input_ids=prompt, generation_config=options)[0, 9:].tolist()
+    assert ours.generate(input_ids=prompt[0].tolist(), max_new_tokens=7, eos_token_id=-1) == [wanted]
+    second = adapted(first.merge_and_unload(), tmp_path / "second", seed=5, target_modules=["q_proj", "o_proj"])
+    merge(base, [tmp_path / "first", tmp_path / "second"], tmp_path / "both")
+    with torch.no_grad():
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both")
+        close(again(input_ids=prompt).logits, second(input_ids=prompt).logits)
+    with pytest.raises(WeightError, match="comes twice"):
+        merge(base, [tmp_path / "first", tmp_path / "first"], tmp_path / "more")
+
+
+# --- What is refused -----------------------------------------------------------------------------------------------
+
+
+def block(path, **lora):
+    model = json.loads(path.read_text())
+    model["text_decoder"]["lora"] = lora
+    return model
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"target_modules": ["q_prj"]}, r"q_prj fits no linear of this part \(did you mean q_proj\?\)"),
+        ({"target_modules": ["lm_head"]}, "lm_head fits no linear.*expected some of q_proj"),
+        ({"target_modules": "nothing.*"}, "fits no linear"),
+        ({"target_modules": "("}, "is no regular expression"),
+        ({"target_modules": []}, "fits no linear"),
+        ({"r": 0}, "lora.r"),
+        ({"alpha": 0}, "lora.alpha"),
+        ({"dropout": 1.0}, "lora.dropout"),
+        ({"rank": 8}, "rank"),
+    ],
+)
+def test_blocks_that_cannot_be(decoder, lora, message):
+    with pytest.raises(ConfigError, match=message):
+        load_model_spec(block(decoder[2], **lora))
+
+
+def test_lora_on_a_frozen_part(decoder):
+    model = block(decoder[2], r=2)
+    model["text_decoder"]["freeze"] = True
+    with pytest.raises(ConfigError, match="found lora in a part with freeze true"):
+        load_model_spec(model)
+
+
+def changed(folder, **values):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_dora": True}, "found use_dora True; expected False"),
+        ({"bias": "all"}, "found bias 'all'; expected 'none'"),
+        ({"peft_type": "IA3"}, "found peft_type 'IA3'"),
+        ({"rank_pattern": {"q_proj": 4}}, "found rank_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "found modules_to_save"),
+        ({"r": 5}, "A and B of .* have shapes .* another r"),
+    ],
+)
+def test_adapters_of_another_kind(decoder, tmp_path, values, message):
+    adapted(decoder[0], tmp_path / "adapter", **ALL)
+    changed(tmp_path / "adapter", **values)
+    with pytest.raises((WeightError, ConfigError), match=message):
+        mm.load(decoder[2], device="cpu", adapter=tmp_path / "adapter")
+
+
+def test_damaged_and_foreign_folders(decoder, tmp_path):
+    theirs, base, path = decoder
+    folder = tmp_path / "adapter"
+    adapted(make("llama", hidden_size=60, num_hidden_layers=4), folder, **ALL)
+    with pytest.raises(WeightError, match="adapts 7 modules that this model does not have"):
+        mm.load(path, device="cpu", adapter=folder)
+    other = tmp_path / "other"
+    adapted(make("llama", hidden_size=60), other, **ALL)
+    with pytest.raises(ConfigError, match="belongs to another base model"):
+        mm.load(path, device="cpu", adapter=other)
+    with pytest.raises(WeightError, match="Give an adapter of this base model"):
+        merge(base, [other], tmp_path / "merged")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(WeightError, match="without its partner"):
+        mm.load(path, device="cpu", adapter=folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(WeightError, match="is a pickle, which is not read"):
+        mm.load(path, device="cpu", adapter=folder)
+    with pytest.raises(WeightError, match="found no adapter_config.json"):
+        mm.load(path, device="cpu", adapter=tmp_path / "hf")
+
+
+def test_what_does_not_go_together(decoder, tmp_path):
+    theirs, _, path = decoder
+    adapted(theirs, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(ConfigError, match="do not go together"):
+        mm.load(path, device="cpu", adapter=tmp_path / "adapter", quantize="nf4")
+    with pytest.raises(ConfigError, match="was loaded without an adapter"):
+        mm.load(path, device="cpu").disable_adapter()
+    given = {"r": 3, "alpha": 7, "load": str(tmp_path / "adapter")}
+    for lora, message in (
+        (given | {"target_modules": ["q_proj", "v_proj"]}, r"no A and B of model.layers.0.self_attn.v_proj"),
+        (given | {"r": 4, "target_modules": ["q_proj"]}, "Make them equal"),
+    ):
+        path.write_text(json.dumps(block(path, **lora)))
+        with pytest.raises((ConfigError, WeightError), match=message):
+            mm.load(path, device="cpu")
+    path.write_text(json.dumps(block(path, **given, target_modules=["q_proj"])))
+    assert mm.load(path, device="cpu").spec.text_decoder.lora is not None
+    with pytest.raises(ConfigError, match="whose lora block loads"):
+        mm.load(path, device="cpu", adapter=tmp_path / "adapter")
+
+
+def test_only_runs_with_adapters_are_written_as_peft(decoder, tmp_path):
+    with pytest.raises(WeightError, match="is no training checkpoint"):
+        mm.convert(decoder[1], tmp_path / "out", to="peft")
+    with pytest.raises(WeightError, match="found dtype; expected the checkpoint of a LoRA run"):
+        mm.convert(decoder[1], tmp_path / "out", to="peft", dtype="fp16")
