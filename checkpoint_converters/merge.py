@@ -25,6 +25,7 @@ from checkpoint_converters.write import (
     write_torch,
 )
 from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.adapters.peft_format import BESIDE
 from mindspeed_mm.models.describe import describe_part, part_of_source
 from mindspeed_mm.models.families.llava import LLAVA
 from mindspeed_mm.models.sources import PEFT_PREFIX, open_source
@@ -72,10 +73,10 @@ def merge(
 
     Args:
         base: folder in layout hf or clip, or in one of a family; it is only read.
-        partial: folders of LoRA adapters in PEFT's format, which are added up, and files of tensors under the names of
-            LLaVA, Llama or of the base, with or without PEFT's prefix. Each
-            tensor must be in the base with the same shape; only a projector may be new, to a base of layout hf or llava
-            that has none. Later files win over none: the same tensor twice is an error.
+        partial: folders of LoRA adapters in PEFT's format, which are added up (with the non_lora_trainables.bin that
+            LLaVA puts inside), and files of tensors under the names of LLaVA, Llama or of the base, with or without
+            PEFT's prefix. Each of their tensors must be in the base with the same shape; only a projector may be new,
+            to a base of layout hf or llava that has none. Later files win over none: the same tensor twice is an error.
         target: the new folder. Its shards and index are those of the base, new tensors are in the last shard.
         dtype: type of the merged tensors; None takes that of the tensor they replace.
 
@@ -134,7 +135,8 @@ def _changes(source: Source, places: dict[str, str], partial: list[Path]) -> dic
     folders = [path for path in partial if path.is_dir()]
     merged, names = with_adapters(source, folders)
     changes = {name: _Change(name, merged, name) for name in names}
-    for path in (path for path in partial if not path.is_dir()):
+    files = [path for path in partial if not path.is_dir()]
+    for path in [*files, *(folder / BESIDE for folder in folders if (folder / BESIDE).is_file())]:
         files = TensorFiles(path, [open_file(path)])
         for stored in files.names:
             name = _place(source, places, stored.removeprefix(PEFT_PREFIX), path)

@@ -6,9 +6,11 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import mindspeed_mm as mm
 from checkpoint_converters.checkpoint.adapters import export_adapter
+from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import WeightError
 from tests.helpers.golden_training import full_tensors, records
 from tests.parallel.test_command import describe_data, folder, train  # noqa: F401  folder is a fixture
@@ -48,8 +50,30 @@ def test_a_run_is_resumed_exactly_and_keeps_the_base_once(ranks, golden, folder)
     first = full_tensors(folder / "cut" / "iter_0000002")
     changed = {key for key in first if not torch.equal(first[key], ours[key])}
     assert changed and all(".lora." in key or "projector" in key for key in changed)
+    decoder_alone(folder, golden)
     assert len(list((folder / "cut" / "frozen").iterdir())) == 1
     assert bytes_of(folder / "cut" / "iter_0000004") < bytes_of(folder / "cut" / "frozen")
+
+
+def decoder_alone(folder, golden):  # noqa: F811
+    """The adapter of a run whose decoder alone has one, on the decoder's own class and on the whole model's."""
+    words = ["convert", str(folder / "whole"), "--to", "peft"]
+    assert main([*words, str(folder / "own"), "--part", "text_decoder"]) == 0
+    assert main([*words, str(folder / "vlm")]) == 0
+    names = load_file(folder / "vlm" / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)  # vLLM's, too
+    base = mm.load(folder / "model.json", device="cpu").spec.text_decoder.ckpt_path
+    stock = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.PeftModel.from_pretrained(stock, folder / "own").eval()
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids).logits
+    for vlm in (
+        mm.load(folder / "whole", device="cpu"),
+        mm.load(folder / "model.json", device="cpu", adapter=folder / "own"),
+        mm.load(folder / "model.json", device="cpu", adapter=folder / "vlm"),
+    ):
+        torch.testing.assert_close(vlm.logits(ids), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +106,8 @@ def test_export_merge_and_import(ranks, golden, folder):  # noqa: F811
     vision_too(folder)
     assert ranks(1).run(train, str(folder), "save", SIZES) == [0]
     export_adapter(folder / "save", folder / "adapter")
+    with pytest.raises(WeightError, match="none but the text_decoder's"):
+        export_adapter(folder / "save", folder / "other", decoder_only=True)
     with pytest.raises(WeightError, match="exists and is not empty"):
         export_adapter(folder / "save", folder / "adapter")
     merged = mm.load(folder / "save", device="cpu")

@@ -108,6 +108,95 @@ def test_losses_and_gradients(ranks, pair, layout):
     assert all(".lora." in key for shard in shards for key in shard.gradients)
 
 
+def test_three_steps_of_adamw(tmp_path):
+    """Ours against PEFT's, each with torch's AdamW on its own adapters."""
+    from mindspeed_mm.models.build import build_vlm
+    from mindspeed_mm.models.runtime import Runtime
+    from mindspeed_mm.platform import get_platform
+    from mindspeed_mm.platform.distributed import init_single_process
+
+    init_single_process(get_platform("cpu"))
+    model, path = wrapped("qwen2", tmp_path)
+    ours, _ = build_vlm(load_model_spec(path), Runtime(), torch.device("cpu"))
+    ours.train()
+    ids = rows(length=24)
+    labels = labels_of(ids)
+    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6}
+    steps = [
+        torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], **options) for module in (ours, model)
+    ]
+    for _ in range(3):
+        logits = model(input_ids=ids).logits
+        wanted = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100)
+        found = ours(ids, torch.arange(24)[None], labels=labels).mean()
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        for optimizer, loss in zip(steps, (found, wanted), strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+RECOMPUTED = {
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+}
+
+
+@pytest.mark.parametrize("kind", RECOMPUTED)
+def test_recomputation_changes_nothing(pair, kind):
+    path, step = pair[1], DecoderStep(rows(length=24), labels_of(rows(length=24)))
+    model = json.loads(path.read_text())
+    model["text_decoder"].update(RECOMPUTED[kind])
+    again = path.with_name("recomputed.json")
+    again.write_text(json.dumps(model))
+    found, wanted = (take_step(str(each), Spread(), step) for each in (again, path))
+    torch.testing.assert_close(found.losses, wanted.losses)
+    for key, gradient in wanted.gradients.items():
+        torch.testing.assert_close(found.gradients[key], gradient)
+
+
+@pytest.mark.parametrize("layout", ["PP2", "TP2 SP"])
+def test_adapters_of_the_last_layer_alone(ranks, tmp_path, layout):
+    """With pipeline stages the first one trains nothing."""
+    _, path = wrapped("llama", tmp_path, target_modules=r".*layers\.2\..*(q_proj|down_proj)")
+    path = staged(path)
+    step, spread = DecoderStep(rows(length=24), labels_of(rows(length=24))), SPREADS[layout]
+    part, spec = find_part("text_decoder", "llama"), load_model_spec(path).text_decoder
+    found = whole(ranks(2).run(take_step, str(path), spread, step), part, spec)
+    wanted = whole([take_step(str(path), Spread(), step)], part, spec)
+    assert found.keys() == wanted.keys() and len(found) == 4
+    for key, gradient in wanted.items():
+        assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
+
+
+def test_dropout_is_of_training_alone(tmp_path):
+    _, path = wrapped("llama", tmp_path, dropout=0.5)
+    step = DecoderStep(rows(length=24), labels_of(rows(length=24)))
+    model = json.loads(path.read_text())
+    del model["text_decoder"]["lora"]["dropout"]
+    without = path.with_name("without.json")
+    without.write_text(json.dumps(model))
+    dropped, plain = (take_step(str(each), Spread(), step).losses for each in (path, without))
+    assert (dropped - plain).abs().max() > 1e-4
+    import mindspeed_mm as mm
+
+    one, other = (mm.load(each, device="cpu").logits(step.ids) for each in (path, without))
+    assert torch.equal(one, other)
+
+
+def test_the_plan_counts_adapters(tmp_path):
+    from types import SimpleNamespace
+
+    from mindspeed_mm.planning.parameters import _adapter_sizes
+
+    model, path = wrapped("llama", tmp_path)
+    spec = load_model_spec(path)
+    runtime = SimpleNamespace(stages=1)
+    job = SimpleNamespace(spec=spec, tensor=1, pipeline=1, runtime=runtime)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(_adapter_sizes(job, "text_decoder", 0)) == trained
+
+
 def staged(path):
     """A copy of model.json that puts one of the three layers on the first stage."""
     model = json.loads(path.read_text())

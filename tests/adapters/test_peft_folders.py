@@ -93,6 +93,62 @@ def test_generation_and_several_adapters(decoder, tmp_path):
         merge(base, [tmp_path / "first", tmp_path / "first"], tmp_path / "more")
 
 
+def logits_of(path, adapter, tensor, ids):
+    """On this rank."""
+    vlm = mm.load(path, device="cpu", adapter=adapter, tensor_model_parallel_size=tensor)
+    generated = vlm.generate(input_ids=ids[0].tolist(), max_new_tokens=5, eos_token_id=-1)
+    return vlm.logits(ids), generated
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_two_tensor_parallel_ranks(ranks, tmp_path, name):
+    theirs = make(name)
+    path = save(theirs, name, tmp_path)
+    wrapped = adapted(theirs, tmp_path / "adapter", **ALL)
+    ids = rows(1, 9)
+    with torch.no_grad():
+        wanted = wrapped(input_ids=ids).logits
+    options = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=[10**6])
+    text = wrapped.generate(input_ids=ids, generation_config=options)[0, 9:].tolist()
+    for logits, generated in ranks(2).run(logits_of, str(path), str(tmp_path / "adapter"), 2, ids):
+        close(logits, wanted)
+        assert generated == [text]
+
+
+def test_a_folder_of_llava_lora(tmp_path):
+    """The original code's LoRA folder: the adapter, and the projector beside it."""
+    model = llava(clip())
+    base = save_llava(model, tmp_path / "base")
+    folder = tmp_path / "lora"
+    ids = rows(1, 30)
+    ids[ids == IMAGE_ID] = 5
+    ids[:, 2:18] = IMAGE_ID
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    wrapped = adapted(model, folder, target_modules=r".*language_model.*\.(q_proj|up_proj)")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace("model.model.language_model.", "model.model."): each for name, each in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")  # the names of a LlavaLlamaForCausalLM
+    other = {}
+    with torch.no_grad():
+        for number, linear in enumerate(("linear_1", "linear_2")):
+            for kind, tensor in getattr(model.model.multi_modal_projector, linear).named_parameters():
+                tensor.add_(0.1)
+                other[f"base_model.model.model.mm_projector.{2 * number}.{kind}"] = tensor.clone()
+        wanted = wrapped(input_ids=ids, pixel_values=pixels).logits
+    torch.save(other, folder / "non_lora_trainables.bin")
+    with pytest.raises(WeightError, match="found non_lora_trainables.bin beside the adapter"):
+        mm.load(base, device="cpu", adapter=folder)
+    merged = merge(base, [folder], tmp_path / "merged")
+    assert len(merged.replaced) == 4 + 4
+    close(mm.load(tmp_path / "merged", device="cpu").logits(ids, pixel_values=pixels), wanted)
+
+
+def test_the_flag(decoder, tmp_path, capsys):
+    """Without an image processor and a tokenizer the command cannot answer; what it loads first is the adapter."""
+    assert main(["infer", "--model", str(decoder[2]), "--adapter", str(tmp_path / "no"), "--prompt", "Hi"]) == 1
+    assert "found no adapter_config.json" in capsys.readouterr().err
+
+
 # --- What is refused -----------------------------------------------------------------------------------------------
 
 

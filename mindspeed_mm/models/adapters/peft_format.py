@@ -23,6 +23,9 @@ from mindspeed_mm.weights.rules import Drop
 logger = logging.getLogger(__name__)
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+BESIDE = "non_lora_trainables.bin"
+"""What LLaVA's LoRA runs put beside their adapter: the trained projector."""
+
 OUTER = "base_model.model."
 """What PEFT puts before every name of the model that it wraps."""
 
@@ -204,6 +207,11 @@ def with_adapter(spec: ModelSpec, folder: str | Path) -> ModelSpec:
         raise ConfigError(
             f"found the adapter {folder} for a model whose lora block loads {held[0]} already; expected one of them. "
             "Leave one out, or merge one into the weights first (mindspeed-mm merge)"
+        )
+    if (Path(folder) / BESIDE).is_file():
+        raise WeightError(
+            f"{folder}: found {BESIDE} beside the adapter, full weights that go with it; expected an adapter alone. "
+            f"Merge both into the base: mindspeed-mm merge BASE {folder} --output DIR"
         )
     adapter = read_peft(folder)
     found = adapter.sites(spec.parts(), spec.part_specs(), spec.family.layouts)
