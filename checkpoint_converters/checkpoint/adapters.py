@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from mindspeed_mm.models.adapters.targets import WEIGHT, Site, sites
 from mindspeed_mm.models.spec import ModelSpec, load_model_spec
 from mindspeed_mm.weights.files import TensorFile
 from mindspeed_mm.weights.layouts import OUR_MODEL
+
+logger = logging.getLogger(__name__)
 
 ADAPTER = ".lora."
 """What is in the name of every A and B."""
@@ -50,6 +53,9 @@ def export_adapter(source: str | Path, target: str | Path, *, decoder_only: bool
     adapted = {} if spec is None else _adapted(spec)
     if not adapted:
         raise WeightError(f"{source} holds no adapters; expected the checkpoint of a LoRA run. Correct the path")
+    for slot, part in spec.part_specs().items():
+        if slot not in adapted and not part.freeze:
+            logger.warning("%s was trained as well and is not in the adapter: convert it by itself", slot)
     found = {slot: {site.module: site for site in sites(spec.parts()[slot], part)} for slot, part in adapted.items()}
 
     def pair(slot: str, module: str) -> tuple[Tensor, Tensor]:
