@@ -1,5 +1,6 @@
 """Folders of the peft library: read, merged, and what is refused."""
 
+import dataclasses
 import json
 
 import peft
@@ -12,9 +13,12 @@ import mindspeed_mm as mm
 from checkpoint_converters.merge import merge
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.adapters.peft_format import read_peft, write_peft
+from mindspeed_mm.models.adapters.targets import sites
 from mindspeed_mm.models.spec import load_model_spec
+from tests.helpers import tiny_qwen
 from tests.helpers.tiny_decoders import make, rows, save
-from tests.helpers.tiny_llava import IMAGE_ID, clip, close, llava, llava_next, siglip
+from tests.helpers.tiny_llava import IMAGE_ID, clip, close, llava, llava_next, save_original, siglip
 from tests.helpers.tiny_llava import save as save_llava
 
 ALL = {"target_modules": "all-linear"}
@@ -42,6 +46,36 @@ def decoder(tmp_path):
     return theirs, tmp_path / "hf", path
 
 
+def written_alike(vlm, folder):
+    """What we write is what PEFT wrote, without the adapters of layers that are never built."""
+    specs = {slot: part for slot, part in vlm.spec.part_specs().items() if part.lora}
+    adapter = read_peft(folder / "adapter")
+    names = adapter.sites(vlm.spec.parts(), vlm.spec.part_specs(), vlm.spec.family.layouts)
+    modules = {slot: [site.module for site in sites(vlm.spec.parts()[slot], part)] for slot, part in specs.items()}
+    write_peft(folder / "written", vlm.spec, lambda slot, module: adapter.pair(names[slot][module]), modules)
+    found, wanted = (load_file(folder / name / "adapter_model.safetensors") for name in ("written", "adapter"))
+    assert found and found.keys() <= wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
+def test_qwen_vl(tmp_path):
+    """All linears of windows, merger and decoder."""
+    model = tiny_qwen.qwen()
+    base = tiny_qwen.save(model, tmp_path / "base")
+    image = tiny_qwen.TAGS["image_token_id"]
+    ids = torch.tensor([[5, 130, *[image] * 6, 131, 7, 9, 11]])
+    pixels = torch.randn(24, 3 * 2 * tiny_qwen.PATCH**2, generator=torch.Generator().manual_seed(1))
+    inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6]])}
+    wrapped = adapted(model, tmp_path / "adapter", **ALL)
+    with torch.no_grad():
+        wanted = wrapped(input_ids=ids, mm_token_type_ids=(ids == image).int(), **inputs).logits
+    ours = mm.load(base, device="cpu", adapter=tmp_path / "adapter")
+    written_alike(ours, tmp_path)
+    close(ours.logits(ids, **inputs), wanted)
+    merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    close(mm.load(tmp_path / "merged", device="cpu").logits(ids, **inputs), wanted)
+
+
 @pytest.mark.parametrize("targets", [ALL, DECODER], ids=["all-linear", "decoder"])
 @pytest.mark.parametrize("kind", ["llava", "llava_next", "siglip"])
 def test_whole_models(tmp_path, kind, targets):
@@ -62,6 +96,7 @@ def test_whole_models(tmp_path, kind, targets):
         plain = model(input_ids=ids, **inputs).logits
         wanted = adapted(model, tmp_path / "adapter", **targets)(input_ids=ids, **inputs).logits
     ours = mm.load(base, device="cpu", adapter=tmp_path / "adapter")
+    written_alike(ours, tmp_path)
     close(ours.logits(ids, **inputs), wanted)
     with ours.disable_adapter():
         close(ours.logits(ids, **inputs), plain)
@@ -257,3 +292,48 @@ def test_only_runs_with_adapters_are_written_as_peft(decoder, tmp_path):
         mm.convert(decoder[1], tmp_path / "out", to="peft")
     with pytest.raises(WeightError, match="found dtype; expected the checkpoint of a LoRA run"):
         mm.convert(decoder[1], tmp_path / "out", to="peft", dtype="fp16")
+
+
+def test_other_refusals_of_export(decoder, tmp_path, monkeypatch):
+    with pytest.raises(WeightError, match="names no modules of a transformers class"):
+        spec = load_model_spec(block(decoder[2], r=2))
+        bare = dataclasses.replace(spec.family.layouts[0], modules={})
+        monkeypatch.setattr(spec.family, "layouts", (bare,))
+        write_peft(tmp_path / "out", spec, None, {"text_decoder": ["model.layers.0.mlp.up_proj"]})
+    monkeypatch.undo()
+    mm.convert(save_llava(llava(clip()), tmp_path / "base"), tmp_path / "run", to="checkpoint")
+    with pytest.raises(WeightError, match="holds no adapters"):
+        mm.convert(tmp_path / "run", tmp_path / "out", to="peft")
+
+
+def test_modules_that_take_no_adapter(decoder, tmp_path):
+    theirs, _, path = decoder
+    folder = tmp_path / "adapter"
+    adapted(theirs, folder, target_modules=["q_proj"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace("0.self_attn.q_proj", "0.input_layernorm"): each for name, each in tensors.items()}
+    save_file(renamed, folder / "adapter_model.safetensors")
+    with pytest.raises(WeightError, match="input_layernorm, which takes no adapter here"):
+        mm.load(path, device="cpu", adapter=folder)
+    vlm = mm.load(path, device="cpu")
+    from mindspeed_mm.models.adapters.lora import attach_lora
+
+    module, spec = vlm.model.text_decoder, load_model_spec(block(path, r=2))
+    module.decoder.layers[1].mlp.linear_fc2 = torch.nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match="layers.1.mlp.linear_fc2 is a Linear; expected a parallel linear"):
+        attach_lora(module, spec.parts()["text_decoder"], spec.text_decoder, tp_rank=0, tp_size=1)
+
+
+def test_bases_without_what_is_adapted(tmp_path):
+    model = llava_next(clip())
+    base = save_llava(model, tmp_path / "base")
+    original = save_original(model, tmp_path / "original")
+    adapted(model, tmp_path / "adapter", **ALL)
+    with pytest.raises(WeightError, match="it adapts the vision_encoder, which lies in"):
+        merge(original, [tmp_path / "adapter"], tmp_path / "merged")
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: each for name, each in tensors.items() if not ("vision_tower" in name and ".layers.2." in name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightError, match=r"has no .*layers.2.*expected it there"):
+        merge(base, [tmp_path / "adapter"], tmp_path / "merged")

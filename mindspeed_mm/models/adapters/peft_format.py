@@ -313,13 +313,11 @@ def write_peft(
 
 def _whole_names(spec: ModelSpec) -> Callable[[str, str], str]:
     """(slot, name in the part) -> name in transformers' class of the whole model."""
-    prefixes = find_family(spec.model_id).layouts[0].prefixes
-
-    def name_in_model(slot: str, name: str) -> str:
-        fitting = [prefix for prefix in prefixes if prefix.part == slot and name.startswith(prefix.new)]
-        names = [prefix.old + name[len(prefix.new) :] for prefix in fitting if prefix.old.startswith("model.")]
-        if not names:
-            raise WeightError(f"{name}: transformers' class of model_id {spec.model_id} has no name of it")
-        return min(names, key=len)
-
-    return name_in_model
+    layout = find_family(spec.model_id).layouts[0]
+    if not layout.modules:
+        raise WeightError(
+            f"layout {layout.name} of model_id {spec.model_id} names no modules of a transformers class; expected "
+            "adapters of a family that has one. Write those of the decoder alone (part text_decoder)"
+        )
+    prefixes = {prefix.part: prefix for prefix in layout.prefixes if prefix.old == layout.modules.get(prefix.part)}
+    return lambda slot, name: prefixes[slot].old + name.removeprefix(prefixes[slot].new)
