@@ -47,6 +47,7 @@ EXTRAS = {
     "dev": [
         *QUICKSTART,
         "bitsandbytes>=0.45",
+        "peft>=0.15",  # tests compare with it
         "pyarrow>=14",
         "pytest>=8",
         "pytest-xdist>=3.5",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from checkpoint_converters.checkpoint import register_checkpoints
+from checkpoint_converters.checkpoint.adapters import export_adapter
 from checkpoint_converters.companions import companions_of
 from checkpoint_converters.plan import Wanted, as_dtype, part_jobs, total_bytes
 from checkpoint_converters.progress import bytes_bar
@@ -48,10 +49,13 @@ from mindspeed_mm.weights.sources import PartSource, Source
 
 logger = logging.getLogger(__name__)
 
+PEFT = "peft"
+"""Adapters alone, in the format of the peft library."""
+
 FILE_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 
 RUN_KEYS = (
-    *("freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16"),
+    *("freeze", "lora", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16"),
     *("recompute_granularity", "recompute_method", "recompute_num_layers"),
 )
 """Spec keys that say how a run used the part, which is nothing of the weights."""
@@ -91,7 +95,8 @@ def convert(
         target: folder to write; it must not exist or be empty. "projector" also takes the name of one file.
         to: layout to write: "mindspeed-mm" (converted_clip.pt, converted_vicuna.pt, mlp.pt, and for a whole model
             model.json; may join other files of a folder), "llava-hf", "llava", "hf" (the decoder), "clip" (the vision
-            encoder), "projector", "checkpoint" (weights alone, as the folder that training and inference start from).
+            encoder), "projector", "checkpoint" (weights alone, as the folder that training and inference start from),
+            "peft" (the adapters of a LoRA run; parts ["text_decoder"] names them as the decoder's own class does).
         dtype: type to store (fp32, fp16, bf16 or torch's); None and "keep" keep each tensor's own.
         num_attention_heads: heads of a vision encoder whose source does not say (None: width / 64).
         parts: kinds to convert, None for all that source and target have.
@@ -102,8 +107,12 @@ def convert(
 
     Raises WeightError for a source that cannot be read or a target that cannot be written; the source is never changed.
     """
+    if to == PEFT:
+        given = {"dtype": dtype, "num_attention_heads": num_attention_heads, "tokenizer": tokenizer}
+        given |= {"image_processor": image_processor, "overwrite": overwrite or None}
+        return _adapters(source, target, parts, [key for key, value in given.items() if value not in (None, "keep")])
     if to not in targets():
-        raise WeightError(f"cannot convert to {to!r}; expected {', '.join(targets())}.")
+        raise WeightError(f"cannot convert to {to!r}; expected {', '.join((*targets(), PEFT))}.")
     if shard_size <= 0:
         raise WeightError(f"found shard size {shard_size}; expected a positive number of bytes.")
     target = Path(target)
@@ -137,6 +146,16 @@ def convert(
         plan.finish(folder)
         written = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return [target / name for name in written]
+
+
+def _adapters(source: object, target: str | Path, parts: Sequence[str] | None, given: list[str]) -> list[Path]:
+    """Write the adapters of a LoRA run. Raises WeightError for options that do not go with them."""
+    if given or not isinstance(source, str | Path) or parts not in (None, ["text_decoder"]):
+        raise WeightError(
+            f"peft: found {', '.join(given) or 'parts'}; expected the checkpoint of a LoRA run, with no other option "
+            "than part text_decoder, for the decoder's own class in transformers. Leave the rest out."
+        )
+    return export_adapter(source, target, decoder_only=parts is not None)
 
 
 def open_parts(source: str | Path | Source | Mapping[str, str | Path]) -> Source:

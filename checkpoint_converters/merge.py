@@ -1,4 +1,4 @@
-"""Put partial weights (a trained projector, a head, LLaVA's non_lora_trainables.bin) into a copy of a base folder."""
+"""Put LoRA adapters and partial weights (a projector, LLaVA's non_lora_trainables.bin) into a copy of a base folder."""
 
 import contextlib
 import logging
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_converters.convert import open_parts
+from checkpoint_converters.merge_adapters import with_adapters
 from checkpoint_converters.plan import Job, Output, as_dtype, total_bytes
 from checkpoint_converters.progress import bytes_bar
 from checkpoint_converters.stream import Runner
@@ -24,10 +25,11 @@ from checkpoint_converters.write import (
     write_torch,
 )
 from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.adapters.peft_format import BESIDE
 from mindspeed_mm.models.describe import describe_part, part_of_source
 from mindspeed_mm.models.families.llava import LLAVA
 from mindspeed_mm.models.sources import PEFT_PREFIX, open_source
-from mindspeed_mm.weights.files import read_json_object
+from mindspeed_mm.weights.files import TensorFile, read_json_object
 from mindspeed_mm.weights.folders import STANDARD_FILES, TensorFiles, open_file
 from mindspeed_mm.weights.layouts import PROJECTOR, VISION
 from mindspeed_mm.weights.sources import Source
@@ -35,7 +37,7 @@ from mindspeed_mm.weights.sources import Source
 logger = logging.getLogger(__name__)
 
 MERGEABLE = ("hf", "llava", "llava-hf", "clip")
-"""Layouts of a base folder."""
+"""Layouts of a base folder, beside those of the other families."""
 
 _PROJECTOR_NAME = re.compile(r"(?:mm_projector\.)?([0-9]+\.(?:weight|bias))")
 """A projector's name without LLaVA's prefix."""
@@ -54,7 +56,7 @@ class _Change:
     """A tensor of the result that comes from a partial file."""
 
     name: str
-    files: TensorFiles
+    files: TensorFile
     stored: str
 
 
@@ -70,10 +72,11 @@ def merge(
     """Write a copy of a base folder in which the tensors of partial files take the place of the base's.
 
     Args:
-        base: folder in layout hf, llava, llava-hf or clip; it is only read.
-        partial: files of tensors under the names of LLaVA, Llama or of the base, with or without PEFT's prefix. Each
-            tensor must be in the base with the same shape; only a projector may be new, to a base of layout hf or llava
-            that has none. Later files win over none: the same tensor twice is an error.
+        base: folder in layout hf or clip, or in one of a family; it is only read.
+        partial: folders of LoRA adapters in PEFT's format, which are added up (with the non_lora_trainables.bin that
+            LLaVA puts inside), and files of tensors under the names of LLaVA, Llama or of the base, with or without
+            PEFT's prefix. Each of their tensors must be in the base with the same shape; only a projector may be new,
+            to a base of layout hf or llava that has none. Later files win over none: the same tensor twice is an error.
         target: the new folder. Its shards and index are those of the base, new tensors are in the last shard.
         dtype: type of the merged tensors; None takes that of the tensor they replace.
 
@@ -83,7 +86,7 @@ def merge(
     if not base.is_dir():
         raise WeightError(f"{base} is no folder; expected a base model's folder. Correct the path.")
     source = open_source(base)
-    if source.layout not in MERGEABLE:
+    if source.layout not in MERGEABLE and source.family is None:
         raise WeightError(f"{base} has layout {source.layout}; expected {', '.join(MERGEABLE)}. Convert it first.")
     if base.resolve() in (target.resolve(), *target.resolve().parents):
         raise WeightError(f"{target} lies in the base {base}; expected another folder. Choose a new target.")
@@ -129,8 +132,11 @@ def _shards(base: Path) -> dict[str, list[str]]:
 
 def _changes(source: Source, places: dict[str, str], partial: list[Path]) -> dict[str, _Change]:
     """Name in the base -> where its new value is. Raises WeightError for a tensor without a place."""
-    changes: dict[str, _Change] = {}
-    for path in partial:
+    folders = [path for path in partial if path.is_dir()]
+    merged, names = with_adapters(source, folders)
+    changes = {name: _Change(name, merged, name) for name in names}
+    files = [path for path in partial if not path.is_dir()]
+    for path in [*files, *(folder / BESIDE for folder in folders if (folder / BESIDE).is_file())]:
         files = TensorFiles(path, [open_file(path)])
         for stored in files.names:
             name = _place(source, places, stored.removeprefix(PEFT_PREFIX), path)
@@ -141,7 +147,7 @@ def _changes(source: Source, places: dict[str, str], partial: list[Path]) -> dic
                 )
             changes[name] = _Change(name, files, stored)
     if not changes:
-        raise WeightError("found no partial weights; expected at least one file with tensors.")
+        raise WeightError("found no partial weights; expected at least one file with tensors or one adapter.")
     _check_projector(source, places, changes)
     return changes
 

@@ -41,6 +41,7 @@ class ModelEngine:
         self._vlm, self._template, self._options = vlm, template, options
         self._facts = {
             **_weights(vlm),
+            **_adapters(vlm),
             "dtype": str(next(vlm.model.parameters()).dtype).removeprefix("torch."),
             "tokenizer": _digest(vlm.tokenizer.encode(PROBE)),
             "media": vlm.media.settings,
@@ -108,6 +109,13 @@ def _texts(ended: deque[tuple[EvaluationRequest, generation.GenerationHandle]]) 
         if handle.error is not None:
             raise DataError(f"question {request.id} cannot be answered: {handle.error}") from handle.error
         yield request.id, handle.result.text
+
+
+def _adapters(vlm: LoadedVLM) -> dict[str, Any]:
+    """What the weights of adapters do not show of them; empty without any."""
+    blocks = {slot: part.lora for slot, part in vlm.spec.part_specs().items() if part.lora is not None}
+    shown = {slot: {"r": lora.r, "scale": lora.scale} for slot, lora in blocks.items()}
+    return {"adapters": shown} if shown else {}
 
 
 def _weights(vlm: LoadedVLM) -> dict[str, Any]:

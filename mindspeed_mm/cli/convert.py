@@ -16,7 +16,7 @@ EXAMPLE = (
     "      --projector mm_projector.bin llava-7b --to llava"
 )
 
-LAYOUTS = ("mindspeed-mm", "llava-hf", "llava", "hf", "clip", "projector", "checkpoint")
+LAYOUTS = ("mindspeed-mm", "llava-hf", "llava", "hf", "clip", "projector", "checkpoint", "peft")
 PART_FLAGS = {"text_decoder": "--text-decoder", "vision_encoder": "--vision-encoder", "vision_projector": "--projector"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -100,6 +100,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     )
     sys.stdout.write("".join(f"wrote {path}\n" for path in written))
     result = {"target": target, "to": namespace.to, "files": [str(path) for path in written]}
+    if namespace.verify and namespace.to == "peft":
+        raise ConfigError("--verify compares whole models, and --to peft writes adapters alone: leave it out")
     if namespace.verify:
         from mindspeed_mm.cli.verify import verify
 

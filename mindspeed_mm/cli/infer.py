@@ -146,6 +146,8 @@ def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict
         "image_processor": namespace.image_processor,
         "quantize": namespace.quantize,
     }
+    if namespace.adapter:
+        facts["adapter"] = [str(Path(namespace.adapter).resolve()), weights_stamp(Path(namespace.adapter))]
     answers = Answers(Path(namespace.output), facts, writes=is_first_rank())
     digests = {name: line.digest(folder) for name, line in requests.items() if not isinstance(line, DataError)}
     waiting = {

@@ -1,4 +1,4 @@
-"""`mindspeed-mm merge`: partial weights into a copy of a base folder."""
+"""`mindspeed-mm merge`: adapters and partial weights into a copy of a base folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import argparse
 import sys
 from typing import Any
 
-HELP = "put partial weights (a projector, a head, non_lora_trainables.bin) into a copy of a base folder"
+HELP = "merge LoRA adapters and partial weights (a projector, a head ...) into a copy of a base folder"
 EXAMPLE = "mindspeed-mm merge llava-v1.5-7b non_lora_trainables.bin --output llava-v1.5-7b-tuned"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="folder in layout hf, llava, llava-hf or clip; only read")
-    parser.add_argument("partial", metavar="PARTIAL", nargs="+", help="files of tensors that replace those of BASE")
+    parser.add_argument(
+        "base", metavar="BASE", help="folder in layout hf, clip or a family's (llava, llava-hf ...); only read"
+    )
+    parser.add_argument(
+        "partial",
+        metavar="PARTIAL",
+        nargs="+",
+        help="adapters in PEFT's format (folders), and files of tensors that replace those of BASE",
+    )
     parser.add_argument("--output", required=True, metavar="DST", help="new folder")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="type of merged tensors (default: BASE's)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")

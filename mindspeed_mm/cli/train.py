@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from mindspeed_mm import ending
+from mindspeed_mm.cli.flags.lora import add_lora_arguments, given_lora
 from mindspeed_mm.cli.plan import size
 
 HELP = "pretrain or fine-tune from --mm-model, --mm-data and Megatron's flags"
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--feature-cache-size", type=size, metavar="SIZE", help="at most so much in that folder (default 50GB)"
     )
+    add_lora_arguments(parser)
     group.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
     arguments.add_arguments(parser)
 
@@ -54,7 +56,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     if namespace.mm_tool is not None:
         apply_tools(namespace, namespace.mm_tool)
     args = arguments.from_namespace(namespace)
-    training = TrainingRun(args, platform, namespace.mm_model, namespace.mm_data, namespace.objective)
+    files = namespace.mm_model, namespace.mm_data
+    training = TrainingRun(args, platform, *files, namespace.objective, given_lora(namespace))
     training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
     with ending.closing():
         ending.at_end(initialize.shutdown)

@@ -14,6 +14,7 @@ from checkpoint_converters.convert import convert
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.inference.locate import Located, locate
+from mindspeed_mm.models.adapters.peft_format import own_adapters, with_adapter
 from mindspeed_mm.models.part import DTYPES
 from mindspeed_mm.platform import Platform, get_platform
 from mindspeed_mm.platform.distributed import init_single_process
@@ -36,6 +37,7 @@ def load(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     quantize: str | None = None,
+    adapter: str | Path | None = None,
     allow_nonfinite: bool = False,
 ) -> LoadedVLM:
     """Load a whole model for inference.
@@ -50,19 +52,22 @@ def load(
             launch, which must be as many as their product; every process then makes the same calls and gets the same
             answers. `logits`, `vision_features` and `project` need the whole model on each stage.
         quantize: "int8", "nf4" or "fp4": keep the decoder's linears in 8 or 4 bits (needs bitsandbytes, one process).
+        adapter: a LoRA adapter's folder in PEFT's format, made for this model. It is switched on;
+            `vlm.disable_adapter()` is a context in which it is off.
         allow_nonfinite: load weights with NaN or Inf, which are else refused.
 
     Raises:
-        WeightError: the path holds no whole model, or a damaged one.
+        WeightError: the path holds no whole model, or a damaged one; the adapter is damaged or another model's.
         ConfigError: the model's spec is missing or wrong; unknown device or dtype; another number of processes.
     """
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype {dtype!r} is not known: expected one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+    dtype = _dtype(dtype)
     if quantize is not None and tensor_model_parallel_size * pipeline_model_parallel_size > 1:
         raise ConfigError(f"quantize {quantize} works in one process: leave the parallel sizes at 1")
+    if quantize is not None and adapter is not None:
+        raise ConfigError(f"quantize {quantize} and an adapter do not go together: merge the adapter first")
     located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
+    spec = own_adapters(located.spec, merged=located.sources is not None)
+    spec = spec if adapter is None else with_adapter(spec, adapter)
     words = load_tokenizer(located.tokenizer) if located.tokenizer else None
     if not located.placeholder_ids and words is not None:  # our own layouts, whose files hold no ids of HF's keys
         located = _with_token_ids(located, located.spec.family.token_ids(words.token_to_id))
@@ -87,7 +92,7 @@ def load(
         params_dtype=dtype,
     )
     vlm, reports = build_vlm(
-        located.spec,
+        spec,
         runtime,
         platform.device(),
         sources=located.sources,
@@ -101,6 +106,14 @@ def load(
 
         quantize_decoder(vlm.text_decoder, quantize)
     return LoadedVLM(vlm, located, words, media)
+
+
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    if not isinstance(name, str):
+        return name
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is not known: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def _with_token_ids(located: Located, ids: dict[str, int]) -> Located:

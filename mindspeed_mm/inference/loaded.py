@@ -5,6 +5,7 @@ Legend: B rows, S tokens, V vocabulary, N images, P tokens an image, Hv vision e
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from mindspeed_mm.generation.images import ImageFeatures
 from mindspeed_mm.generation.options import generation_options
 from mindspeed_mm.generation.prompts import as_prompts
 from mindspeed_mm.inference.locate import Located
+from mindspeed_mm.models.adapters.lora import adapters_off
 from mindspeed_mm.models.fusion import image_positions
 from mindspeed_mm.models.masks import complete_mask
 from mindspeed_mm.models.media import Features, Media
@@ -77,6 +79,12 @@ class LoadedVLM:
                 "vlm.media.plan(height, width).count gives it"
             )
         return plan.count
+
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model answers without its adapter. Raises ConfigError where it has none."""
+        if all(part.lora is None for part in self.spec.part_specs().values()):
+            raise ConfigError(f"{self._where} was loaded without an adapter: nothing to switch off")
+        return adapters_off(self.model)
 
     @torch.inference_mode()
     def logits(

@@ -6,6 +6,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from mindspeed_mm.models.adapters.lora import attach_lora
+from mindspeed_mm.models.adapters.peft_format import pairs_of
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import ModelSpec
@@ -42,8 +44,14 @@ def build_vlm(
     """
     vlm = VLM(spec, runtime, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
     vlm = vlm.to(device, runtime.params_dtype)
-    if not load_weights:
-        return vlm, []
+    reports = _load(vlm, spec, runtime, sources, allow_nonfinite=allow_nonfinite) if load_weights else []
+    _attach_adapters(vlm, spec, runtime, load_weights=load_weights)
+    return vlm, reports
+
+
+def _load(
+    vlm: VLM, spec: ModelSpec, runtime: Runtime, sources: dict[str, Source] | None, *, allow_nonfinite: bool
+) -> list[LoadReport]:
     reports = []
     opened: dict[str, Source] = {}
     for kind, module in vlm.parts().items():
@@ -63,7 +71,23 @@ def build_vlm(
                 **_place(module, runtime, kind),
             )
         )
-    return vlm, reports
+    return reports
+
+
+def _attach_adapters(vlm: VLM, spec: ModelSpec, runtime: Runtime, *, load_weights: bool) -> None:
+    """Give the parts whose spec says lora their adapters."""
+    for kind, module in vlm.parts().items():
+        part_spec = spec.part_specs()[kind]
+        if part_spec.lora is not None:
+            attach_lora(
+                module,
+                spec.parts()[kind],
+                part_spec,
+                tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+                tp_size=runtime.tensor_model_parallel_size,
+                layer_offset=_place(module, runtime, kind).get("layer_offset", 0),
+                pairs=pairs_of(spec, kind) if load_weights else None,
+            )
 
 
 def _place(module: torch.nn.Module, runtime: Runtime, kind: str) -> dict[str, int]:

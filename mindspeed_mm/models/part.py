@@ -14,6 +14,7 @@ import torch
 
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.adapters.spec import LoraSpec
 from mindspeed_mm.models.media import EncoderWork, Media
 from mindspeed_mm.registry import find, find_all
 from mindspeed_mm.weights.layouts import Layout
@@ -81,6 +82,8 @@ class PartSpec(StrictModel):
     """Keys that every part has."""
 
     freeze: bool = False
+    lora: LoraSpec | None = None
+    """Train adapters beside the frozen linears instead of the part's own parameters."""
     ckpt_path: str | None = None
     """Weights in any readable layout. None (or "") means random init, which must then be declared by `fresh`."""
     fresh: bool = False
@@ -114,6 +117,15 @@ class PartSpec(StrictModel):
     @classmethod
     def _empty_path_is_none(cls, value: str | None) -> str | None:
         return value or None
+
+    @pydantic.model_validator(mode="after")
+    def _lora_trains(self) -> "PartSpec":
+        if self.lora is not None and self.freeze:
+            raise ValueError(
+                "found lora in a part with freeze true; expected one of them: lora freezes the part's own parameters "
+                "and trains the adapters. Remove one"
+            )
+        return self
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mindspeed_mm.models.adapters.splits import places
+from mindspeed_mm.models.adapters.targets import sites
 from mindspeed_mm.models.parallel import stage_layers
 from mindspeed_mm.models.part import SLOTS
 from mindspeed_mm.planning.job import TrainingJob
@@ -38,8 +40,31 @@ def held_layers(job: TrainingJob, stage: int) -> int:
 def stage_parameters(job: TrainingJob, stage: int) -> Parameters:
     """Parameters that a rank of this pipeline stage holds."""
     sizes = {kind: list(_sizes(job, kind, stage)) for kind in SLOTS}
-    trained = [size for kind in SLOTS if job.trained(kind) for size in sizes[kind]]
-    return Parameters(sum(map(sum, sizes.values())), sum(trained), max(trained, default=0))
+    adapters = {kind: list(_adapter_sizes(job, kind, stage)) for kind in SLOTS}
+    trained = [
+        size
+        for kind in SLOTS
+        if job.trained(kind)
+        for size in (sizes[kind] if job.spec.part(kind).lora is None else adapters[kind])
+    ]
+    total = sum(map(sum, sizes.values())) + sum(map(sum, adapters.values()))
+    return Parameters(total, sum(trained), max(trained, default=0))
+
+
+def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
+    """Elements of each A and B of one part on this stage; layers count as many times as the stage holds them."""
+    spec, part = job.spec.part(kind), job.spec.parts()[kind]
+    if spec.lora is None or (kind != "text_decoder" and stage > 0):
+        return
+    shapes = part.shapes(spec)
+    share = held_layers(job, stage) / spec.geometry.num_layers if kind == "text_decoder" else 1.0
+    for site in sites(part, spec):
+        rows, columns = shapes.get(site.step.target) or shapes[site.step.rule.target]
+        own = places(site, rows, spec.geometry)
+        rows = rows if own is None else len(own)
+        split = job.tensor if site.step.rule.axis == 0 else 1, job.tensor if site.step.rule.axis == 1 else 1
+        yield round(share * spec.lora.r * rows / split[0])
+        yield round(share * spec.lora.r * columns / split[1])
 
 
 def _sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:

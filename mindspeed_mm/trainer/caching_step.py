@@ -23,7 +23,7 @@ from mindspeed_mm.platform import Platform
 
 WAITING_BATCHES = 4
 """Batches of features that may wait for the disk; then the training step waits, too."""
-NOT_FEATURES = {"freeze", "ckpt_path", "fresh"}
+NOT_FEATURES = {"freeze", "lora", "ckpt_path", "fresh"}
 """Keys of the vision encoder's spec on which features do not depend; its weights are looked at themselves."""
 
 
@@ -35,7 +35,7 @@ def check_cachable(spec: ModelSpec, runtime: Runtime, media: MediaProcessor) -> 
             f"--feature-cache works with images that all have the same number of features; those of model_id "
             f"{spec.model_id} depend on their size: leave it out"
         )
-    if not spec.vision_encoder.freeze:
+    if not spec.vision_encoder.freeze:  # nor has it adapters, which go with a part that is not frozen
         raise ConfigError(
             "--feature-cache needs a vision encoder that is not trained: set vision_encoder.freeze to true"
         )

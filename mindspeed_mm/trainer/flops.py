@@ -153,7 +153,8 @@ def step_flops(
 
     Args:
         spec: ModelSpec; its freeze flags decide what the backward pass costs: nothing in a frozen vision encoder, no
-            weight gradients in a frozen decoder behind a trained projector.
+            weight gradients in a frozen decoder behind a trained projector, nor where adapters are trained instead
+            (whose own few operations are left out).
         lengths: real tokens of each sample, image positions included, padding not. Samples that share a packed row
             count each by itself: attention stays inside a sample.
         images: images, or tiles where images are cut into them.
@@ -164,12 +165,13 @@ def step_flops(
     forward = forward_flops(spec, lengths=lengths, images=images, supervised=supervised, encoded=encoded, media=media)
     vision_encoder = not spec.vision_encoder.freeze
     projector, decoder = not spec.vision_projector.freeze, not spec.text_decoder.freeze
+    own = {kind: not part.freeze and part.lora is None for kind, part in spec.part_specs().items()}
     flow = vision_encoder or projector or decoder
     return (
-        forward.patches * (1 + vision_encoder)
-        + forward.vision_encoder * (3 if vision_encoder else 1)
-        + forward.projector * (1 + (vision_encoder or projector) + projector)
+        forward.patches * (1 + own["vision_encoder"])
+        + forward.vision_encoder * (1 + vision_encoder + own["vision_encoder"])
+        + forward.projector * (1 + (vision_encoder or projector) + own["vision_projector"])
         - forward.projector_first * (projector and not vision_encoder)
-        + (forward.decoder - forward.scores + forward.head) * (1 + flow + decoder)
+        + (forward.decoder - forward.scores + forward.head) * (1 + flow + own["text_decoder"])
         + forward.scores * (1 + 2 * flow)
     )

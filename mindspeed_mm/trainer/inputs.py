@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
 from checkpoint_converters.checkpoint import register_checkpoints
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
+from mindspeed_mm.config.load import read_json
 from mindspeed_mm.data.build import build_dataset, check_user_tokens
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.dataset import Positions
@@ -38,9 +40,15 @@ class RunInputs:
     """Flags, specs, tokenizer, image processor and data set of a run, which fit together."""
 
     def __init__(
-        self, args: DriverArguments, platform: Platform, model_path: str, data_path: str, objective: str = "sft"
+        self,
+        args: DriverArguments,
+        platform: Platform,
+        model_path: str,
+        data_path: str,
+        objective: str = "sft",
+        lora: dict[str, Any] | None = None,
     ) -> None:
-        """Reads the files.
+        """Reads the files. `lora`: keys of the text_decoder's lora block that flags give; they win over the file's.
 
         Raises:
             ConfigError: a file is wrong, or flags, model and data do not fit together.
@@ -48,7 +56,7 @@ class RunInputs:
         """
         register_checkpoints()
         self.objective = find_objective(objective)
-        self.spec = read_model(model_path)
+        self.spec = _model_spec(model_path, lora or {})
         self.args, self.platform = with_virtual_stages(args, self.spec.text_decoder.num_layers), platform
         self.data_config = DataConfig.load(data_path)
         self.runtime = runtime_of(self.args)
@@ -90,6 +98,14 @@ class RunInputs:
     def pad_to_one_length(self, batches: list[Batch]) -> list[Batch]:
         """Micro-batches of one step, padded to one length."""
         return pad_to_one_length(batches, self.pad_token_id)
+
+
+def _model_spec(path: str, lora: dict[str, Any]) -> ModelSpec:
+    model = read_json(path)
+    decoder = model.get("text_decoder")
+    if lora and isinstance(decoder, dict):
+        model = {**model, "text_decoder": {**decoder, "lora": {**(decoder.get("lora") or {}), **lora}}}
+    return read_model(model, context=path + (" with the --lora flags" if lora else ""))
 
 
 def runtime_of(args: DriverArguments) -> Runtime:

@@ -32,6 +32,7 @@ from mindspeed_mm.weights.loading import table
 logger = logging.getLogger(__name__)
 
 NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16", "pipeline_num_layers"}
+NOT_ARCHITECTURE |= {"dropout", "load", "init_seed"}  # of a lora block
 """Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
 
 
@@ -44,9 +45,15 @@ class TrainingRun:
     """Where features of a frozen vision encoder are kept."""
 
     def __init__(
-        self, args: DriverArguments, platform: Platform, model_path: str, data_path: str, objective: str = "sft"
+        self,
+        args: DriverArguments,
+        platform: Platform,
+        model_path: str,
+        data_path: str,
+        objective: str = "sft",
+        lora: dict[str, Any] | None = None,
     ) -> None:
-        self.inputs = RunInputs(args, platform, model_path, data_path, objective)
+        self.inputs = RunInputs(args, platform, model_path, data_path, objective, lora)
         self.validation = Validation(self.inputs)
         self.counts, self._saved_counts = DataCounts(), {}
 

@@ -30,6 +30,8 @@ class Layout:
     dialects: the names that are left, by slot: which rules of the part read them.
     written: the prefix of each slot's names where the layout is written; empty where it is only read. `{own}` in it
         stands for the prefix that the part has in its own folder.
+    modules: the one of `prefixes` (its `old`) that each slot's modules have in transformers' class today; adapters are
+        written with it.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Layout:
     prefixes: tuple[Prefix, ...]
     dialects: dict[str, str]
     written: dict[str, str] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
 
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether the names are of this layout."""

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Types of weights. Narrower ones come with scales, without which their values mean nothing."""
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def load_part(
     match = rules.match(part_source.names, geometry, where=f"{part_source.path} ({part.kind})")
     steps = {step.target: step for step in match.steps if not step.unused}
     check_tied_copy(rules, geometry, part_source)
-    local = {_global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    local = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
     whole = num_local_layers is None
     _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
     stored = found.geometry if part_source.assumed else geometry
@@ -261,6 +261,6 @@ def _copy(parameter: Tensor, name: str, value: Tensor, step: Step, source: PartS
     parameter.copy_(value)
 
 
-def _global_name(name: str, layer_offset: int) -> str:
-    """The name of a stage's tensor with the number that its layer has in the whole part."""
-    return _LAYER.sub(lambda found: f"decoder.layers.{int(found.group(1)) + layer_offset}.", name)
+def global_name(name: str, layer_offset: int) -> str:
+    """The name of a stage's tensor or module with the number that its layer has in the whole part."""
+    return _LAYER.sub(lambda found: f"decoder.layers.{int(found.group(1)) + layer_offset}", name)

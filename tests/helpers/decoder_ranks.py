@@ -116,15 +116,16 @@ def take_step(path: str, spread: Spread, step: DecoderStep) -> RankShard:
 
 
 def _gradients(vlm) -> dict[str, torch.Tensor]:
-    """Gradients of the text decoder, its layers numbered over the whole part."""
+    """Gradients of what is trained of the text decoder, its layers numbered over the whole part."""
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    from mindspeed_mm.weights.loading import _global_name
+    from mindspeed_mm.weights.loading import global_name
 
     offset = get_transformer_layer_offset(vlm.text_decoder.config)
     return {
-        _global_name(name, offset): parameter.main_grad.clone()
+        global_name(name, offset): parameter.main_grad.clone()
         for name, parameter in vlm.text_decoder.named_parameters()
+        if parameter.requires_grad
     }
 
 

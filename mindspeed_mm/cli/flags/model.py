@@ -22,6 +22,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16")
     parser.add_argument("--quantize", choices=("int8", "nf4", "fp4"), help="decoder in 8 or 4 bits (bitsandbytes)")
+    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter in PEFT's format, on top of the weights")
     parser.add_argument("--allow-nonfinite", action="store_true", help="also load weights with NaN or Inf")
     parser.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
 
@@ -104,6 +105,7 @@ def load_model(namespace: argparse.Namespace, path: str, **defaults: str | None)
     return api.load(
         path,
         quantize=namespace.quantize,
+        adapter=namespace.adapter,
         allow_nonfinite=namespace.allow_nonfinite,
         tensor_model_parallel_size=getattr(namespace, "tensor_model_parallel_size", 1),
         pipeline_model_parallel_size=getattr(namespace, "pipeline_model_parallel_size", 1),

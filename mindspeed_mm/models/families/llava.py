@@ -65,6 +65,8 @@ DECODER_PREFIXES = (
 
 VISION_PREFIXES = (*nested("vision_tower.vision_model.", VISION), *nested("vision_tower.", VISION))
 
+MODULES = {TEXT: "model.language_model.", VISION: "model.vision_tower.", PROJECTOR: "model.multi_modal_projector."}
+
 LLAVA_HF = Layout(
     HF,
     (r"^(model\.)?multi_modal_projector\.",),
@@ -72,6 +74,7 @@ LLAVA_HF = Layout(
     {TEXT: "hf", VISION: "hf", PROJECTOR: "hf"},
     # Names of the hub, which transformers of every version reads.
     {TEXT: "language_model.", VISION: "vision_tower.{own}", PROJECTOR: "multi_modal_projector."},
+    MODULES,
 )
 
 LLAVA = Layout(

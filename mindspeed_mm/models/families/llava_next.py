@@ -14,7 +14,15 @@ import torch
 from mindspeed_mm.data.image_tiles import TiledImages
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.models.families.llava import DECODER_PREFIXES, LLAVA, VISION_PREFIXES, Llava, nested, refuse_inputs
+from mindspeed_mm.models.families.llava import (
+    DECODER_PREFIXES,
+    LLAVA,
+    MODULES,
+    VISION_PREFIXES,
+    Llava,
+    nested,
+    refuse_inputs,
+)
 from mindspeed_mm.models.llava_config import ORIGINAL, is_tiled
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.tiles import tile_features, tile_grid
@@ -38,6 +46,7 @@ LLAVA_NEXT_HF = Layout(
     {TEXT: "hf", VISION: "hf", PROJECTOR: "hf"},
     # Names of the hub, which transformers of every version reads.
     {TEXT: "language_model.", VISION: "vision_tower.{own}", PROJECTOR: ""},
+    MODULES,
 )
 
 LLAVA_NEXT = Layout(

@@ -46,6 +46,7 @@ QWEN2_5_VL = Layout(
     ),
     {TEXT: "hf", VISION: "hf", PROJECTOR: "hf"},
     {TEXT: "", VISION: "visual.", PROJECTOR: "visual.merger."},
+    {TEXT: "model.language_model.", VISION: "model.visual.", PROJECTOR: "model.visual.merger."},
 )
 
 TOKENS = {

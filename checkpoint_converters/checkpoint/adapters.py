@@ -1,0 +1,88 @@
+"""Adapters in a training checkpoint: merged into its weights, or written in PEFT's format."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron.driver.checkpoint.reading import find_checkpoint, read_checkpoint
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.adapters.merged import MergedFile
+from mindspeed_mm.models.adapters.peft_format import write_peft
+from mindspeed_mm.models.adapters.splits import add_product, their_b
+from mindspeed_mm.models.adapters.targets import WEIGHT, Site, sites
+from mindspeed_mm.models.spec import ModelSpec, load_model_spec
+from mindspeed_mm.weights.files import TensorFile
+from mindspeed_mm.weights.layouts import OUR_MODEL
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = ".lora."
+"""What is in the name of every A and B."""
+
+
+def merged(file: TensorFile, spec: ModelSpec) -> MergedFile:
+    """The weights of a run with its adapters merged into them."""
+    groups: dict[str, list[tuple[str, Site]]] = {}
+    for slot, part in _adapted(spec).items():
+        for site in sites(spec.parts()[slot], part):
+            groups.setdefault(OUR_MODEL.written[slot] + site.step.target, []).append((slot, site))
+    changes = {name: _merging(file, spec, found) for name, found in groups.items()}
+    return MergedFile(file, changes, frozenset(name for name in file.names if ADAPTER in name))
+
+
+def export_adapter(source: str | Path, target: str | Path, *, decoder_only: bool = False) -> list[Path]:
+    """Write the adapters of a training checkpoint as a folder in PEFT's format; returns its files.
+
+    Args:
+        source: a save folder or one iteration's folder.
+        target: folder to write; it must not exist or be empty.
+        decoder_only: for the decoder's own class in transformers, instead of the whole model's.
+
+    Raises WeightError for a path that is no checkpoint or holds no adapters.
+    """
+    source = Path(source)
+    if not source.is_dir() or find_checkpoint(source) is None:
+        raise WeightError(f"{source} is no training checkpoint; expected the save folder of a LoRA run. Correct it")
+    checkpoint = read_checkpoint(source)
+    model = checkpoint.run["extra"].get("model")
+    spec = None if model is None else load_model_spec(model, context=f"{source}: model in run.json")
+    adapted = {} if spec is None else _adapted(spec)
+    if not adapted:
+        raise WeightError(f"{source} holds no adapters; expected the checkpoint of a LoRA run. Correct the path")
+    for slot, part in spec.part_specs().items():
+        if slot not in adapted and not part.freeze:
+            logger.warning("%s was trained as well and is not in the adapter: convert it by itself", slot)
+    found = {slot: {site.module: site for site in sites(spec.parts()[slot], part)} for slot, part in adapted.items()}
+
+    def pair(slot: str, module: str) -> tuple[Tensor, Tensor]:
+        return _pair(checkpoint, spec, slot, found[slot][module])
+
+    base = spec.text_decoder.ckpt_path or ""
+    return write_peft(
+        target, spec, pair, {slot: list(names) for slot, names in found.items()}, base=base, decoder_only=decoder_only
+    )
+
+
+def _adapted(spec: ModelSpec) -> dict:
+    return {slot: part for slot, part in spec.part_specs().items() if part.lora is not None}
+
+
+def _pair(file, spec: ModelSpec, slot: str, site: Site) -> tuple[Tensor, Tensor]:
+    """Whole A and B of one linear, in Hugging Face's order of rows."""
+    outer = f"{OUR_MODEL.written[slot]}{site.step.target.removesuffix(WEIGHT)}{ADAPTER}{site.short}."
+    return file.get(outer + "a"), their_b(site, file.get(outer + "b"), spec.part(slot).geometry)
+
+
+def _merging(file: TensorFile, spec: ModelSpec, found: list[tuple[str, Site]]) -> Callable[[Tensor], Tensor]:
+    def change(weight: Tensor) -> Tensor:
+        for slot, site in found:
+            part = spec.part(slot)
+            a, b = _pair(file, spec, slot, site)
+            weight = add_product(site, weight, part.lora.scale * (b.float() @ a.float()), part.geometry)
+        return weight
+
+    return change

@@ -1,0 +1,246 @@
+"""LoRA on megatron.core's parallel linears. Each linear that Hugging Face has gets its own A and B, also in fused ones.
+
+Legend: S sequence, B batch, T tensor-parallel size, r rank of the adapter.
+A linear split by rows of its weight (column parallel) has a whole A and the rank's rows of B; one split by columns has
+the rank's columns of A and a whole B. Only [S, B, r] values travel between the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.adapters.spec import LoraSpec
+from mindspeed_mm.models.adapters.splits import local_a, local_b, local_geometry, places
+from mindspeed_mm.models.adapters.targets import Site, sites
+from mindspeed_mm.weights.loading import global_name
+from mindspeed_mm.weights.rules import Geometry
+
+Pair = tuple[Tensor, Tensor]
+"""Whole A [r, in] and B [out, r] of one linear, as PEFT has them."""
+
+
+class LoraPair(torch.nn.Module):
+    """This rank's A and B of one linear. `places` are its rows in the output of a fused linear; None: it is all."""
+
+    active = True
+
+    def __init__(self, a: Tensor, b: Tensor, rows: Tensor | None, lora: LoraSpec) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Parameter(a), torch.nn.Parameter(b)
+        self.register_buffer("places", rows, persistent=False)
+        self.scale, self.dropout = lora.scale, lora.dropout
+
+    def add(self, output: Tensor, delta: Tensor) -> Tensor:
+        """The output of the whole linear with the adapter's on its rows."""
+        delta = delta * self.scale
+        return output + delta if self.places is None else output.index_add(-1, self.places, delta)
+
+    def dropped(self, x: Tensor, *, own_stream: bool) -> Tensor:
+        """x with dropout; with `own_stream` each tensor-parallel rank draws by itself, since its values are its own."""
+        if not (self.training and self.dropout):
+            return x
+        stream = tensor_parallel.get_cuda_rng_tracker().fork() if own_stream else contextlib.nullcontext()
+        with stream:
+            return F.dropout(x, self.dropout)
+
+
+class _Adapted(torch.nn.Module):
+    """What both kinds of parallel linears do with their adapters."""
+
+    lora: torch.nn.ModuleDict
+    blocks = 1
+    """Equal blocks of rows that are each split over the ranks, where one A and B make all of them."""
+
+    def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """[..., in] -> ([..., out], the bias to be added or None)."""
+        output, bias = super().forward(input_, *args, **kwargs)
+        for pair in self.lora.values():
+            if pair.active:
+                output = pair.add(output, self.delta(pair, input_))
+        return output, bias
+
+    def delta(self, pair: LoraPair, x: Tensor) -> Tensor:
+        """B A x in the layout of the linear's output."""
+        raise NotImplementedError
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None) -> ShardedStateDict:
+        """The linear's own tensors as before, and those of the adapters beside them."""
+        axes = dict(self.axes)
+        for name in self.lora:
+            axes |= {f"lora.{name}.{which}": axis for which, axis in self.split.items()}
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        state = self.state_dict(prefix="", keep_vars=True)
+        tensors = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
+        if self.blocks == 2:
+            for name in self.lora:
+                key = f"{prefix}lora.{name}.b"
+                tensors[key] = apply_swiglu_sharded_factory(tensors[key], sharded_offsets)
+        return tensors
+
+
+class LoraColumnLinear(_Adapted, ColumnParallelLinear):
+    """Split by rows of the weight."""
+
+    axes, split = {"weight": 0, "bias": 0}, {"b": 0}
+
+    def delta(self, pair: LoraPair, x: Tensor) -> Tensor:
+        inner = F.linear(pair.dropped(x, own_stream=self.sequence_parallel), pair.a)
+        if self.sequence_parallel:
+            inner = tensor_parallel.gather_from_sequence_parallel_region(inner)
+        else:
+            inner = tensor_parallel.copy_to_tensor_model_parallel_region(inner)
+        delta = F.linear(inner, pair.b)
+        return tensor_parallel.gather_from_tensor_model_parallel_region(delta) if self.gather_output else delta
+
+
+class LoraRowLinear(_Adapted, RowParallelLinear):
+    """Split by columns of the weight."""
+
+    axes, split = {"weight": 1}, {"a": 1}
+
+    def delta(self, pair: LoraPair, x: Tensor) -> Tensor:
+        inner = F.linear(pair.dropped(x, own_stream=True), pair.a)
+        if self.sequence_parallel:
+            inner = tensor_parallel.reduce_scatter_to_sequence_parallel_region(inner)
+        else:
+            inner = tensor_parallel.reduce_from_tensor_model_parallel_region(inner)
+        return F.linear(inner, pair.b)
+
+
+def attach_lora(
+    module: torch.nn.Module,
+    part: Any,
+    spec: Any,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    layer_offset: int = 0,
+    pairs: dict[str, Pair] | None = None,
+) -> int:
+    """Freeze a built part and give the linears that spec.lora names their adapters; returns how many this rank has.
+
+    Args:
+        module: the part on this pipeline stage, its base weights loaded already.
+        tp_rank, tp_size, layer_offset: as in weights.loading.load_part.
+        pairs: whole A and B by Hugging Face's name of the module, one for each target; None: A random, B zero.
+
+    Raises:
+        ConfigError: a target has no pair or a pair of other shapes, or it is no linear of megatron.core.
+    """
+    module.requires_grad_(False)
+    linears = {global_name(name, layer_offset): linear for name, linear in module.named_modules()}
+    count = 0
+    for owner, group in itertools.groupby(sites(part, spec), key=lambda site: site.owner):
+        linear = linears.get(owner)
+        if linear is None:  # on another pipeline stage
+            continue
+        if not isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+            raise ConfigError(
+                f"{part.kind}.lora: {owner} is a {type(linear).__name__}; expected a parallel linear of megatron.core. "
+                "Leave it out of target_modules"
+            )
+        for site in group:
+            if pairs is None:
+                whole = _first_pair(site, linear, spec.geometry, spec.lora)
+            else:
+                whole = _given_pair(site, linear, part, spec, pairs)
+            _adapt(linear, site, whole, spec, tp_rank, tp_size)
+            count += 1
+    for block in module.modules():
+        if count and isinstance(block, TransformerBlock):
+            block.register_forward_pre_hook(_wake, with_kwargs=True)
+    return count
+
+
+@contextlib.contextmanager
+def adapters_off(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, the module computes as if it had no adapters."""
+    pairs = [pair for pair in module.modules() if isinstance(pair, LoraPair)]
+    before = [pair.active for pair in pairs]
+    for pair in pairs:
+        pair.active = False
+    try:
+        yield
+    finally:
+        for pair, active in zip(pairs, before, strict=True):
+            pair.active = active
+
+
+def _adapt(linear: torch.nn.Module, site: Site, whole: Pair, spec: Any, tp_rank: int, tp_size: int) -> None:
+    """Turn a linear into the adapted kind of it, in place, so that its own tensors keep their names."""
+    geometry, rule = spec.geometry, site.step.rule
+    if not isinstance(linear, _Adapted):
+        linear.__class__ = LoraColumnLinear if isinstance(linear, ColumnParallelLinear) else LoraRowLinear
+        linear.lora = torch.nn.ModuleDict()
+        linear.blocks = rule.blocks(geometry) if len(site.step.sources) == 1 else 1
+    like = linear.weight
+    a = local_a(site, whole[0], tp_rank, tp_size).to(like.device, like.dtype, copy=True).contiguous()
+    b = local_b(site, whole[1], geometry, tp_rank, tp_size).to(like.device, like.dtype, copy=True).contiguous()
+    rows = places(site, like.shape[0], local_geometry(site, geometry, tp_size))
+    pair = LoraPair(a, b, None if rows is None else rows.to(like.device), spec.lora)
+    if rule.axis == 0:
+        tensor_parallel.set_tensor_model_parallel_attributes(pair.b, True, 0, 1)
+        pair.a.sequence_parallel = linear.sequence_parallel
+    else:
+        tensor_parallel.set_tensor_model_parallel_attributes(pair.a, True, 1, 1)
+        pair.b.sequence_parallel = linear.sequence_parallel
+    linear.lora[site.short] = pair.train(linear.training)
+
+
+def _sizes(site: Site, linear: torch.nn.Module, geometry: Geometry) -> tuple[int, int]:
+    """(out, in) of the whole linear of a site."""
+    rows = places(site, linear.output_size, geometry)
+    return linear.output_size if rows is None else len(rows), linear.input_size
+
+
+def _first_pair(site: Site, linear: torch.nn.Module, geometry: Geometry, lora: LoraSpec) -> Pair:
+    """A as PEFT draws it (uniform within 1 / sqrt(in)), from a seed of its own for each name, and B of zeros."""
+    outputs, inputs = _sizes(site, linear, geometry)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{lora.init_seed} {site.module}".encode()))
+    bound = 1 / math.sqrt(inputs)
+    a = torch.empty(lora.r, inputs).uniform_(-bound, bound, generator=generator)
+    return a, torch.zeros(outputs, lora.r)
+
+
+def _given_pair(site: Site, linear: torch.nn.Module, part: Any, spec: Any, pairs: dict[str, Pair]) -> Pair:
+    if site.module not in pairs:
+        raise ConfigError(
+            f"{part.kind}.lora: the adapter that is loaded has no A and B of {site.module}, which target_modules "
+            "names. Give the target_modules that it was trained with"
+        )
+    a, b = pairs[site.module]
+    outputs, inputs = _sizes(site, linear, spec.geometry)
+    if tuple(a.shape) != (spec.lora.r, inputs) or tuple(b.shape) != (outputs, spec.lora.r):
+        raise ConfigError(
+            f"{part.kind}.lora: A and B of {site.module} have shapes {list(a.shape)} and {list(b.shape)}; expected "
+            f"{[spec.lora.r, inputs]} and {[outputs, spec.lora.r]}. The adapter belongs to another base model or has "
+            "another r"
+        )
+    return a, b
+
+
+def _wake(block: TransformerBlock, args: tuple, kwargs: dict) -> None:
+    """Everything below the first adapter is frozen, so the hidden states that come in need no gradient. Recomputation
+    and the pipeline's backward pass start from them all the same."""
+    config = block.config
+    if config.recompute_granularity != "full" and config.pipeline_model_parallel_size == 1:
+        return
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if hidden is not None and torch.is_grad_enabled() and block.training and not hidden.requires_grad:
+        hidden.requires_grad_()

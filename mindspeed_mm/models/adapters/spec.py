@@ -1,0 +1,37 @@
+"""The `lora` block of a part in a model.json."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import pydantic
+
+from mindspeed_mm.config.load import StrictModel
+
+ALL_LINEAR = "all-linear"
+"""target_modules that names every linear of the part's layers."""
+
+
+class LoraSpec(StrictModel):
+    """LoRA (Hu et al. 2021): W x + scale B A x, where W stays as it is and A [r, in] and B [out, r] are trained.
+
+    target_modules: "all-linear", a list of names (Hugging Face's, such as q_proj, or ours, such as linear_qkv), or a
+        regular expression that fits the whole Hugging Face name of a module.
+    use_rslora: the scale is alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
+    load: folder in PEFT's format whose A and B are where training starts; None: A random, B zero.
+    init_seed: of the random A. The same at every parallel layout.
+    """
+
+    r: Annotated[int, pydantic.Field(gt=0)] = 16
+    alpha: Annotated[float, pydantic.Field(gt=0)] = 32.0
+    dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    target_modules: str | list[str] = ALL_LINEAR
+    use_rslora: bool = False
+    load: str | None = None
+    init_seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A x."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
