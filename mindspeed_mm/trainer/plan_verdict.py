@@ -35,8 +35,8 @@ def verdict(inputs: RunInputs) -> tuple[bool, str]:
         usable /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     need = (
         f"{peak.peak / GB:.2f} GB on a rank with rows of {row.positions} tokens (parameters "
-        f"{peak.parameters / GB:.2f}, gradients {peak.gradients / GB:.2f}, optimizer {peak.optimizer / GB:.2f}, activations "
-        f"{peak.activations / GB:.2f}); {usable / GB:.2f} GB can be used"
+        f"{peak.parameters / GB:.2f}, gradients {peak.gradients / GB:.2f}, optimizer "
+        f"{peak.optimizer / GB:.2f}, activations {peak.activations / GB:.2f}); {usable / GB:.2f} GB can be used"
     )
     if peak.peak <= usable:
         return True, f"plan: the run fits, {need}; host memory {host_memory(job).total / GB:.2f} GB a rank"
