@@ -26,7 +26,6 @@ NODE_RANK="${NODE_RANK:-0}"
 CORES="$(nproc)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((CORES > NPUS_PER_NODE ? CORES / NPUS_PER_NODE : 1))}"
 
-TP="${TP:-1}"
 PP="${PP:-1}"
 CP="${CP:-1}"
 MBS="${MBS:-4}"
@@ -35,6 +34,11 @@ GBS="${GBS:-128}"
 
 MM_DATA="${MM_DATA:-examples/llava1.5/data_finetune.json}"
 MM_MODEL="${MM_MODEL:-examples/llava1.5/model_finetune.json}"
+# 13B needs the matrices of four devices together (46 GB a device on 8 devices of 64 GB).
+case "$(basename "$MM_MODEL")" in
+    model_13b_finetune.json) TP="${TP:-4}" ;;
+    *) TP="${TP:-1}" ;;
+esac
 MM_TOOL="${MM_TOOL:-examples/llava1.5/tools.json}"
 PRETRAINED_PATH="${PRETRAINED_PATH:-}" # save folder of stage 1; not needed where MM_MODEL names a trained projector
 SAVE_PATH="${SAVE_PATH:-save_dir_finetune}"
@@ -45,6 +49,10 @@ TRAIN_ITERS="${TRAIN_ITERS:-5197}"
 
 PRETRAINED_ARGS=()
 if [[ -n "$PRETRAINED_PATH" ]]; then PRETRAINED_ARGS=(--pretrained-checkpoint "$PRETRAINED_PATH"); fi
+
+# Ranks share the optimizer's state: 7B needs 55 GB a device on 8 devices with it, 149 GB without.
+MEMORY_ARGS=(--use-distributed-optimizer)
+if ((TP > 1)); then MEMORY_ARGS+=(--sequence-parallel); fi # activations between the matrices are shared as well
 
 PRECISION_ARGS=()
 if [[ "$PRECISION" != fp32 ]]; then PRECISION_ARGS=("--$PRECISION"); fi
@@ -60,8 +68,7 @@ exec torchrun \
     --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --mm-tool "$MM_TOOL" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
     --micro-batch-size "$MBS" --global-batch-size "$GBS" \
-    --seq-length 2048 --tokenizer-type NullTokenizer --vocab-size 32000 --position-embedding-type rope \
-    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --use-flash-attn --use-fused-rotary-pos-emb \
+    --seq-length 2048 ${MEMORY_ARGS[@]+"${MEMORY_ARGS[@]}"} \
     ${PRECISION_ARGS[@]+"${PRECISION_ARGS[@]}"} \
     --lr 2.0e-5 --train-iters "$TRAIN_ITERS" --lr-decay-style cosine --lr-warmup-fraction 0.03 \
     --weight-decay 0.0 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.999 \

@@ -38,10 +38,13 @@ MM_DATA="${MM_DATA:-examples/llava1.5/data.json}"
 MM_MODEL="${MM_MODEL:-examples/llava1.5/model.json}"
 MM_TOOL="${MM_TOOL:-examples/llava1.5/tools.json}"
 SAVE_PATH="${SAVE_PATH:-save_dir}"
-LOAD_PATH="${LOAD_PATH:-$SAVE_PATH}" # where there is no checkpoint yet, training starts from scratch
+LOAD_PATH="${LOAD_PATH:-$SAVE_PATH}" # where there is no checkpoint yet, training begins with the weights of MM_MODEL
 
 # 558,128 captions (LLaVA-Pretrain) / GBS 64 = 8,720 steps for one epoch.
 TRAIN_ITERS="${TRAIN_ITERS:-8720}"
+
+MEMORY_ARGS=()
+if ((TP > 1)); then MEMORY_ARGS=(--sequence-parallel); fi # activations between the matrices are shared as well
 
 PRECISION_ARGS=()
 if [[ "$PRECISION" != fp32 ]]; then PRECISION_ARGS=("--$PRECISION"); fi
@@ -57,8 +60,7 @@ exec torchrun \
     --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --mm-tool "$MM_TOOL" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
     --micro-batch-size "$MBS" --global-batch-size "$GBS" \
-    --seq-length 2048 --tokenizer-type NullTokenizer --vocab-size 32000 --position-embedding-type rope \
-    --no-masked-softmax-fusion --no-gradient-accumulation-fusion --use-flash-attn --use-fused-rotary-pos-emb \
+    --seq-length 2048 ${MEMORY_ARGS[@]+"${MEMORY_ARGS[@]}"} \
     ${PRECISION_ARGS[@]+"${PRECISION_ARGS[@]}"} \
     --lr 1.0e-3 --train-iters "$TRAIN_ITERS" --lr-decay-style cosine --lr-warmup-fraction 0.03 \
     --weight-decay 0.0 --clip-grad 0.0 --adam-beta1 0.9 --adam-beta2 0.999 \

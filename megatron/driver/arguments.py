@@ -64,7 +64,12 @@ class DriverArguments:
     distributed_timeout_minutes: float = _flag(float, 10.0, "parallel", "a silent rank is given up after this")
     preflight_timeout_seconds: float = _flag(float, 60.0, "parallel", "how long ranks wait for each other at the start")
 
-    seq_length: int | None = _flag(int, None, "model", "tokens per sample after image expansion; longer ones are cut")
+    seq_length: int | None = _flag(
+        int,
+        None,
+        "model",
+        'most tokens of a sample with its images; "overlong" in the data config decides on longer ones',
+    )
     num_layers: int | None = _flag(int, None, "model", "layers of the text decoder")
     hidden_size: int | None = _flag(int, None, "model", "width of the text decoder")
     ffn_hidden_size: int | None = _flag(int, None, "model", "width of the text decoder's MLP")

@@ -51,6 +51,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from megatron.driver import arguments, initialize, watch
     from mindspeed_mm.trainer.feature_cache import options_of
     from mindspeed_mm.trainer.out_of_memory import explaining_out_of_memory
+    from mindspeed_mm.trainer.plan_verdict import tell_verdict
     from mindspeed_mm.trainer.run import TrainingRun
 
     if namespace.mm_tool is not None:
@@ -62,5 +63,6 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     with ending.closing():
         ending.at_end(initialize.shutdown)
         initialize.initialize(training.inputs.args, platform)
+        tell_verdict(training.inputs)
         with watch.naming_lost_ranks(), explaining_out_of_memory(training.inputs):
             return training.run()

@@ -59,7 +59,7 @@ def explaining_out_of_memory(inputs: RunInputs) -> Iterator[None]:
 
 def _message(inputs: RunInputs, error: RuntimeError) -> str:
     args = inputs.args
-    row = _row(inputs)
+    row = longest_row(inputs)
     job = job_of(args, inputs.spec, row, inputs.platform.name)
     peak = peak_memory(job)
     lines = [
@@ -72,7 +72,7 @@ def _message(inputs: RunInputs, error: RuntimeError) -> str:
     if snapshot is not None:
         lines.append(f"a snapshot of the memory is in {snapshot}")
     found = remedies(job)
-    lines += [f"{number}. {_described(remedy, job)}" for number, remedy in enumerate(found, 1)]
+    lines += [f"{number}. {described(remedy, job)}" for number, remedy in enumerate(found, 1)]
     if not found:
         lines.append("no change of the layout on these devices helps: take more devices, or shorter rows")
     return "\n  ".join(lines)
@@ -90,7 +90,8 @@ def _seconds(job: TrainingJob) -> float:
     return step_time(job, known()[REFERENCE]).total / job.global_batch_size
 
 
-def _described(remedy: Remedy, job: TrainingJob) -> str:
+def described(remedy: Remedy, job: TrainingJob) -> str:
+    """One line: the remedy, the memory that is left to need, and the time that it costs."""
     saved = peak_memory(remedy.job).peak
     slower = 100 * (_seconds(remedy.job) / _seconds(job) - 1)
     return f"{remedy.text}: {saved / 1e9:.2f} GB, {slower:+.0f} % time a sample"
@@ -129,7 +130,7 @@ def _changes(job: TrainingJob) -> Iterator[Remedy]:
 FULL = '"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1'
 
 
-def _row(inputs: RunInputs) -> PlannedRow:
+def longest_row(inputs: RunInputs) -> PlannedRow:
     """The longest rows that the run may have, all text supervised: what filled the memory was one of them."""
     args, spec = inputs.args, inputs.spec
     length = args.seq_length or spec.text_decoder.language_max_sequence_length

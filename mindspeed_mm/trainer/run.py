@@ -155,16 +155,14 @@ class TrainingRun:
 
     def _order(self) -> dict[str, Any]:
         """What the position in the data depends on."""
-        return {
-            "--seed": self.inputs.args.seed,
-            "--global-batch-size": self.inputs.args.global_batch_size,
-            "samples": len(self.inputs.dataset),
-            "data config": self.inputs.data_config.model_dump(mode="json"),
-        }
+        return order_facts(self.inputs)
 
     def _warn_about_order(self, saved: dict[str, Any]) -> None:
+        args = self.inputs.args
+        if args.finetune or args.load is None or find_checkpoint(args.load, args.ckpt_step) is None:
+            return  # only weights are taken: the run begins with its first sample
         changed = [name for name, value in self._order().items() if name in saved and saved[name] != value]
-        if changed and not self.inputs.args.finetune:
+        if changed:
             logger.warning(
                 "%s changed since the checkpoint was written: training goes on in another order of samples, some of "
                 "which it has seen already",
@@ -189,6 +187,27 @@ class TrainingRun:
         self._saved_counts = saved.get("data_counts", {})
         self._warn_about_order(saved.get("order", {}))
         return compare_architectures(saved.get("model", {}), self.inputs.spec.model_dump(mode="json"))
+
+
+def order_facts(inputs: RunInputs) -> dict[str, Any]:
+    """Everything that the order of samples is made of; each is named as the user changes it."""
+    args, config, dataset = inputs.args, inputs.data_config, inputs.dataset
+    loading = config.dataloader_param
+    sets = [basic.model_dump(mode="json", exclude={"data_folder"}) for basic in config.dataset_param.basic_parameters]
+    facts = {
+        "--seed": args.seed,
+        "samples": len(dataset),
+        "basic_parameters of the data config": sets,
+        "shuffle, packing or group_by_modality_length of the data config": [
+            *(loading.shuffle, loading.packing, loading.group_by_modality_length),
+            *((loading.packing_length, loading.packing_window) if loading.packing else ()),
+        ],
+    }
+    if loading.packing or loading.group_by_modality_length:
+        facts["lengths of the samples"] = sum(int(length) for length in dataset.lengths)
+    if loading.group_by_modality_length:  # batches are formed by length; else the order is that of single samples
+        facts["--global-batch-size"] = args.global_batch_size
+    return facts
 
 
 def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> list[str]:

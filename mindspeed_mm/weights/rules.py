@@ -356,7 +356,8 @@ class RuleSet:
         if sources and set(missing) == set(sources[0]) and not unknown:
             hints.append(
                 f"The source has no {sources[0][0]}, so its head is tied: "
-                "set share_embeddings_and_output_weights to true."
+                'set "tie_word_embeddings": true in its config.json, or, where a model.json describes the model, '
+                '"share_embeddings_and_output_weights": true there.'
             )
         if any("lora_" in name for name in unknown):
             hints.append("The source holds LoRA adapters; merge them into the full weights first.")

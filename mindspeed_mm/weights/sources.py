@@ -98,6 +98,12 @@ class Source:
         if part in self.part_sources:
             return self.part_sources[part]
         cure = self.advice.get(part, f"Give the path of the {part}'s own weights.")
+        if self.layout == "projector":
+            cure = (
+                "Stage 1 trains the projector alone; join it with the models that it was trained between: mindspeed-mm "
+                f"convert --text-decoder DECODER --vision-encoder ENCODER --projector {self.path} TARGET --to llava, "
+                "then give TARGET."
+            )
         raise WeightError(
             f"{self.path}: found layout {self.layout} with {', '.join(self.parts)}; expected a {part}. {cure}"
         )

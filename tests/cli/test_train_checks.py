@@ -18,6 +18,7 @@ class TrainCommand:
         self.model = model_json(golden, trained=("vision_projector",))
         turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A picture."}]
         self.records = [{"id": f"r{i}", "image": "gray.png", "conversations": turns} for i in range(6)]
+        self.dataloader_param = {}
         self.dataset_param = {
             "dataset_type": "multimodal",
             "basic_parameters": {"data_path": str(folder / "r.json"), "data_folder": str(golden / "images" / "src")},
@@ -26,11 +27,14 @@ class TrainCommand:
             "template_name": "llava-plain",
         }
 
+    def data(self):
+        return {"dataset_param": self.dataset_param, "dataloader_param": self.dataloader_param}
+
     def __call__(self, *flags):
         from mindspeed_mm.cli.main import main
 
         (self.folder / "m.json").write_text(json.dumps(self.model))
-        (self.folder / "d.json").write_text(json.dumps({"dataset_param": self.dataset_param}))
+        (self.folder / "d.json").write_text(json.dumps(self.data()))
         (self.folder / "r.json").write_text(json.dumps(self.records))
         files = ["--mm-model", str(self.folder / "m.json"), "--mm-data", str(self.folder / "d.json")]
         save = ["--save", str(self.save), "--load", str(self.save)]
@@ -66,6 +70,45 @@ def test_resuming_with_another_order_is_told(train):
     assert "--seed changed since the checkpoint was written" in err
     _, _, err = train("--train-iters", "4", "--seed", "7")
     assert "changed since the checkpoint" not in err
+
+
+def test_letter_n_train_says_plans_verdict_before_it_begins(train):
+    _, _, err = train("--train-iters", "1")
+    assert err.index("plan: the run fits, ") < err.index("first sample, supervised tokens")
+
+
+def test_letter_f_another_global_batch_is_no_other_order(train):
+    train("--train-iters", "2")
+    _, _, err = train("--train-iters", "3", "--global-batch-size", "4")
+    assert "another order" not in err
+
+
+@pytest.mark.parametrize("kind", ["group_by_modality_length", "packing"])
+def test_letter_f_what_forms_batches_by_length_is_an_order_of_its_own(train, kind):
+    train.dataloader_param = {kind: True}
+    train("--train-iters", "2")
+    grouped = kind == "group_by_modality_length"
+    err = train("--train-iters", "3", "--global-batch-size", "4")[2]
+    assert ("--global-batch-size changed since the checkpoint was written" in err) == grouped
+    train.dataloader_param = {}
+    assert "shuffle, packing or group_by_modality_length of the data config changed" in train("--train-iters", "4")[2]
+
+
+def test_letter_f_another_preprocessing_is_no_other_order(train):
+    train("--train-iters", "2")
+    train.dataset_param["image_error"] = "skip"
+    assert "another order" not in train("--train-iters", "3")[2]
+    train.dataset_param["basic_parameters"]["repeat_time"] = 2
+    assert "samples, basic_parameters of the data config changed" in train("--train-iters", "4")[2]
+
+
+def test_letter_f_stage_2_from_stage_1_is_no_resume(train, tmp_path):
+    train("--train-iters", "2")
+    empty, stage_1 = str(tmp_path / "stage2"), str(train.save)
+    flags = ("--save", empty, "--load", empty, "--pretrained-checkpoint", stage_1, "--seed", "7")
+    code, _, err = train("--train-iters", "1", *flags)
+    assert code == 0 and "another order" not in err and "scratch" not in err
+    assert f"the run begins at step 0 with the weights of {stage_1}" in err
 
 
 def test_precision_of_the_json_is_not_the_runs(train):

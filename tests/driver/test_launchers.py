@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron.driver.arguments import add_arguments, from_namespace
+from mindspeed_mm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {name: ROOT / "examples" / "llava1.5" / f"{name}_llava1_5.sh" for name in ("pretrain", "finetune")}
@@ -144,3 +145,39 @@ def test_a_port_in_use_is_passed_over_on_one_host(launch, name):
 def test_the_report_of_torchrun_goes_to_a_file(launch, name):
     arguments = launch(name)["arguments"]
     assert arguments[10:12] == ["--logs-specs", "mindspeed_mm"]
+
+
+MODELS = [
+    ("pretrain", "model.json"),
+    ("pretrain", "model_13b.json"),
+    ("finetune", "model_finetune.json"),
+    ("finetune", "model_13b_finetune.json"),
+]
+
+
+def test_letter_n_every_shipped_model_is_planned():
+    shipped = {path.name for path in (ROOT / "examples" / "llava1.5").glob("model*.json")}
+    assert shipped == {model for _, model in MODELS}
+
+
+@pytest.mark.parametrize(("name", "model"), MODELS)
+def test_letter_n_launchers_fit_eight_devices_of_64_gb(launch, capsys, name, model):
+    told = launch(name, MM_MODEL=f"examples/llava1.5/{model}")
+    flags = told["arguments"][told["arguments"].index("train") + 1 :]
+    for flag in ("--mm-model", "--mm-data", "--mm-tool"):
+        place = flags.index(flag)
+        del flags[place : place + 2]
+    machine = ["--devices", "8", "--memory", "64GB", "--device", "npu", "--json"]
+    assert main(["plan", "--mm-model", str(ROOT / "examples" / "llava1.5" / model), *machine, *flags]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [layout["fits"] for layout in report["layouts"]] == [True]
+    assert report["layouts"][0]["peak"] < 57.6e9
+    assert report["layouts"][0]["host"]["checkpoint"] < 30e9  # of a rank; it was 95 for 7B
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_letter_o_launchers_repeat_no_fact_of_the_model(launch, name):
+    _, args = train_flags(launch(name), 8)
+    assert set(args.model_flags()) == {"seq_length"}
+    _, args = train_flags(launch(name, "--vocab-size", "32000"), 8)
+    assert args.model_flags()["vocab_size"] == 32000  # the ancestor's launchers say it; it is compared

@@ -22,6 +22,7 @@ FLOORS = (
     ("mindspeed_mm.trainer",),
     ("mindspeed_mm.planning",),
     ("mindspeed_mm.trainer.out_of_memory",),  # its remedies are plans
+    ("mindspeed_mm.trainer.plan_verdict",),  # it shows those remedies
     ("mindspeed_mm.serving", "evaluation"),
     ("mindspeed_mm.cli",),
     ("mindspeed_mm",),
@@ -41,6 +42,7 @@ GLUE = (
     "mindspeed_mm.cli",
     "mindspeed_mm.trainer",
     "mindspeed_mm.trainer.out_of_memory",
+    "mindspeed_mm.trainer.plan_verdict",
     "mindspeed_mm.planning",
     "checkpoint_converters.checkpoint",
     "evaluation",

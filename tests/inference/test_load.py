@@ -111,3 +111,36 @@ def test_vision_encoder_of_23_layers_must_say_what_it_is():
         ClipSpec(**shape)
     assert ClipSpec(**shape, select_layer=-1).num_built_layers == 23
     assert ClipSpec(**shape | {"num_layers": 24}).num_built_layers == 23
+
+
+def test_letter_f_a_tied_head_names_the_key_of_the_config_at_hand(golden, tmp_path):
+    folder = tmp_path / "models" / "tied"
+    shutil.copytree(golden / "models" / "llava_original", folder)
+    (tmp_path / "models" / "clip_hf").symlink_to(golden / "models" / "clip_hf")
+    for path in folder.glob("*.bin"):
+        tensors = torch.load(path, weights_only=True)
+        if tensors.pop("lm_head.weight", None) is not None:
+            torch.save(tensors, path)
+    index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
+    del index["weight_map"]["lm_head.weight"]
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightError, match='set "tie_word_embeddings": true in its config.json'):
+        mm.load(folder, device="cpu")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert mm.load(folder, device="cpu").spec.text_decoder.share_embeddings_and_output_weights  # the cure cures
+
+
+def test_letter_f_a_stage_1_folder_is_told_how_it_is_joined(golden, tmp_path):
+    from mindspeed_mm.cli.main import main
+
+    models, stage_1 = golden / "models", tmp_path / "stage1"
+    stage_1.mkdir()
+    shutil.copy(models / "mm_projector.bin", stage_1)
+    shutil.copy(models / "llava_original" / "config.json", stage_1)
+    with pytest.raises(WeightError, match="Stage 1 trains the projector alone; join it") as caught:
+        locate(stage_1)
+    told = str(caught.value).partition("mindspeed-mm convert ")[2].partition(", then")[0].split()
+    places = {"DECODER": str(models / "vicuna"), "ENCODER": str(models / "clip_hf"), "TARGET": str(tmp_path / "joined")}
+    assert main(["convert", *(places.get(word, word) for word in told)]) == 0
+    assert mm.load(tmp_path / "joined", device="cpu").spec.text_decoder.num_layers > 0

@@ -135,7 +135,7 @@ def test_a_long_list_is_shortened():
 
 
 def test_hints_name_the_tied_head_and_lora():
-    with pytest.raises(WeightError, match="set share_embeddings_and_output_weights to true"):
+    with pytest.raises(WeightError, match='"tie_word_embeddings": true in its config.json, or, where a model.json'):
         RULES.match(NAMES[:-1], GEOMETRY)
     with pytest.raises(WeightError, match="merge them into the full weights"):
         RULES.match([*NAMES, "blocks.0.out.lora_A.weight"], GEOMETRY)

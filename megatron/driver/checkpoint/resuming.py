@@ -84,7 +84,9 @@ def _choose(args: DriverArguments) -> tuple[Path | None, bool]:
         text = f"--load {args.load} holds no checkpoint ({storage.TRACKER} is missing)"
         if args.exit_on_missing_checkpoint:
             raise CheckpointError(f"{text}, and --exit-on-missing-checkpoint is given: check the path")
-        logger.warning("%s: the run starts from scratch", text)
+        pretrained = args.pretrained_checkpoint
+        begins = "the model config's weights" if pretrained is None else f"the weights of {pretrained}"
+        logger.warning("%s: the run begins at step 0 with %s", text, begins)
     if args.pretrained_checkpoint is None:
         return None, False
     path = find_checkpoint(args.pretrained_checkpoint)
