@@ -81,7 +81,9 @@ class Qwen25VL(Family):
         vision = config.get("vision_config")
         if not isinstance(vision, dict):
             raise ConfigError("config.json: vision_config is missing; copy the whole file of the model.")
-        outer = {key: value for key, value in config.items() if key not in ("vision_config", "text_config")}
+        outer = {
+            key: value for key, value in config.items() if key not in ("vision_config", "text_config", *TOKEN_KEYS)
+        }
         inner = config.get("text_config")
         text = dict(outer if inner is None else inner)
         text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))

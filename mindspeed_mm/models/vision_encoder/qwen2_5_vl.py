@@ -14,7 +14,7 @@ from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.media import EncoderWork, Media
 from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
-from mindspeed_mm.weights.rules import GateUp, Geometry, PackedQKV, Rule, RuleSet
+from mindspeed_mm.weights.rules import GateUp, Geometry, PackedQKV, Reshape, Rule, RuleSet
 
 HF_DEFAULTS = {
     "depth": 32,
@@ -234,7 +234,7 @@ def to_hf(spec: PatchVisionSpec, dtype: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Flatten(Rule):
+class Flatten(Reshape):
     """The convolution over one patch as the matrix that it is: [H, channels, frames, h, w] -> [H, their product]."""
 
     def to_ours(self, tensors: list[Tensor], geometry: PatchGeometry) -> Tensor:
@@ -300,7 +300,7 @@ PART = Part(
     name="qwen2_5_vl",
     kind="vision_encoder",
     Spec=PatchVisionSpec,
-    model_types=MODEL_TYPES,
+    model_types=(*MODEL_TYPES, OLD_MODEL_TYPE),
     from_hf=from_hf,
     to_hf=to_hf,
     rules={"hf": HF_RULES, "ours": HF_RULES.own()},
