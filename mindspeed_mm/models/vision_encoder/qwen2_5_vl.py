@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.kit.encoder_spec import EncoderSpec
 from mindspeed_mm.models.media import EncoderWork, Media
-from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
+from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.weights.rules import GateUp, Geometry, PackedQKV, Reshape, Rule, RuleSet
 
 HF_DEFAULTS = {
@@ -50,16 +51,12 @@ class PatchGeometry(Geometry):
     """Channels, frames, height and width."""
 
 
-class PatchVisionSpec(PartSpec):
+class PatchVisionSpec(EncoderSpec):
     """image_encoder.vision_encoder block of a model.json."""
 
+    architecture = "Qwen2.5-VL"
+
     model_id: Literal["qwen2_5_vl"] = "qwen2_5_vl"
-    num_layers: Size
-    hidden_size: Size
-    ffn_hidden_size: Size
-    num_attention_heads: Size
-    num_query_groups: Size = None  # heads
-    kv_channels: Size = None  # hidden_size / heads
     patch_size: Size = 14
     temporal_patch_size: Size = 2
     """Frames in a patch; an image is repeated so often."""
@@ -79,31 +76,15 @@ class PatchVisionSpec(PartSpec):
     add_qkv_bias: Annotated[bool, only(True, why="Qwen2.5-VL's linears have biases")] = True
     normalization: Annotated[str, only("RMSNorm", why="Qwen2.5-VL has RMSNorm")] = "RMSNorm"
     layernorm_epsilon: Annotated[float, only(1e-6, why="transformers has this number in its code")] = 1e-6
-    pipeline_num_layers: StageLayers | None = None
-    """Layers of each pipeline stage; the vision encoder stands on the first stage."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _derive(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = {key: value for key, value in data.items() if value is not None or key not in _DERIVED}
-        hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
-        if isinstance(hidden, int) and isinstance(heads, int) and hidden > 0 and heads > 0:
-            data.setdefault("num_query_groups", heads)
-            if hidden % heads == 0:
-                data.setdefault("kv_channels", hidden // heads)
-        return data
+        return cls.derived(data)
 
     @pydantic.model_validator(mode="after")
     def _sizes_fit(self) -> "PatchVisionSpec":
-        heads = self.num_attention_heads
-        if self.kv_channels is None or self.kv_channels * heads != self.hidden_size or self.num_query_groups != heads:
-            raise ValueError(
-                f"num_attention_heads {heads} x kv_channels {self.kv_channels} in num_query_groups "
-                f"{self.num_query_groups} is not hidden_size {self.hidden_size}; Qwen2.5-VL has plain multi-head "
-                "attention whose heads fill its width"
-            )
+        self.check_heads()
         if self.kv_channels % 4:
             raise ValueError(
                 f"kv_channels {self.kv_channels} is no multiple of 4, which rotary positions of rows and columns need"
@@ -116,12 +97,7 @@ class PatchVisionSpec(PartSpec):
         wrong = [layer for layer in self.full_attention_layers if not 0 <= layer < self.num_layers]
         if wrong:
             raise ValueError(f"full_attention_layers {wrong} are outside the {self.num_layers} layers, counted from 0")
-        stages = flat_layers(self.pipeline_num_layers or [])
-        if self.pipeline_num_layers is not None and (stages[0] != self.num_layers or any(stages[1:])):
-            raise ValueError(
-                f"pipeline_num_layers {self.pipeline_num_layers} spreads the vision encoder, which stands on the first "
-                f"pipeline stage as a whole; expected {[self.num_layers] + [0] * (len(stages) - 1)}"
-            )
+        self.check_stages()
         return self
 
     @property
@@ -182,8 +158,6 @@ class PatchVisionSpec(PartSpec):
             patch=(self.num_channels, self.temporal_patch_size, self.patch_size, self.patch_size),
         )
 
-
-_DERIVED = ("num_query_groups", "kv_channels")
 
 _KEYS = {
     "num_layers": "depth",

@@ -12,7 +12,8 @@ import pydantic
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
+from mindspeed_mm.models.kit.encoder_spec import EncoderSpec
+from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
 from mindspeed_mm.weights.rules import QKV, Drop, Geometry, Own, Reshape, Rule, RuleSet
 
@@ -44,17 +45,14 @@ class SiglipGeometry(Geometry):
     pooling_head: bool = True
 
 
-class SiglipSpec(PartSpec):
+class SiglipSpec(EncoderSpec):
     """image_encoder.vision_encoder block of a model.json."""
+
+    architecture = "SigLIP"
 
     model_id: Literal["siglip"] = "siglip"
     num_layers: Size
     """Layers of the source, also those behind the feature that are not built."""
-    hidden_size: Size
-    ffn_hidden_size: Size
-    num_attention_heads: Size
-    num_query_groups: Size = None  # heads
-    kv_channels: Size = None  # hidden_size / heads
     patch_size: Size
     image_size: Size
     """Pixels behind the last whole patch are not looked at (384 = 27 x 14 + 6)."""
@@ -74,32 +72,19 @@ class SiglipSpec(PartSpec):
     post_layer_norm: Annotated[bool, only(False, why="the feature is taken before the final norm")] = False
     vision_use_head: bool = True
     """Whether the source has a pooling head, which is carried by conversions and never built."""
-    pipeline_num_layers: StageLayers | None = None
-    """Layers of each pipeline stage; the vision encoder stands on the first stage."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
         """Derive what is not given or null."""
+        data = cls.derived(data)
         if not isinstance(data, dict):
             return data
-        data = {key: value for key, value in data.items() if value is not None or key not in _DERIVED}
-        hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
-        if isinstance(hidden, int) and isinstance(heads, int) and hidden > 0 and heads > 0:
-            data.setdefault("num_query_groups", heads)
-            if hidden % heads == 0:
-                data.setdefault("kv_channels", hidden // heads)
         return data | ({"select_feature": "patch"} if data.get("select_feature") == "cls_patch" else {})
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "SiglipSpec":
-        heads = self.num_attention_heads
-        if self.kv_channels is None or self.kv_channels * heads != self.hidden_size or self.num_query_groups != heads:
-            raise ValueError(
-                f"num_attention_heads {heads} x kv_channels {self.kv_channels} in num_query_groups "
-                f"{self.num_query_groups} is not hidden_size {self.hidden_size}; SigLIP has plain multi-head attention "
-                "whose heads fill its width"
-            )
+        self.check_heads()
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}")
         if not 0 < self.num_built_layers <= self.num_layers:
@@ -107,12 +92,7 @@ class SiglipSpec(PartSpec):
                 f"select_layer {self.select_layer} is outside the {self.num_layers} layers; expected "
                 f"{-self.num_layers}..-1 or 1..{self.num_layers}"
             )
-        stages = flat_layers(self.pipeline_num_layers or [])
-        if self.pipeline_num_layers is not None and (stages[0] != self.num_layers or any(stages[1:])):
-            raise ValueError(
-                f"pipeline_num_layers {self.pipeline_num_layers} spreads the vision encoder, which stands on the first "
-                f"pipeline stage as a whole; expected {[self.num_layers] + [0] * (len(stages) - 1)}"
-            )
+        self.check_stages()
         return self
 
     @property
@@ -141,8 +121,6 @@ class SiglipSpec(PartSpec):
             pooling_head=self.vision_use_head,
         )
 
-
-_DERIVED = ("num_query_groups", "kv_channels")
 
 _KEYS = {
     "num_layers": "num_hidden_layers",
