@@ -11,7 +11,15 @@ from mindspeed_mm.models.adapters.splits import their_b
 from mindspeed_mm.models.adapters.targets import sites
 from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.spec import load_model_spec
-from tests.helpers.decoder_ranks import DecoderStep, Spread, joined_losses, labels_of, take_step
+from tests.helpers.decoder_ranks import (
+    RECOMPUTED,
+    DecoderStep,
+    Spread,
+    check_recomputation,
+    joined_losses,
+    labels_of,
+    take_step,
+)
 from tests.helpers.tiny_decoders import make, rows, save
 
 PACKED = {"phi3": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]}
@@ -136,23 +144,9 @@ def test_three_steps_of_adamw(tmp_path):
             optimizer.step()
 
 
-RECOMPUTED = {
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "selective": {"recompute_granularity": "selective"},
-}
-
-
 @pytest.mark.parametrize("kind", RECOMPUTED)
 def test_recomputation_changes_nothing(pair, kind):
-    path, step = pair[1], DecoderStep(rows(length=24), labels_of(rows(length=24)))
-    model = json.loads(path.read_text())
-    model["text_decoder"].update(RECOMPUTED[kind])
-    again = path.with_name("recomputed.json")
-    again.write_text(json.dumps(model))
-    found, wanted = (take_step(str(each), Spread(), step) for each in (again, path))
-    torch.testing.assert_close(found.losses, wanted.losses)
-    for key, gradient in wanted.gradients.items():
-        torch.testing.assert_close(found.gradients[key], gradient)
+    check_recomputation(pair[1], kind, DecoderStep(rows(length=24), labels_of(rows(length=24))))
 
 
 @pytest.mark.parametrize("layout", ["PP2", "TP2 SP"])

@@ -11,7 +11,17 @@ from safetensors.torch import load_file
 
 import mindspeed_mm as mm
 from mindspeed_mm.errors import ContextError
-from tests.helpers.decoder_ranks import DecoderStep, RankShard, Spread, joined, joined_losses, labels_of, take_step
+from tests.helpers.decoder_ranks import (
+    RECOMPUTED,
+    DecoderStep,
+    RankShard,
+    Spread,
+    check_recomputation,
+    joined,
+    joined_losses,
+    labels_of,
+    take_step,
+)
 from tests.helpers.pool import RankError
 from tests.helpers.tiny_decoders import FAMILIES, VARIANTS, greedy, make, rows, save
 
@@ -236,23 +246,9 @@ def test_packed_rows_train_alike(ranks, trained, layout):
         assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
 
 
-RECOMPUTED = {
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "selective": {"recompute_granularity": "selective"},
-}
-
-
 @pytest.mark.parametrize("kind", RECOMPUTED)
 def test_recomputation_changes_nothing(trained, kind):
-    path, step = trained[1], DecoderStep(rows(length=24), labels_of(rows(length=24)))
-    model = json.loads(path.read_text())
-    model["text_decoder"].update(RECOMPUTED[kind])
-    again = path.with_name("recomputed.json")
-    again.write_text(json.dumps(model))
-    found, wanted = (take_step(str(each), Spread(), step) for each in (again, path))
-    torch.testing.assert_close(found.losses, wanted.losses)
-    for key, gradient in wanted.gradients.items():
-        torch.testing.assert_close(found.gradients[key], gradient)
+    check_recomputation(trained[1], kind, DecoderStep(rows(length=24), labels_of(rows(length=24))))
 
 
 def generated(path: str, tensor: int, pipeline: int, prompts: list[list[int]]) -> list[list[int]]:

@@ -27,6 +27,7 @@ from tests.helpers.tiny_llava import (
     sample,
     save,
     siglip,
+    their_greedy,
     their_loss,
 )
 from tests.helpers.vlm_ranks import ADAM, GRADIENT, STEP, compare, stored, train, trained
@@ -91,12 +92,7 @@ def test_greedy_text(pair):
     _, theirs, ours, _ = pair
     shown = [image(30, 50), image(90, 20)]
     rows = [sample(ours.media, shown[:count], (5,) * (count + 1), seed=count) for count in (2, 1, 0)]
-    wanted = []
-    for row in rows:
-        given = inputs(FAMILY, ours.spec, row)
-        mask = torch.ones_like(given["input_ids"])
-        options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        wanted.append(theirs.generate(**given, attention_mask=mask, **options)[0, mask.shape[1] :].tolist())
+    wanted = [their_greedy(theirs, inputs(FAMILY, ours.spec, row)) for row in rows]
     first = ours.generate(input_ids=rows[0].input_ids, images=shown, max_new_tokens=9, eos_token_id=-1)
     assert first == wanted[:1]
     ragged = [row.input_ids for row in rows]

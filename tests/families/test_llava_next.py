@@ -27,6 +27,7 @@ from tests.helpers.tiny_llava import (
     save,
     siglip,
     text,
+    their_greedy,
     their_loss,
     tile_processor,
     words,
@@ -82,13 +83,7 @@ def test_greedy_text(pair):
     theirs, ours, _, _ = pair
     shown = [image(30, 50), image(90, 20)]
     rows = [sample(ours.media, shown[:count], (5,) * (count + 1), seed=count) for count in (2, 1, 0)]
-    wanted = []
-    for row in rows:
-        given = inputs(FAMILY, ours.spec, row)
-        mask = torch.ones_like(given["input_ids"])
-        options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        answer = theirs.generate(**given, attention_mask=mask, **options)
-        wanted.append(answer[0, mask.shape[1] :].tolist())
+    wanted = [their_greedy(theirs, inputs(FAMILY, ours.spec, row)) for row in rows]
     found = [
         ours.generate(input_ids=row.input_ids, images=shown[:count], max_new_tokens=9, eos_token_id=-1)[0]
         for row, count in zip(rows, (2, 1, 0), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,3 +146,21 @@ def joined_losses(shards: list[RankShard]) -> torch.Tensor:
     """Token losses of the last stage, of all slices of the sequence one behind the other."""
     by_slice = {shard.context_rank: shard.losses for shard in shards if shard.losses is not None}
     return torch.cat([by_slice[rank] for rank in sorted(by_slice)])
+
+
+RECOMPUTED = {
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "selective": {"recompute_granularity": "selective"},
+}
+
+
+def check_recomputation(path: Path, kind: str, step: DecoderStep) -> None:
+    """Assert that a model.json's decoder has the losses and gradients of `step` with recomputation, too."""
+    model = json.loads(path.read_text())
+    model["text_decoder"].update(RECOMPUTED[kind])
+    again = path.with_name("recomputed.json")
+    again.write_text(json.dumps(model))
+    found, wanted = (take_step(str(each), Spread(), step) for each in (again, path))
+    torch.testing.assert_close(found.losses, wanted.losses)
+    for key, gradient in wanted.gradients.items():
+        torch.testing.assert_close(found.gradients[key], gradient)

@@ -192,6 +192,13 @@ def inputs(family, spec, encoded: Encoded) -> dict[str, torch.Tensor]:
     return {"input_ids": ids} | ({} if media is None else family.inputs_of_media(spec, media))
 
 
+def their_greedy(model, given: dict[str, torch.Tensor], new_tokens: int = 9) -> list[int]:
+    """The ids that transformers generates behind one sample of `inputs`, whatever they are."""
+    mask = torch.ones_like(given["input_ids"])
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(**given, attention_mask=mask, **options)[0, mask.shape[1] :].tolist()
+
+
 def their_loss(model, family, spec, samples: list[Encoded]) -> torch.Tensor:
     """transformers' loss of a global batch: the mean over its supervised tokens."""
     total = 0.0

@@ -8,6 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tests.helpers.tiny_llava import TEXT as LLAVA_TEXT
 from tests.helpers.tiny_llava import randomised
 
 ROWS = 137
@@ -27,16 +28,8 @@ VISION = {
     "fullatt_block_indexes": [1],
     "out_hidden_size": 48,
 }
-TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
+TEXT = LLAVA_TEXT | {
     "vocab_size": ROWS,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 1, 2]},
 }
 
@@ -62,9 +55,7 @@ def words() -> transformers.PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **special, additional_special_tokens=tags
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, additional_special_tokens=tags)
 
 
 def save(model, folder: Path, processor=None) -> Path:
