@@ -112,7 +112,7 @@ def _adapt_optimizer(module: types.ModuleType) -> None:
 
 def _adapt_jit(module: types.ModuleType) -> None:
     """Core wraps 38 functions in torch.compile at import, which loads the compiler; our layers on the CPU call none."""
-    module.disable_jit_fuser()
+    module.jit_fuser = lambda function: function  # what 0.16's disable_jit_fuser does; older versions lack it
 
 
 _AFTER_IMPORT = {
