@@ -180,24 +180,27 @@ class Platform(abc.ABC):
         *,
         scale: float,
         dropout: float,
+        causal: bool = True,
         window: int | None = None,
         soft_cap: float | None = None,
     ) -> torch.Tensor:
-        """Causal attention inside each of the sequences of a row.
+        """Attention inside each of the sequences of a row.
 
         Args:
             query: [T, H, D]; key, value: [T, G, D] with H a multiple of G; T is where the last segment ends.
-            window, soft_cap: as for `attention`.
+            causal, window, soft_cap: as for `attention`.
 
         Returns:
             [T, H, D] in the dtype of `query`.
         """
         outputs = []
         options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
-        for place in segments.slices:
-            rows = (x[place].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-            output = self.attention(*rows, mask=None, causal=True, **options)
-            outputs.append(output.squeeze(0).transpose(0, 1))
+        # Windows of an encoder are many of one length and go together; samples of a row are few and differ.
+        runs = [(place, 1) for place in segments.slices] if causal else segments.runs
+        for place, count in runs:
+            rows = (x[place].unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value))
+            output = self.attention(*rows, mask=None, causal=causal, **options)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -53,13 +53,15 @@ class CudaPlatform(Platform):
     def set_device_rng_state(self, state: torch.Tensor) -> None:
         torch.cuda.set_rng_state(state)
 
-    def segment_attention(self, query, key, value, segments, *, scale, dropout, window=None, soft_cap=None):
+    def segment_attention(
+        self, query, key, value, segments, *, scale, dropout, causal=True, window=None, soft_cap=None
+    ):
         """See Platform. One call of torch's variable-length flash attention, which has half precision, windows, and
         neither dropout nor a soft cap."""
         from torch.nn.attention.varlen import varlen_attn  # torch 2.10 on
 
         if dropout or soft_cap is not None or query.dtype not in (torch.bfloat16, torch.float16):
-            options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
+            options = {"scale": scale, "dropout": dropout, "causal": causal, "window": window, "soft_cap": soft_cap}
             return super().segment_attention(query, key, value, segments, **options)
         return varlen_attn(
             query,
@@ -70,7 +72,8 @@ class CudaPlatform(Platform):
             segments.longest,
             segments.longest,
             scale=scale,
-            window_size=(-1 if window is None else window - 1, 0),  # causal
+            # Keys before and behind a query's own that it sees; -1: all.
+            window_size=(-1 if window is None else window - 1, 0) if causal else (-1, -1),
             enable_gqa=query.shape[1] != key.shape[1],
         )
 

@@ -19,7 +19,8 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 def _product(
     form: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int, inner: int, outer: int
 ) -> torch.Tensor:
-    if x.device.type != "cpu" or x.dtype != weight.dtype:
+    # oneDNN refuses products without rows, which a rank without labels has.
+    if x.device.type != "cpu" or x.dtype != weight.dtype or not x.numel() or not weight.numel():
         return host_products.run(host_products.PLAIN, x, weight, bias)
     return host_products.run(host_products.choose(form, x.dtype, rows, inner, outer), x, weight, bias)
 

@@ -84,10 +84,12 @@ class NpuPlatform(Platform):
             sparse_mode=CAUSAL_MODE if causal else DENSE_MASK_MODE,
         )[0]
 
-    def segment_attention(self, query, key, value, segments, *, scale, dropout, window=None, soft_cap=None):
+    def segment_attention(
+        self, query, key, value, segments, *, scale, dropout, causal=True, window=None, soft_cap=None
+    ):
         """See Platform. The operator's layout TND takes the ends of the sequences."""
         if soft_cap is not None or (window is not None and segments.longest > window):
-            options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
+            options = {"scale": scale, "dropout": dropout, "causal": causal, "window": window, "soft_cap": soft_cap}
             return super().segment_attention(query, key, value, segments, **options)
         return self._torch_npu.npu_fusion_attention(
             query,
@@ -95,10 +97,10 @@ class NpuPlatform(Platform):
             value,
             head_num=query.shape[1],
             input_layout="TND",
-            atten_mask=self._compressed_mask(query.device),
+            atten_mask=self._compressed_mask(query.device) if causal else None,
             scale=scale,
             keep_prob=1.0 - dropout,
-            sparse_mode=CAUSAL_MODE,
+            sparse_mode=CAUSAL_MODE if causal else DENSE_MASK_MODE,
             actual_seq_qlen=segments.ends,
             actual_seq_kvlen=segments.ends,
         )[0]

@@ -30,6 +30,16 @@ class Segments:
         return cls(tuple(ends), offsets, max(lengths))
 
     @property
+    def runs(self) -> list[tuple[slice, int]]:
+        """Neighbours of one length together: their positions, and how many they are."""
+        result, start = [], 0
+        for length, group in itertools.groupby(end - begin for begin, end in itertools.pairwise((0, *self.ends))):
+            count = len(list(group))
+            result.append((slice(start, start + count * length), count))
+            start += count * length
+        return result
+
+    @property
     def slices(self) -> list[slice]:
         """One for each sequence."""
         return [slice(start, end) for start, end in itertools.pairwise((0, *self.ends))]

@@ -5,6 +5,9 @@ Legend: S query length, K key length, B batch, H heads, G key/value heads (of th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer import TransformerConfig
@@ -17,11 +20,24 @@ from mindspeed_mm.platform import current_platform
 from mindspeed_mm.platform.capped import band
 from mindspeed_mm.platform.segments import Segments
 
+Scope = Literal["items", "windows"]
+"""Which of an encoder's ScopedSegments a layer attends inside of."""
+
+
+@dataclass(frozen=True)
+class ScopedSegments:
+    """Two ways of cutting the patches of an encoder."""
+
+    items: Segments
+    """Images, or frames of videos."""
+    windows: Segments
+
 
 class CoreAttention(MegatronModule):
     """softmax(QK^T / sqrt(D)) V on what megatron.core's SelfAttention hands over.
 
-    kit/self_attention.py sets `scale`, `window` and `soft_cap` where a decoder has its own.
+    kit/self_attention.py sets `scale`, `window` and `soft_cap` where a decoder has its own, and `scope` in the layers
+    of an encoder that takes ScopedSegments.
     """
 
     def __init__(
@@ -40,6 +56,7 @@ class CoreAttention(MegatronModule):
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.window: int | None = None
         self.soft_cap: float | None = None
+        self.scope: Scope | None = None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.platform = current_platform()
         parallel = config.context_parallel_size > 1
@@ -55,7 +72,7 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Segments | None = None,
+        packed_seq_params: Segments | ScopedSegments | None = None,
     ) -> torch.Tensor:
         """Attend.
 
@@ -64,8 +81,8 @@ class CoreAttention(MegatronModule):
                 of S and K, while the mask is that of the whole sequence.
             attention_mask: bool [B or 1, 1, S, K], True = may attend, complete (causality included, a window not), or
                 None: causal for a decoder, everything for a vision encoder.
-            packed_seq_params: the sequences of the only row (B is 1): causal attention inside each; None: rows are
-                sequences. The name is megatron.core's.
+            packed_seq_params: the sequences of the only row (B is 1): attention inside each; None: rows are sequences.
+                The name is megatron.core's.
 
         Returns:
             [S, B, H * D]
@@ -84,7 +101,8 @@ class CoreAttention(MegatronModule):
         }
         if packed_seq_params is not None:
             rows = (x.squeeze(1) for x in (query, key, value))
-            output = self.platform.segment_attention(*rows, packed_seq_params, **options)
+            segments = packed_seq_params if self.scope is None else getattr(packed_seq_params, self.scope)
+            output = self.platform.segment_attention(*rows, segments, causal=self.causal, **options)
             output = output.unsqueeze(1)
             return (output if group is None else sequence_to_heads(output, group)).flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))

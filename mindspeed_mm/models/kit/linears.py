@@ -10,8 +10,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
+from mindspeed_mm.models.kit.norm import RMSNorm
 from mindspeed_mm.models.media import Features
 from mindspeed_mm.models.runtime import Runtime, transformer_config
+
+MERGER_EPSILON = 1e-6
+"""Of the merger's norm; transformers has the number in its code."""
 
 
 class MLPProjector(MegatronModule):
@@ -35,6 +39,22 @@ class MLPProjector(MegatronModule):
     def forward(self, features: Features) -> Features:
         """[F, Hv] -> [F, H]"""
         return features.of(self.encoder(features.values))
+
+
+class PatchMerger(MLPProjector):
+    """A norm of each patch, then the linears on each square of patches together (Qwen2-VL's merger)."""
+
+    independent_rows = False
+
+    def __init__(self, spec, runtime: Runtime) -> None:
+        super().__init__(spec, runtime)
+        self.square = spec.spatial_merge_size**2
+        self.norm = RMSNorm(spec.input_size, MERGER_EPSILON)
+
+    def forward(self, features: Features) -> Features:
+        """[F, Hv] -> [F / square, H]; the patches of a square stand together."""
+        values = self.encoder(self.norm(features.values).view(-1, self.square * features.values.shape[1]))
+        return Features(values, tuple(count // self.square for count in features.counts), features.media)
 
 
 class Linears(MegatronModule):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer import attention
 
+from mindspeed_mm.models.kit.attention import Scope, ScopedSegments
 from mindspeed_mm.models.kit.norm import Norm
 from mindspeed_mm.platform import current_platform
 from mindspeed_mm.platform.segments import Segments
@@ -24,14 +25,16 @@ class SelfAttention(attention.SelfAttention):
         scale: float | None = None,
         window: int | None = None,
         soft_cap: float | None = None,
+        scope: Scope | None = None,
         **kwargs,
     ) -> None:
-        """`scale` (None: D ** -0.5), `window` and `soft_cap` are those of Platform.attention."""
+        """`scale` (None: D ** -0.5), `window` and `soft_cap` are those of Platform.attention, `scope` that of
+        CoreAttention."""
         super().__init__(*args, **kwargs)
         self.platform = current_platform()
         config, core = self.config, self.core_attention
         core.scale = core.scale if scale is None else scale
-        core.window, core.soft_cap = window, soft_cap
+        core.window, core.soft_cap, core.scope = window, soft_cap, scope
         self.post_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon) if post_norm else None
 
     def forward(
@@ -39,7 +42,7 @@ class SelfAttention(attention.SelfAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         rotary_pos_emb: torch.Tensor | None = None,
-        packed_seq_params: Segments | None = None,
+        packed_seq_params: Segments | ScopedSegments | None = None,
         **_unused,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from mindspeed_mm.models.kit.attention import CoreAttention
+from mindspeed_mm.models.kit.attention import CoreAttention, Scope
 from mindspeed_mm.models.kit.mlp import MLP, PostNormMLP
 from mindspeed_mm.models.kit.norm import Norm
 from mindspeed_mm.models.kit.self_attention import SelfAttention
@@ -33,6 +33,7 @@ class LayerOptions:
     scale: float | None = None
     window: int | None = None
     soft_cap: float | None = None
+    scope: Scope | None = None
 
 
 def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> ModuleSpec:
@@ -46,6 +47,7 @@ def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> Modul
             "scale": options.scale,
             "window": options.window,
             "soft_cap": options.soft_cap,
+            "scope": options.scope,
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
