@@ -21,6 +21,7 @@ from megatron.driver.initialize import is_rank_0
 from megatron.driver.state import Hooks, TrainState, compute_dtype
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.platform.core_versions import takes
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ def _check_trainable(modules: list[MegatronModule], platform: Platform) -> None:
 
 def _optimizer_config(args: DriverArguments) -> OptimizerConfig:
     """AdamW; megatron.core gives biases and parameters of one dimension no weight decay."""
+    overlapped = takes(OptimizerConfig, "overlap_param_gather")
+    gather = {"overlap_param_gather": args.overlap_param_gather} if overlapped else {}
     return OptimizerConfig(
         optimizer=args.optimizer,
         lr=args.lr,
@@ -143,7 +146,7 @@ def _optimizer_config(args: DriverArguments) -> OptimizerConfig:
         loss_scale_window=args.loss_scale_window,
         hysteresis=args.hysteresis,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        overlap_param_gather=args.overlap_param_gather,
+        **gather,
     )
 
 

@@ -12,6 +12,7 @@ from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.models.vlm import VLM
+from mindspeed_mm.platform.core_versions import known_options
 from mindspeed_mm.weights.loading import LoadReport, load_part
 from mindspeed_mm.weights.sources import Source
 
@@ -94,7 +95,8 @@ def _place(module: torch.nn.Module, runtime: Runtime, kind: str) -> dict[str, in
     """Which layers of the text decoder this pipeline stage holds, for `load_part`; nothing where it holds all."""
     if kind != "text_decoder" or runtime.pipeline_model_parallel_size == 1:
         return {}
+    stage = known_options(get_transformer_layer_offset, vp_stage=module.vp_stage)
     return {
-        "layer_offset": get_transformer_layer_offset(module.config, module.vp_stage),
+        "layer_offset": get_transformer_layer_offset(module.config, **stage),
         "num_local_layers": len(module.decoder.layers),
     }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from mindspeed_mm.models.part import flat_layers
+from mindspeed_mm.platform.core_versions import known_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,6 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "tensor_model_parallel_size": runtime.tensor_model_parallel_size,
         "pipeline_model_parallel_size": runtime.pipeline_model_parallel_size if pipelined else 1,
         "virtual_pipeline_model_parallel_size": runtime.virtual_pipeline_model_parallel_size if pipelined else None,
-        "pipeline_model_parallel_layout": _stages(spec, runtime) if pipelined else None,
         # Whatever stands on the first stage alone sees whole images on every rank.
         "context_parallel_size": runtime.context_parallel_size if pipelined else 1,
         "sequence_parallel": runtime.sequence_parallel,
@@ -97,6 +97,8 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "bias_dropout_fusion": False,
         "persist_layer_norm": False,
     }
+    layout = _stages(spec, runtime) if pipelined else None
+    fields |= known_options(TransformerConfig, pipeline_model_parallel_layout=layout)
     return TransformerConfig(**(fields | overrides))
 
 

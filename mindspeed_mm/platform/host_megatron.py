@@ -19,6 +19,7 @@ import types
 
 import torch
 
+from mindspeed_mm.platform import core_versions
 from mindspeed_mm.platform.host_linear import linear
 
 PACKAGE = "megatron.core"
@@ -92,13 +93,15 @@ def _adapt_grad_scaler(module: types.ModuleType) -> None:
 def _adapt_linear(module: types.ModuleType) -> None:
     """Core's linear layers multiply by our kernel, its mappings communicate: on the CPU the two never overlap."""
 
+    grouped = core_versions.takes(module.copy_to_tensor_model_parallel_region, "group")
+
     def product(
         input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad, sequence_parallel, tp_group=None, **_unused
     ):
         if sequence_parallel:
             input = module.gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
-            input = module.copy_to_tensor_model_parallel_region(input, group=tp_group)
+            input = module.copy_to_tensor_model_parallel_region(input, **({"group": tp_group} if grouped else {}))
         return linear(input, weight, bias)
 
     module.linear_with_grad_accumulation_and_async_allreduce = product
@@ -112,7 +115,7 @@ def _adapt_optimizer(module: types.ModuleType) -> None:
 
 def _adapt_jit(module: types.ModuleType) -> None:
     """Core wraps 38 functions in torch.compile at import, which loads the compiler; our layers on the CPU call none."""
-    module.disable_jit_fuser()
+    module.jit_fuser = lambda function: function  # what 0.16's disable_jit_fuser does; older versions lack it
 
 
 _AFTER_IMPORT = {

@@ -59,9 +59,14 @@ _DESCRIPTIONS = {
     "pathlib._local": {"PosixPath", "WindowsPath", "Path"},
 }
 
+# megatron.core up to 0.15 writes a subclass with one more field. It is read as torch's own class.
+_OLDER_METADATA = ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata")
+
 
 class _DescriptionUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == _OLDER_METADATA:
+            return Metadata
         if name not in _DESCRIPTIONS.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which describes no tensor")
         return super().find_class(module, name)

@@ -17,6 +17,7 @@ from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.models.kit.rotary import RotaryEmbedding
 from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
 from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
+from mindspeed_mm.platform.core_versions import known_options
 from mindspeed_mm.platform.segments import Segments
 from mindspeed_mm.weights.shards import padded_vocab_size
 
@@ -72,7 +73,7 @@ class TextDecoder(LanguageModule):
             spec=block_spec(self._layer_options(), causal=True),
             pre_process=pre_process,
             post_process=post_process,
-            vp_stage=vp_stage,
+            **known_options(TransformerBlock, vp_stage=vp_stage),
         )
         if post_process:
             self.output_layer = tensor_parallel.ColumnParallelLinear(
@@ -92,8 +93,9 @@ class TextDecoder(LanguageModule):
 
     def _layer_options(self) -> list[LayerOptions]:
         """Those of this stage's layers."""
-        traits, first = self.traits, get_transformer_layer_offset(self.config, self.vp_stage)
-        numbers = range(first, first + get_num_layers_to_build(self.config, self.vp_stage))
+        stage = known_options(get_num_layers_to_build, vp_stage=self.vp_stage)
+        traits, first = self.traits, get_transformer_layer_offset(self.config, **stage)
+        numbers = range(first, first + get_num_layers_to_build(self.config, **stage))
         return [
             LayerOptions(
                 qk_norm=traits.qk_norm,

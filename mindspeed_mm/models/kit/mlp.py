@@ -10,6 +10,7 @@ from megatron.core.transformer import mlp
 from mindspeed_mm.models.kit.norm import Norm
 from mindspeed_mm.models.runtime import gelu_tanh
 from mindspeed_mm.platform import current_platform
+from mindspeed_mm.platform.core_versions import takes
 
 SUBMODULES = mlp.MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
 
@@ -18,7 +19,8 @@ class MLP(mlp.MLP):
     """Linear, activation, linear, split over the tensor-parallel ranks."""
 
     def __init__(self, config, submodules=SUBMODULES, **kwargs) -> None:
-        super().__init__(config, submodules, **({"ffn_hidden_size": config.ffn_hidden_size} | kwargs))
+        width = {"ffn_hidden_size": config.ffn_hidden_size} if takes(mlp.MLP, "ffn_hidden_size") else {}
+        super().__init__(config, submodules, **(width | kwargs))
         self.gated = None
         if config.gated_linear_unit and not config.add_bias_linear:
             platform = current_platform()
