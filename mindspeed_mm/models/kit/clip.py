@@ -20,8 +20,6 @@ class CLIPVisionEncoder(MegatronModule):
     Layers behind the selected one and the final norm are never built: LLaVA takes the output of the last layer but one.
     """
 
-    independent_rows = True
-
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
             spec,

@@ -17,8 +17,6 @@ from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_c
 class SiglipVisionEncoder(MegatronModule):
     """Patch embedding, positions and the layers up to the selected feature; every feature is a patch."""
 
-    independent_rows = True
-
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
             spec,

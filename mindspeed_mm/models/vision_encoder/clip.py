@@ -6,12 +6,14 @@ Letters: H width, F MLP size, N heads, D channels per head, P patches per image.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.operations import LayerShape
 from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
 from mindspeed_mm.weights.rules import QKV, Drop, Geometry, PackedQKV, Reshape, Rule, RuleSet
@@ -47,6 +49,8 @@ SELECT_FEATURES = {"default": "patch", "full": "cls_patch"}
 
 class ClipSpec(PartSpec):
     """image_encoder.vision_encoder block of a model.json."""
+
+    outer_norms = 1
 
     model_id: Literal["clip"] = "clip"
     num_layers: Size
@@ -134,6 +138,10 @@ class ClipSpec(PartSpec):
                 f"{-self.num_layers}..-1 or 1..{self.num_layers}"
             )
         return self
+
+    @property
+    def layer(self) -> LayerShape:
+        return replace(super().layer, rotary=False)
 
     @property
     def num_built_layers(self) -> int:

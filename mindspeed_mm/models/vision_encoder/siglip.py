@@ -5,7 +5,7 @@ it, that norm and the pooling head are never built, and conversions carry them.
 Letters: H width, F MLP size, N heads, D channels per head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -13,6 +13,7 @@ import pydantic
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.encoder_spec import EncoderSpec
+from mindspeed_mm.models.operations import LayerShape
 from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
 from mindspeed_mm.weights.rules import QKV, Drop, Geometry, Own, Reshape, Rule, RuleSet
@@ -94,6 +95,10 @@ class SiglipSpec(EncoderSpec):
             )
         self.check_stages()
         return self
+
+    @property
+    def layer(self) -> LayerShape:
+        return replace(super().layer, rotary=False)
 
     @property
     def num_built_layers(self) -> int:
