@@ -103,11 +103,6 @@ class PatchVisionSpec(EncoderSpec):
         return self
 
     @property
-    def num_built_layers(self) -> int:
-        """All layers."""
-        return self.num_layers
-
-    @property
     def patch_channels(self) -> int:
         """Values of a patch."""
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
