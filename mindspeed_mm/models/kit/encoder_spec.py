@@ -70,7 +70,7 @@ class EncoderSpec(PartSpec):
         return self.num_layers
 
 
-class ImageEncoderSpec(EncoderSpec):
+class FixedSizeSpec(EncoderSpec):
     """A vision transformer on images of one size, whose feature is the hidden state behind one of its layers."""
 
     num_layers: Size
@@ -150,7 +150,7 @@ def norm_shapes(names: tuple[str, ...], width: int) -> dict[str, tuple[int, ...]
     return {f"{name}.{kind}": (width,) for name in names for kind in ("weight", "bias")}
 
 
-def image_encoder_shapes(spec: ImageEncoderSpec) -> dict[str, tuple[int, ...]]:
+def fixed_size_shapes(spec: FixedSizeSpec) -> dict[str, tuple[int, ...]]:
     """Patch and position embedding, the layers, and the norm behind them, which no feature passes."""
     width, inner = spec.hidden_size, spec.ffn_hidden_size
     return {

@@ -15,9 +15,9 @@ from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.encoder_spec import (
     CHECKED,
     LAYER,
-    ImageEncoderSpec,
+    FixedSizeSpec,
+    fixed_size_shapes,
     hf_layer_rules,
-    image_encoder_shapes,
     norm_shapes,
     pair,
 )
@@ -54,7 +54,7 @@ SELECT_FEATURES = {"default": "patch", "full": "cls_patch"}
 """HF's vision_feature_select_strategy in LLaVA's words (mm_vision_select_feature)."""
 
 
-class ClipSpec(ImageEncoderSpec):
+class ClipSpec(FixedSizeSpec):
     """image_encoder.vision_encoder block of a model.json."""
 
     architecture = "CLIP"
@@ -303,7 +303,7 @@ def image_processor(spec: ClipSpec) -> dict[str, Any]:
 def shapes(spec: ClipSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of our tensors; `{}` is the layer."""
     width = spec.hidden_size
-    return {"class_token": (1, 1, width), **image_encoder_shapes(spec), **norm_shapes(("ln_pre",), width)}
+    return {"class_token": (1, 1, width), **fixed_size_shapes(spec), **norm_shapes(("ln_pre",), width)}
 
 
 def build(spec: ClipSpec, runtime):

@@ -15,9 +15,9 @@ from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.encoder_spec import (
     CHECKED,
     LAYER,
-    ImageEncoderSpec,
+    FixedSizeSpec,
+    fixed_size_shapes,
     hf_layer_rules,
-    image_encoder_shapes,
     linear_shapes,
     norm_shapes,
     pair,
@@ -54,7 +54,7 @@ class SiglipGeometry(Geometry):
     pooling_head: bool = True
 
 
-class SiglipSpec(ImageEncoderSpec):
+class SiglipSpec(FixedSizeSpec):
     """image_encoder.vision_encoder block of a model.json."""
 
     architecture = "SigLIP"
@@ -258,7 +258,7 @@ def shapes(spec: SiglipSpec) -> dict[str, tuple[int, ...]]:
     width, inner = spec.hidden_size, spec.ffn_hidden_size
     head = {"attention.out_proj": (width, width), "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
     return {
-        **image_encoder_shapes(spec),
+        **fixed_size_shapes(spec),
         "conv1.bias": (width,),
         _HEAD + "probe": (1, 1, width),
         _HEAD + "attention.in_proj_weight": (3 * width, width),
