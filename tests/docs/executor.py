@@ -75,18 +75,20 @@ class PageReader:
             assert first in SETTING_UP, f"{command.place}: nobody can run {first!r} in a test; see docs/README.md"
 
     def ours(self, place: str, words: list[str]) -> None:
-        """A command of mindspeed-mm in this process."""
-        code, printed = told(words)
-        assert code == 0, f"{place}: mindspeed-mm {' '.join(words)} ended with {code}:\n{printed[-3000:]}"
+        """A command of mindspeed-mm in this process; `> FILE` at its end is followed."""
+        words, target = (words[:-2], words[-1]) if ">" in words else (words, os.devnull)
+        code, printed, log = told(words)
+        assert code == 0, f"{place}: mindspeed-mm {' '.join(words)} ended with {code}:\n{log[-3000:]}"
+        Path(target).write_text(printed)
 
     def torchrun(self, place: str, words: list[str]) -> None:
-        """The same on the ranks of the test pool."""
-        size = int(words[words.index("--nproc_per_node") + 1])
+        """The same on ranks of the test pool, two at most."""
+        size = min(2, int(words[words.index("--nproc_per_node") + 1]))
         start = words.index("mindspeed_mm") if words[-1:] != ["mindspeed_mm"] else len(words)
         while words[start - 1] != "-m":  # --logs-specs names the package, too
             start = words.index("mindspeed_mm", start + 1)
         found = self.ranks(size).run(on_this_rank, str(self.folder), words[start + 1 :])
-        assert not any(code for code, _ in found), f"{place}: {found}"
+        assert not any(code for code, *_ in found), f"{place}: {found}"
 
     def script(self, command: ShellCommand) -> None:
         """A launcher with a torchrun that notes what it is asked; the note is followed in this process."""
@@ -127,8 +129,8 @@ def as_after_the_process() -> None:
         sys.modules["megatron.driver.initialize"].shutdown()
 
 
-def told(words: list[str]) -> tuple[int, str]:
-    """(exit code, what was printed) of a command of ours, made short."""
+def told(words: list[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command of ours, made short."""
     from mindspeed_mm.cli.main import main
 
     line = [*words, *SHORT.get(words[0], "").split()]
@@ -137,17 +139,17 @@ def told(words: list[str]) -> tuple[int, str]:
     before = sys.stdin
     sys.stdin = io.StringIO("What is it?\n")
     try:
-        with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
+        with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as log:
             try:
                 code = main(line)
             except SystemExit as end:
                 code = end.code or 0
     finally:
         sys.stdin = before
-    return code, said.getvalue()
+    return code, said.getvalue(), log.getvalue()
 
 
-def on_this_rank(folder: str, words: list[str]) -> tuple[int, str]:
+def on_this_rank(folder: str, words: list[str]) -> tuple[int, str, str]:
     """`told` on a rank of the pool, with the variables that torchrun sets."""
     import torch
 

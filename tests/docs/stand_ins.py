@@ -16,10 +16,10 @@ from tests.helpers.golden_model import PROJECTOR, TEXT, VISION
 WEIGHTS = {
     "llava_hf": ("llava-1.5-7b-hf",),
     "llava_original": ("llava-v1.5-7b",),
-    "vicuna": ("vicuna-7b-v1.5", "vicuna-7b", "vicuna-13b-v1.5"),
+    "vicuna": ("vicuna-7b-v1.5", "vicuna-7b", "vicuna-13b-v1.5", "internlm2-chat-7b"),
     "clip_hf": ("clip-vit-large-patch14-336", "clip_hf"),  # llava_original names it ../clip_hf
     "clip_openai.pt": ("ViT-L-14-336px.pt",),
-    "mm_projector.bin": ("mm_projector.bin", "llava-v1.5-7b/mm_projector.bin"),
+    "mm_projector.bin": ("mm_projector.bin", "llava-v1.5-7b/mm_projector.bin", "non_lora_trainables.bin"),
 }
 """A model of tests/data/golden, and the public names it stands in for."""
 

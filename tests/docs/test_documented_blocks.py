@@ -4,11 +4,13 @@ A block is run in a folder of stand-ins (stand_ins.py): a small model lies under
 takes two steps. What stands in for torchrun, the launchers' torchrun and the two long scripts is in executor.py.
 """
 
+import importlib
 import json
 import shutil
 
 import pytest
 
+from mindspeed_mm.cli.main import command_names
 from tests.docs.executor import PageReader
 from tests.docs.pages import PAGES, ROOT, Block, blocks, blocks_of
 from tests.docs.stand_ins import make_stand_ins
@@ -40,6 +42,14 @@ def test_letter_e_every_block_of_the_page_runs(page, stand_ins, ranks, single_pr
     for block in blocks(page):
         if is_run_here(block):
             reader.run(block)
+
+
+@pytest.mark.parametrize("command", command_names())
+def test_letter_e_the_example_of_the_help_runs(command, stand_ins, ranks, single_process, tmp_path):
+    folder = tmp_path / "reader"
+    shutil.copytree(stand_ins, folder, symlinks=True)
+    example = importlib.import_module(f"mindspeed_mm.cli.{command}").EXAMPLE
+    PageReader(folder, ranks).run(Block(f"{command} --help", 1, "bash", example, ""))
 
 
 def untried(block: Block) -> str:

@@ -14,7 +14,7 @@ CLASSES = [
     name for name, value in vars(errors).items() if inspect.isclass(value) and value.__module__ == errors.__name__
 ]
 LETTERS = string.ascii_uppercase[: string.ascii_uppercase.index("T") + 1]
-NAMED = re.compile(r"`(tests/[\w/]+\.py)`: ((?:`test_\w+`(?:, )?)+)")
+NAMED = re.compile(r"\[(tests/[\w/]+\.py)\]\(\.\./\1\): ((?:`test_\w+`(?:, )?)+)")
 
 
 def section(title: str) -> str:
