@@ -49,7 +49,7 @@ def test_letter_e_the_example_of_the_help_runs(command, stand_ins, ranks, single
     folder = tmp_path / "reader"
     shutil.copytree(stand_ins, folder, symlinks=True)
     example = importlib.import_module(f"mindspeed_mm.cli.{command}").EXAMPLE
-    PageReader(folder, ranks).run(Block(f"{command} --help", 1, "bash", example, ""))
+    PageReader(folder, ranks).run(Block(f"{command} --help", 1, "bash", example))
 
 
 def untried(block: Block) -> str:
