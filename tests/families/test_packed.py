@@ -1,4 +1,4 @@
-"""Samples that share a packed row train as rows of their own do, positions on several axes included, in every family."""
+"""Samples that share a packed row train as rows of their own do, in every family, positions on several axes included."""
 
 import pytest
 
