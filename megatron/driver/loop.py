@@ -20,6 +20,7 @@ from megatron.driver.checkpoint.saver import SaveClock, Saver
 from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder, StepMetrics
+from megatron.driver.parameter_groups import run_learning_rate
 from megatron.driver.profiling import Profiler
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from megatron.driver.stopping import StopRequest
@@ -231,7 +232,7 @@ def train_step(
     loss = totals.loss_sum / totals.supervised
     if not math.isfinite(loss):
         _refuse(state, data, f"the loss is {loss}: check the data and weights, or lower --lr")
-    learning_rate = next((group["lr"] for group in state.optimizer.param_groups), 0.0)
+    learning_rate = run_learning_rate(state.optimizer)
     loss_scale = state.optimizer.get_loss_scale().item()
     with region("optimizer"):
         updated, grad_norm, _ = state.optimizer.step()

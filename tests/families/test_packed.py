@@ -1,4 +1,4 @@
-"""Samples that share a packed row train as rows of their own do, in every family, positions on several axes included."""
+"""Samples that share a packed row train as rows of their own do, in every family, on several axes of positions too."""
 
 import pytest
 
