@@ -36,12 +36,14 @@ REQUIRES = [
 
 EVALUATE = ["openpyxl>=3.1"]
 QUICKSTART = [*EVALUATE, "scikit-learn>=1.4", "matplotlib>=3.8"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 EXTRAS = {
     "evaluate": EVALUATE,
     "parquet": ["pyarrow>=14"],
     "quantize": ["bitsandbytes>=0.45"],
     "quickstart": QUICKSTART,
+    "docs": DOCS,  # builds the site; see mkdocs.yml
     "serve": [],  # reserved for the servers, which need nothing beyond the requirements so far
     "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN
     "dev": [
