@@ -74,6 +74,14 @@ def write_bundle(
     return list(members)
 
 
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write what --json prints, redacted. Raises ConfigError where that cannot be done."""
+    try:
+        path.write_text(Redactor()(json.dumps(report, indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--report {path}: {error.strerror}: give another file") from error
+
+
 def _packages() -> list[str]:
     found = {f"{item.metadata['Name']}=={item.version}" for item in importlib.metadata.distributions()}
     return sorted(found, key=str.lower)

@@ -134,3 +134,10 @@ def drivers(files: Mapping[str, Path] = DRIVER_FILES) -> list[Finding]:
         if match is not None:
             found.append(Finding(GROUP, f"{kind} driver", match[0]))
     return found
+
+
+def cards_of(findings: list[Finding], device: str | None) -> tuple[str, int]:
+    """(the device that is meant, how many cards of it `devices` found); the CPU has none."""
+    kinds = [finding.name.partition(":")[0] for finding in findings if finding.group == GROUP and ":" in finding.name]
+    meant = device or next((kind for kind in ("npu", "cuda") if kind in kinds), "cpu")
+    return meant, kinds.count(meant)
