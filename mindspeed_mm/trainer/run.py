@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mindspeed_mm.models.adapters.targets import ADAPTER
 from mindspeed_mm.models.build import build_vlm
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.trainer.curves import leave_loss_curve
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import batch_flops
 from mindspeed_mm.trainer.inputs import RunInputs
@@ -73,7 +76,7 @@ class TrainingRun:
             "first sample, supervised tokens in [[ ]]:\n%s",
             describe_sample(first.input_ids, first.labels, self.inputs.tokenizer),
         )
-        with forward_steps(self.inputs, state, self.feature_cache) as forward_step:
+        with self._leaving_a_curve(), forward_steps(self.inputs, state, self.feature_cache) as forward_step:
             report = loop.train(state, self.inputs.args, forward_step, self._batches(state), hooks)
         checkpoint = report.checkpoint or (find_checkpoint(self.inputs.args.save) if self.inputs.args.save else None)
         result = {
@@ -84,6 +87,15 @@ class TrainingRun:
         if report.stopped_by is not None:
             raise stopped(report, self.inputs.args, result)
         return result
+
+    @contextlib.contextmanager
+    def _leaving_a_curve(self) -> Iterator[None]:
+        """However training ends, what there is of it is drawn into the save folder."""
+        try:
+            yield
+        finally:
+            if self.inputs.args.save and initialize.is_rank_0():
+                leave_loss_curve(self.inputs.args.save)
 
     def _hooks(self) -> Hooks:
         return Hooks(

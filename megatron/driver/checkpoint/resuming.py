@@ -48,7 +48,7 @@ def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
     --load resumes. With --finetune, or from --pretrained-checkpoint while --load holds none, only weights are taken.
 
     Returns:
-        The checkpoint's folder, None where the run starts from scratch.
+        The checkpoint's folder, None where no checkpoint is loaded.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, unsafe, or does not fit the model or the flags.
