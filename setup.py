@@ -32,10 +32,11 @@ REQUIRES = [
     "psutil>=5.9",
     "tensorboard>=2.14",
     "jinja2>=3.1",
+    "matplotlib>=3.8",
 ]
 
 EVALUATE = ["openpyxl>=3.1"]
-QUICKSTART = [*EVALUATE, "scikit-learn>=1.4", "matplotlib>=3.8"]
+QUICKSTART = [*EVALUATE, "scikit-learn>=1.4"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 EXTRAS = {

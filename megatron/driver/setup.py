@@ -18,6 +18,7 @@ from megatron.driver.checkpoint.checkpointing import prepare_folders
 from megatron.driver.checkpoint.optimizer_state import begin_state
 from megatron.driver.checkpoint.resuming import load_checkpoint
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.parameter_groups import own_values
 from megatron.driver.state import Hooks, TrainState, compute_dtype
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
@@ -35,7 +36,8 @@ def setup(
 
     Args:
         model_provider: (pre_process, post_process) -> the module of this pipeline stage, weights and requires_grad set;
-            with virtual stages (pre_process, post_process, vp_stage), called for each chunk of this stage.
+            with virtual stages (pre_process, post_process, vp_stage), called for each chunk of this stage. A parameter
+            may have an attribute `optimizer_values` (see parameter_groups.py).
         hooks: the caller's part; its `compare` guards against a checkpoint of another architecture.
 
     Raises:
@@ -45,7 +47,8 @@ def setup(
     hooks = hooks or Hooks()
     prepare_folders(args)
     model = _build_model(args, model_provider, platform)
-    optimizer = get_megatron_optimizer(_optimizer_config(args), model)
+    config = _optimizer_config(args)
+    optimizer = get_megatron_optimizer(config, model, config_overrides=own_values(config, model))
     begin_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,

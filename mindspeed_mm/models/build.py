@@ -11,6 +11,7 @@ from mindspeed_mm.models.adapters.peft_format import pairs_of
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import ModelSpec
+from mindspeed_mm.models.trainable import mark
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform.core_versions import known_options
 from mindspeed_mm.weights.loading import LoadReport, load_part
@@ -47,6 +48,8 @@ def build_vlm(
     vlm = vlm.to(device, runtime.params_dtype)
     reports = _load(vlm, spec, runtime, sources, allow_nonfinite=allow_nonfinite) if load_weights else []
     _attach_adapters(vlm, spec, runtime, load_weights=load_weights)
+    for kind, module in vlm.parts().items():
+        mark(module, spec.part(kind), _place(module, runtime, kind).get("layer_offset", 0))
     return vlm, reports
 
 

@@ -78,6 +78,20 @@ NoFusion = Annotated[bool, only(False, why="kernels are chosen by the platform, 
 NoDropout = Annotated[float, only(0.0, why="models of the LLaVA family are trained without dropout")]
 
 
+LearningRate = Annotated[float, pydantic.Field(gt=0)]
+WeightDecay = Annotated[float, pydantic.Field(ge=0)]
+
+
+class ParameterRule(StrictModel):
+    """How some parameters of a part are trained; keys that are left out say nothing."""
+
+    names: str
+    """Shell pattern of names as they stand in a checkpoint behind the part's own, such as "decoder.layers.[0-7].*"."""
+    freeze: bool | None = None
+    lr: LearningRate | None = None
+    weight_decay: WeightDecay | None = None
+
+
 class PartSpec(StrictModel):
     """Keys that every part has, and what it states about its work."""
 
@@ -88,6 +102,12 @@ class PartSpec(StrictModel):
     """Norms of a vision encoder before or behind its layers."""
 
     freeze: bool = False
+    lr: LearningRate | None = None
+    """Highest learning rate of the part; None: the run's. The lowest keeps its ratio to it."""
+    weight_decay: WeightDecay | None = None
+    """None: the run's. Biases and parameters of one dimension have none."""
+    parameters: list[ParameterRule] = []
+    """Rules for single parameters; the last one that fits decides (models/trainable.py)."""
     lora: LoraSpec | None = None
     """Train adapters beside the frozen linears instead of the part's own parameters."""
     ckpt_path: str | None = None
@@ -132,6 +152,11 @@ class PartSpec(StrictModel):
                 "and trains the adapters. Remove one"
             )
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything of the part is trained."""
+        return not self.freeze or any(rule.freeze is False for rule in self.parameters)
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from mindspeed_mm.models.adapters.splits import places
 from mindspeed_mm.models.adapters.targets import sites
 from mindspeed_mm.models.parallel import stage_layers
 from mindspeed_mm.models.part import SLOTS
+from mindspeed_mm.models.trainable import setting
 from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.weights.rules import Step, is_layered
 from mindspeed_mm.weights.shards import padded_vocab_size
@@ -39,16 +40,18 @@ def held_layers(job: TrainingJob, stage: int) -> int:
 
 def stage_parameters(job: TrainingJob, stage: int) -> Parameters:
     """Parameters that a rank of this pipeline stage holds."""
-    sizes = {kind: list(_sizes(job, kind, stage)) for kind in SLOTS}
-    adapters = {kind: list(_adapter_sizes(job, kind, stage)) for kind in SLOTS}
-    trained = [
-        size
-        for kind in SLOTS
-        if job.trained(kind)
-        for size in (sizes[kind] if job.spec.part(kind).lora is None else adapters[kind])
-    ]
-    total = sum(map(sum, sizes.values())) + sum(map(sum, adapters.values()))
-    return Parameters(total, sum(trained), max(trained, default=0))
+    parts = [part_parameters(job, kind, stage) for kind in SLOTS]
+    totals, trained, largest = zip(*((part.total, part.trained, part.largest) for part in parts), strict=True)
+    return Parameters(sum(totals), sum(trained), max(largest))
+
+
+def part_parameters(job: TrainingJob, kind: str, stage: int) -> Parameters:
+    """Those of one part."""
+    sizes, adapters = list(_sizes(job, kind, stage)), list(_adapter_sizes(job, kind, stage))
+    trained = [size for size, share in sizes if share] + adapters
+    total = sum(size for size, _ in sizes) + sum(adapters)
+    count = round(sum(size * share for size, share in sizes)) + sum(adapters)
+    return Parameters(total, count, max(trained, default=0))
 
 
 def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
@@ -67,25 +70,29 @@ def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
         yield round(share * spec.lora.r * columns / split[1])
 
 
-def _sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
-    """Elements of each tensor of one part on this stage."""
+def _sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[tuple[int, float]]:
+    """(elements, the share of them that is trained) of each tensor of one part on this stage; the trained layers are
+    taken to be spread evenly over the stages."""
     spec, part = job.spec.part(kind), job.spec.parts()[kind]
     if kind != "text_decoder" and stage > 0:
         return
     shapes = part.shapes(spec)
-    layered: list[int] = []
+    layered: list[tuple[int, bool]] = []
     for step in part.rules["ours"].steps(spec.geometry):
         if step.unused:
             continue
         shape = shapes.get(step.target) or shapes[step.rule.target]
-        size = _share(step, shape, job.tensor)
+        size = _share(step, shape, job.tensor), setting(spec, step.target).trained
         if kind == "text_decoder" and is_layered(step.rule.target):
             layered.append(size)
         elif kind != "text_decoder" or _stands_on(step.target, job, stage):
             yield size
     # Layers are alike, and steps come rule by rule, each for all layers: every num_layers-th is another tensor.
-    for size in layered[:: spec.geometry.num_layers]:
-        yield from [size] * held_layers(job, stage)
+    layers = spec.geometry.num_layers
+    for first in range(0, len(layered), layers):
+        tensors = layered[first : first + layers]
+        share = sum(trained for _, trained in tensors) / layers
+        yield from [(tensors[0][0], share)] * held_layers(job, stage)
 
 
 def _stands_on(target: str, job: TrainingJob, stage: int) -> bool:

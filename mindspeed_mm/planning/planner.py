@@ -50,7 +50,7 @@ class Planner:
         self.namespace, self.platform = namespace, platform
         _check_numbers(namespace)
         self.spec = read_model(namespace.mm_model)
-        if all(part.freeze for part in self.spec.part_specs().values()):
+        if not any(part.trains for part in self.spec.part_specs().values()):
             raise ConfigError("nothing to train: all parts are frozen; set freeze to false for at least one part")
         self.samples = namespace.samples
         self.hardware = self._hardware()

@@ -27,7 +27,7 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)(?=\.)")
 class LoadReport:
     """What became of one part: tensors this rank expected, loaded and left at random init, and source tensors dropped.
 
-    `config` says whether the source's config confirmed what shapes cannot show.
+    `config` says whether the source's config confirmed what shapes cannot show; `example` is a dropped tensor.
     """
 
     part: str
@@ -38,6 +38,7 @@ class LoadReport:
     fresh: int
     dropped: int
     config: str
+    example: str | None = None
 
 
 def load_part(
@@ -88,18 +89,39 @@ def load_part(
             value = local_tensor(step, part_source, geometry, tp_rank, tp_size, stored=stored)
             check_finite(value, f"{part_source.path}: {' + '.join(step.sources)}", allowed=allow_nonfinite)
             _copy(parameter, name, value, step, part_source)
-    dropped = len(part_source.names) - sum(len(step.sources) for step in steps.values())
-    return LoadReport(part.kind, source.layout, str(part_source.path), len(local), len(local), 0, dropped, confirmed)
+    read = {name for step in steps.values() for name in step.sources}
+    dropped = [part_source.stored_name(name) for name in part_source.names if name not in read]
+    return LoadReport(
+        part.kind,
+        source.layout,
+        str(part_source.path),
+        expected=len(local),
+        loaded=len(local),
+        fresh=0,
+        dropped=len(dropped),
+        config=confirmed,
+        example=dropped[0] if dropped else None,
+    )
 
 
 def table(reports: Iterable[LoadReport]) -> str:
-    """A plain text table of reports, one line per part."""
-    header = ("part", "layout", "expected", "loaded", "fresh", "dropped", "config", "path")
-    rows = [header] + [tuple(str(getattr(report, key)) for key in header) for report in reports]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    """What became of each part, in words, one line per part."""
+    reports = list(reports)
+    width = max((len(report.part) for report in reports), default=0)
+    return "\n".join(f"  {report.part.ljust(width)}  {_in_words(report)}" for report in reports)
+
+
+def _in_words(report: LoadReport) -> str:
+    if report.layout == "-":
+        return f"random values ({report.fresh} tensors), since the model config gives no ckpt_path"
+    text = f"loaded from {report.path} ({report.loaded} tensors, layout {report.layout}); "
+    if report.config == "equal":
+        text += "the config beside them says the same as the model config"
+    else:
+        text += "no config lies beside them, so that only names and shapes were compared"
+    if report.dropped:
+        text += f"; tensors stored there that are not needed: {report.dropped}, such as {report.example}"
+    return text
 
 
 def _fresh_report(part: Any, spec: Any, state: Mapping[str, Tensor]) -> LoadReport:

@@ -49,7 +49,7 @@ def test_the_ancestors_launcher_flags():
     assert args.model_flags() == {"seq_length": 2048, "vocab_size": 32000}
     notes = "\n".join(args.notes())
     assert (args.eval_interval, args.eval_iters) == (5000, 5000)
-    assert "--use-flash-attn has no effect" in notes
+    assert "--use-flash-attn (the platform picks its fastest exact attention kernel)" in notes
 
 
 def test_arguments_are_frozen():

@@ -30,6 +30,11 @@ class ThreadRank:
     def __init__(self, rank, values, barrier):
         self.rank, self.world_size, self._values, self._barrier = rank, len(values), values, barrier
         self.replica, self.replicas, self.is_leader = rank, len(values), True
+        self.counted = None  # answers of all ranks, where a test shows the bar
+
+    def count(self, answers):
+        self.counted.append(answers)
+        return sum(self.counted)
 
     def all_gather(self, value):
         self._values[self.rank] = value

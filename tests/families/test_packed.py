@@ -1,4 +1,4 @@
-"""Samples that share a packed row train as rows of their own do, positions on several axes too, in every family."""
+"""Samples that share a packed row train as rows of their own do, in every family, on several axes of positions too."""
 
 import pytest
 
