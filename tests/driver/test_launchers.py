@@ -14,7 +14,8 @@ from megatron.driver.arguments import add_arguments, from_namespace
 from mindspeed_mm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {name: ROOT / "examples" / "llava1.5" / f"{name}_llava1_5.sh" for name in ("pretrain", "finetune")}
+NAMES = ("pretrain", "finetune", "finetune_lora")
+SCRIPTS = {name: ROOT / "examples" / "llava1.5" / f"{name}_llava1_5.sh" for name in NAMES}
 TORCHRUN = """#!/usr/bin/env python3
 import json, os, signal, sys
 told = {"arguments": sys.argv[1:], "folder": os.getcwd(), "process": os.getpid()}
@@ -78,6 +79,16 @@ def test_fine_tuning_of_llava_1_5(launch):
     assert args.pretrained_checkpoint is None
     _, args = train_flags(launch("finetune", PRETRAINED_PATH="stage 1"), 8)
     assert args.pretrained_checkpoint == "stage 1"
+
+
+def test_lora_of_llava_1_5(launch):
+    told = launch("finetune_lora", PRETRAINED_PATH="stage 1")
+    namespace, args = train_flags(told, 8)
+    model = json.loads((ROOT / namespace.mm_model).read_text())
+    assert model["text_decoder"]["lora"] == {"r": 128, "alpha": 256, "dropout": 0.05, "target_modules": "all-linear"}
+    assert (args.lr, model["image_encoder"]["vision_projector"]["lr"]) == (2e-4, 2e-5)
+    assert (args.pretrained_checkpoint, args.save, args.global_batch_size) == ("stage 1", "save_dir_lora", 128)
+    assert told["process"] == told["launcher"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -152,6 +163,7 @@ MODELS = [
     ("pretrain", "model_13b.json"),
     ("finetune", "model_finetune.json"),
     ("finetune", "model_13b_finetune.json"),
+    ("finetune_lora", "model_finetune_lora.json"),
 ]
 
 
