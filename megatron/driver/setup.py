@@ -114,7 +114,8 @@ def _provide(args: DriverArguments, model_provider: ModelProvider) -> list[Megat
 
 def _check_trainable(modules: list[MegatronModule], platform: Platform) -> None:
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    total = sum(parameter.numel() for parameter in parameters)
+    # A weight that is stored in fewer bytes says how many values it has.
+    total = sum(getattr(parameter, "logical_numel", parameter.numel()) for parameter in parameters)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     counts = torch.tensor([total, trainable], dtype=torch.int64, device=platform.device())
     torch.distributed.all_reduce(counts, group=parallel_state.get_model_parallel_group())

@@ -106,6 +106,8 @@ class PartSpec(StrictModel):
     """Highest learning rate of the part; None: the run's. The lowest keeps its ratio to it."""
     weight_decay: WeightDecay | None = None
     """None: the run's. Biases and parameters of one dimension have none."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Store the weights of the layers' linears in 4 or 8 bits, where they are not trained: QLoRA, or a frozen part."""
     parameters: list[ParameterRule] = []
     """Rules for single parameters; the last one that fits decides (models/trainable.py)."""
     lora: LoraSpec | None = None
@@ -150,6 +152,15 @@ class PartSpec(StrictModel):
             raise ValueError(
                 "found lora in a part with freeze true; expected one of them: lora freezes the part's own parameters "
                 "and trains the adapters. Remove one"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _stored_weights_are_frozen(self) -> "PartSpec":
+        if self.quantize is not None and self.lora is None and not self.freeze:
+            raise ValueError(
+                f'found quantize "{self.quantize}" in a part whose own weights are trained; expected lora, which '
+                "trains adapters beside them, or freeze true. Add one of them, or remove quantize"
             )
         return self
 

@@ -42,7 +42,7 @@ def mark(module: torch.nn.Module, spec: Any, layer_offset: int = 0) -> None:
     `optimizer_values`, which the driver reads."""
     for name, parameter in module.named_parameters():
         own = setting(spec, global_name(name, layer_offset))
-        parameter.requires_grad_(own.trained)
+        parameter.requires_grad_(own.trained and parameter.is_floating_point())
         values = {"lr": own.lr, "weight_decay": own.weight_decay}
         parameter.optimizer_values = {key: value for key, value in values.items() if value is not None}
 

@@ -14,7 +14,7 @@ from megatron.driver.arguments import add_arguments, from_namespace
 from mindspeed_mm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("pretrain", "finetune", "finetune_lora")
+NAMES = ("pretrain", "finetune", "finetune_lora", "finetune_qlora")
 SCRIPTS = {name: ROOT / "examples" / "llava1.5" / f"{name}_llava1_5.sh" for name in NAMES}
 TORCHRUN = """#!/usr/bin/env python3
 import json, os, signal, sys
@@ -164,6 +164,7 @@ MODELS = [
     ("finetune", "model_finetune.json"),
     ("finetune", "model_13b_finetune.json"),
     ("finetune_lora", "model_finetune_lora.json"),
+    ("finetune_qlora", "model_finetune_qlora.json"),
 ]
 
 
