@@ -46,6 +46,8 @@ class PageReader:
     def run(self, block: Block) -> None:
         """Raises AssertionError with the place and what was printed when something fails."""
         with inside(self.folder):
+            if block.language == "json" and block.text.startswith('{"dataset_param"'):
+                Path("data.json").write_text(block.text)  # the page's commands take it
             if block.language == "python":
                 self.python(block)
                 as_after_the_process()

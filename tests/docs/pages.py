@@ -19,7 +19,6 @@ PAGES = sorted(
 )
 
 OPEN = re.compile(r"^( *)(```+|~~~+) *([^`\n]*)$")
-COMMENT = re.compile(r"^ *<!-- (.*) -->$")
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,6 @@ class Block:
     line: int
     language: str
     text: str
-    mark: str
-    """The HTML comment on the line before the block, "" without one."""
 
     @property
     def place(self) -> str:
@@ -45,7 +42,7 @@ def blocks(page: str) -> list[Block]:
 
 def blocks_of(page: str, text: str) -> list[Block]:
     """See `blocks`; `text` is the page's."""
-    found, before = [], ""
+    found = []
     lines = iter(enumerate(text.splitlines(), 1))
     for number, line in lines:
         opened = OPEN.match(line)
@@ -56,9 +53,7 @@ def blocks_of(page: str, text: str) -> list[Block]:
                 if each.strip() == fence:
                     break
                 inside.append(each.removeprefix(indent))
-            mark = COMMENT.match(before)
-            found.append(Block(page, number, language.strip(), "\n".join(inside), mark[1] if mark else ""))
-        before = line
+            found.append(Block(page, number, language.strip(), "\n".join(inside)))
     return found
 
 

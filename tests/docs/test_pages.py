@@ -68,4 +68,5 @@ def test_letter_r_flags_in_the_text_exist(page):
 def test_letter_r_the_map_names_every_page():
     mapped = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in LINK.findall(text_of("docs/README.md"))}
     own = {"README.md", "README.zh.md", "docs/README.md"}
-    assert not [page for page in PAGES if page not in own and (ROOT / page).resolve() not in mapped]
+    missing = [page for page in PAGES if page not in own and (ROOT / page).resolve() not in mapped]
+    assert not missing, f"give {missing} a line in a table of docs/README.md: | [Title](page.md) | what it is for |"

@@ -33,4 +33,5 @@ def test_links_of_the_repository_become_links_of_the_site(page, text, wanted):
 
 def test_letter_r_continuous_integration_builds_the_site():
     run = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert "--quiet" not in run  # it hides the warnings from `--strict`, too
     assert "mkdocs build --strict" in run and "-c constraints.txt mkdocs-material" in run

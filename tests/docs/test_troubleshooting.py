@@ -43,5 +43,6 @@ def test_letter_r_every_letter_names_tests_that_exist():
         named = NAMED.findall(line)
         assert named or "no test" in line, line
         for path, tests in named:
+            assert f"test_letter_{line[2].lower()}_" in tests, line
             text = (ROOT / path).read_text(encoding="utf-8")
             assert not [test for test in re.findall(r"test_\w+", tests) if f"def {test}(" not in text], line

@@ -33,7 +33,7 @@ def test_tests_are_skipped_for_devices_and_optional_programs_only():
     assert not [place for place, reason in found.items() if not reason], "skips without a reason"
 
 
-def test_nothing_beside_the_repository_is_read():
+def test_letter_t_nothing_beside_the_repository_is_read():
     outside = re.compile(r"""\.\./shared|\bshared/|/ ["']shared["']""")
     files = [*python_files(), *python_files("tests", "examples", "benchmarks")]
     for folder in ("scripts", "examples", ".ci"):
