@@ -43,6 +43,9 @@ class Family(ABC):
     slots: tuple[str, ...] = SLOTS
     """The slots that a model of the family has."""
 
+    template = "v1"
+    """Conversation template of the family's models where nothing else names one."""
+
     adds_image_token = True
     """Whether folders of transformers add `<image>` and `<pad>` to the decoder's vocabulary; else it has all tokens."""
 

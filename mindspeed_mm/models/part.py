@@ -153,6 +153,11 @@ class PartSpec(StrictModel):
             pairs=positions * self.num_positions * self.num_built_layers,
         )
 
+    def projector_work(self, rows: float, features: float) -> list[float]:
+        """Of a projector: multiply-adds of its parts for `features` features of `rows` rows of pixels. The first part
+        takes the encoder's features, so that its input needs no gradient where the encoder is frozen."""
+        return [features * inputs * outputs for inputs, outputs in self.sizes]
+
     @property
     def patch_channels(self) -> int:
         """Values of a patch of a vision encoder."""

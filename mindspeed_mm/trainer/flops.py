@@ -128,7 +128,7 @@ def forward_flops(
         )
     )
     features = vision_encoder.encoder_work(images, media).features
-    linears = [2.0 * features * inputs * outputs for inputs, outputs in projector.sizes]
+    linears = [2.0 * work for work in projector.projector_work(images, features)]
     return ForwardFlops(
         patches=2.0 * work.patches * vision_encoder.patch_channels * vision_encoder.hidden_size,
         vision_encoder=products + 4.0 * own.num_attention_heads * own.kv_channels * work.pairs,

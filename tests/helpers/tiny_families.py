@@ -11,7 +11,7 @@ import torch
 
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.sample import Encoded
-from tests.helpers import tiny_llava, tiny_qwen
+from tests.helpers import tiny_blip, tiny_llava, tiny_qwen
 from tests.helpers.tiny_llava import image, sample
 
 SHOWN = [image(30, 50), image(60, 20), image(40, 41)]
@@ -56,7 +56,10 @@ class TinyFamily:
         for encoded in samples:
             own = sum(label != IGNORE_INDEX for label in encoded.labels[1:])
             given = self.inputs(self.family, self.spec, encoded)
-            total = total + self.theirs(**given, labels=torch.tensor([encoded.labels])).loss * own
+            # BLIP's classes take no text without an image.
+            alone = hasattr(self.theirs, "query_tokens") and not encoded.media
+            model = self.theirs.language_model if alone else self.theirs
+            total = total + model(**given, labels=torch.tensor([encoded.labels])).loss * own
             count += own
         return total / count
 
@@ -76,7 +79,12 @@ def _qwen(folder: Path):
     return theirs, tiny_qwen.save(theirs, folder), tiny_qwen.inputs
 
 
-MAKERS = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen}
+def _blip2(folder: Path):
+    theirs = tiny_blip.blip2()
+    return theirs, tiny_blip.save(theirs, folder), tiny_llava.inputs
+
+
+MAKERS = {"blip2": _blip2, "llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen}
 """By model_id; a new family adds its own."""
 
 
