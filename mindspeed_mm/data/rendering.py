@@ -109,6 +109,12 @@ def _with_images(form: str, turn: Turn, template: Template) -> tuple[str, Turn]:
     """A human turn's form with its images in their place, and the turn without them."""
     if template.image is None:
         return form, turn
+    turn, images = without_images(turn)
+    return form.replace(IMAGES_SLOT, template.image * images), turn
+
+
+def without_images(turn: Turn) -> tuple[Turn, int]:
+    """A turn without its images and the white space around them, and how many it had."""
     text, literal, begin, images = "", [], 0, 0
     for found in re.finditer(rf"\s*{re.escape(IMAGE_TOKEN)}\s*", turn.text):
         start = found.start() + found[0].index(IMAGE_TOKEN)
@@ -120,7 +126,13 @@ def _with_images(form: str, turn: Turn, template: Template) -> tuple[str, Turn]:
         begin, images = found.end(), images + 1
     literal += [len(text) + place - begin for place in turn.literal if begin <= place]
     text += turn.text[begin:]
-    return form.replace(IMAGES_SLOT, template.image * images), replace(turn, text=text, literal=tuple(literal))
+    return replace(turn, text=text, literal=tuple(literal)), images
+
+
+def questions_of(turns: Sequence[Turn]) -> list[str]:
+    """For each image the text of the turn that it stands in."""
+    found = (without_images(turn) for turn in turns)
+    return [turn.text for turn, images in found for _ in range(images)]
 
 
 def _fill(form: str, turn: Turn, supervised: bool = False) -> Segment:

@@ -159,6 +159,11 @@ class PartSpec(StrictModel):
         return [features * inputs * outputs for inputs, outputs in self.sizes]
 
     @property
+    def reads_instructions(self) -> bool:
+        """Of a projector: whether it reads the question about an image."""
+        return False
+
+    @property
     def patch_channels(self) -> int:
         """Values of a patch of a vision encoder."""
         return self.num_channels * self.patch_size**2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from tests.helpers.tiny_llava import IMAGE_ID, TEXT, VISION, randomised
 from tests.helpers.tiny_llava import save as save_folder
@@ -49,11 +50,36 @@ def blip2(text: str = "opt"):
     return randomised(transformers.Blip2ForConditionalGeneration(config))
 
 
+def instructblip(text: str = "llama"):
+    """An InstructBlipForConditionalGeneration with all values random."""
+    config = transformers.InstructBlipConfig(
+        vision_config=VISION,
+        qformer_config=QFORMER,
+        text_config=decoder(text),
+        num_query_tokens=QUERIES,
+        image_token_index=IMAGE_ID,
+    )
+    return randomised(transformers.InstructBlipForConditionalGeneration(config))
+
+
+def question_words() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of the Q-Former's words, which puts a mark before and behind a question as BERT's does."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(4, QFORMER["vocab_size"]))]
+    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
 def square_processor(side: int = 28):
     """transformers' processor of BLIP."""
     return transformers.BlipImageProcessorPil(size={"height": side, "width": side})
 
 
 def save(model, folder: Path) -> Path:
-    """The folder of a model with its tokenizer and image processor."""
+    """The folder of a model with its tokenizers and image processor."""
+    if model.config.model_type == "instructblip":
+        question_words().save_pretrained(folder / "qformer_tokenizer")
     return save_folder(model, folder, square_processor())

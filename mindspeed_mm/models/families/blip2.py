@@ -124,8 +124,8 @@ class Blip2(Family):
             return problems
         encoder, projector, decoder = spec.vision_encoder, spec.vision_projector, spec.text_decoder
         problems = fit_problems(spec)
-        if projector.has_text != self.reads_instructions:
-            found, wanted = ("a", "none") if projector.has_text else ("no", "both")
+        if projector.reads_instructions != self.reads_instructions:
+            found, wanted = ("a", "none") if projector.reads_instructions else ("no", "both")
             problems.append(
                 f"image_encoder.vision_projector: found {found} text branch; expected {wanted} of text_vocab_size and "
                 f"text_positions, since the Q-Former of model_id {self.name} takes "

@@ -6,6 +6,8 @@ Hv of the encoder, H of the decoder.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -37,7 +39,7 @@ class QFormerProjector(MegatronModule):
         self.vision_norm = torch.nn.LayerNorm(spec.input_size, eps=spec.vision_norm_epsilon)
         self.query_tokens = torch.nn.Parameter(torch.empty(1, spec.num_query_tokens, spec.width))
         torch.nn.init.normal_(self.query_tokens, std=config.init_method_std)
-        if spec.has_text:
+        if spec.reads_instructions:
             self.text_embeddings = torch.nn.Embedding(spec.text_vocab_size, spec.width)
             self.text_positions = torch.nn.Embedding(spec.text_positions, spec.width)
             for table in (self.text_embeddings, self.text_positions):
@@ -53,22 +55,32 @@ class QFormerProjector(MegatronModule):
         return self
 
     def forward(self, features: Features) -> Features:
-        """[R * P, Hv] -> [R * Q, H]"""
+        """[R * P, Hv] -> [R * Q, H]
+
+        Raises DataError where the projector reads questions and the items have none.
+        """
         rows = sum(features.media.rows)
         memory = self.vision_norm(features.values.unflatten(0, (rows, -1)))
         queries = self.query_tokens.expand(rows, -1, -1)
-        words, mask = self._words(features.media, rows) if self.spec.has_text else (None, None)
+        words, mask = self._words(features.media, rows) if self.spec.reads_instructions else (None, None)
         inputs = queries if words is None else torch.cat((queries, words), dim=1)
         hidden = self.encoder(self.input_norm(inputs), memory, mask)[:, : queries.shape[1]]
         values, _ = self.linear_projection(hidden.flatten(0, 1))
         counts = tuple(self.spec.num_query_tokens * count for count in features.media.rows)
         return Features(values, counts, features.media)
 
+    def project_blank(self, features: Features) -> Features:
+        """`forward` of a blank image, which has no question: one word of padding takes its place, so that the same
+        backward pass runs."""
+        rows = sum(features.media.rows)
+        asked = ((self.spec.text_pad_token_id,),) * rows if self.spec.reads_instructions else ()
+        return self(replace(features, media=replace(features.media, instructions=asked)))
+
     def _words(self, media: Media, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The instruction of each row, embedded, [R, L, W], and which positions of queries and words may be attended
-        to, bool [R, 1, S, S]. A blank image has one word of padding, so that the same backward pass runs."""
+        to, bool [R, 1, S, S]."""
         pad, device = self.spec.text_pad_token_id, self.query_tokens.device
-        given = media.instructions or ((pad,),) * rows
+        given = media.instructions
         if len(given) != rows or not all(0 < len(ids) <= self.spec.text_positions for ids in given):
             raise DataError(
                 f"{rows} images came with instructions of {[len(ids) for ids in given]} words; expected one "
@@ -114,7 +126,7 @@ class QFormerLayer(MegatronModule):
         crosses = number % spec.cross_attention_every == 0
         self.cross_attention = BertAttention(config, spec.input_size) if crosses else None
         self.mlp = BertMLP(config)
-        self.text_mlp = BertMLP(config) if spec.has_text else None
+        self.text_mlp = BertMLP(config) if spec.reads_instructions else None
         self.queries = spec.num_query_tokens
 
     def forward(self, hidden: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

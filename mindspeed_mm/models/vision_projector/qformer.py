@@ -86,8 +86,8 @@ class QFormerSpec(PartSpec):
         return self
 
     @property
-    def has_text(self) -> bool:
-        """Whether it takes an instruction."""
+    def reads_instructions(self) -> bool:
+        """Whether there is a text branch."""
         return self.text_vocab_size is not None
 
     @property
@@ -121,7 +121,7 @@ class QFormerSpec(PartSpec):
             num_attention_heads=self.num_attention_heads,
             num_query_groups=self.num_query_groups,
             kv_channels=self.kv_channels,
-            text=self.has_text,
+            text=self.reads_instructions,
         )
 
 
@@ -149,9 +149,9 @@ def from_hf(config: dict[str, Any]) -> QFormerSpec:
 
 def to_hf(spec: QFormerSpec, dtype: str) -> dict[str, Any]:
     """The qformer_config of a Blip2Config, or of an InstructBlipConfig where there is a text branch."""
-    keys = KEYS | (TEXT_KEYS if spec.has_text else {})
+    keys = KEYS | (TEXT_KEYS if spec.reads_instructions else {})
     return {
-        "model_type": "instructblip_qformer" if spec.has_text else "blip_2_qformer",
+        "model_type": "instructblip_qformer" if spec.reads_instructions else "blip_2_qformer",
         **{theirs: getattr(spec, ours) for ours, (theirs, _) in keys.items()},
         "encoder_hidden_size": spec.input_size,
         "pad_token_id": spec.text_pad_token_id,
