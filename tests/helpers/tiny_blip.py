@@ -17,7 +17,7 @@ QFORMER = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "intermediate_size": 40,
-    "max_position_embeddings": 20,
+    "max_position_embeddings": 60,
 }
 OPT = {
     "hidden_size": 48,
