@@ -50,7 +50,8 @@ def encode_turns(
     turns: Sequence[Turn], tokenizer: Tokenizer, template: str | Template, special_text: SpecialText = "tokens"
 ) -> tuple[list[int], list[int]]:
     """As `encode`, for turns that have been checked."""
-    return _tokenize(segments_of(turns, get_template(template, tokenizer)), tokenizer, special_text)
+    form = get_template(template, tokenizer)
+    return _tokenize(segments_of(turns, form), tokenizer, special_text, bos_behind_images=form.bos_behind_images)
 
 
 def encode_prompt(
@@ -63,12 +64,17 @@ def encode_prompt(
 ) -> list[int]:
     """Ids of rendering.generation_prompt, one IMAGE_TOKEN_INDEX (-200) per `<image>`; `system` replaces the system."""
     opened = [Turn("system", system)] if system is not None else []
-    segments = segments_of(opened + open_turns(turns), get_template(template, tokenizer), generation=True)
-    return _tokenize(segments, tokenizer, special_text)[0]
+    form = get_template(template, tokenizer)
+    segments = segments_of(opened + open_turns(turns), form, generation=True)
+    return _tokenize(segments, tokenizer, special_text, bos_behind_images=form.bos_behind_images)[0]
 
 
 def _tokenize(
-    segments: Iterable[Segment], tokenizer: Tokenizer, special_text: SpecialText = "tokens"
+    segments: Iterable[Segment],
+    tokenizer: Tokenizer,
+    special_text: SpecialText,
+    *,
+    bos_behind_images: bool,
 ) -> tuple[list[int], list[int]]:
     """Tokenise the joined segments, cut at each image; every piece is encoded on its own, as LLaVA does."""
     segments = list(segments)
@@ -78,12 +84,16 @@ def _tokenize(
     literal, plain = _places(segments, special_text)
     ids: list[int] = []
     labels: list[int] = []
-    for index, (begin, end) in enumerate(_between_images(text, literal)):
+    between = _between_images(text, literal)
+    first = 0
+    while bos_behind_images and first + 1 < len(between) and between[first][0] == between[first][1]:
+        first += 1
+    for index, (begin, end) in enumerate(between):
         if index:
             ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
         spans = [(start - begin, stop - begin) for start, stop in plain if start < end and stop > begin]
-        chunk_ids, starts = tokenizer.encode_with_starts(text[begin:end], add_bos=index == 0, plain=spans)
+        chunk_ids, starts = tokenizer.encode_with_starts(text[begin:end], add_bos=index == first, plain=spans)
         ids += chunk_ids
         for token_id, start in zip(chunk_ids, starts, strict=True):
             labels.append(token_id if start >= 0 and supervised[begin + start] else IGNORE_INDEX)

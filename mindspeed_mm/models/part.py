@@ -169,6 +169,10 @@ class PartSpec(StrictModel):
         """Whether anything of the part is trained."""
         return not self.freeze or any(rule.freeze is False for rule in self.parameters)
 
+    def frozen(self, name: str) -> bool:
+        """Whether a parameter of the part is frozen where no rule says otherwise."""
+        return self.freeze
+
     @property
     def dtype(self) -> torch.dtype | None:
         """params_dtype as torch's type; else what bf16 or fp16 say; else None."""
@@ -197,6 +201,11 @@ class PartSpec(StrictModel):
             features=rows * self.num_image_tokens,
             pairs=positions * self.num_positions * self.num_built_layers,
         )
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Of a projector: whether it reads the question about an image."""
+        return False
 
     @property
     def layer(self) -> LayerShape:

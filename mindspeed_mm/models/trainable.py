@@ -27,9 +27,8 @@ class Setting(NamedTuple):
 
 def setting(spec: Any, name: str) -> Setting:
     """The setting of a parameter by its name in a checkpoint."""
-    adapter = ADAPTER in name
-    found = {"freeze": spec.freeze or (spec.lora is not None and not adapter), "lr": spec.lr, "weight_decay": None}
-    found["weight_decay"] = spec.weight_decay
+    frozen = spec.frozen(name) or (spec.lora is not None and ADAPTER not in name)
+    found = {"freeze": frozen, "lr": spec.lr, "weight_decay": spec.weight_decay}
     for rule in spec.parameters:
         if fnmatch.fnmatchcase(name, rule.names):
             stated = {key: getattr(rule, key) for key in found}
