@@ -37,7 +37,7 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class _HeldTensor:
     """A tensor on one rank: its elements, the share of them that is trained, and its bytes."""
 
     size: int
@@ -64,7 +64,7 @@ def stage_parameters(job: TrainingJob, stage: int) -> Parameters:
 def part_parameters(job: TrainingJob, kind: str, stage: int) -> Parameters:
     """Those of one part."""
     tensors = [*_tensors(job, kind, stage)]
-    tensors += [_Tensor(size, 1.0, size * job.element) for size in _adapter_sizes(job, kind, stage)]
+    tensors += [_HeldTensor(size, 1.0, size * job.element) for size in _adapter_sizes(job, kind, stage)]
     return Parameters(
         sum(tensor.size for tensor in tensors),
         round(sum(tensor.size * tensor.trained for tensor in tensors)),
@@ -89,21 +89,21 @@ def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
         yield round(share * spec.lora.r * columns / split[1])
 
 
-def _tensors(job: TrainingJob, kind: str, stage: int) -> Iterator[_Tensor]:
+def _tensors(job: TrainingJob, kind: str, stage: int) -> Iterator[_HeldTensor]:
     """The tensors of one part on this stage; the trained layers are taken to be spread evenly over the stages."""
     spec, part = job.spec.part(kind), job.spec.parts()[kind]
     if kind != "text_decoder" and stage > 0:
         return
     shapes = part.shapes(spec)
     stored = {site.step.target for site in all_sites(part, spec)} if spec.quantize else set()
-    layered: list[_Tensor] = []
+    layered: list[_HeldTensor] = []
     for step in part.rules["ours"].steps(spec.geometry):
         if step.unused:
             continue
         shape = shapes.get(step.target) or shapes[step.rule.target]
         size = _share(step, shape, job.tensor)
         held = bytes_of(size, spec.quantize) if step.target in stored else size * job.element
-        tensor = _Tensor(size, setting(spec, step.target).trained, held)
+        tensor = _HeldTensor(size, setting(spec, step.target).trained, held)
         if kind == "text_decoder" and is_layered(step.rule.target):
             layered.append(tensor)
         elif kind != "text_decoder" or _stands_on(step.target, job, stage):
