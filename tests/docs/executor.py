@@ -22,6 +22,7 @@ SHORT = {
     "infer": "--device cpu --max-new-tokens 3 --dtype fp32",
     "chat": "--device cpu --max-new-tokens 3",
     "evaluate": "--device cpu --max-new-tokens 3 --dtype fp32 --accept-table",
+    "doctor": "--device cpu",
 }
 """Flags put behind a command's own: the small model has little to learn and to say, and tables are short."""
 
@@ -168,10 +169,13 @@ def on_this_rank(folder: str, words: list[str]) -> tuple[int, str, str]:
 
 @contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """The working folder for a while."""
-    before = Path.cwd()
+    """The working folder for a while; processes that are started there find this checkout."""
+    before, paths = Path.cwd(), os.environ.get("PYTHONPATH")
     os.chdir(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([paths] if paths else [])])
     try:
         yield
     finally:
         os.chdir(before)
+        del os.environ["PYTHONPATH"]
+        os.environ |= {"PYTHONPATH": paths} if paths else {}

@@ -44,7 +44,12 @@ def test_letter_e_every_block_of_the_page_runs(page, stand_ins, ranks, single_pr
             reader.run(block)
 
 
-@pytest.mark.parametrize("command", command_names())
+SLOW = {"doctor"}
+"""Commands whose example takes minutes: an operator-by-operator comparison."""
+EXAMPLES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in command_names()]
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
 def test_letter_e_the_example_of_the_help_runs(command, stand_ins, ranks, single_process, tmp_path):
     folder = tmp_path / "reader"
     shutil.copytree(stand_ins, folder, symlinks=True)

@@ -55,7 +55,7 @@ def logged(caplog):
     return [record.getMessage() for record in caplog.records if record.name == "megatron.driver.screen"]
 
 
-def test_the_short_line():
+def test_letter_p_the_short_line():
     shown = figures(state_of(290), tiny.arguments(), [STEP, STEP], 300.0, 44.2)
     assert short_line(place(state_of(290), tiny.arguments(train_iters=1000)), shown) == (
         "step  290/1000 | loss 0.4835 | lr 9.14e-04 | grad norm 1.94 | 512 samples/s | 28.8k tokens/s | "
@@ -102,7 +102,7 @@ def test_the_time_left_counts_what_lies_between_steps():
     assert pace.left(10) == 45.0 and pace.left(0) == 0.0
 
 
-def test_a_run_shows_one_short_line_at_each_interval(caplog):
+def test_letter_p_a_run_shows_one_short_line_at_each_interval(caplog):
     with caplog.at_level("INFO", logger="megatron.driver"):
         tiny.whole_run("--log-interval", "2", train_iters=5)
     lines = logged(caplog)
