@@ -78,7 +78,8 @@ def load_part(
     match = rules.match(part_source.names, geometry, where=f"{part_source.path} ({part.kind})")
     steps = {step.target: step for step in match.steps if not step.unused}
     check_tied_copy(rules, geometry, part_source)
-    local = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    named = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    local = {name: tensor for name, tensor in named.items() if not name.startswith(spec.fresh_names)}
     whole = num_local_layers is None
     _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
     stored = found.geometry if part_source.assumed else geometry
@@ -89,7 +90,9 @@ def load_part(
             check_finite(value, f"{part_source.path}: {' + '.join(step.sources)}", allowed=allow_nonfinite)
             _copy(parameter, name, value, step, part_source)
     dropped = len(part_source.names) - sum(len(step.sources) for step in steps.values())
-    return LoadReport(part.kind, source.layout, str(part_source.path), len(local), len(local), 0, dropped, confirmed)
+    expected, loaded = len(named), len(local)
+    fresh = expected - loaded
+    return LoadReport(part.kind, source.layout, str(part_source.path), expected, loaded, fresh, dropped, confirmed)
 
 
 def table(reports: Iterable[LoadReport]) -> str:

@@ -429,3 +429,34 @@ def test_templates_with_images_in_a_wrong_place_are_refused():
             Template(**plain | changes)
     with pytest.raises(pydantic.ValidationError, match="expected <image> in it, once"):
         Template(**plain | {"human": "{images}{text}", "image": "<Img>"})
+
+
+def test_minigpt4_encodes_prompt_and_answer_apart(tokenizer):
+    """The prompt up to the image, behind it, and the answer with its end symbol; BOS once."""
+    turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "A cat."}]
+    pieces = ("###Human: <Img>", "</Img> Describe it. ###Assistant: ", "A cat.###")
+    assert render(turns, "minigpt4_vicuna") == pieces[0] + "<image>" + pieces[1] + pieces[2]
+    before, behind, answer = (tokenizer.encode(piece, add_bos=False) for piece in pieces)
+    ids, labels = encode(turns, tokenizer, "minigpt4_vicuna")
+    prompt = [tokenizer.bos_token_id, *before, IMAGE_TOKEN_INDEX, *behind]
+    assert ids == prompt + answer
+    assert labels == [IGNORE_INDEX] * len(prompt) + answer
+    assert encode_prompt([("<image>\nDescribe it.", None)], tokenizer, "minigpt4_vicuna") == prompt
+
+
+@pytest.mark.parametrize(
+    "template, wanted",
+    [
+        ("minigpt4_caption", "<image>A cat.\n"),
+        ("minigpt4_llama2", "[INST] <Img><image></Img> Why? [/INST] A cat.</s>"),
+        ("minigpt4_v2", "[INST] <Img><image></Img> Why? [/INST]A cat.</s>"),
+        ("minigpt4_gemma_guide", "[INST] <Img><image></Img> Why? [/INST] A cat.</s>"),
+        (
+            "minigpt4_gemma",
+            "<start_of_turn>user\n<Img><image></Img> Why?<end_of_turn>\n<start_of_turn>model\nA cat.<end_of_turn>\n",
+        ),
+    ],
+)
+def test_minigpt4_forms(template, wanted):
+    turns = [{"from": "human", "value": "<image>\nWhy?"}, {"from": "gpt", "value": "A cat."}]
+    assert render(turns, template) == wanted
