@@ -111,7 +111,7 @@ def _places(segments: Sequence[Segment], special_text: SpecialText) -> tuple[set
     return literal, plain
 
 
-class _Piece(NamedTuple):
+class _TextPiece(NamedTuple):
     """A stretch of the text that is encoded by itself."""
 
     begin: int
@@ -119,14 +119,14 @@ class _Piece(NamedTuple):
     behind_image: bool
 
 
-def _pieces(segments: Sequence[Segment], text: str, literal: set[int], answers_apart: bool) -> list[_Piece]:
+def _pieces(segments: Sequence[Segment], text: str, literal: set[int], answers_apart: bool) -> list[_TextPiece]:
     """The text before, between and behind the images, with `answers_apart` cut before and behind each answer, too."""
     pieces, begin, behind = [], 0, False
     for match in re.finditer(re.escape(IMAGE_TOKEN), text):
         if match.start() not in literal:
-            pieces.append(_Piece(begin, match.start(), behind))
+            pieces.append(_TextPiece(begin, match.start(), behind))
             begin, behind = match.end(), True
-    pieces.append(_Piece(begin, len(text), behind))
+    pieces.append(_TextPiece(begin, len(text), behind))
     if not answers_apart:
         return pieces
     cuts, place = [], 0
@@ -137,5 +137,5 @@ def _pieces(segments: Sequence[Segment], text: str, literal: set[int], answers_a
         number = next((n for n, piece in enumerate(pieces) if piece.begin < cut < piece.end), None)
         if number is not None:
             piece = pieces[number]
-            pieces[number : number + 1] = [piece._replace(end=cut), _Piece(cut, piece.end, False)]
+            pieces[number : number + 1] = [piece._replace(end=cut), _TextPiece(cut, piece.end, False)]
     return pieces

@@ -88,8 +88,10 @@ def save(folder: Path, model, tensors: dict[str, torch.Tensor], **config) -> Pat
 
 
 def with_qformer(folder: Path):
-    """(transformers' Blip2 with a Llama, the folder)."""
+    """(transformers' Blip2 with a Llama, the folder). MiniGPT-4's names hold no biases of keys."""
     theirs = blip2("llama")
+    for layer in theirs.vision_model.encoder.layers:
+        layer.self_attn.qkv.bias.data.view(3, -1)[1] = 0
     own = {"qformer_config": theirs.config.qformer_config.to_dict(), "num_query_tokens": QUERIES}
     return theirs, save(folder, theirs, bridge_tensors(theirs.state_dict()), has_qformer=True, **own)
 
