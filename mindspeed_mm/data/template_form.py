@@ -67,6 +67,10 @@ class Template(StrictModel):
     bos_behind_images: bool = False
     """The token that begins a sequence stands behind the images with which it starts (BLIP-2's processor)."""
 
+    answers_apart: bool = False
+    """An answer is encoded by itself, and so is what follows it (MiniGPT-4): for tokenizers that put a space before
+    every text, there is one more before it."""
+
     @pydantic.model_validator(mode="after")
     def _images_have_a_place(self) -> "Template":
         forms = {"human": self.human, "human_first": self.human_first, "with_system": self.with_system}

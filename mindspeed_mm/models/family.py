@@ -54,6 +54,10 @@ class Family(ABC):
     multimodal_positions = False
     """Whether positions have three axes (time, height, width), which `positions` gives."""
 
+    def default_template(self, spec: ModelSpec) -> str:
+        """The template of one model of the family."""
+        return self.template
+
     # Weights and configs
 
     def reads(self, config: dict[str, Any]) -> bool:

@@ -203,6 +203,11 @@ class PartSpec(StrictModel):
         )
 
     @property
+    def fresh_names(self) -> tuple[str, ...]:
+        """Beginnings of names of tensors that stay at random values though the part has weights."""
+        return ()
+
+    @property
     def reads_instructions(self) -> bool:
         """Of a projector: whether it reads the question about an image."""
         return False

@@ -79,7 +79,8 @@ def load_part(
     match = rules.match(part_source.names, geometry, where=f"{part_source.path} ({part.kind})")
     steps = {step.target: step for step in match.steps if not step.unused}
     check_tied_copy(rules, geometry, part_source)
-    local = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    named = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    local = {name: tensor for name, tensor in named.items() if not name.startswith(spec.fresh_names)}
     whole = num_local_layers is None
     _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
     stored = found.geometry if part_source.assumed else geometry
@@ -95,9 +96,9 @@ def load_part(
         part.kind,
         source.layout,
         str(part_source.path),
-        expected=len(local),
+        expected=len(named),
         loaded=len(local),
-        fresh=0,
+        fresh=len(named) - len(local),
         dropped=len(dropped),
         config=confirmed,
         example=dropped[0] if dropped else None,

@@ -2,7 +2,6 @@
 
 import json
 
-import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,8 +9,7 @@ from hypothesis import strategies as st
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data import template as template_module
 from mindspeed_mm.data.encode import encode, encode_prompt
-from mindspeed_mm.data.rendering import generation_prompt, render, segments_of
-from mindspeed_mm.data.sample import Turn
+from mindspeed_mm.data.rendering import generation_prompt, render
 from mindspeed_mm.data.template import get_template, template_names
 from mindspeed_mm.data.template_check import check_template, describe_sample, supervised_runs
 from mindspeed_mm.data.template_form import Template
@@ -314,8 +312,7 @@ RENDERED["qwen"] = RENDERED["internlm2_chat"]
 @pytest.mark.parametrize("name", sorted(RENDERED))
 def test_rendering_with_a_system_text(name):
     from mindspeed_mm.data.rendering import render_turns
-    from mindspeed_mm.data.sample import Turn
-
+    
     turns = [Turn("system", "S"), Turn("human", "Q"), Turn("gpt", "A"), Turn("human", "R"), Turn("gpt", "B")]
     assert render_turns(turns, name) == RENDERED[name]
 
@@ -329,8 +326,7 @@ def test_an_answer_without_text_teaches_nothing(marked, name):
 
 def test_a_system_text_needs_a_place():
     from mindspeed_mm.data.rendering import render_turns
-    from mindspeed_mm.data.sample import Turn
-
+    
     turns = [Turn("system", "S"), Turn("human", "<image>"), Turn("gpt", "A")]
     with pytest.raises(TemplateError, match="a caption template takes|no place for a system text"):
         render_turns(turns, "plain")
@@ -391,41 +387,3 @@ def test_a_chat_template_without_system_texts(chat_tokenizer):
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}" + CHATML
     own = get_template("tokenizer", with_chat_template(chat_tokenizer, source))
     assert own.with_system is None
-
-
-def test_images_stand_where_the_template_wants_them(tokenizer):
-    """BLIP-2's processor: image tokens, the begin token, then the question."""
-    conversation = [
-        {"from": "human", "value": "What is this?\n<image>"},
-        {"from": "gpt", "value": "A cat"},
-        {"from": "human", "value": "Sure?"},
-        {"from": "gpt", "value": "Yes"},
-    ]
-    rendered = "<image>Question: What is this? Answer: A cat\nQuestion: Sure? Answer: Yes\n"
-    assert render(conversation, "blip2") == rendered
-    ids, labels = encode(conversation, tokenizer, "blip2")
-    text = tokenizer.encode("Question: What is this? Answer: A cat\nQuestion: Sure? Answer: Yes\n")
-    assert ids == [IMAGE_TOKEN_INDEX, *text] and text[0] == tokenizer.bos_token_id
-    assert [tokenizer.decode(run).strip() for run in supervised_runs(labels)] == ["A cat", "Yes"]
-    assert encode_prompt([("<image>\nWhy?", None)], tokenizer, "blip2") == [
-        IMAGE_TOKEN_INDEX,
-        *tokenizer.encode("Question: Why? Answer:"),
-    ]
-    assert encode_prompt([("Why?", None)], tokenizer, "blip2") == tokenizer.encode("Question: Why? Answer:")
-
-
-def test_literal_images_move_with_their_text():
-    text = "a <image> b <image>c <image>"
-    turns = [Turn("human", text, literal=(12,)), Turn("gpt", "x")]
-    segments = segments_of(turns, get_template("instructblip"))
-    human = segments[1]
-    assert human.text == "<image><image>a b <image>c" and [human.text[p:] for p in human.literal] == ["<image>c"]
-
-
-def test_templates_with_images_in_a_wrong_place_are_refused():
-    plain = {"human": "{text}", "gpt": "{text}</s>", "end": "</s>", "stop": ()}
-    for changes in ({"human": "{images}{text}"}, {"image": "<image>"}, {"with_system": "{images}{system}{text}"}):
-        with pytest.raises(pydantic.ValidationError, match="expected {images} once in a template with `image`"):
-            Template(**plain | changes)
-    with pytest.raises(pydantic.ValidationError, match="expected <image> in it, once"):
-        Template(**plain | {"human": "{images}{text}", "image": "<Img>"})

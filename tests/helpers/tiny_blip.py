@@ -7,7 +7,7 @@ from pathlib import Path
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tests.helpers.tiny_llava import IMAGE_ID, TEXT, VISION, randomised
+from tests.helpers.tiny_llava import IMAGE_ID, TEXT, VISION, decoder_config, randomised
 from tests.helpers.tiny_llava import save as save_folder
 
 QUERIES = 5
@@ -34,8 +34,8 @@ OPT = {
 
 
 def decoder(name: str) -> transformers.PreTrainedConfig:
-    """An OPT or a Llama."""
-    return transformers.OPTConfig(**OPT) if name == "opt" else transformers.LlamaConfig(**TEXT, pad_token_id=0)
+    """An OPT, or a decoder of tests/helpers/tiny_decoders.py."""
+    return transformers.OPTConfig(**OPT) if name == "opt" else decoder_config(name)
 
 
 def blip2(text: str = "opt"):

@@ -11,7 +11,8 @@ import torch
 
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.sample import Encoded
-from tests.helpers import tiny_blip, tiny_llava, tiny_qwen
+from mindspeed_mm.models.spec import find_family
+from tests.helpers import tiny_blip, tiny_llava, tiny_minigpt4, tiny_qwen
 from tests.helpers.tiny_llava import image, sample
 
 SHOWN = [image(30, 50), image(60, 20), image(40, 41)]
@@ -36,8 +37,8 @@ class TinyFamily:
 
     @property
     def names(self):
-        """The layout that transformers writes."""
-        return self.family.layouts[0]
+        """The layout of the names that `theirs` has."""
+        return find_family(THEIR_NAMES.get(self.family.name, self.family.name)).layouts[0]
 
     def rows(self, counts: tuple[int, ...]) -> list[Encoded]:
         """A sample for each number of images."""
@@ -100,15 +101,22 @@ def _instructblip(folder: Path):
     return theirs, tiny_blip.save(theirs, folder), tiny_llava.inputs
 
 
+def _minigpt4(folder: Path):
+    return *tiny_minigpt4.with_qformer(folder), tiny_llava.inputs
+
+
 MAKERS = {
     "blip2": _blip2,
     "instructblip": _instructblip,
     "llava": _llava,
     "llava_next": _llava_next,
+    "minigpt4": _minigpt4,
     "qwen2_5_vl": _qwen,
 }
 """By model_id; a new family adds its own."""
 
+THEIR_NAMES = {"minigpt4": "blip2"}
+"""Families that transformers has no class of, and the one whose class computes the same."""
 
 UNTOUCHED = {"instructblip": r"qformer\.encoder\.layer\.2\.(intermediate|output)\."}
 """Words behind the last layer of the Q-Former are not looked at."""

@@ -57,7 +57,7 @@ class QFormerProjector(MegatronModule):
         words, mask = self._words(features.media, rows) if self.spec.reads_instructions else (None, None)
         inputs = queries if words is None else torch.cat((queries, words), dim=1)
         hidden = self.encoder(self.input_norm(inputs), memory, mask)[:, : queries.shape[1]]
-        values, _ = self.linear_projection(hidden.flatten(0, 1))
+        values = scaled(self.linear_projection(hidden.flatten(0, 1))[0], self.spec.feature_scale)
         counts = tuple(self.spec.num_query_tokens * count for count in features.media.rows)
         return Features(values, counts, features.media)
 
@@ -87,6 +87,41 @@ class QFormerProjector(MegatronModule):
         ids, seen = (x.to(device, non_blocking=True) for x in (ids, seen))
         words = self.text_embeddings(ids) + self.text_positions.weight[: ids.shape[1]]
         return words, seen[:, None, None].expand(-1, -1, seen.shape[1], -1)
+
+
+class PatchConcat(MegatronModule):
+    """The encoder's final norm without weights, and a linear on some neighbouring patches of a row at a time; the class
+    token is left out (MiniGPT-4 without a Q-Former)."""
+
+    def __init__(self, spec, runtime: Runtime) -> None:
+        config = transformer_config(
+            spec,
+            runtime,
+            num_layers=1,
+            pipelined=False,
+            sequence_parallel=False,
+            # There is no attention; megatron.core wants a number that the ranks can share.
+            num_attention_heads=runtime.tensor_model_parallel_size,
+        )
+        super().__init__(config=config)
+        self.spec = spec
+        self.vision_norm = torch.nn.LayerNorm(spec.input_size, eps=spec.vision_norm_epsilon, elementwise_affine=False)
+        inputs, outputs = spec.sizes[0]
+        self.linear_projection = _column(config, inputs, outputs, gather_output=True)
+
+    def forward(self, features: Features) -> Features:
+        """[R * (1 + P), Hv] -> [R * P / patches, H]"""
+        rows, patches = sum(features.media.rows), self.spec.patches
+        found = self.vision_norm(features.values.unflatten(0, (rows, -1)))[:, 1:]
+        inputs = found.unflatten(1, (-1, patches)).flatten(2)
+        values = scaled(self.linear_projection(inputs.flatten(0, 1))[0], self.spec.feature_scale)
+        counts = tuple(inputs.shape[1] * count for count in features.media.rows)
+        return Features(values, counts, features.media)
+
+
+def scaled(values: torch.Tensor, factor: float | None) -> torch.Tensor:
+    """`values` times a factor, which is rounded to their type first, as transformers does with Gemma's."""
+    return values if factor is None else values * torch.tensor(factor, dtype=values.dtype).item()
 
 
 class QFormerLayers(MegatronModule):

@@ -37,9 +37,10 @@ TEXT_KEYS = {"text_vocab_size": ("vocab_size", 30522), "text_positions": ("max_p
 
 @dataclass(frozen=True)
 class QFormerGeometry(Geometry):
-    """A Geometry that says whether there is a text branch."""
+    """A Geometry that says whether there is a text branch, and whether weights hold the linear."""
 
     text: bool = False
+    linear: bool = True
 
 
 class QFormerSpec(PartSpec):
@@ -69,6 +70,10 @@ class QFormerSpec(PartSpec):
     layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-12
     train_linear_only: bool = False
     """Keep the norm, the queries and the Q-Former frozen where the part is trained, as MiniGPT-4 does."""
+    fresh_linear: bool = False
+    """Begin with a random linear behind a Q-Former that has weights (MiniGPT-4's first stage)."""
+    feature_scale: Annotated[float, pydantic.Field(gt=0)] | None = None
+    """Factor on the features behind the linear (see the family minigpt4); None: 1."""
     activation_func: Annotated[str, only("gelu", why="the Q-Former has GELU (erf)")] = "gelu"
     gated_linear_unit: Annotated[bool, only(False, why="the Q-Former's MLP has no gate")] = False
     add_bias_linear: Annotated[bool, only(True, why="the Q-Former's linears have biases")] = True
@@ -92,6 +97,11 @@ class QFormerSpec(PartSpec):
     def reads_instructions(self) -> bool:
         """Whether there is a text branch."""
         return self.text_vocab_size is not None
+
+    @property
+    def fresh_names(self) -> tuple[str, ...]:
+        """See PartSpec."""
+        return ("linear_projection.",) if self.fresh_linear else ()
 
     @property
     def num_query_groups(self) -> int:
@@ -139,6 +149,7 @@ class QFormerSpec(PartSpec):
             num_query_groups=self.num_query_groups,
             kv_channels=self.kv_channels,
             text=self.reads_instructions,
+            linear=not self.fresh_linear,
         )
 
 
@@ -159,7 +170,8 @@ def from_hf(config: dict[str, Any]) -> QFormerSpec:
         "input_size": vision.get("hidden_size", 1408),
         "hidden_size": text.get("hidden_size", 768),
         "num_query_tokens": config.get("num_query_tokens", 32),
-        "vision_norm_epsilon": vision.get("layer_norm_eps", 1e-6),
+        "vision_norm_epsilon": config.get("vision_norm_eps", vision.get("layer_norm_eps", 1e-6)),
+        "feature_scale": config.get("feature_scale"),
     }
     return load_config(QFormerSpec, block | sizes, what="projector config")
 
@@ -206,7 +218,9 @@ def _mlp(ours: str, layer: str, suffix: str, **options: Any) -> tuple[Rule, ...]
     )
 
 
-def _rules(*, qformer: str, norm: str, vision_norm: str, linear: str, inner: str = "attention") -> RuleSet:
+def _rules(
+    *, qformer: str, norm: str, vision_norm: str, linear: str, inner: str = "attention", further: tuple[Drop, ...] = ()
+) -> RuleSet:
     """The rules of one public form.
 
     Args:
@@ -214,6 +228,7 @@ def _rules(*, qformer: str, norm: str, vision_norm: str, linear: str, inner: str
         norm: of the norm of its inputs, behind `qformer`, whose parent has the embeddings of words as well.
         vision_norm, linear: the norm before it, the linear behind it.
         inner: what an attention's linears for queries, keys and values stand under.
+        further: tensors of the form that have no use here.
     """
     layer, words, text = qformer + "encoder.layer.{}", qformer + "embeddings.", {"needs": "text"}
     return RuleSet(
@@ -227,8 +242,9 @@ def _rules(*, qformer: str, norm: str, vision_norm: str, linear: str, inner: str
             *_attention(_CROSS, layer + ".crossattention", inner, layer_stride=(0, CROSS_EVERY)),
             *_mlp(_MLP, layer, "_query"),
             *_mlp(_TEXT_MLP, layer, "", **text),
-            *_pair("linear_projection", linear, 0),
+            *_pair("linear_projection", linear, 0, needs="linear"),
             Drop(words + "position_ids"),
+            *further,
         )
     )
 
@@ -237,6 +253,21 @@ _HF = {"qformer": "qformer.", "vision_norm": "vision_model.post_layernorm", "lin
 HF_RULES = _rules(**_HF, norm="layernorm")
 INSTRUCT_RULES = _rules(**_HF, norm="embeddings.layernorm")
 """transformers' Blip2 and InstructBlip classes."""
+
+_UNUSED_TEXT = (
+    *(f"embeddings.{name}_embeddings.weight" for name in ("word", "position")),
+    *(f"encoder.layer.{{}}.{name}.*" for name in ("intermediate", "output")),
+    "pooler.*",
+)
+LAVIS_RULES = _rules(
+    qformer="Qformer.bert.",
+    norm="embeddings.LayerNorm",
+    vision_norm="ln_vision",
+    linear="llama_proj",
+    inner="self",
+    further=tuple(Drop("Qformer.bert." + name) for name in _UNUSED_TEXT),
+)
+"""LAVIS and MiniGPT-4, whose files keep BERT's text branch for models that have none."""
 
 
 PREFIXES = (Prefix("", PROJECTOR), Prefix("vision_model.post_layernorm.", PROJECTOR, "vision_model.post_layernorm."))
@@ -283,7 +314,7 @@ PART = Part(
     Spec=QFormerSpec,
     from_hf=from_hf,
     to_hf=to_hf,
-    rules={"hf": HF_RULES, "instructblip": INSTRUCT_RULES, "ours": HF_RULES.own()},
+    rules={"hf": HF_RULES, "instructblip": INSTRUCT_RULES, "lavis": LAVIS_RULES, "ours": HF_RULES.own()},
     shapes=shapes,
     build=build,
     checked=("input_size", "hidden_size", "num_query_tokens", "vision_norm_epsilon", *KEYS),
