@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.host import cards, variables, versions
@@ -182,16 +183,14 @@ class NpuPlatform(Platform):
         """See Platform; torch_npu.npu_rotary_mul, for sizes that it takes."""
         rotated = 2 * cos.shape[-1]
         size = head_size or rotated
-        length, rows = qkv.shape[:2]
-        heads = qkv.view(length, rows, groups, -1, size)
-        turned = heads[..., :-1, :rotated].flatten(2, 3)
-        if rotated >= ROTARY_CHANNELS or max(rows, turned.shape[2]) >= ROTARY_HEADS:
+        rows, heads = qkv.shape[1], qkv.shape[2] // size
+        if rotated >= ROTARY_CHANNELS or max(rows, heads) >= ROTARY_HEADS:
             return super().rotate_qk(qkv, cos, sin, groups, head_size)
         angles = (torch.cat((half, half), dim=-1).squeeze(3) for half in (cos, sin))
-        turned = self._torch_npu.npu_rotary_mul(turned, *angles).unflatten(2, (groups, -1))
-        if rotated < size:
-            turned = torch.cat((turned, heads[..., :-1, rotated:]), dim=-1)
-        return torch.cat((turned, heads[..., -1:, :]), dim=3).view(qkv.shape)
+        return _RotateByOperator.apply(self._torch_npu.npu_rotary_mul, qkv, *angles, groups, size)
+
+    def keep_float32_whole(self) -> None:
+        torch.npu.matmul.allow_hf32 = torch.npu.conv.allow_hf32 = False
 
     def profiler(self):
         profiler = self._torch_npu.profiler
@@ -201,6 +200,34 @@ class NpuPlatform(Platform):
         """torch_npu mirrors torch.cuda.memory from 2.1 on."""
         torch.npu.memory._dump_snapshot(str(path))
         return True
+
+
+class _RotateByOperator(torch.autograd.Function):
+    """Platform.rotate_qk by npu_rotary_mul, whose own backward pass keeps queries and keys; this keeps the angles."""
+
+    @staticmethod
+    def forward(ctx, operator, qkv, cos, sin, groups, size):
+        """qkv [S, B, G (A + 2) D]; cos, sin [S, B or 1, 1, R], for the first R channels of each head."""
+        ctx.save_for_backward(cos, sin)
+        ctx.options = (operator, groups, size)
+        return _rotate(operator, qkv, cos, sin, groups, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """The rotation backwards."""
+        cos, sin = ctx.saved_tensors
+        operator, groups, size = ctx.options
+        return None, _rotate(operator, grad, cos, -sin, groups, size), None, None, None, None
+
+
+def _rotate(operator, qkv, cos, sin, groups: int, size: int) -> torch.Tensor:
+    heads = qkv.reshape(*qkv.shape[:2], groups, -1, size)
+    rotated = cos.shape[-1]
+    turned = operator(heads[..., :-1, :rotated].flatten(2, 3), cos, sin).unflatten(2, (groups, -1))
+    if rotated < size:
+        turned = torch.cat((turned, heads[..., :-1, rotated:]), dim=-1)
+    return torch.cat((turned, heads[..., -1:, :]), dim=3).view(qkv.shape)
 
 
 def _check_card(name: str) -> None:

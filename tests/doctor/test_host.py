@@ -43,6 +43,9 @@ def test_other_versions_are_told_with_the_nearest_set(monkeypatch, caplog):
     (record,) = caplog.records
     assert record.getMessage().startswith("megatron-core 0.17.2: not among the versions that were run; the nearest set")
     assert "torch 2.13.0, megatron-core 0.16.1" in record.getMessage()
+    monkeypatch.setenv("RANK", "1")
+    versions.check("cpu")
+    assert len(caplog.records) == 1
 
 
 def test_torch_and_torch_npu_belong_together(monkeypatch):

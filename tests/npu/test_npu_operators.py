@@ -203,5 +203,40 @@ def test_a_sparse_mode_without_a_mask_hides_nothing(npu_ranks):
     assert npu_ranks(1).run(without_a_mask_nothing_is_hidden)[0] == 0
 
 
+def step_without_values(lengths: tuple[int, int]) -> int:
+    """Gradients of a step, AdamW included, on a device whose tensors have no values: whatever waits for one fails."""
+    from mindspeed_mm.data.collate import Collator
+    from mindspeed_mm.doctor.parity import model
+    from mindspeed_mm.objectives.sft import OBJECTIVE
+    from mindspeed_mm.platform import current_platform
+    from mindspeed_mm.platform.distributed import init_single_process
+    from mindspeed_mm.platform.npu_adamw import NpuAdamW
+
+    platform, nowhere = current_platform(), torch.device("meta")
+    init_single_process(platform)
+    vlm = model.build(platform, torch.float32)
+    samples = [model.samples(0)[0] for _ in lengths]
+    for sample, length in zip(samples, lengths, strict=True):
+        del sample.input_ids[length:], sample.labels[length:]
+    vlm.text_decoder.rotary._frequencies_on(nowhere)  # moved once, by the first micro-batch
+    vlm, platform.device = vlm.to(nowhere), lambda: nowhere
+    platform._causal_mask = None  # it stays where it was made
+    try:
+        output, sums = OBJECTIVE.forward(Collator(0)(samples), vlm)
+        total, _, _ = sums(output)
+        total.backward()
+        NpuAdamW(vlm.parameters(), lr=0.1).step()
+    finally:
+        del platform.device
+        platform._causal_mask = None
+    assert total.device == nowhere
+    return sum(parameter.grad is not None for parameter in vlm.parameters())
+
+
+@pytest.mark.parametrize("lengths", [(20, 20), (20, 14)], ids=["full rows", "packed rows"])
+def test_a_step_never_waits(npu_ranks, lengths):
+    assert npu_ranks(1).run(step_without_values, lengths)[0] > 30
+
+
 def test_all_layouts_of_parallel_runs_are_tried():
     assert {layout.ranks for layout in RUNS.values()} == {1, 2}

@@ -91,7 +91,10 @@ def figures() -> dict:
         written = platform.memory_snapshot(path) and path.exists()
     finally:
         path.unlink(missing_ok=True)
+    shorter = torch.npu.conv.allow_hf32
+    platform.keep_float32_whole()
     return {
+        "whole": shorter and not torch.npu.conv.allow_hf32 and not torch.npu.matmul.allow_hf32,
         "device": str(platform.device()),
         "total": platform.memory().total,
         "again": torch.equal(first, torch.rand(3, device=platform.device())),
@@ -103,7 +106,15 @@ def figures() -> dict:
 
 def test_figures(npu_ranks):
     (found,) = npu_ranks(1).run(figures)
-    wanted = {"device": "npu:0", "total": 65536.0, "again": True, "events": True, "snapshot": True, "peak": None}
+    wanted = {
+        "whole": True,
+        "device": "npu:0",
+        "total": 65536.0,
+        "again": True,
+        "events": True,
+        "snapshot": True,
+        "peak": None,
+    }
     assert found == wanted
 
 

@@ -132,6 +132,13 @@ def test_more_processes_than_gpus(monkeypatch):
         CudaPlatform()
 
 
+def test_float32_is_kept_whole_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    CudaPlatform.keep_float32_whole(CudaPlatform.__new__(CudaPlatform))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_gpu_peaks(monkeypatch):
     platform = CudaPlatform.__new__(CudaPlatform)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")

@@ -142,5 +142,8 @@ class memory:  # noqa: N801 - a module there
             file.write(b"snapshot")
 
 
+matmul, conv = types.SimpleNamespace(allow_hf32=False), types.SimpleNamespace(allow_hf32=True)
+
+
 def device(_index):
     return contextlib.nullcontext()
