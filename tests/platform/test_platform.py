@@ -132,11 +132,17 @@ def test_more_processes_than_gpus(monkeypatch):
         CudaPlatform()
 
 
-def test_float32_is_kept_whole_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    CudaPlatform.keep_float32_whole(CudaPlatform.__new__(CudaPlatform))
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+def test_float32_is_kept_whole_on_a_gpu():
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    kept = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        CudaPlatform.__new__(CudaPlatform).keep_float32_whole()
+        assert [switch.allow_tf32 for switch in switches] == [False, False]
+    finally:
+        for switch, value in zip(switches, kept, strict=True):
+            switch.allow_tf32 = value
 
 
 def test_gpu_peaks(monkeypatch):
