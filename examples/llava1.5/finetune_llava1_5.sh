@@ -6,12 +6,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-ASCEND_ENV="${ASCEND_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}"
-# shellcheck disable=SC1090  # the toolkit's script reads variables that may be unset
-if [[ -f "$ASCEND_ENV" ]]; then set +u; source "$ASCEND_ENV"; set -u; fi
+source examples/llava1.5/ascend.sh
 
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # keeps communication in order, as Megatron asks
-export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1200}"
 
 NPUS_PER_NODE="${NPUS_PER_NODE:-8}"
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
