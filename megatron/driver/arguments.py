@@ -362,10 +362,6 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         problems += [f"{option(name)} is given without --save" for name in given]
     if args.keep_every is not None and args.keep_last is None:
         problems.append("--keep-every is given without --keep-last: without it everything is kept")
-    if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
-        problems.append(
-            "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"
-        )
     virtual = ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage")
     given = [option(name) for name in virtual if getattr(args, name) is not None]
     if len(given) == 2:
