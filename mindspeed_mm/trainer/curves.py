@@ -51,6 +51,23 @@ def read_records(run: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def names_of(runs: Sequence[str | Path]) -> list[str]:
+    """A name for each run: its folder's, with as many folders above it as tell the runs apart.
+
+    Raises:
+        ConfigError: a run is given twice.
+    """
+    folders = [Path(run).resolve() for run in runs]
+    folders = [folder.parent if folder.name == METRICS_FILE else folder for folder in folders]
+    for number, folder in enumerate(folders):
+        if folder in folders[:number]:
+            raise ConfigError(f"the run {folder} is given twice: leave one out")
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return ["/".join(folder.parts[-depth:]) for folder in folders]
+
+
 def values_of(records: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     """(steps, values) of a metric, without the steps that have none (a skipped step has no gradient norm).
 
