@@ -131,7 +131,7 @@ def leave_loss_curve(save: str | Path) -> Path | None:
     try:
         records = read_records(folder)
         draw(folder / CURVE_FILE, {folder.resolve().name: records})
-    except (DataError, OSError) as problem:
+    except (ConfigError, DataError, OSError) as problem:
         logger.warning("%s is not drawn: %s", folder / CURVE_FILE, problem)
         return None
     return folder / CURVE_FILE
