@@ -41,10 +41,14 @@ def setup(
         hooks: the caller's part; its `compare` guards against a checkpoint of another architecture.
 
     Raises:
-        ConfigError: no trainable parameter, or a parallel size that the run cannot use.
+        ConfigError: no trainable parameter, or a parallel size that the run cannot use; no seq_length with stages.
         CheckpointError: --save is not writable, or the checkpoint cannot be used.
     """
     hooks = hooks or Hooks()
+    if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
+        raise ConfigError(
+            "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"
+        )
     prepare_folders(args)
     model = _build_model(args, model_provider, platform)
     config = _optimizer_config(args)
