@@ -46,6 +46,8 @@ EXTRAS = {
     "quickstart": QUICKSTART,
     "docs": DOCS,  # builds the site; see mkdocs.yml
     "serve": [],  # reserved for the servers, which need nothing beyond the requirements so far
+    "wandb": ["wandb>=0.17"],
+    "swanlab": ["swanlab>=0.10"],
     "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN
     "dev": [
         *QUICKSTART,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.driver.profile_checks import profile_problems
-from megatron.driver.ranges import option, range_problems
+from megatron.driver.ranges import option, range_problems, tracking_problems
 from mindspeed_mm.errors import ConfigError
 
 _GROUPS = {
@@ -158,6 +158,13 @@ class DriverArguments:
     profile_dir: str | None = _flag(str, None, "run", "folder for traces; default SAVE/profile")
     profile_ranks: tuple = _flag(int, (0,), "run", "ranks that --profile traces, -1 for all")
     tensorboard_dir: str | None = _flag(str, None, "run", "folder for TensorBoard curves")
+    wandb_project: str | None = _flag(str, None, "run", "curves to Weights & Biases too, under this project")
+    wandb_exp_name: str | None = _flag(str, None, "run", "name of the run there; default that of --save")
+    wandb_save_dir: str | None = _flag(str, None, "run", "folder that W&B writes to; default SAVE")
+    swanlab_project: str | None = _flag(str, None, "run", "curves to SwanLab too, under this project")
+    swanlab_exp_name: str | None = _flag(str, None, "run", "name of the run there; default that of --save")
+    swanlab_save_dir: str | None = _flag(str, None, "run", "folder that SwanLab writes to; default SAVE/swanlab")
+    online: bool = _switch("run", "W&B and SwanLab send the curves while the run trains; else they write to disk alone")
     eval_interval: int | None = _flag(
         int, None, "run", "steps between losses on the validation set, where there is one"
     )
@@ -362,10 +369,6 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         problems += [f"{option(name)} is given without --save" for name in given]
     if args.keep_every is not None and args.keep_last is None:
         problems.append("--keep-every is given without --keep-last: without it everything is kept")
-    if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
-        problems.append(
-            "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"
-        )
     virtual = ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage")
     given = [option(name) for name in virtual if getattr(args, name) is not None]
     if len(given) == 2:
@@ -373,6 +376,7 @@ def _check_combinations(args: DriverArguments) -> list[str]:
     if given and args.pipeline_model_parallel_size == 1:
         problems.append(f"{given[0]} needs --pipeline-model-parallel-size above 1: it cuts pipeline stages into chunks")
     problems += profile_problems(args)
+    problems += tracking_problems(args)
     if args.load is None:
         needing = ("finetune", "ckpt_step", "exit_on_missing_checkpoint")
         problems += [f"{option(name)} needs --load" for name in needing if getattr(args, name) not in (None, False)]

@@ -1,4 +1,4 @@
-"""What a run tells about itself: the screen, SAVE/metrics.jsonl, TensorBoard."""
+"""What a run tells about itself: the screen, SAVE/metrics.jsonl, TensorBoard, W&B, SwanLab."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron.driver.arguments import DriverArguments
+from megatron.driver.boards import Board, open_boards
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.records import METRICS_FILE, cut_records
 from megatron.driver.screen import open_screen
@@ -22,7 +21,8 @@ class Recorder:
     def __init__(self, state: TrainState, args: DriverArguments) -> None:
         self._state, self._args = state, args
         self._window: list[StepMetrics] = []
-        self._file = self._board = self._screen = None
+        self._file = self._screen = None
+        self._boards: list[Board] = []
         if not is_rank_0():
             return
         self._screen = open_screen(state, args)
@@ -30,19 +30,18 @@ class Recorder:
             path = Path(args.save) / METRICS_FILE
             cut_records(path, state.iteration)
             self._file = path.open("a", encoding="utf-8")
-        if args.tensorboard_dir is not None:
-            self._board = SummaryWriter(args.tensorboard_dir, purge_step=state.iteration + 1)
+        self._boards = open_boards(args, state.iteration)
 
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._screen is not None:
             self._screen.close()
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close(error)
 
     def add(self, step: StepMetrics, memory: float) -> None:
         """Record a step that has just been counted in the state; `memory`: MiB of the fullest rank at its peak, where
@@ -61,15 +60,16 @@ class Recorder:
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
-        if self._board is not None:
-            self._board.flush()
+        for board in self._boards:
+            board.flush()
 
     def _write_record(self, step: StepMetrics) -> None:
         iteration = self._state.iteration
         if self._file is not None:
             record = {"iteration": iteration, "consumed_samples": self._state.consumed_samples} | vars(step)
             self._file.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for name, value in {**vars(step), **rates([step], self._state, self._args)}.items():
-                if value is not None:
-                    self._board.add_scalar(name, value, iteration)
+        if self._boards:
+            known = {**vars(step), **rates([step], self._state, self._args)}
+            values = {name: value for name, value in known.items() if value is not None}
+            for board in self._boards:
+                board.add(values, iteration)

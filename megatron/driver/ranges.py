@@ -1,4 +1,4 @@
-"""Which values the flags of the driver may have."""
+"""Which values the flags of the driver may have, and what the flags of trackers need."""
 
 from __future__ import annotations
 
@@ -48,4 +48,23 @@ def range_problems(args: Any) -> list[str]:
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(args, name) >= 1:
             problems.append(f"{option(name)} is {getattr(args, name)}: expected a value below 1")
+    return problems
+
+
+def tracking_problems(args: Any) -> list[str]:
+    """What is missing beside the flags of W&B and SwanLab."""
+    problems = []
+    for library in ("wandb", "swanlab"):
+        project, name, folder = (getattr(args, f"{library}_{part}") for part in ("project", "exp_name", "save_dir"))
+        if project is None:
+            given = {"exp-name": name, "save-dir": folder}
+            problems += [
+                f"--{library}-{part} is given without --{library}-project"
+                for part, value in given.items()
+                if value is not None
+            ]
+        elif folder is None and args.save is None:
+            problems.append(f"--{library}-project needs a folder: give --save or --{library}-save-dir")
+    if args.online and args.wandb_project is None and args.swanlab_project is None:
+        problems.append("--online is given without --wandb-project or --swanlab-project")
     return problems

@@ -41,10 +41,14 @@ def setup(
         hooks: the caller's part; its `compare` guards against a checkpoint of another architecture.
 
     Raises:
-        ConfigError: no trainable parameter, or a parallel size that the run cannot use.
+        ConfigError: no trainable parameter, or a parallel size that the run cannot use; no seq_length with stages.
         CheckpointError: --save is not writable, or the checkpoint cannot be used.
     """
     hooks = hooks or Hooks()
+    if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
+        raise ConfigError(
+            "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"
+        )
     prepare_folders(args)
     model = _build_model(args, model_provider, platform)
     config = _optimizer_config(args)
@@ -114,7 +118,8 @@ def _provide(args: DriverArguments, model_provider: ModelProvider) -> list[Megat
 
 def _check_trainable(modules: list[MegatronModule], platform: Platform) -> None:
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    total = sum(parameter.numel() for parameter in parameters)
+    # A weight that is stored in fewer bytes says how many values it has.
+    total = sum(getattr(parameter, "logical_numel", parameter.numel()) for parameter in parameters)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     counts = torch.tensor([total, trainable], dtype=torch.int64, device=platform.device())
     torch.distributed.all_reduce(counts, group=parallel_state.get_model_parallel_group())

@@ -36,7 +36,7 @@ class Variable:
 def _integer(name: str, meaning: str, lowest: int, highest: int | None, unit: str = "") -> Variable:
     unit = f" {unit}" if unit else ""
     limits = f"in [{lowest}, {highest}]{unit}" if highest is not None else f"of at least {lowest}{unit}"
-    return Variable(name, meaning, f"an integer {limits}", r"\d{1,10}", lowest, highest)
+    return Variable(name, meaning, f"an integer {limits}", r"0|[1-9]\d{0,9}", lowest, highest)
 
 
 def _switch(name: str, meaning: str, *levels: str) -> Variable:

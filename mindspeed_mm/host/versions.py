@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import platform
 import re
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ def torch_npu_finding() -> Finding | None:
 
 
 def check(device: str) -> None:
-    """Before a run on `device`: refuse versions that are known not to work, warn of those that were not run.
+    """Before a run on `device`: refuse versions that are known not to work; the first rank warns of those that were
+    not run.
 
     Raises:
         ConfigError: a version is known not to work, or a package is absent.
@@ -155,6 +157,7 @@ def check(device: str) -> None:
     wrong = [str(finding) for finding in findings if finding.level == "bad"]
     if wrong:
         raise ConfigError("versions that cannot be used:\n  " + "\n  ".join(wrong))
-    for finding in findings:
-        if finding.level == "warn":
-            logger.warning("%s", finding)
+    if os.environ.get("RANK", "0") == "0":
+        for finding in findings:
+            if finding.level == "warn":
+                logger.warning("%s", finding)

@@ -106,6 +106,8 @@ class PartSpec(StrictModel):
     """Highest learning rate of the part; None: the run's. The lowest keeps its ratio to it."""
     weight_decay: WeightDecay | None = None
     """None: the run's. Biases and parameters of one dimension have none."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Store the weights of the layers' linears in 4 or 8 bits, where they are not trained: QLoRA, or a frozen part."""
     parameters: list[ParameterRule] = []
     """Rules for single parameters; the last one that fits decides (models/trainable.py)."""
     lora: LoraSpec | None = None
@@ -153,10 +155,23 @@ class PartSpec(StrictModel):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _stored_weights_are_frozen(self) -> "PartSpec":
+        if self.quantize is not None and self.lora is None and not self.freeze:
+            raise ValueError(
+                f'found quantize "{self.quantize}" in a part whose own weights are trained; expected lora, which '
+                "trains adapters beside them, or freeze true. Add one of them, or remove quantize"
+            )
+        return self
+
     @property
     def trains(self) -> bool:
         """Whether anything of the part is trained."""
         return not self.freeze or any(rule.freeze is False for rule in self.parameters)
+
+    def frozen(self, name: str) -> bool:
+        """Whether a parameter of the part is frozen where no rule says otherwise."""
+        return self.freeze
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -186,6 +201,16 @@ class PartSpec(StrictModel):
             features=rows * self.num_image_tokens,
             pairs=positions * self.num_positions * self.num_built_layers,
         )
+
+    @property
+    def fresh_names(self) -> tuple[str, ...]:
+        """Beginnings of names of tensors that stay at random values though the part has weights."""
+        return ()
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Of a projector: whether it reads the question about an image."""
+        return False
 
     @property
     def layer(self) -> LayerShape:

@@ -27,9 +27,8 @@ class Setting(NamedTuple):
 
 def setting(spec: Any, name: str) -> Setting:
     """The setting of a parameter by its name in a checkpoint."""
-    adapter = ADAPTER in name
-    found = {"freeze": spec.freeze or (spec.lora is not None and not adapter), "lr": spec.lr, "weight_decay": None}
-    found["weight_decay"] = spec.weight_decay
+    frozen = spec.frozen(name) or (spec.lora is not None and ADAPTER not in name)
+    found = {"freeze": frozen, "lr": spec.lr, "weight_decay": spec.weight_decay}
     for rule in spec.parameters:
         if fnmatch.fnmatchcase(name, rule.names):
             stated = {key: getattr(rule, key) for key in found}
@@ -42,7 +41,7 @@ def mark(module: torch.nn.Module, spec: Any, layer_offset: int = 0) -> None:
     `optimizer_values`, which the driver reads."""
     for name, parameter in module.named_parameters():
         own = setting(spec, global_name(name, layer_offset))
-        parameter.requires_grad_(own.trained)
+        parameter.requires_grad_(own.trained and parameter.is_floating_point())
         values = {"lr": own.lr, "weight_decay": own.weight_decay}
         parameter.optimizer_values = {key: value for key, value in values.items() if value is not None}
 

@@ -60,7 +60,8 @@ class ImageEncoder(MegatronModule):
             return self.project(features).values
         if media is None or not len(media):
             blank = self.encoder.blank_features() if self.encoder_frozen else self.features(self.encoder.blank())
-            return self.projector(blank).values[:0]
+            project = getattr(self.projector, "project_blank", self.projector)
+            return project(blank).values[:0]
         if self.context_group is None or not self.spec.vision_encoder.independent_rows:
             return self.project(self.features(media)).values
         if not self.spec.vision_projector.independent_rows:

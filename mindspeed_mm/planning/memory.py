@@ -59,7 +59,7 @@ def rank_memory(job: TrainingJob, stage: int) -> RankMemory:
     temporaries = max(in_step, optimizer_buffers - under_way * kept)
     return RankMemory(
         stage=stage,
-        parameters=counts.total * job.element,
+        parameters=counts.bytes,
         gradients=counts.trained * SINGLE,
         optimizer=state * counts.trained / shared,
         activations=under_way * kept,
@@ -162,7 +162,7 @@ def checkpoint_bytes(job: TrainingJob) -> CheckpointBytes:
     """Sizes of a run's checkpoints, whatever the layout."""
     whole = stage_parameters(on_one_rank(job), 0)
     state = state_bytes(job)
-    return CheckpointBytes((job.element + state) * whole.trained, job.element * (whole.total - whole.trained))
+    return CheckpointBytes((job.element + state) * whole.trained, whole.bytes - job.element * whole.trained)
 
 
 def on_one_rank(job: TrainingJob) -> TrainingJob:

@@ -101,6 +101,10 @@ class Platform(abc.ABC):
         """Tokens that go through a layer together at most where only its result is wanted: enough for full speed."""
         return 8192
 
+    def keep_float32_whole(self) -> None:
+        """From now on float32 products are computed in float32, and in no shorter format inside. Here they are."""
+        return None
+
     def profiler(self) -> torch.profiler.profile:
         """A profiler of host and device, as a context manager with `export_chrome_trace`."""
         return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])

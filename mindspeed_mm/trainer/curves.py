@@ -51,6 +51,23 @@ def read_records(run: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def names_of(runs: Sequence[str | Path]) -> list[str]:
+    """A name for each run: its folder's, with as many folders above it as tell the runs apart.
+
+    Raises:
+        ConfigError: a run is given twice.
+    """
+    folders = [Path(run).resolve() for run in runs]
+    folders = [folder.parent if folder.name == METRICS_FILE else folder for folder in folders]
+    for number, folder in enumerate(folders):
+        if folder in folders[:number]:
+            raise ConfigError(f"the run {folder} is given twice: leave one out")
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return ["/".join(folder.parts[-depth:]) for folder in folders]
+
+
 def values_of(records: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
     """(steps, values) of a metric, without the steps that have none (a skipped step has no gradient norm).
 
@@ -114,7 +131,7 @@ def leave_loss_curve(save: str | Path) -> Path | None:
     try:
         records = read_records(folder)
         draw(folder / CURVE_FILE, {folder.resolve().name: records})
-    except (DataError, OSError) as problem:
+    except (ConfigError, DataError, OSError) as problem:
         logger.warning("%s is not drawn: %s", folder / CURVE_FILE, problem)
         return None
     return folder / CURVE_FILE

@@ -24,6 +24,7 @@ from mindspeed_mm.models.adapters.targets import ADAPTER
 from mindspeed_mm.models.build import build_vlm
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.trainer.architecture import compare_architectures, starting_checkpoint
 from mindspeed_mm.trainer.curves import leave_loss_curve
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import batch_flops
@@ -34,11 +35,6 @@ from mindspeed_mm.trainer.validation import Validation, gather_counts
 from mindspeed_mm.weights.loading import table
 
 logger = logging.getLogger(__name__)
-
-NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16", "pipeline_num_layers"}
-NOT_ARCHITECTURE |= {"lr", "weight_decay", "parameters"}
-NOT_ARCHITECTURE |= {"dropout", "load", "init_seed"}  # of a lora block
-"""Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
 
 
 class TrainingRun:
@@ -112,9 +108,7 @@ class TrainingRun:
         self.validation.after_step(state)
 
     def _model_provider(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> VLM:
-        # --ckpt-step is about --load alone.
-        places = ((self.inputs.args.load, self.inputs.args.ckpt_step), (self.inputs.args.pretrained_checkpoint, None))
-        in_checkpoint = any(find_checkpoint(folder, step) for folder, step in places if folder)
+        in_checkpoint = starting_checkpoint(self.inputs.args) is not None
         vlm, reports = build_vlm(
             self.inputs.spec,
             self.inputs.runtime,
@@ -199,8 +193,7 @@ class TrainingRun:
     def _compare(self, saved: dict[str, Any]) -> list[str]:
         self._saved_counts = saved.get("data_counts", {})
         self._warn_about_order(saved.get("order", {}))
-        current = self.inputs.spec.model_dump(mode="json")
-        return compare_architectures(saved.get("model", {}), without_new_adapters(current, saved.get("model", {})))
+        return compare_architectures(saved.get("model", {}), self.inputs.spec.model_dump(mode="json"))
 
 
 def order_facts(inputs: RunInputs) -> dict[str, Any]:
@@ -222,29 +215,3 @@ def order_facts(inputs: RunInputs) -> dict[str, Any]:
     if loading.group_by_modality_length:  # batches are formed by length; else the order is that of single samples
         facts["--global-batch-size"] = args.global_batch_size
     return facts
-
-
-def without_new_adapters(current: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """The current model without the adapters of parts that had none in the saved one: they may begin beside its weights
-    (whether they may here, the driver decides)."""
-    result = dict(current)
-    for key, value in current.items():
-        if key == "lora" and saved.get(key) is None:
-            result[key] = None
-        elif isinstance(value, dict):
-            result[key] = without_new_adapters(value, saved.get(key) or {})
-    return result
-
-
-def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> list[str]:
-    """One line for each field in which two model specs (as JSON) differ, settings of the run left out."""
-    lines = []
-    for key in sorted(set(saved) | set(current)):
-        if key in NOT_ARCHITECTURE or key.startswith("recompute_"):
-            continue
-        ours, theirs = current.get(key), saved.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            lines += compare_architectures(theirs, ours, f"{path}{key}.")
-        elif ours != theirs:
-            lines.append(f"{path}{key}: the checkpoint has {theirs!r}, the model config {ours!r}")
-    return lines

@@ -3,9 +3,9 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,14 +72,11 @@ def load_part(
     state = {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
     if source is None:
         return _fresh_report(part, spec, state)
-    part_source = source.part(part.kind)
-    found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
-    confirmed = "none there" if found is None else _check_config(part, spec, part_source, found)
-    rules, geometry = _rules_of(part, part_source), spec.geometry
-    match = rules.match(part_source.names, geometry, where=f"{part_source.path} ({part.kind})")
-    steps = {step.target: step for step in match.steps if not step.unused}
+    part_source, found, confirmed, rules, steps = _matched(part, spec, source)
+    geometry = spec.geometry
     check_tied_copy(rules, geometry, part_source)
-    local = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    named = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    local = {name: tensor for name, tensor in named.items() if not name.startswith(spec.fresh_names)}
     whole = num_local_layers is None
     _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
     stored = found.geometry if part_source.assumed else geometry
@@ -95,12 +92,51 @@ def load_part(
         part.kind,
         source.layout,
         str(part_source.path),
-        expected=len(local),
+        expected=len(named),
         loaded=len(local),
-        fresh=0,
+        fresh=len(named) - len(local),
         dropped=len(dropped),
         config=confirmed,
         example=dropped[0] if dropped else None,
+    )
+
+
+def check_part(part: Any, spec: Any, source: Source | None) -> None:
+    """Compare a part's weights with its spec before anything is built: names, shapes and types from the headers, and
+    what the config beside them says. No value is read.
+
+    Raises WeightError as `load_part` does, but for what only values show.
+    """
+    if source is None:
+        _fresh_report(part, spec, {})
+        return
+    part_source, _, _, _, steps = _matched(part, spec, source)
+    shapes = part.shapes(spec)
+    for step in steps.values():
+        full = check_step(step, part_source, spec.geometry)
+        _check_shape(step, part_source, tuple(full.shape), shapes.get(step.target) or shapes[step.rule.target])
+
+
+class _Matched(NamedTuple):
+    """A source whose names and config fit a spec."""
+
+    source: PartSource
+    found: Any
+    """The Spec of the config beside the weights; None where there is none."""
+    confirmed: str
+    rules: RuleSet
+    steps: dict[str, Step]
+    """By our name; those that are not built are left out."""
+
+
+def _matched(part: Any, spec: Any, source: Source) -> _Matched:
+    part_source = source.part(part.kind)
+    found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
+    confirmed = "none there" if found is None else _check_config(part, spec, part_source, found)
+    rules = _rules_of(part, part_source)
+    match = rules.match(part_source.names, spec.geometry, where=f"{part_source.path} ({part.kind})")
+    return _Matched(
+        part_source, found, confirmed, rules, {step.target: step for step in match.steps if not step.unused}
     )
 
 
@@ -275,12 +311,18 @@ def check_finite(tensor: Tensor, what: str, *, allowed: bool, advice: str = "") 
 
 
 def _copy(parameter: Tensor, name: str, value: Tensor, step: Step, source: PartSource) -> None:
-    if value.shape != parameter.shape:
-        raise WeightError(
-            f"{source.path}: {', '.join(step.sources)} gives {name} the shape {list(value.shape)}; expected "
-            f"{list(parameter.shape)}. The spec describes another model than these weights."
-        )
+    _check_shape(step, source, value.shape, parameter.shape, name)
     parameter.copy_(value)
+
+
+def _check_shape(
+    step: Step, source: PartSource, found: Sequence[int], expected: Sequence[int], name: str | None = None
+) -> None:
+    if tuple(found) != tuple(expected):
+        raise WeightError(
+            f"{source.path}: {', '.join(step.sources)} gives {name or step.target} the shape {list(found)}; expected "
+            f"{list(expected)}. The spec describes another model than these weights."
+        )
 
 
 def global_name(name: str, layer_offset: int) -> str:

@@ -87,7 +87,6 @@ def test_every_problem_is_listed_at_once():
         (["--adam-beta2", "1"], "--adam-beta2 is 1.0: expected a value below 1"),
         (["--use-checkpoint-opt-param-scheduler", "--override-opt-param-scheduler"], "exclude each other"),
         (["--exit-on-missing-checkpoint"], "--exit-on-missing-checkpoint needs --load"),
-        (["--pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size above 1 needs --seq-length"),
         (["--tensor-model-parallel-size", "2"], r"1 process\(es\) cannot be divided by tensor 2 x pipeline 1"),
     ],
 )

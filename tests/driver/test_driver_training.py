@@ -275,3 +275,15 @@ def test_a_run_that_has_ended_is_freed(distributed):
     gc.collect()
     gc.collect()
     assert model() is None
+
+
+def test_stages_need_a_length_of_samples():
+    """`train` fills it in from the model config; others who use the driver give it."""
+    import dataclasses
+
+    from megatron.driver.setup import setup
+    from mindspeed_mm.errors import ConfigError
+
+    args = tiny.arguments("--pipeline-model-parallel-size", "2", world_size=2)
+    with pytest.raises(ConfigError, match="--pipeline-model-parallel-size above 1 needs --seq-length"):
+        setup(dataclasses.replace(args, seq_length=None), None, None)

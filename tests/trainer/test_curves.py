@@ -37,6 +37,11 @@ def test_a_curve_that_cannot_be_drawn_is_told(tmp_path, caplog):
     assert "Is a directory" in caplog.text
 
 
+def test_records_of_another_kind_do_not_hide_how_a_run_ended(tmp_path, caplog):
+    assert leave_loss_curve(save(tmp_path / "run", [{"iteration": 1, "seconds": 1.0}])) is None
+    assert "loss_curve.png is not drawn: --metric loss: expected one of iteration, seconds" in caplog.text
+
+
 def test_records_are_read_from_folder_and_file(tmp_path):
     folder = save(tmp_path / "run")
     assert read_records(folder) == read_records(str(folder / "metrics.jsonl")) == RECORDS

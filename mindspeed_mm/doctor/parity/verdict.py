@@ -23,9 +23,7 @@ FP32_TOLERANCES = {
     "generation": 1e-3,
     "collective": 0.0,
 }
-"""Largest relative error of float32 results, by kind of case. Convolutions may run in shorter formats inside."""
-
-CONVOLUTION = 5e-3
+"""Largest relative error of float32 results, by kind of case."""
 
 BF16_TOLERANCES = {
     "operator": 1e-2,
@@ -83,7 +81,7 @@ def compare(cpu: Collected, device: Collected) -> list[ParityRow]:
             rows.append(ParityRow(dtype, kind, case, "failed", note=note or "the device gave no such result"))
             continue
         exact = cpu.values[f"fp32: {kind}: {case}"]
-        tolerance = _tolerance(dtype, kind, case, relative_error(reference, exact))
+        tolerance = _tolerance(dtype, kind, relative_error(reference, exact))
         error = relative_error(device.values[name], exact)
         rows.append(ParityRow(dtype, kind, case, "equal" if error <= tolerance else "different", error, tolerance))
     for name, text in cpu.errors.items():
@@ -107,9 +105,9 @@ def relative_error(found: torch.Tensor, reference: torch.Tensor) -> float:
     return difference / size if size else difference
 
 
-def _tolerance(dtype: str, kind: str, case: str, own_error: float) -> float:
+def _tolerance(dtype: str, kind: str, own_error: float) -> float:
     if dtype == "fp32":
-        return CONVOLUTION if case.startswith("convolution") else FP32_TOLERANCES[kind]
+        return FP32_TOLERANCES[kind]
     return max(BF16_TOLERANCES[kind], MORE * own_error)
 
 

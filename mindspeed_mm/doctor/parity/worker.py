@@ -90,6 +90,7 @@ def read(folder: Path) -> Collected:
 def main(device: str, folder: str) -> None:
     """See the top of the file."""
     platform = get_platform(device)
+    platform.keep_float32_whole()
     if "WORLD_SIZE" not in os.environ:
         write(collect(platform, Path(folder) / "checkpoints"), Path(folder))
         return
