@@ -22,8 +22,6 @@ from mindspeed_mm.platform import current_platform
 class QFormerProjector(MegatronModule):
     """The encoder's final norm, learned queries that attend to its features, and a linear."""
 
-    independent_rows = False
-
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
             spec,
@@ -100,8 +98,6 @@ class QFormerProjector(MegatronModule):
 class PatchConcat(MegatronModule):
     """The encoder's final norm without weights, and a linear on some neighbouring patches of a row at a time; the class
     token is left out (MiniGPT-4 without a Q-Former)."""
-
-    independent_rows = False
 
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(

@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm.config.load import load_config
+from mindspeed_mm.models.operations import EncoderWork, Product
 from mindspeed_mm.models.part import Part, PartSpec, Size, only
 from mindspeed_mm.weights.rules import Geometry, Rule, RuleSet
 
 
 class PatchConcatSpec(PartSpec):
     """image_encoder.vision_projector block of a model.json."""
+
+    independent_rows = False
 
     model_id: Literal["patch_concat"] = "patch_concat"
     fresh: bool = True
@@ -48,9 +51,11 @@ class PatchConcatSpec(PartSpec):
         """(input, output) of the linear."""
         return [(self.patches * self.input_size, self.hidden_size)]
 
-    def projector_work(self, rows: float, features: float) -> list[float]:
-        """See PartSpec: each patch goes through the linear once, the class token does not."""
-        return [(features - rows) * self.input_size * self.hidden_size]
+    def products(self, work: EncoderWork) -> tuple[Product, ...]:
+        """Each patch goes through the linear once, the class token does not; the norm keeps what it takes."""
+        ((inputs, outputs),) = self.sizes
+        rows = (work.positions - work.rows) / self.patches
+        return (Product(rows, inputs, outputs, kept=work.positions * self.input_size),)
 
     @property
     def geometry(self) -> Geometry:

@@ -12,6 +12,7 @@ import pydantic
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.operations import EncoderWork, Product
 from mindspeed_mm.models.part import Part, PartSpec, Size, only
 from mindspeed_mm.weights.layouts import PROJECTOR, Prefix
 from mindspeed_mm.weights.rules import Drop, Geometry, Rule, RuleSet
@@ -44,6 +45,8 @@ class QFormerGeometry(Geometry):
 
 class QFormerSpec(PartSpec):
     """image_encoder.vision_projector block of a model.json."""
+
+    independent_rows = False
 
     model_id: Literal["qformer"] = "qformer"
     input_size: Size
@@ -110,19 +113,21 @@ class QFormerSpec(PartSpec):
         """Channels of a head."""
         return self.width // self.num_attention_heads
 
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(input, output) of the linear behind the Q-Former."""
-        return [(self.width, self.hidden_size)]
-
-    def projector_work(self, rows: float, features: float) -> list[float]:
-        """See PartSpec. The text branch, which is short, is left out."""
-        width, queries = self.width, rows * self.num_query_tokens
-        crossing = -(-self.num_layers // CROSS_EVERY)
-        per_layer = queries * width * (4 * width + 2 * self.ffn_hidden_size + 2 * self.num_query_tokens)
-        pairs = queries * (features / rows if rows else 0)
-        cross = 2 * features * self.input_size * width + 2 * queries * width * width + 2 * pairs * width
-        return [crossing * cross, self.num_layers * per_layer, queries * width * self.hidden_size]
+    def products(self, work: EncoderWork) -> tuple[Product, ...]:
+        """Keys and values of cross-attention on all features, then all that runs on queries, products of one shape
+        together, attention's own among them. Norms and the text branch, which are short, are left out."""
+        width, layers, queries = self.width, self.num_layers, work.rows * self.num_query_tokens
+        crossing, inner = -(-layers // CROSS_EVERY), layers * queries * self.ffn_hidden_size
+        places = round(work.positions / work.rows) if work.rows else 0
+        return (
+            Product(work.positions, self.input_size, 2 * crossing * width, kept=2 * work.positions * self.input_size),
+            Product(queries, width, (4 * layers + 2 * crossing) * width, kept=5 * layers * queries * width),
+            Product(queries, self.num_query_tokens, 2 * layers * width, kept=layers * queries * width),
+            Product(queries, places, 2 * crossing * width, kept=crossing * (queries + 2 * work.positions) * width),
+            Product(queries, width, layers * self.ffn_hidden_size, kept=layers * queries * width),
+            Product(queries, self.ffn_hidden_size, layers * width, kept=inner, activated=inner, split=True),
+            Product(queries, width, self.hidden_size, kept=queries * width),
+        )
 
     @property
     def geometry(self) -> QFormerGeometry:
