@@ -10,6 +10,7 @@ from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data import template as template_module
 from mindspeed_mm.data.encode import encode, encode_prompt
 from mindspeed_mm.data.rendering import generation_prompt, render
+from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.data.template import get_template, template_names
 from mindspeed_mm.data.template_check import check_template, describe_sample, supervised_runs
 from mindspeed_mm.data.template_form import Template
