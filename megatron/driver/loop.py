@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,13 +165,13 @@ def train(
     clock = SaveClock(args)
     with (
         StopRequest() as stop,
-        Recorder(state, args) as recorder,
+        Recorder(state, args, hooks.loss_name) as recorder,
         Saver(state, args, hooks) as saver,
         Profiler(args, state.platform) as profiler,
     ):
         while state.iteration < args.train_iters:
             with profiler.step(state.iteration + 1):
-                step, totals = train_step(state, args, forward_step, data, stop, saver)
+                step, totals = train_step(state, args, forward_step, data, stop, saver, hooks)
             recorder.add(step)
             hooks.after_step(state)
             if totals.save_failed:
@@ -209,21 +209,23 @@ def train_step(
     data: MeteredIterator,
     stop: StopRequest,
     saver: Saver,
+    hooks: Hooks | None = None,
 ) -> tuple[StepMetrics, _Totals]:
     """One optimizer step over one global batch.
 
     Returns:
         The step's metrics; and sums over the ranks, which also say whether one was asked to stop or failed to save.
     """
-    start = time.perf_counter()
+    start, hooks = time.perf_counter(), hooks or Hooks()
     with region("data wait"):
         data.fetch(get_num_microbatches(), state.platform.device())
+    batches = hooks.prepare(state, data.batches)
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     with region("backward"):  # what the model does not name inside
-        reported = forward_backward(state, args, forward_step, data.batches)
-    totals = _reduce(state, reported, data, stop, saver)
+        reported = forward_backward(state, args, forward_step, batches)
+    totals, means = _reduce(state, reported, data, stop, saver, hooks.metrics)
     if totals.supervised == 0:
         _refuse(
             state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels"
@@ -259,6 +261,7 @@ def train_step(
         learning_rate=learning_rate,
         loss_scale=loss_scale,
         grad_norm=grad_norm,
+        means=means,
     )
     return metrics, totals
 
@@ -276,13 +279,22 @@ class _Totals(NamedTuple):
     save_failed: float
 
 
-def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop: StopRequest, saver: Saver) -> _Totals:
-    """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it.
+def _reduce(
+    state: TrainState,
+    reported: list[dict],
+    data: MeteredIterator,
+    stop: StopRequest,
+    saver: Saver,
+    names: Sequence[str],
+) -> tuple[_Totals, dict[str, float]]:
+    """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it. With them
+    the means of what loss_func reports under `names`.
 
     The losses of all micro-batches are read here at once. megatron.core has waited for the end of the backward pass
     just before (finalize_model_grads looks at the number of tokens), so reading them later would save nothing.
     """
-    values = [0.0] * len(_Totals._fields)
+    known = len(_Totals._fields)
+    values = [0.0] * (known + 2 * len(names))
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
     first_of_context_parallel = parallel_state.get_context_parallel_rank() == 0
     if first_of_tensor_parallel and first_of_context_parallel and parallel_state.is_pipeline_first_stage():
@@ -298,11 +310,15 @@ def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop
     dtype = torch.float32 if state.platform.name == "npu" else torch.float64
     tensor = torch.tensor(values, dtype=dtype, device=state.platform.device())
     if first_of_tensor_parallel and parallel_state.is_pipeline_last_stage():
+        places = {LOSS: 0} | {name: known + 2 * number for number, name in enumerate(names)}
         for micro_batch in reported:
-            tensor[0] += micro_batch[LOSS][0]
-            tensor[1] += micro_batch[LOSS][1]
+            for name, place in places.items():
+                tensor[place] += micro_batch[name][0]
+                tensor[place + 1] += micro_batch[name][1]
     torch.distributed.all_reduce(tensor)
-    return _Totals(*tensor.tolist())
+    sums = tensor.tolist()
+    pairs = zip(names, sums[known::2], sums[known + 1 :: 2], strict=True)
+    return _Totals(*sums[:known]), {name: total / number if number else math.nan for name, total, number in pairs}
 
 
 def _check_gradient(state: TrainState, data: MeteredIterator, grad_norm: float, expected: bool) -> None:

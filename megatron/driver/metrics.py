@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -39,17 +40,25 @@ class StepMetrics:
     loss_scale: float
     grad_norm: float | None
     """L2 norm before clipping; None where the step was skipped for overflow."""
+    means: dict[str, float] = field(default_factory=dict)
+    """What else is logged (Hooks.metrics), by its key."""
 
     @property
     def skipped(self) -> bool:
         return self.grad_norm is None
 
+    @property
+    def record(self) -> dict[str, float | None]:
+        """All figures by their keys; those that are no number, for want of anything to average, are None."""
+        own = {name: value for name, value in vars(self).items() if name != "means"}
+        return own | {name: None if math.isnan(value) else value for name, value in self.means.items()}
+
 
 class Recorder:
     """Writes the metrics of each step; does something on rank 0 only."""
 
-    def __init__(self, state: TrainState, args: DriverArguments) -> None:
-        self._state, self._args = state, args
+    def __init__(self, state: TrainState, args: DriverArguments, loss_name: str = "lm loss") -> None:
+        self._state, self._args, self._loss_name = state, args, loss_name
         self._window: list[StepMetrics] = []
         self._memory_shown = False
         self._file = self._board = None
@@ -78,7 +87,7 @@ class Recorder:
         self._window.append(step)
         self._write_record(step)
         if self._state.iteration % self._args.log_interval == 0:
-            logger.info(log_line(self._state, self._args, self._window))
+            logger.info(log_line(self._state, self._args, self._window, self._loss_name))
             self._show_memory()
             self._window.clear()
 
@@ -93,10 +102,10 @@ class Recorder:
     def _write_record(self, step: StepMetrics) -> None:
         iteration = self._state.iteration
         if self._file is not None:
-            record = {"iteration": iteration, "consumed_samples": self._state.consumed_samples} | vars(step)
+            record = {"iteration": iteration, "consumed_samples": self._state.consumed_samples} | step.record
             self._file.write(json.dumps(record) + "\n")
         if self._board is not None:
-            for name, value in {**vars(step), **rates([step], self._state, self._args)}.items():
+            for name, value in {**step.record, **rates([step], self._state, self._args)}.items():
                 if value is not None:
                     self._board.add_scalar(name, value, iteration)
 
@@ -149,10 +158,11 @@ def rates(steps: list[StepMetrics], state: TrainState, args: DriverArguments) ->
     return values
 
 
-def log_line(state: TrainState, args: DriverArguments, steps: list[StepMetrics]) -> str:
+def log_line(state: TrainState, args: DriverArguments, steps: list[StepMetrics], loss_name: str = "lm loss") -> str:
     """Megatron's line (training_log of Megatron-LM core_r0.8.0) over the steps since the last one, and what we add.
 
-    The learning rate and the gradient norm are the last step's; the loss is the mean of the steps.
+    The learning rate and the gradient norm are the last step's; the loss and what stands behind the speeds are means of
+    the steps.
     """
     last = steps[-1]
     speed = rates(steps, state, args)
@@ -168,11 +178,12 @@ def log_line(state: TrainState, args: DriverArguments, steps: list[StepMetrics])
     parts += [
         f"learning rate: {last.learning_rate:.6E}",
         f"global batch size: {args.global_batch_size:5d}",
-        f"lm loss: {sum(step.loss for step in steps) / len(steps):.6E}",
+        f"{loss_name}: {sum(step.loss for step in steps) / len(steps):.6E}",
         f"loss scale: {last.loss_scale:.1f}",
         f"grad norm: {'skipped' if last.grad_norm is None else format(last.grad_norm, '.3f')}",
         f"number of skipped iterations: {sum(step.skipped for step in steps):3d}",
         "number of nan iterations:   0",  # a step that is not a number stops the run
         *(f"{name}: {value:.1f}" for name, value in speed.items()),
+        *(f"{name}: {sum(step.means[name] for step in steps) / len(steps):.4f}" for name in last.means),
     ]
     return " | ".join(parts) + " |"

@@ -305,6 +305,8 @@ class DataConfig(StrictModel):
 
     dataset_param: DatasetParam
     dataloader_param: DataloaderParam = DataloaderParam()
+    objective: str | dict[str, Any] | None = None
+    """What is minimised where --objective does not say it: a name, or {"name": ..} with the objective's options."""
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any]) -> "DataConfig":

@@ -24,6 +24,7 @@ from mindspeed_mm.platform import Platform
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import step_flops
 from mindspeed_mm.trainer.inputs import RunInputs
+from mindspeed_mm.trainer.reference import ReferenceModel
 from mindspeed_mm.trainer.start_checks import check_images
 from mindspeed_mm.trainer.stopped import stopped
 from mindspeed_mm.trainer.validation import Validation, gather_counts
@@ -50,11 +51,13 @@ class TrainingRun:
         platform: Platform,
         model_path: str,
         data_path: str,
-        objective: str = "sft",
+        objective: str | None = None,
         lora: dict[str, Any] | None = None,
+        objective_options: dict[str, Any] | None = None,
     ) -> None:
-        self.inputs = RunInputs(args, platform, model_path, data_path, objective, lora)
-        self.validation = Validation(self.inputs)
+        self.inputs = RunInputs(args, platform, model_path, data_path, objective, lora, objective_options)
+        self.reference = ReferenceModel(self.inputs) if self.inputs.objective.reference else None
+        self.validation = Validation(self.inputs, self._prepare)
         self.counts, self._saved_counts = DataCounts(), {}
 
     def run(self) -> dict[str, Any]:
@@ -84,7 +87,19 @@ class TrainingRun:
         return result
 
     def _hooks(self) -> Hooks:
-        return Hooks(self._describe, self._extra, self._compare, self.inputs.pad_to_one_length, self._after_step)
+        return Hooks(
+            describe=self._describe,
+            extra=self._extra,
+            compare=self._compare,
+            pad_to_one_length=self.inputs.pad_to_one_length,
+            prepare=self._prepare,
+            loss_name=self.inputs.objective.loss_name,
+            metrics=self.inputs.objective.metrics,
+            after_step=self._after_step,
+        )
+
+    def _prepare(self, state: TrainState, batches: list[Batch]) -> list[Batch]:
+        return batches if self.reference is None else self.reference.prepare(state, batches)
 
     def _after_step(self, state: TrainState) -> None:
         gather_counts(self.counts, state, self.inputs.args)
@@ -180,12 +195,16 @@ class TrainingRun:
                 "pad": self.inputs.data_config.dataset_param.preprocess_parameters.pad,
             },
             "data_counts": self.counts.as_saved(self.inputs.dataset.sets),
+            "objective": self.inputs.objective.name,
+            "reference": None if self.reference is None else self.reference.kind,
             "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
         }
 
     def _compare(self, saved: dict[str, Any]) -> list[str]:
         self._saved_counts = saved.get("data_counts", {})
         self._warn_about_order(saved.get("order", {}))
+        if self.reference is not None:
+            self.reference.resume_from(saved.get("reference"))
         return compare_architectures(saved.get("model", {}), self.inputs.spec.model_dump(mode="json"))
 
 

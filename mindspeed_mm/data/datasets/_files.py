@@ -66,9 +66,10 @@ class FileRecords:
     All records are checked when the file is seen for the first time, and `facts` are kept of them.
     """
 
-    def __init__(self, parameters: BasicParameters, options: ReadOptions, parse: Parser):
-        """`parse` knows the format. Raises DataError naming file and record for the first that cannot be used."""
-        path = parameters.data_path
+    def __init__(self, parameters: BasicParameters, options: ReadOptions, parse: Parser, pairs: bool = False):
+        """`parse` knows the format, `pairs` says that its records have a rejected answer. Raises DataError naming file
+        and record for the first that cannot be used."""
+        path, self.pairs = parameters.data_path, pairs
         self._folder = os.path.abspath(parameters.data_folder)
         self._shown_folder = parameters.data_folder
         self._options = options
