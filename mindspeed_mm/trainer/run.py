@@ -212,7 +212,10 @@ def order_facts(inputs: RunInputs) -> dict[str, Any]:
     """Everything that the order of samples is made of; each is named as the user changes it."""
     args, config, dataset = inputs.args, inputs.data_config, inputs.dataset
     loading = config.dataloader_param
-    sets = [basic.model_dump(mode="json", exclude={"data_folder"}) for basic in config.dataset_param.basic_parameters]
+    sets = []
+    for basic in config.dataset_param.basic_parameters:
+        unset = {name for name in ("image_data", "sampling_seed") if getattr(basic, name) is None}
+        sets.append(basic.model_dump(mode="json", exclude={"data_folder", *unset}))
     facts = {
         "--seed": args.seed,
         "samples": len(dataset),
