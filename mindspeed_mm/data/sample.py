@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from mindspeed_mm.models.media import Media
+from mindspeed_mm.models.media import Features, Media
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,9 @@ class Batch:
 
     reference: torch.Tensor | None = None
     """[samples, 2] float32: log-probabilities of the chosen and the rejected answers under the reference model."""
+
+    encoded: Features | None = None
+    """Of all images, on the device, where several passes share what the vision encoder gives."""
 
     @property
     def num_images(self) -> int:

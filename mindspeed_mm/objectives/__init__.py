@@ -63,7 +63,8 @@ class Objective(ABC):
 
     def forward_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         """The next micro-batch through the model (megatron.core's forward_step_func)."""
-        return self.forward(next(data_iterator), model)
+        batch = next(data_iterator)
+        return self.forward(batch, model, batch.encoded)
 
 
 def find_objective(name: str) -> Objective:

@@ -50,7 +50,8 @@ class ReferenceModel:
         self.kind = kind
 
     def prepare(self, state: TrainState, batches: list[Batch]) -> list[Batch]:
-        """Micro-batches with `reference`, on the last pipeline stage. Collective.
+        """Micro-batches with `reference` on the last pipeline stage and, on the first one, the features of a vision
+        encoder that is not trained: both passes share them. Collective.
 
         Before the first step it also makes sure that the policy still is the reference.
 
@@ -61,6 +62,7 @@ class ReferenceModel:
         first, self._begun = not self._begun, True
         if first:
             self._begin(state)
+        batches = self._encoded(state, batches)
         with self._in_place(state):
             reference = self._log_probs(state, batches)
         if first and state.iteration == 0:
@@ -69,12 +71,27 @@ class ReferenceModel:
             return batches
         return [dataclasses.replace(batch, reference=found) for batch, found in zip(batches, reference, strict=True)]
 
+    def _encoded(self, state: TrainState, batches: list[Batch]) -> list[Batch]:
+        encoder = state.modules[0].image_encoder
+        # Context-parallel ranks each encode a share of the images in the pass itself.
+        if encoder is None or not encoder.encoder_frozen or encoder.context_group is not None:
+            return batches
+        device = self._inputs.platform.device()
+        with torch.no_grad():
+            return [
+                batch
+                if batch.media is None
+                else dataclasses.replace(batch, encoded=encoder.features(batch.media.to(device)))
+                for batch in batches
+            ]
+
     def _log_probs(self, state: TrainState, batches: list[Batch]) -> list[torch.Tensor]:
         """[N, 2] of each micro-batch on the last pipeline stage, nothing on others."""
         objective: Any = self._inputs.objective
 
         def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple:
-            return objective.reference_forward(next(data_iterator), model)
+            batch = next(data_iterator)
+            return objective.reference_forward(batch, model, batch.encoded)
 
         with torch.no_grad():
             reported = forward_backward(state, self._inputs.args, forward_step, batches, forward_only=True)

@@ -103,11 +103,23 @@ def test_validation_and_an_objective_of_the_file(folder, capsys, single_process)
     assert "validation loss at iteration 1 | dpo loss value: " in log and "PPL" not in log
 
 
+def test_passes_share_the_features_of_the_images(folder, single_process, monkeypatch):
+    """Of reference, check at the start and policy."""
+    from mindspeed_mm.models.vlm import ImageEncoder
+
+    seen, plain = [], ImageEncoder.features
+    monkeypatch.setattr(ImageEncoder, "features", lambda self, media: seen.append(len(media)) or plain(self, media))
+    assert train_alone(folder, "one", f"{SIZES} {LORA}") == 0
+    samples = 3 * 2
+    assert sum(seen) <= samples and records(folder / "one")[-1]["iteration"] == 3
+
+
 CASES = {
     "no objective": ([], {}, "", "holds preference records (dataset_type preference)"),
     "equal": ([{"chosen": "a", "rejected": "a"}], {}, "", "there is nothing to prefer"),
     "empty": ([{"chosen": " ", "rejected": "a"}], {}, "", '"chosen" is empty'),
     "nothing to train": ([], {}, "", "has nothing to train: freeze is true for every part"),
+    "cache": ([], {}, LORA + " --feature-cache cache", "--feature-cache does not go with the objective dpo"),
     "dropout": ([], {}, LORA + " --lora-dropout 0.1", "text_decoder.lora.dropout is 0.1"),
     "long": ([{"chosen": "Ho " * 300, "rejected": "a"}], {}, LORA, "its chosen side has"),
     "plain": ([], {"template_name": "plain"}, LORA, "answers straight behind an image"),
