@@ -66,6 +66,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         args, platform, *files, namespace.objective, given_lora(namespace), given_preferences(namespace)
     )
     training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
+    if namespace.pref_cache is not None:
+        training.keep_reference(namespace.pref_cache)
     with ending.closing():
         ending.at_end(initialize.shutdown)
         initialize.initialize(training.inputs.args, platform)

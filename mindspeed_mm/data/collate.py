@@ -69,12 +69,19 @@ class Collator:
             segment_ids=segment_ids if packed else None,
             cached=_cached(samples),
             branches=tuple(sample.branches for sample in used if sample.branches is not None) if pairs else None,
+            pair_keys=_pair_keys(used),
         )
 
 
 def _members(row: Encoded | Sequence[Encoded]) -> list[Encoded]:
     """The samples of a row."""
     return list(row) if isinstance(row, Sequence) else [row]
+
+
+def _pair_keys(samples: Sequence[Encoded]) -> tuple[bytes, ...] | None:
+    """Names of all pairs; None where they have none."""
+    keys = tuple(sample.pair_key for sample in samples if sample.pair_key is not None)
+    return keys if keys and len(keys) == len(samples) else None
 
 
 def _cached(samples: Sequence[Encoded]) -> CachedImages | None:

@@ -18,6 +18,7 @@ from mindspeed_mm.data.lengths import UNUSABLE, usable_length
 from mindspeed_mm.data.media import ItemPlan
 from mindspeed_mm.data.pairs import Branches, longer_side, pair_tokens
 from mindspeed_mm.data.parallel import count_all
+from mindspeed_mm.data.reference_store import pair_key
 from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample
 from mindspeed_mm.errors import DataError
 
@@ -200,6 +201,8 @@ class MultimodalDataset(Dataset[Encoded]):
         self._positions = positions
         self.feature_cache: FeatureCache | None = None
         """Where features of images are looked up, once the vision encoder is there."""
+        self.names_pairs = False
+        """Whether preference records get the name under which a store keeps their log-probabilities."""
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
             data_set.tell_unused_keys()
@@ -279,7 +282,8 @@ class MultimodalDataset(Dataset[Encoded]):
         if self._positions:
             whole = ids if branches is None else longer_side(ids, branches)
             positions = self._positions(whole, [plan.grid for plan in plans])
-        return Encoded(sample.id, ids, labels, media, skipped, features, positions, branches)
+        key = pair_key(ids, labels, branches, media) if self.names_pairs and branches is not None else None
+        return Encoded(sample.id, ids, labels, media, skipped, features, positions, branches, key)
 
     def _tokens(self, sample: Sample, plans: list[ItemPlan]) -> tuple[list[int], list[int], Branches | None]:
         """Expanded ids and labels within the maximum length; of a preference record also the parts of its sides."""

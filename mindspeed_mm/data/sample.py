@@ -136,6 +136,9 @@ class Encoded:
     branches: tuple[int, int, int] | None = None
     """Of a preference record (data/pairs.py): lengths of the shared beginning, the chosen and the rejected end."""
 
+    pair_key: bytes | None = None
+    """Name of a preference record in a store of log-probabilities (data/reference_store.py), where one is used."""
+
 
 @dataclass(frozen=True)
 class CachedImages:
@@ -193,6 +196,9 @@ class Batch:
 
     reference: torch.Tensor | None = None
     """[samples, 2] float32: log-probabilities of the chosen and the rejected answers under the reference model."""
+
+    pair_keys: tuple[bytes, ...] | None = None
+    """[samples] as in Encoded; None: no store is used."""
 
     encoded: Features | None = None
     """Of all images, on the device, where several passes share what the vision encoder gives."""

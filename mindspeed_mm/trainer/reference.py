@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.loop import forward_backward
 from megatron.driver.state import TrainState
+from mindspeed_mm.data.reference_store import ReferenceStore
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.errors import ConfigError, TrainingError
 from mindspeed_mm.models.adapters.lora import LoraPair, adapters_off
 from mindspeed_mm.models.build import build_vlm
 from mindspeed_mm.trainer.inputs import RunInputs
+from mindspeed_mm.trainer.model_fingerprint import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,9 @@ class ReferenceModel:
         self._first: list[dict[str, torch.Tensor]] = []
         """Of each chunk, first values of trained parameters by name."""
         self._begun = False
+        self.folder: Path | None = None
+        """Where log-probabilities are kept from one epoch or run to the next; None: nowhere."""
+        self._store: ReferenceStore | None = None
 
     def resume_from(self, kind: str | None) -> None:
         """Take over what a checkpoint says of its run's reference."""
@@ -62,14 +68,65 @@ class ReferenceModel:
         first, self._begun = not self._begun, True
         if first:
             self._begin(state)
-        batches = self._encoded(state, batches)
-        with self._in_place(state):
-            reference = self._log_probs(state, batches)
+        if self._are_known(batches):
+            reference = self._stored(batches)
+        else:
+            batches = self._encoded(state, batches)
+            with self._in_place(state):
+                reference = self._log_probs(state, batches)
+            self._keep(batches, reference)
         if first and state.iteration == 0:
             self._check(state, batches, reference)
         if not reference:
             return batches
         return [dataclasses.replace(batch, reference=found) for batch, found in zip(batches, reference, strict=True)]
+
+    def _are_known(self, batches: list[Batch]) -> bool:
+        """Whether the store has every pair, on all ranks that would share the pass. Collective where there is one."""
+        if self._store is None:
+            return False
+        known = all(
+            batch.pair_keys is not None and all(key in self._store for key in batch.pair_keys) for batch in batches
+        )
+        anywhere = torch.tensor(float(not known), device=self._inputs.platform.device())
+        torch.distributed.all_reduce(anywhere, group=parallel_state.get_model_parallel_group())
+        torch.distributed.all_reduce(anywhere, group=parallel_state.get_context_parallel_group())
+        return not anywhere.item()
+
+    def _stored(self, batches: list[Batch]) -> list[torch.Tensor]:
+        if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+            return []
+        device = self._inputs.platform.device()
+        return [self._store.values(batch.pair_keys).to(device) for batch in batches]
+
+    def _keep(self, batches: list[Batch], reference: list[torch.Tensor]) -> None:
+        """Know what was computed; one of the ranks that hold it writes. Earlier stages know that it is there."""
+        if self._store is None:
+            return
+        last = bool(reference)
+        writes = last and not (
+            parallel_state.get_tensor_model_parallel_rank() or parallel_state.get_context_parallel_rank()
+        )
+        for number, batch in enumerate(batches):
+            if batch.pair_keys is not None:
+                values = reference[number].cpu() if last else torch.full((len(batch.pair_keys), 2), torch.nan)
+                self._store.add(batch.pair_keys, values, write=writes)
+
+    def _open_store(self, state: TrainState) -> None:
+        """Find the folder of this reference. Collective."""
+        assert self.folder is not None
+        inputs = self._inputs
+        with self._in_place(state):
+            name = model_fingerprint(
+                inputs.spec,
+                state.modules,
+                inputs.runtime.params_dtype,
+                inputs.platform.device(),
+                adapters=self.kind != ADAPTERS_OFF,
+            )
+        self._store = ReferenceStore(self.folder, name)
+        if is_rank_0():
+            logger.info("log-probabilities of the reference: %d pairs are in %s", len(self._store), self._store.folder)
 
     def _encoded(self, state: TrainState, batches: list[Batch]) -> list[Batch]:
         encoder = state.modules[0].image_encoder
@@ -112,6 +169,8 @@ class ReferenceModel:
         if is_rank_0():
             kept = sum(tensor.nbytes for chunk in self._first for tensor in chunk.values())
             logger.info("reference model: %s%s", self.kind, f", {kept / 1e9:.2f} GB on rank 0" if kept else "")
+        if self.folder is not None:
+            self._open_store(state)
 
     def _again(self, state: TrainState) -> list[dict[str, torch.Tensor]]:
         """The first values of a run that goes on, from where it took them."""

@@ -16,7 +16,7 @@ from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template_check import describe_sample
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.inference.locate import TOKENIZER_FOLDER
 from mindspeed_mm.models.build import build_vlm
 from mindspeed_mm.models.vlm import VLM
@@ -59,6 +59,18 @@ class TrainingRun:
         self.reference = ReferenceModel(self.inputs) if self.inputs.objective.reference else None
         self.validation = Validation(self.inputs, self._prepare)
         self.counts, self._saved_counts = DataCounts(), {}
+
+    def keep_reference(self, folder: str) -> None:
+        """Keep the reference's log-probabilities in a folder. Raises ConfigError without a reference, or for a file."""
+        if self.reference is None:
+            raise ConfigError(
+                f"--pref-cache is given, but the objective {self.inputs.objective.name} with these options has no "
+                "reference model: leave it out"
+            )
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise ConfigError(f"--pref-cache {folder} is not a folder: name one, or a path that does not exist yet")
+        self.reference.folder = Path(folder)
+        self.inputs.dataset.names_pairs = True
 
     def run(self) -> dict[str, Any]:
         """Train to the end and say where the result is."""

@@ -24,6 +24,9 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pref-length-average", action="store_const", const=True, help="log-probabilities of a token on average"
     )
+    group.add_argument(
+        "--pref-cache", metavar="DIR", help="keep the reference's log-probabilities here for later epochs and runs"
+    )
 
 
 def given_preferences(namespace: argparse.Namespace) -> dict[str, Any]:
