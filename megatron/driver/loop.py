@@ -128,13 +128,18 @@ def forward_backward(
         What loss_func reported for each micro-batch, on the last stage.
     """
     iterators = [iter(batches) for _ in state.model]
+    rows, length = args.micro_batch_size, args.seq_length
+    if interleaved():
+        rows, length = batches[0].input_ids.shape
+        if getattr(batches[0], "segment_ids", None) is not None:  # packed rows go through the model as one
+            rows, length = 1, rows * length
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if interleaved() else iterators[0],
         model=state.model,
         num_microbatches=len(batches),
-        seq_length=batches[0].input_ids.shape[1] if interleaved() else args.seq_length,
-        micro_batch_size=args.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
 

@@ -79,6 +79,24 @@ def test_adapters_go_on_exactly(ranks, folder):
     compare(records(folder / "cut"), records(folder / "whole"), "PP2")
 
 
+def test_micro_batches_and_recomputation_change_nothing(ranks, folder):
+    """Rows of several pairs, with the padding that virtual stages keep; and every layer computed twice."""
+    flags = f"{LORA} --global-batch-size 4"
+    assert ranks(1).run(train_pairs, str(folder), "one", flags) == [0]
+    wanted = records(folder / "one")
+    assert ranks(2).run(train_pairs, str(folder), "two", f"{flags} --micro-batch-size 2 {LAYOUTS['PP2 VPP2']}") == [
+        0,
+        0,
+    ]
+    compare(records(folder / "two"), wanted, "virtual stages")
+    model = json.loads((folder / "model.json").read_text())
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    model["text_decoder"] |= full
+    (folder / "model.json").write_text(json.dumps(model))
+    assert ranks(1).run(train_pairs, str(folder), "again", flags) == [0]
+    compare(records(folder / "again"), wanted, "recomputed")
+
+
 def test_losses_without_a_reference(folder, capsys, single_process):
     """Their first loss is not that of equal models, nothing is computed twice, and the log has no reference."""
     for flags in ("--pref-loss simpo --pref-beta 2", "--pref-loss orpo", "--pref-reference-free --pref-ftx 0.5"):
