@@ -3,11 +3,11 @@
     python benchmarks/dpo.py --out benchmarks/results/dpo_cpu.json
 
 A pair has an image, a question of 20 to 60 tokens and two answers, each of 20 to 200: descriptions as HA-DPO's, and
-short answers. Each side has a process of its own, and rounds take turns, so that both see the same load of the machine; the
-first round warms up, then medians are taken. Both compute in float32 with the reference from the model whose adapter is
-switched off, without recomputation, and end a step with clipping to norm 1 and AdamW. Memory is the peak during the
-steps above what the process had when its libraries were loaded. The losses of all steps are compared. On a machine that
-others use, processor seconds of a single thread say more than seconds.
+short answers. Each side has a process of its own, and rounds take turns, so that both see the same load of the
+machine; the first round warms up, then medians are taken. Both compute in float32 with the reference from the model
+whose adapter is switched off, without recomputation, and end a step with clipping to norm 1 and AdamW. Memory is the
+peak during the steps above what the process had when its libraries were loaded. The losses of all steps are compared.
+On a machine that others use, processor seconds of a single thread say more than seconds.
 """
 
 from __future__ import annotations
@@ -204,7 +204,8 @@ SIDES = {"ours": OurPairs, "trl": TheirPairs}
 
 
 def _serve(pipe: Connection, name: str, job: PairJob) -> None:
-    """Answer "round" with [(seconds, loss, processor seconds)] of each step, and "memory" with peak MiB over what a bare process has."""
+    """Answer "round" with [(seconds, loss, processor seconds)] of each step, and "memory" with the peak in MiB over
+    what a bare process has."""
     torch.set_num_threads(job.threads)
     work = make_pairs(job)
     SIDES[name].load_libraries()

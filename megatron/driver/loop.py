@@ -19,9 +19,11 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint.saver import SaveClock, Saver
 from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
-from megatron.driver.metrics import Recorder, StepMetrics
+from megatron.driver.metrics import Recorder
+from megatron.driver.parameter_groups import run_learning_rate
 from megatron.driver.profiling import Profiler
 from megatron.driver.state import BatchFacts, Hooks, TrainState
+from megatron.driver.steps import StepMetrics
 from megatron.driver.stopping import StopRequest
 from mindspeed_mm.errors import DataError, TrainingError
 from mindspeed_mm.platform.regions import region
@@ -170,14 +172,14 @@ def train(
     clock = SaveClock(args)
     with (
         StopRequest() as stop,
-        Recorder(state, args, hooks.loss_name) as recorder,
+        Recorder(state, args) as recorder,
         Saver(state, args, hooks) as saver,
         Profiler(args, state.platform) as profiler,
     ):
         while state.iteration < args.train_iters:
             with profiler.step(state.iteration + 1):
                 step, totals = train_step(state, args, forward_step, data, stop, saver, hooks)
-            recorder.add(step)
+            recorder.add(step, totals.memory)
             hooks.after_step(state)
             if totals.save_failed:
                 saver.wait()
@@ -230,7 +232,7 @@ def train_step(
     state.optimizer.zero_grad()
     with region("backward"):  # what the model does not name inside
         reported = forward_backward(state, args, forward_step, batches)
-    totals, means = _reduce(state, reported, data, stop, saver, hooks.metrics)
+    totals, means = _reduce(state, args, reported, data, stop, saver, hooks.metrics)
     if totals.supervised == 0:
         _refuse(
             state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels"
@@ -238,7 +240,7 @@ def train_step(
     loss = totals.loss_sum / totals.supervised
     if not math.isfinite(loss):
         _refuse(state, data, f"the loss is {loss}: check the data and weights, or lower --lr")
-    learning_rate = next((group["lr"] for group in state.optimizer.param_groups), 0.0)
+    learning_rate = run_learning_rate(state.optimizer)
     loss_scale = state.optimizer.get_loss_scale().item()
     with region("optimizer"):
         updated, grad_norm, _ = state.optimizer.step()
@@ -267,6 +269,7 @@ def train_step(
         loss_scale=loss_scale,
         grad_norm=grad_norm,
         means=means,
+        loss_name=hooks.loss_name,
     )
     return metrics, totals
 
@@ -282,10 +285,13 @@ class _Totals(NamedTuple):
     data_seconds: float
     stop: float
     save_failed: float
+    memory: float
+    """Not a sum: MiB of the fullest rank at its peak; 0 where the step is not shown."""
 
 
 def _reduce(
     state: TrainState,
+    args: DriverArguments,
     reported: list[dict],
     data: MeteredIterator,
     stop: StopRequest,
@@ -298,8 +304,12 @@ def _reduce(
     The losses of all micro-batches are read here at once. megatron.core has waited for the end of the backward pass
     just before (finalize_model_grads looks at the number of tokens), so reading them later would save nothing.
     """
-    known = len(_Totals._fields)
+    sums = len(_Totals._fields) - 1
+    # Behind the sums each rank has a place for its memory, so that the largest can be told; then come the means.
+    known = sums + torch.distributed.get_world_size()
     values = [0.0] * (known + 2 * len(names))
+    if (state.iteration + 1) % args.log_interval == 0:
+        values[sums + torch.distributed.get_rank()] = state.platform.memory().peak
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
     first_of_context_parallel = parallel_state.get_context_parallel_rank() == 0
     if first_of_tensor_parallel and first_of_context_parallel and parallel_state.is_pipeline_first_stage():
@@ -321,9 +331,10 @@ def _reduce(
                 tensor[place] += micro_batch[name][0]
                 tensor[place + 1] += micro_batch[name][1]
     torch.distributed.all_reduce(tensor)
-    sums = tensor.tolist()
-    pairs = zip(names, sums[known::2], sums[known + 1 :: 2], strict=True)
-    return _Totals(*sums[:known]), {name: total / number if number else math.nan for name, total, number in pairs}
+    figures = tensor.tolist()
+    pairs = zip(names, figures[known::2], figures[known + 1 :: 2], strict=True)
+    means = {name: total / number if number else math.nan for name, total, number in pairs}
+    return _Totals(*figures[:sums], memory=max(figures[sums:known])), means
 
 
 def _check_gradient(state: TrainState, data: MeteredIterator, grad_norm: float, expected: bool) -> None:

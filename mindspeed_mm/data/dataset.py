@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -19,6 +19,7 @@ from mindspeed_mm.data.media import ItemPlan
 from mindspeed_mm.data.pairs import Branches, longer_side, pair_tokens
 from mindspeed_mm.data.parallel import count_all
 from mindspeed_mm.data.reference_store import pair_key
+from mindspeed_mm.data.rendering import questions_of
 from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample
 from mindspeed_mm.errors import DataError
 
@@ -273,11 +274,15 @@ class MultimodalDataset(Dataset[Encoded]):
         plans = self.encoding.plans(sample)
         try:
             ids, labels, branches = self._tokens(sample, plans)
+            asked = self.media.reads_instructions
+            questions = [self.media.instruction(text) for text in questions_of(sample.turns)] if asked else []
         except DataError as error:
             raise type(error)(f"{sample.where}: {error}") from error
         features = tuple(self._known_features(image) for image in sample.images) if self.feature_cache else ()
         unknown = [image for image, known in zip_longest(sample.images, features) if not known or known.values is None]
         media = tuple(self.media.item(image) for image in unknown)
+        if asked:
+            media = tuple(replace(item, instructions=(q,)) for item, q in zip(media, questions, strict=True))
         positions = None
         if self._positions:
             whole = ids if branches is None else longer_side(ids, branches)

@@ -12,6 +12,7 @@ import torch
 from megatron.driver import validation
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.log_lines import validation_line
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.config import DataloaderParam
@@ -52,11 +53,9 @@ class Validation:
         )
         if is_rank_0():
             name = self._inputs.objective.loss_name
-            perplexity = f" | lm loss PPL: {math.exp(min(loss, 700.0)):.6E}" if name == "lm loss" else ""
-            logger.info(
-                "validation loss at iteration %d | %s value: %.6E%s | samples: %d |",
-                *(state.iteration, name, loss, perplexity, batches * args.global_batch_size),
-            )
+            perplexity = math.exp(min(loss, 700.0)) if name == "lm loss" else None
+            samples = batches * args.global_batch_size
+            logger.info("%s", validation_line(state, args, loss, perplexity, samples, name))
 
     def _batches(self, state: TrainState, batches: int):
         """The first micro-batches of the set in the order of the file; read in this process."""
