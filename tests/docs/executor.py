@@ -26,6 +26,9 @@ SHORT = {
 }
 """Flags put behind a command's own: the small model has little to learn and to say, and tables are short."""
 
+LONG = {"--parity": "tests/doctor/test_parity.py"}
+"""Flags that take minutes, and the test that runs what they ask for; they are read, and then left out."""
+
 CI = {"examples/quickstart/run.sh", "scripts/test.sh"}
 """Scripts that .ci/run runs: the whole job and the whole test suite."""
 
@@ -136,6 +139,7 @@ def told(words: list[str]) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command of ours, made short."""
     from mindspeed_mm.cli.main import main
 
+    words = [word for word in words if word not in LONG]
     line = [*words, *SHORT.get(words[0], "").split()]
     if {"--help", "--compare", "--predictions"} & set(words):
         line = words

@@ -41,6 +41,7 @@ def make_stand_ins(golden: Path, folder: Path) -> Path:
     make_tables(folder)
     lines = [{"prompt": "What is it?", "image": "view.jpg"}, {"prompt": "Hi"}]
     (folder / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "your_run.log").write_text("step 1/2 | loss 0.5\n")
     (folder / "bin").mkdir()
     (folder / "bin/torchrun").write_text(TORCHRUN)
     (folder / "bin/torchrun").chmod(0o755)

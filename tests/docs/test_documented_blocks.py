@@ -11,9 +11,10 @@ import shutil
 import pytest
 
 from mindspeed_mm.cli.main import command_names
-from tests.docs.executor import PageReader
+from tests.docs.executor import LONG, PageReader
 from tests.docs.pages import PAGES, ROOT, Block, blocks, blocks_of
 from tests.docs.stand_ins import make_stand_ins
+from tests.docs.test_coming_from import flags_of
 
 RUN = {"bash", "python"}
 SHOWN = {"text", "json", "toml", "mermaid"}
@@ -44,12 +45,7 @@ def test_letter_e_every_block_of_the_page_runs(page, stand_ins, ranks, single_pr
             reader.run(block)
 
 
-SLOW = {"doctor"}
-"""Commands whose example takes minutes: an operator-by-operator comparison."""
-EXAMPLES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in command_names()]
-
-
-@pytest.mark.parametrize("command", EXAMPLES)
+@pytest.mark.parametrize("command", command_names())
 def test_letter_e_the_example_of_the_help_runs(command, stand_ins, ranks, single_process, tmp_path):
     folder = tmp_path / "reader"
     shutil.copytree(stand_ins, folder, symlinks=True)
@@ -109,3 +105,8 @@ def test_blocks_that_other_tests_take_are_taken():
         test = (ROOT / path).read_text(encoding="utf-8")
         (page,) = {block.page for each in PAGES for block in blocks(each) if block.text.startswith(start)}
         assert page in test and "outside/" in test
+
+
+def test_flags_that_are_left_out_exist_and_are_tested():
+    for flag, test in LONG.items():
+        assert (ROOT / test).exists() and any(flag in flags_of(name.replace("_", "-")) for name in command_names())

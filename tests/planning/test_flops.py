@@ -51,7 +51,7 @@ def test_families(single_process, model_id, packed, monkeypatch, tmp_path):
     length = sum(len(row.input_ids) for row in rows) if packed else None
     batch = Collator(0, row_length=length)([rows] if packed else rows)
     counted, ours = counted_flops(tiny.spec, batch, monkeypatch), batch_flops(tiny.spec, batch)
-    # The words of an instruction go through the Q-Former, too; they are left out.
+    # Questions that a projector reads are short, and left out.
     close = 0.05 if tiny.spec.vision_projector.reads_instructions else 1e-9
     # Plain products take each sample's square.
     assert counted == pytest.approx(ours + 3 * decoder_scores(tiny.spec, batch), rel=close)

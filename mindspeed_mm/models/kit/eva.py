@@ -6,58 +6,23 @@ Legend: R images, P positions (a class token and the patches), H hidden size.
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 
-from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
+from mindspeed_mm.models.kit.fixed_size_encoder import FixedSizeEncoder
 from mindspeed_mm.models.media import Features, Media, fixed_size_features
-from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
+from mindspeed_mm.models.runtime import Runtime
 
 
-class EvaVisionEncoder(MegatronModule):
-    """Patch embedding, class token, positions and all layers; every position is a feature."""
+class EvaVisionEncoder(FixedSizeEncoder):
+    """A class token before the patches, all layers, and every position as a feature."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
-        config = transformer_config(
-            spec,
-            runtime,
-            num_layers=spec.num_layers,
-            pipelined=False,
-            sequence_parallel=False,
-            **attention_fields(spec),
-        )
-        super().__init__(config=config)
-        self.spec = spec
-        self.conv1 = torch.nn.Conv2d(3, spec.hidden_size, kernel_size=spec.patch_size, stride=spec.patch_size)
+        super().__init__(spec, runtime, patch_bias=True)
         self.class_token = torch.nn.Parameter(torch.empty(1, 1, spec.hidden_size))
-        self.position_embeddings = torch.nn.Embedding(spec.num_positions, spec.hidden_size)
-        self.decoder = TransformerBlock(
-            config=config,
-            spec=block_spec([LayerOptions()] * spec.num_layers, causal=False),
-            pre_process=True,
-            post_process=True,
-            post_layer_norm=False,
-        )
-        for parameter in (self.conv1.weight, self.class_token, self.position_embeddings.weight):
-            torch.nn.init.normal_(parameter, std=config.init_method_std)
+        torch.nn.init.normal_(self.class_token, std=self.config.init_method_std)
         torch.nn.init.zeros_(self.conv1.bias)
 
     def forward(self, media: Media) -> Features:
         """P features of each row of pixels [R, 3, image_size, image_size]."""
-        patches = self.conv1(media.pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.patches(media)
         hidden = torch.cat((self.class_token.expand(patches.shape[0], -1, -1), patches), dim=1)
-        hidden = (hidden + self.position_embeddings.weight).transpose(0, 1).contiguous()
-        return fixed_size_features(self.decoder(hidden_states=hidden, attention_mask=None).transpose(0, 1), media)
-
-    def blank(self) -> Media:
-        """One image of zeros."""
-        side = self.spec.image_size
-        return Media.of_images(self.conv1.weight.new_zeros(1, 3, side, side))
-
-    def blank_features(self) -> Features:
-        """The features of `blank`, zeros."""
-        zeros = self.conv1.weight.new_zeros(1, self.spec.num_image_tokens, self.spec.hidden_size)
-        return fixed_size_features(zeros, self.blank())
-
-    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
-        """The encoder lives on the first pipeline stage and never receives hidden states."""
+        return fixed_size_features(self.run_layers(hidden + self.position_embeddings.weight), media)

@@ -19,11 +19,12 @@ from torch.nn.functional import interpolate
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.models.kit.encoder_spec import EncoderSpec
+from mindspeed_mm.models.kit.encoder_spec import LAYER as _LAYER
+from mindspeed_mm.models.kit.encoder_spec import EncoderSpec, linear_shapes, norm_shapes, pair
 from mindspeed_mm.models.operations import LayerShape
 from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
-from mindspeed_mm.weights.rules import QKV, Drop, Geometry, PackedQKV, Reshape, Rule, RuleSet
+from mindspeed_mm.weights.rules import QKV, Drop, Geometry, PackedQKV, Reshape, RuleSet
 
 logger = logging.getLogger(__name__)
 
@@ -190,45 +191,36 @@ class BiasWithoutKeys(QKV):
         return [query, value]
 
 
-_LAYER = "decoder.layers.{}."
 _ATTENTION = _LAYER + "self_attention."
-
-
-def _pair(ours: str, theirs: str, axis: int | None = None) -> tuple[Rule, Rule]:
-    """Weight and bias of one linear or norm; a row-parallel linear (axis 1) has a replicated bias."""
-    return (
-        Rule(f"{ours}.weight", (f"{theirs}.weight",), axis),
-        Rule(f"{ours}.bias", (f"{theirs}.bias",), 0 if axis == 0 else None),
-    )
 
 
 HF_RULES = RuleSet(
     (
-        *_pair("conv1", "embeddings.patch_embedding"),
+        *pair("conv1", "embeddings.patch_embedding"),
         Reshape("class_token", ("embeddings.class_embedding",), ours=(1, 1, -1), theirs=(1, 1, -1)),
         Positions("position_embeddings.weight", ("embeddings.position_embedding",)),
-        *_pair(_LAYER + "input_layernorm", "encoder.layers.{}.layer_norm1"),
+        *pair(_LAYER + "input_layernorm", "encoder.layers.{}.layer_norm1"),
         PackedQKV(_ATTENTION + "linear_qkv.weight", ("encoder.layers.{}.self_attn.qkv.weight",), axis=0),
         PackedQKV(_ATTENTION + "linear_qkv.bias", ("encoder.layers.{}.self_attn.qkv.bias",), axis=0),
-        *_pair(_ATTENTION + "linear_proj", "encoder.layers.{}.self_attn.projection", 1),
-        *_pair(_LAYER + "pre_mlp_layernorm", "encoder.layers.{}.layer_norm2"),
-        *_pair(_LAYER + "mlp.linear_fc1", "encoder.layers.{}.mlp.fc1", 0),
-        *_pair(_LAYER + "mlp.linear_fc2", "encoder.layers.{}.mlp.fc2", 1),
+        *pair(_ATTENTION + "linear_proj", "encoder.layers.{}.self_attn.projection", 1),
+        *pair(_LAYER + "pre_mlp_layernorm", "encoder.layers.{}.layer_norm2"),
+        *pair(_LAYER + "mlp.linear_fc1", "encoder.layers.{}.mlp.fc1", 0),
+        *pair(_LAYER + "mlp.linear_fc2", "encoder.layers.{}.mlp.fc2", 1),
     )
 )
 
 EVA_RULES = RuleSet(
     (
-        *_pair("conv1", "patch_embed.proj"),
+        *pair("conv1", "patch_embed.proj"),
         Reshape("class_token", ("cls_token",), ours=(1, 1, -1), theirs=(1, 1, -1)),
         Positions("position_embeddings.weight", ("pos_embed",)),
-        *_pair(_LAYER + "input_layernorm", "blocks.{}.norm1"),
+        *pair(_LAYER + "input_layernorm", "blocks.{}.norm1"),
         PackedQKV(_ATTENTION + "linear_qkv.weight", ("blocks.{}.attn.qkv.weight",), axis=0),
         BiasWithoutKeys(_ATTENTION + "linear_qkv.bias", ("blocks.{}.attn.q_bias", "blocks.{}.attn.v_bias"), axis=0),
-        *_pair(_ATTENTION + "linear_proj", "blocks.{}.attn.proj", 1),
-        *_pair(_LAYER + "pre_mlp_layernorm", "blocks.{}.norm2"),
-        *_pair(_LAYER + "mlp.linear_fc1", "blocks.{}.mlp.fc1", 0),
-        *_pair(_LAYER + "mlp.linear_fc2", "blocks.{}.mlp.fc2", 1),
+        *pair(_ATTENTION + "linear_proj", "blocks.{}.attn.proj", 1),
+        *pair(_LAYER + "pre_mlp_layernorm", "blocks.{}.norm2"),
+        *pair(_LAYER + "mlp.linear_fc1", "blocks.{}.mlp.fc1", 0),
+        *pair(_LAYER + "mlp.linear_fc2", "blocks.{}.mlp.fc2", 1),
         # The layer behind the last one that is built.
         *(Drop(f"blocks.{{}}.{name}.*") for name in ("attn", "mlp", "norm1", "norm2")),
     )
@@ -276,11 +268,8 @@ def shapes(spec: EvaSpec) -> dict[str, tuple[int, ...]]:
         "class_token": (1, 1, width),
         "position_embeddings.weight": (spec.num_positions, width),
     }
-    for name, shape in linears.items():
-        result |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    for name in ("input_layernorm", "pre_mlp_layernorm"):
-        result |= {f"{_LAYER}{name}.weight": (width,), f"{_LAYER}{name}.bias": (width,)}
-    return result
+    norms = (_LAYER + "input_layernorm", _LAYER + "pre_mlp_layernorm")
+    return result | linear_shapes(linears) | norm_shapes(norms, width)
 
 
 def build(spec: EvaSpec, runtime):

@@ -52,13 +52,10 @@ class PatchConcatSpec(PartSpec):
         return [(self.patches * self.input_size, self.hidden_size)]
 
     def products(self, work: EncoderWork) -> tuple[Product, ...]:
-        """Each patch goes through the linear once, the class token does not; the norm before it keeps its input."""
+        """Each patch goes through the linear once, the class token does not; the norm keeps what it takes."""
         ((inputs, outputs),) = self.sizes
-        patches = work.features - work.rows
-        kept = patches * self.input_size
-        return (
-            Product(patches / self.patches, inputs, outputs, kept=kept, activated=work.positions * self.input_size),
-        )
+        rows = (work.positions - work.rows) / self.patches
+        return (Product(rows, inputs, outputs, kept=work.positions * self.input_size),)
 
     @property
     def geometry(self) -> Geometry:

@@ -113,31 +113,22 @@ class QFormerSpec(PartSpec):
         """Channels of a head."""
         return self.width // self.num_attention_heads
 
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(input, output) of the linear behind the Q-Former."""
-        return [(self.width, self.hidden_size)]
-
     def frozen(self, name: str) -> bool:
         return self.freeze or (self.train_linear_only and not name.startswith("linear_projection."))
 
     def products(self, work: EncoderWork) -> tuple[Product, ...]:
-        """Cross attention, layers and the linear, each as one product; the text branch, which is short, is left out."""
-        width, inner, queries = self.width, self.ffn_hidden_size, work.rows * self.num_query_tokens
-        crossing = -(-self.num_layers // CROSS_EVERY)
-        per_layer = queries * width * (4 * width + 2 * inner + 2 * self.num_query_tokens)
-        pairs = queries * (work.features / work.rows if work.rows else 0)
-        cross = 2 * work.features * self.input_size * width + 2 * queries * width * width + 2 * pairs * width
-        keys = 2 * work.positions * width
+        """Keys and values of cross-attention on all features, then all that runs on queries, products of one shape
+        together, attention's own among them. Norms and the text branch, which are short, are left out."""
+        width, layers, queries = self.width, self.num_layers, work.rows * self.num_query_tokens
+        crossing, inner = -(-layers // CROSS_EVERY), layers * queries * self.ffn_hidden_size
+        places = round(work.positions / work.rows) if work.rows else 0
         return (
-            Product(
-                crossing * cross,
-                1,
-                1,
-                kept=2 * work.positions * self.input_size,
-                activated=crossing * (keys + 4 * queries * width),
-            ),
-            Product(self.num_layers * per_layer, 1, 1, activated=self.num_layers * queries * (8 * width + 2 * inner)),
+            Product(work.positions, self.input_size, 2 * crossing * width, kept=2 * work.positions * self.input_size),
+            Product(queries, width, (4 * layers + 2 * crossing) * width, kept=5 * layers * queries * width),
+            Product(queries, self.num_query_tokens, 2 * layers * width, kept=layers * queries * width),
+            Product(queries, places, 2 * crossing * width, kept=crossing * (queries + 2 * work.positions) * width),
+            Product(queries, width, layers * self.ffn_hidden_size, kept=layers * queries * width),
+            Product(queries, self.ffn_hidden_size, layers * width, kept=inner, activated=inner, split=True),
             Product(queries, width, self.hidden_size, kept=queries * width),
         )
 
