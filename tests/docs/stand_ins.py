@@ -37,6 +37,7 @@ def make_stand_ins(golden: Path, folder: Path) -> Path:
     copy(folder / "llava-1.5-7b-hf", folder / "path/to/llava-1.5-7b-hf")
     Image.new("RGB", (60, 40), "red").save(folder / "view.jpg")
     make_data(folder)
+    make_preferences(folder)
     make_examples(folder)
     make_tables(folder)
     lines = [{"prompt": "What is it?", "image": "view.jpg"}, {"prompt": "Hi"}]
@@ -70,12 +71,32 @@ def make_data(folder: Path) -> None:
         (folder / name).write_text(json.dumps(records))
 
 
+def make_preferences(folder: Path) -> None:
+    """Pairs of answers: plain ones, and HA-DPO's two files beside Visual Genome's list of images."""
+    pair = {"prompt": "<image>\nWhat is it?", "images": ["red.jpg"], "chosen": "It is red.", "rejected": "It is blue."}
+    (folder / "preferences.json").write_text(json.dumps([pair] * 8))
+    for name in ("HA-DPO", "VG/VG_100K"):
+        (folder / name).mkdir(parents=True)
+    pictures = [
+        {"image_id": number, "url": f"https://cs.example.org/rak248/VG_100K/{number}.jpg"} for number in range(8)
+    ]
+    (folder / "VG/image_data.json").write_text(json.dumps(pictures))
+    for number in range(8):
+        Image.new("RGB", (60, 60), "red").save(folder / f"VG/VG_100K/{number}.jpg")
+    asked = {"question": "Is it red?", "chosen": "Yes, it is.", "rejected": "No, it is not.", "correct": False}
+    (folder / "HA-DPO/pope_data.json").write_text(json.dumps([{"image_id": number} | asked for number in range(8)]))
+    described = {str(number): {"chosen": ["It is red."], "rejected": ["It is blue."]} for number in range(8)}
+    (folder / "HA-DPO/desc_data.json").write_text(json.dumps(described))
+
+
 def make_examples(folder: Path) -> None:
     """The examples' scripts as they are, their JSONs with the sizes of the small model."""
     target = folder / "examples/llava1.5"
-    shutil.copytree(ROOT / "examples/llava1.5", target, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in target.glob("*.json"):
-        path.write_text(json.dumps(smaller(json.loads(path.read_text())), indent=1))
+    for source in ("llava1.5", "hallucination"):
+        copied = folder / "examples" / source
+        shutil.copytree(ROOT / "examples" / source, copied, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in copied.glob("*.json"):
+            path.write_text(json.dumps(smaller(json.loads(path.read_text())), indent=1))
     for name, own in {"model_finetune.json": "model.json", "data_finetune.json": "data.json"}.items():
         shutil.copyfile(target / name, folder / own)
 
