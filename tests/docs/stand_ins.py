@@ -77,10 +77,8 @@ def make_preferences(folder: Path) -> None:
     (folder / "preferences.json").write_text(json.dumps([pair] * 8))
     for name in ("HA-DPO", "VG/VG_100K"):
         (folder / name).mkdir(parents=True)
-    pictures = [
-        {"image_id": number, "url": f"https://cs.example.org/rak248/VG_100K/{number}.jpg"} for number in range(8)
-    ]
-    (folder / "VG/image_data.json").write_text(json.dumps(pictures))
+    listed = [{"image_id": number, "url": f"https://cs.example.org/rak248/VG_100K/{number}.jpg"} for number in range(8)]
+    (folder / "VG/image_data.json").write_text(json.dumps(listed))
     for number in range(8):
         Image.new("RGB", (60, 60), "red").save(folder / f"VG/VG_100K/{number}.jpg")
     asked = {"question": "Is it red?", "chosen": "Yes, it is.", "rejected": "No, it is not.", "correct": False}
