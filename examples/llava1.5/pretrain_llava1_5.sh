@@ -57,8 +57,7 @@ exec torchrun \
     --mm-data "$MM_DATA" --mm-model "$MM_MODEL" --mm-tool "$MM_TOOL" \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --context-parallel-size "$CP" \
     --micro-batch-size "$MBS" --global-batch-size "$GBS" \
-    --seq-length 2048 ${MEMORY_ARGS[@]+"${MEMORY_ARGS[@]}"} \
-    ${PRECISION_ARGS[@]+"${PRECISION_ARGS[@]}"} \
+    ${MEMORY_ARGS[@]+"${MEMORY_ARGS[@]}"} ${PRECISION_ARGS[@]+"${PRECISION_ARGS[@]}"} \
     --lr 1.0e-3 --train-iters "$TRAIN_ITERS" --lr-decay-style cosine --lr-warmup-fraction 0.03 \
     --weight-decay 0.0 --clip-grad 0.0 --adam-beta1 0.9 --adam-beta2 0.999 \
     --num-workers 8 --distributed-backend nccl \

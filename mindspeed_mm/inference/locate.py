@@ -77,6 +77,7 @@ def _from_model_json(path: Path) -> Located:
         tokenizer=_beside(spec.text_decoder.ckpt_path, TOKENIZER_FILES) or _holding(path.parent, TOKENIZER_FILES),
         image_processor=_beside(spec.vision_encoder.ckpt_path, PROCESSOR_FILES)
         or _holding(path.parent, PROCESSOR_FILES),
+        template=spec.family.default_template(spec),
         pad=spec.family.pads({}),
     )
 
@@ -101,6 +102,7 @@ def _from_source(path: Path, source: Source) -> Located:
             sources,
             tokenizer=_holding(path, TOKENIZER_FILES),
             image_processor=_holding(path, PROCESSOR_FILES),
+            template=spec.family.default_template(spec),
             pad=spec.family.pads({}),
         )
     raise WeightError(
@@ -123,6 +125,7 @@ def _of_family(family: Any, path: Path, source: Source, sources: dict[str, Sourc
         placeholder_ids=family.placeholder_ids(config),
         tokenizer=_holding(path, TOKENIZER_FILES),
         image_processor=processor,
+        template=family.default_template(spec),
         pad=family.pads(config),
     )
 
@@ -136,7 +139,7 @@ def _checkpoint(path: Path, source: Source, sources: dict[str, Source]) -> Locat
         sources,
         tokenizer=_holding(source.path.parent / TOKENIZER_FOLDER, TOKENIZER_FILES) or _path(data.get("tokenizer")),
         image_processor=data.get("image_processor"),
-        template=_chat_template(data.get("template")),
+        template=_chat_template(data.get("template"), spec.family.default_template(spec)),
         pad=bool(data.get("pad", spec.family.pads({}))),
     )
 
@@ -162,8 +165,8 @@ def _beside(weights: str | None, names: tuple[str, ...]) -> Path | None:
     return _holding(Path(weights), names) or _holding(Path(weights).parent, names)
 
 
-def _chat_template(trained: str | None) -> str:
+def _chat_template(trained: str | None, default: str) -> str:
     """Template of the answers: the one of training, unless that knows captions only (stage 1)."""
     if trained is None or get_template(trained).captions_only:
-        return DEFAULT_TEMPLATE
+        return default
     return trained

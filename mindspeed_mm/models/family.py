@@ -8,7 +8,7 @@ families and know none by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,11 +45,18 @@ class Family(ABC):
     slots: tuple[str, ...] = SLOTS
     """The slots that a model of the family has."""
 
+    template = "v1"
+    """Conversation template of the family's models where nothing else names one."""
+
     adds_image_token = True
     """Whether folders of transformers add `<image>` and `<pad>` to the decoder's vocabulary; else it has all tokens."""
 
     multimodal_positions = False
     """Whether positions have three axes (time, height, width), which `positions` gives."""
+
+    def default_template(self, spec: ModelSpec) -> str:
+        """The template of one model of the family."""
+        return self.template
 
     # Weights and configs
 
@@ -156,6 +163,15 @@ class Family(ABC):
     def fit_image_processor(self, spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
         """The preprocessor_config.json beside weights of another layout, as the family's transformers folder has it."""
         return config
+
+    def gather(self, processor: dict[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+        """A preprocessor_config.json with what else `media_processor` needs of the folders that weights came with, in
+        one JSON, for places that keep no such files."""
+        return processor
+
+    def write_companions(self, folder: Path, processor: dict[str, Any]) -> None:
+        """Write what `gather` has put into a processor's config as the family's transformers folder has it."""
+        return None
 
     def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
         """The plan that every image has; None where the size decides."""
