@@ -12,6 +12,7 @@ from PIL import Image
 from tests.docs.pages import ROOT
 from tests.evaluation.evaluation_helpers import choice_rows, image_cell, write_table
 from tests.helpers.golden_model import PROJECTOR, TEXT, VISION
+from tests.helpers.tiny_families import MAKERS
 
 WEIGHTS = {
     "llava_hf": ("llava-1.5-7b-hf",),
@@ -35,6 +36,8 @@ def make_stand_ins(golden: Path, folder: Path) -> Path:
         for alias in aliases:
             copy(golden / "models" / name, folder / alias)
     copy(folder / "llava-1.5-7b-hf", folder / "path/to/llava-1.5-7b-hf")
+    (folder / "path/to/blip2-opt-2.7b").mkdir()
+    MAKERS["blip2"](folder / "path/to/blip2-opt-2.7b")
     Image.new("RGB", (60, 40), "red").save(folder / "view.jpg")
     make_data(folder)
     make_preferences(folder)
