@@ -65,14 +65,35 @@ def make_data(folder: Path) -> None:
         turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "It is red."}]
         records = [{"id": str(number), "image": "red.jpg", "conversations": turns} for number in range(8)]
         (folder / name).write_text(json.dumps(records))
+    make_pairs(folder)
+
+
+def make_pairs(folder: Path) -> None:
+    """Preference records, and HA-DPO's two files with two of Visual Genome's images."""
+    for place in ("pairs", "HA-DPO", "VG/VG_100K"):
+        (folder / place).mkdir(parents=True)
+    for place in ("pairs/red.jpg", "VG/VG_100K/1.jpg", "VG/VG_100K/2.jpg"):
+        Image.new("RGB", (60, 60), "red").save(folder / place)
+    pair = {"prompt": "What is it?", "chosen": "It is red.", "rejected": "It is a dog.", "images": ["red.jpg"]}
+    images = [{"image_id": number, "url": f"VG_100K/{number}.jpg"} for number in (1, 2)]
+    question = {"question": "Is there a dog?", "chosen": "No.", "reject": "Yes.", "correct": False}
+    described = {"1": {"chosen": ["It is red."], "rejected": ["A dog runs."]}}
+    for name, content in {
+        "pairs/pairs.json": [pair | {"id": str(number)} for number in range(8)],
+        "VG/image_data.json": images,
+        "HA-DPO/pope_data.json": [question | {"image_id": number} for number in (1, 2, 1)],
+        "HA-DPO/desc_data.json": described,
+    }.items():
+        (folder / name).write_text(json.dumps(content))
 
 
 def make_examples(folder: Path) -> None:
     """The examples' scripts as they are, their JSONs with the sizes of the small model."""
-    target = folder / "examples/llava1.5"
-    shutil.copytree(ROOT / "examples/llava1.5", target, ignore=shutil.ignore_patterns("__pycache__"))
-    for path in target.glob("*.json"):
-        path.write_text(json.dumps(smaller(json.loads(path.read_text())), indent=1))
+    for name in ("hallucination", "llava1.5"):
+        target = folder / "examples" / name
+        shutil.copytree(ROOT / "examples" / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in target.glob("*.json"):
+            path.write_text(json.dumps(smaller(json.loads(path.read_text())), indent=1))
     for name, own in {"model_finetune.json": "model.json", "data_finetune.json": "data.json"}.items():
         shutil.copyfile(target / name, folder / own)
 
