@@ -40,7 +40,6 @@ def make_stand_ins(golden: Path, folder: Path) -> Path:
     MAKERS["blip2"](folder / "path/to/blip2-opt-2.7b")
     Image.new("RGB", (60, 40), "red").save(folder / "view.jpg")
     make_data(folder)
-    make_preferences(folder)
     make_examples(folder)
     make_tables(folder)
     lines = [{"prompt": "What is it?", "image": "view.jpg"}, {"prompt": "Hi"}]
@@ -72,31 +71,34 @@ def make_data(folder: Path) -> None:
         turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "It is red."}]
         records = [{"id": str(number), "image": "red.jpg", "conversations": turns} for number in range(8)]
         (folder / name).write_text(json.dumps(records))
+    make_pairs(folder)
 
 
-def make_preferences(folder: Path) -> None:
-    """Pairs of answers: plain ones, and HA-DPO's two files beside Visual Genome's list of images."""
-    pair = {"prompt": "<image>\nWhat is it?", "images": ["red.jpg"], "chosen": "It is red.", "rejected": "It is blue."}
-    (folder / "preferences.json").write_text(json.dumps([pair] * 8))
-    for name in ("HA-DPO", "VG/VG_100K"):
-        (folder / name).mkdir(parents=True)
-    listed = [{"image_id": number, "url": f"https://cs.example.org/rak248/VG_100K/{number}.jpg"} for number in range(8)]
-    (folder / "VG/image_data.json").write_text(json.dumps(listed))
-    for number in range(8):
-        Image.new("RGB", (60, 60), "red").save(folder / f"VG/VG_100K/{number}.jpg")
-    asked = {"question": "Is it red?", "chosen": "Yes, it is.", "rejected": "No, it is not.", "correct": False}
-    (folder / "HA-DPO/pope_data.json").write_text(json.dumps([{"image_id": number} | asked for number in range(8)]))
-    described = {str(number): {"chosen": ["It is red."], "rejected": ["It is blue."]} for number in range(8)}
-    (folder / "HA-DPO/desc_data.json").write_text(json.dumps(described))
+def make_pairs(folder: Path) -> None:
+    """Preference records, and HA-DPO's two files with two of Visual Genome's images."""
+    for place in ("pairs", "HA-DPO", "VG/VG_100K"):
+        (folder / place).mkdir(parents=True)
+    for place in ("pairs/red.jpg", "VG/VG_100K/1.jpg", "VG/VG_100K/2.jpg"):
+        Image.new("RGB", (60, 60), "red").save(folder / place)
+    pair = {"prompt": "What is it?", "chosen": "It is red.", "rejected": "It is a dog.", "images": ["red.jpg"]}
+    images = [{"image_id": number, "url": f"VG_100K/{number}.jpg"} for number in (1, 2)]
+    question = {"question": "Is there a dog?", "chosen": "No.", "reject": "Yes.", "correct": False}
+    described = {"1": {"chosen": ["It is red."], "rejected": ["A dog runs."]}}
+    for name, content in {
+        "pairs/pairs.json": [pair | {"id": str(number)} for number in range(8)],
+        "VG/image_data.json": images,
+        "HA-DPO/pope_data.json": [question | {"image_id": number} for number in (1, 2, 1)],
+        "HA-DPO/desc_data.json": described,
+    }.items():
+        (folder / name).write_text(json.dumps(content))
 
 
 def make_examples(folder: Path) -> None:
     """The examples' scripts as they are, their JSONs with the sizes of the small model."""
-    target = folder / "examples/llava1.5"
-    for source in ("llava1.5", "hallucination"):
-        copied = folder / "examples" / source
-        shutil.copytree(ROOT / "examples" / source, copied, ignore=shutil.ignore_patterns("__pycache__"))
-        for path in copied.glob("*.json"):
+    for name in ("hallucination", "llava1.5"):
+        target = folder / "examples" / name
+        shutil.copytree(ROOT / "examples" / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in target.glob("*.json"):
             path.write_text(json.dumps(smaller(json.loads(path.read_text())), indent=1))
     for name, own in {"model_finetune.json": "model.json", "data_finetune.json": "data.json"}.items():
         shutil.copyfile(target / name, folder / own)
