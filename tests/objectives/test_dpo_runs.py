@@ -101,7 +101,7 @@ def test_losses_without_a_reference(folder, capsys, single_process):
     """Their first loss is not that of equal models, nothing is computed twice, and the log has no reference."""
     for flags in ("--pref-loss simpo --pref-beta 2", "--pref-loss orpo", "--pref-reference-free --pref-ftx 0.5"):
         name = flags.split()[-1]
-        assert train_alone(folder, name, f"{SIZES} {LORA} {flags}") == 0
+        assert train_alone(folder, name, f"{SIZES} {LORA} {flags} --log-format megatron") == 0
         rows = records(folder / name)
         assert "reference_logps/chosen" not in rows[0]
         assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"]
@@ -115,10 +115,13 @@ def test_validation_and_an_objective_of_the_file(folder, capsys, single_process)
     data["dataset_param"]["validation_parameters"] = data["dataset_param"]["basic_parameters"]
     data["objective"] = {"name": "dpo", "beta": 0.3}
     (folder / "data.json").write_text(json.dumps(data))
-    assert train_alone(folder, "one", f"--train-iters 2 --lr 1e-2 {LORA} --eval-interval 1") == 0
+    assert train_alone(folder, "one", f"--train-iters 2 --lr 1e-2 {LORA} --eval-interval 1 --log-format megatron") == 0
     log = capsys.readouterr().err
     assert "reference model: adapters switched off" in log and "loss 0.6931, margins 0" in log
     assert "validation loss at iteration 1 | dpo loss value: " in log and "PPL" not in log
+    assert train_alone(folder, "two", f"--train-iters 2 --lr 1e-2 {LORA} --eval-interval 1 --log-format short") == 0
+    log = capsys.readouterr().err
+    assert "rewards/margins " in log and "validation loss " in log and "perplexity" not in log
 
 
 def test_passes_share_the_features_of_the_images(folder, single_process, monkeypatch):
