@@ -127,8 +127,7 @@ class NpuPlatform(Platform):
             options = {"scale": scale, "dropout": dropout, "causal": causal, "window": window, "soft_cap": soft_cap}
             return super().segment_attention(query, key, value, segments, **options)
         options = self._causal(query, window) if causal else {}
-        ends = list(segments.ends)
-        options |= {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+        options |= {"actual_seq_qlen": segments.ends, "actual_seq_kvlen": segments.ends}
         return self._fusion_attention(query, key, value, "TND", query.shape[1], scale, dropout, **options)
 
     def _fusion_attention(self, query, key, value, layout, heads, scale, dropout, **options) -> torch.Tensor:

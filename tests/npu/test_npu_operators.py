@@ -56,7 +56,7 @@ def operators_beside_the_base() -> dict[str, float]:
     platform, found = current_platform(), {}
     cases = list(compute(platform, torch.float32))
     fast = [case() for _, case in cases]
-    names = ("attention", "segment_attention", "rms_norm", "swiglu", "geglu", "rotate_qk")
+    names = ("attention", "segment_attention", "branch_attention", "rms_norm", "swiglu", "geglu", "rotate_qk")
     own = {name: getattr(npu.NpuPlatform, name) for name in names}
     try:
         for name in names:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.platform import Platform
-from mindspeed_mm.platform.segments import Segments
+from mindspeed_mm.platform.segments import BranchedSegments, Segments
 
 Values = dict[str, torch.Tensor]
 Case = Callable[..., torch.Tensor]
@@ -20,6 +20,9 @@ Case = Callable[..., torch.Tensor]
 B, H, G, S, D = 2, 4, 2, 40, 16
 CHANNELS = 64
 LENGTHS = (7, 1, 20, 12)
+BRANCHES = ((5, 8, 9), (0, 7), (3, 4, 4))
+"""Of each sequence: what its branches share, then the branches; S in all."""
+
 WINDOW = 9
 SCALE = D**-0.5
 CAP = 5.0
@@ -34,15 +37,10 @@ def cases(platform: Platform) -> Iterator[tuple[str, Case, tuple[tuple[int, ...]
         shapes = ((S, H, D), (S, heads, D), (S, heads, D))
         for kind, options in _segment_kinds().items():
             yield f"attention in sequences of a row, {kind}, {name}", _segments(platform, options), shapes
-    yield (
-        "attention of one new token",
-        _attention(platform, {"mask": _held(platform.device())}),
-        (
-            (B, H, 1, D),
-            (B, G, S, D),
-            (B, G, S, D),
-        ),
-    )
+        for kind, options in {"causal": {}, "window": {"window": WINDOW}}.items():
+            yield f"attention in branches, {kind}, {name}", _branches(platform, options), shapes
+    held = {"mask": _held(platform.device())}
+    yield "attention of one new token", _attention(platform, held), ((B, H, 1, D), (B, G, S, D), (B, G, S, D))
     yield "rms_norm", lambda x, weight: platform.rms_norm(x, weight, 1e-5), ((S, B, CHANNELS), (CHANNELS,))
     yield "swiglu", platform.swiglu, ((S, B, 2 * CHANNELS),)
     yield "geglu", platform.geglu, ((S, B, 2 * CHANNELS),)
@@ -87,6 +85,12 @@ def _segments(platform: Platform, options: dict) -> Case:
     segments = Segments.of_lengths(LENGTHS, platform.device())
     common = {"scale": SCALE, "dropout": 0.0} | options
     return lambda query, key, value: platform.segment_attention(query, key, value, segments, **common)
+
+
+def _branches(platform: Platform, options: dict) -> Case:
+    segments = BranchedSegments.of_branches(BRANCHES, platform.device())
+    common = {"scale": SCALE, "dropout": 0.0} | options
+    return lambda query, key, value: platform.branch_attention(query, key, value, segments, **common)
 
 
 def _rotation(platform: Platform, channels: int) -> Case:
