@@ -17,7 +17,8 @@ from mindspeed_mm.models.part import SLOTS
 from mindspeed_mm.models.trainable import setting
 from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.weights.blockwise import bytes_of
-from mindspeed_mm.weights.rules import Step, is_layered
+from mindspeed_mm.weights.rule_names import is_layered
+from mindspeed_mm.weights.rules import Step
 from mindspeed_mm.weights.shards import padded_vocab_size
 
 ON_LAST_STAGE = ("decoder.final_layernorm.", "output_layer.")
