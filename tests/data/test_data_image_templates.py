@@ -79,3 +79,18 @@ def test_minigpt4_encodes_prompt_and_answer_apart(tokenizer):
 def test_minigpt4_forms(template, wanted):
     turns = [{"from": "human", "value": "<image>\nWhy?"}, {"from": "gpt", "value": "A cat."}]
     assert render(turns, template) == wanted
+
+
+def test_later_questions_of_minigpt4_begin_a_sequence(tokenizer):
+    """The original puts the begin token before every question of a conversation."""
+    turns = [
+        {"from": "human", "value": "<image>\nWhy?"},
+        {"from": "gpt", "value": "So."},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+    assert render(turns, "minigpt4_v2").endswith("[/INST]So.</s><s>[INST] Sure? [/INST]Yes.</s>")
+    ids, labels = encode(turns, tokenizer, "minigpt4_v2")
+    assert ids.count(tokenizer.bos_token_id) == 2
+    answers = [tokenizer.encode(text, add_bos=False) for text in ("So.</s>", "Yes.</s>")]
+    assert supervised_runs(labels) == answers
