@@ -10,7 +10,6 @@ from typing import Any
 from checkpoint_converters.checkpoint import register_checkpoints
 from checkpoint_converters.companions import SAVED_TOKENIZER
 from mindspeed_mm.config.load import read_json
-from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.complete import read_model
 from mindspeed_mm.models.describe import describe_model
@@ -25,9 +24,6 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FOLDER = SAVED_TOKENIZER
 
-DEFAULT_TEMPLATE = "v1"
-"""The template that LLaVA-1.5 is tuned with."""
-
 
 @dataclass(frozen=True)
 class Located:
@@ -41,7 +37,8 @@ class Located:
     """All ids that stand for features in given input ids."""
     tokenizer: Path | None = None
     image_processor: Path | dict[str, Any] | None = None
-    template: str = DEFAULT_TEMPLATE
+    template: str | None = None
+    """The one that a training checkpoint says it was trained with."""
     pad: bool = True
     """Pad images to squares, as LLaVA-1.5 does (its image_aspect_ratio "pad")."""
 
@@ -136,7 +133,7 @@ def _checkpoint(path: Path, source: Source, sources: dict[str, Source]) -> Locat
         sources,
         tokenizer=_holding(source.path.parent / TOKENIZER_FOLDER, TOKENIZER_FILES) or _path(data.get("tokenizer")),
         image_processor=data.get("image_processor"),
-        template=_chat_template(data.get("template")),
+        template=data.get("template"),
         pad=bool(data.get("pad", spec.family.pads({}))),
     )
 
@@ -160,10 +157,3 @@ def _beside(weights: str | None, names: tuple[str, ...]) -> Path | None:
     if weights is None:
         return None
     return _holding(Path(weights), names) or _holding(Path(weights).parent, names)
-
-
-def _chat_template(trained: str | None) -> str:
-    """Template of the answers: the one of training, unless that knows captions only (stage 1)."""
-    if trained is None or get_template(trained).captions_only:
-        return DEFAULT_TEMPLATE
-    return trained

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed_mm.config.file_keys import FileKeys
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.models.media import Media
@@ -42,6 +43,16 @@ class Family(ABC):
 
     slots: tuple[str, ...] = SLOTS
     """The slots that a model of the family has."""
+
+    config_keys: dict[str, FileKeys] = {}
+    """What is known of the keys of the whole model's config.json, by layout; `split_config` checks it."""
+
+    template: str | None = "v1"
+    """The template of prompts where neither the user nor the checkpoint nor its tokenizer gives one; None: there is
+    none."""
+
+    after_image = "\n"
+    """What stands between an image and the question, where the user places none."""
 
     adds_image_token = True
     """Whether folders of transformers add `<image>` and `<pad>` to the decoder's vocabulary; else it has all tokens."""

@@ -32,9 +32,7 @@ def test_nothing_asked_of_an_older_version():
 
 
 def test_an_option_that_an_older_version_lacks():
-    with pytest.raises(
-        ConfigError, match="vp_stage is 1, but older of .* does not have it: install"
-    ):
+    with pytest.raises(ConfigError, match="vp_stage is 1, but older of .* does not have it: install"):
         known_options(older, vp_stage=1)
 
 
