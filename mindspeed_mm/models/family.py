@@ -91,6 +91,11 @@ class Family(ABC):
         """The parts of an opened source with those that lie elsewhere, named by its config."""
         return slots
 
+    def check_keys(self, config: dict[str, Any], layout: str) -> None:
+        """Refuse keys of a config.json that ask for what is not done here. Raises ConfigError."""
+        if layout in self.config_keys:
+            self.config_keys[layout].check(config)
+
     def stated(self, source: Source) -> dict[str, dict[str, Any]]:
         """Fields of the specs that the whole model's config states, by slot, where a part has no config of its own."""
         return {}

@@ -118,7 +118,7 @@ class Llava(Family):
             refuse_start_end(config)
             if is_tiled(config) != (self.name != "llava"):
                 raise _two_kinds(config)
-            self.config_keys[layout].check(config_keys.own_part(config))
+            self.check_keys(config_keys.own_part(config), layout)
             _check_aspect(config)
             return
         if config.get("model_type", self.name) not in self.model_types:
@@ -126,7 +126,7 @@ class Llava(Family):
                 f'config.json: found model_type "{config["model_type"]}" with tensors of layout {layout}; expected '
                 f"{' or '.join(self.model_types)}. Give weights of a supported model."
             )
-        self.config_keys[layout].check(config)
+        self.check_keys(config, layout)
 
     def complete(self, source: Source, slots: dict[str, PartSource]) -> dict[str, PartSource]:
         """An original folder names its vision encoder by path, relative to the folder; tensors inside come first."""

@@ -90,7 +90,7 @@ class Qwen25VL(Family):
         }
         inner = config.get("text_config")
         if inner is not None:
-            self.config_keys[layout].check(config)
+            self.check_keys(config, layout)
         text = dict(outer if inner is None else inner)
         text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
         tokens = {key: config[key] for key in TOKEN_KEYS if key in config}
