@@ -44,14 +44,14 @@ def batch_of(size: str, *, images: int = 1, text: int = TEXT, rows: int = 1) -> 
 
 def measure(args: argparse.Namespace, model: dict[str, Any], batches: dict[int, Batch]) -> list[dict[str, float]]:
     """A point for each batch, all on one model."""
-    from mindspeed_mm.trainer.flops import step_flops
+    from mindspeed_mm.trainer.flops import batch_flops
 
     flags = "--micro-batch-size 1 --global-batch-size 1"
     step = OwnStep(model, flags, device=args.device, bf16=args.bf16, ranks=1)
     rounds = [{value: step([batch])[0] for value, batch in batches.items()} for _ in range(args.repeats + 1)][1:]
     points = []
     for value, batch in batches.items():
-        flops = step_flops(step.spec, lengths=batch.lengths, images=batch.num_images, supervised=batch.supervised)
+        flops = batch_flops(step.spec, batch)
         seconds = [done[value] for done in rounds]
         points.append(
             {"value": value, "seconds": statistics.median(seconds), "all_seconds": seconds, "flops": flops}

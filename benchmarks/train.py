@@ -32,7 +32,7 @@ LOSS_TOLERANCE = 2e-3
 def work_facts(job: TrainedJob) -> dict[str, float]:
     """Real tokens, padding and model operations of a round."""
     from mindspeed_mm.models.spec import load_model_spec
-    from mindspeed_mm.trainer.flops import step_flops
+    from mindspeed_mm.trainer.flops import batch_flops
 
     work = make_work(job.kind, job.size, job.batch, job.steps)
     spec = load_model_spec(model_json(job.size, TRAINED[job.kind], None))
@@ -44,10 +44,7 @@ def work_facts(job: TrainedJob) -> dict[str, float]:
         "supervised_ours": [batch.supervised for batch in work.ours],
         "padding_share": 1 - tokens / sum(batch.input_ids.numel() for batch in work.padded),
         "padding_share_ours": 1 - tokens / sum(batch.input_ids.numel() for batch in work.ours),
-        "model_flops": sum(
-            step_flops(spec, lengths=batch.lengths, images=batch.num_images, supervised=batch.supervised)
-            for batch in work.padded
-        ),
+        "model_flops": sum(batch_flops(spec, batch) for batch in work.padded),
     }
 
 

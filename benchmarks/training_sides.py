@@ -67,7 +67,7 @@ class OurTraining:
         from mindspeed_mm.models.runtime import Runtime
         from mindspeed_mm.models.spec import load_model_spec
         from mindspeed_mm.objectives.sft import OBJECTIVE
-        from mindspeed_mm.trainer.flops import step_flops
+        from mindspeed_mm.trainer.flops import batch_flops
 
         parser = argparse.ArgumentParser()
         arguments.add_arguments(parser)
@@ -84,7 +84,7 @@ class OurTraining:
             return build_vlm(spec, runtime, device, pre_process=pre_process, post_process=post_process)[0]
 
         def describe(batch: Batch) -> BatchFacts:
-            flops = step_flops(spec, lengths=batch.lengths, images=batch.num_images, supervised=batch.supervised)
+            flops = batch_flops(spec, batch)
             return BatchFacts(batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops)
 
         hooks = Hooks(describe)

@@ -65,7 +65,10 @@ def size(text: str) -> float:
     match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].upper() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number with KB, MB, GB or GiB, like 64GB")
-    return float(match[1]) * UNITS[match[2].upper()]
+    found = float(match[1]) * UNITS[match[2].upper()]
+    if found < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is {found:g} bytes: give the unit, like {match[1]}GB")
+    return found
 
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:

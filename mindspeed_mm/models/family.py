@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mindspeed_mm.config.file_keys import FileKeys
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.models.media import Media
+from mindspeed_mm.models.operations import EncoderWork
 from mindspeed_mm.models.part import SLOTS
 from mindspeed_mm.weights.layouts import Layout
 
@@ -174,6 +176,11 @@ class Family(ABC):
     def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
         """The plan that every image has; None where the size decides."""
         return None
+
+    def planned_image(self, spec: ModelSpec) -> EncoderWork:
+        """The work on the image that plans are made with where no data says how large images are."""
+        plan = self.fixed_plan(spec)
+        return replace(spec.vision_encoder.encoder_work(1, [plan.grid]), tokens=plan.count)
 
     # Positions
 

@@ -83,28 +83,8 @@ def fixed_size_features(values: torch.Tensor, media: Media) -> Features:
     return Features(values.flatten(0, 1), tuple(values.shape[1] * rows for rows in media.rows), media)
 
 
-@dataclass(frozen=True)
-class EncoderWork:
-    """What a vision encoder has to do for some media, as far as operations depend on it."""
-
-    positions: float
-    """Positions that go through its layers."""
-
-    patches: float
-    """Patches that are embedded."""
-
-    features: float
-    """Features that the linears of the projector run on."""
-
-    pairs: float
-    """Pairs of positions that attend to one another, over all layers."""
-
-
 class VisionEncoder(Protocol):
     """What a part of slot vision_encoder builds."""
-
-    independent_rows: bool
-    """Whether each row of pixels is encoded by itself, so that ranks may share the rows."""
 
     def __call__(self, media: Media) -> Features: ...
 
@@ -119,8 +99,5 @@ class VisionEncoder(Protocol):
 
 class VisionProjector(Protocol):
     """What a part of slot vision_projector builds."""
-
-    independent_rows: bool
-    """Whether each feature is projected by itself."""
 
     def __call__(self, features: Features) -> Features: ...

@@ -5,9 +5,9 @@ one value that describes what we do; any other value is refused with the reason,
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -16,7 +16,7 @@ from mindspeed_mm.config.file_keys import FileKeys
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.adapters.spec import LoraSpec
-from mindspeed_mm.models.media import EncoderWork, Media
+from mindspeed_mm.models.operations import EncoderWork, Grid, LayerShape, Product
 from mindspeed_mm.registry import find, find_all
 from mindspeed_mm.weights.layouts import Layout
 from mindspeed_mm.weights.rules import Geometry, RuleSet
@@ -80,7 +80,13 @@ NoDropout = Annotated[float, only(0.0, why="models of the LLaVA family are train
 
 
 class PartSpec(StrictModel):
-    """Keys that every part has."""
+    """Keys that every part has, and what it states about its work."""
+
+    independent_rows: ClassVar[bool] = True
+    """Of an encoder: whether each row of pixels is encoded by itself, so that ranks may share the rows. Of a projector:
+    whether each feature is projected by itself."""
+    outer_norms: ClassVar[int] = 0
+    """Norms of a vision encoder before or behind its layers."""
 
     freeze: bool = False
     lora: LoraSpec | None = None
@@ -140,19 +146,40 @@ class PartSpec(StrictModel):
         """What the weight rules need to know."""
         raise NotImplementedError
 
-    def encoder_work(self, rows: float, media: Media | None = None) -> EncoderWork:
-        """Of a vision encoder: the work on `rows` rows of pixels; here rows are images or tiles of one size.
+    def encoder_work(self, rows: float, grids: Sequence[Grid]) -> EncoderWork:
+        """Of a vision encoder: its work on some items; here rows are images or tiles of one size.
 
-        `media` holds the sizes, for encoders whose work depends on them; None: images of the size that plans are made
-        with.
+        Args:
+            rows: rows of pixels of all items.
+            grids: [I, 3] of them, as in Media, for encoders whose work depends on them.
         """
         positions = rows * self.num_positions
         return EncoderWork(
+            rows=rows,
+            pixels=rows * self.num_channels * self.image_size**2,
             positions=positions,
             patches=rows * (self.image_size // self.patch_size) ** 2,
             features=rows * self.num_image_tokens,
             pairs=positions * self.num_positions * self.num_built_layers,
         )
+
+    @property
+    def layer(self) -> LayerShape:
+        """Of a part of transformer layers: one of them."""
+        return LayerShape(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.num_query_groups,
+            kv_channels=self.kv_channels,
+            ffn_hidden_size=self.ffn_hidden_size,
+            gated=self.gated_linear_unit,
+            activation_saves=2 if self.gated_linear_unit or self.activation_func == "quick_gelu" else 1,
+            norm_statistics=2 if self.normalization == "LayerNorm" else 1,
+        )
+
+    def products(self, work: EncoderWork) -> tuple[Product, ...]:
+        """Of a projector: its linears on the features of some items, in the order in which they run."""
+        raise NotImplementedError
 
     @property
     def patch_channels(self) -> int:

@@ -35,7 +35,7 @@ class ImageEncoder(MegatronModule):
         encoder = parts["vision_encoder"].build(spec.vision_encoder, runtime)
         projector = parts["vision_projector"].build(spec.vision_projector, runtime)
         super().__init__(config=encoder.config)
-        self.encoder, self.projector = encoder, projector
+        self.spec, self.encoder, self.projector = spec, encoder, projector
         self.encoder_frozen = spec.vision_encoder.freeze
         self.context_group = parallel_state.get_context_parallel_group() if runtime.context_parallel_size > 1 else None
 
@@ -61,9 +61,9 @@ class ImageEncoder(MegatronModule):
         if media is None or not len(media):
             blank = self.encoder.blank_features() if self.encoder_frozen else self.features(self.encoder.blank())
             return self.projector(blank).values[:0]
-        if self.context_group is None or not self.encoder.independent_rows:
+        if self.context_group is None or not self.spec.vision_encoder.independent_rows:
             return self.project(self.features(media)).values
-        if not self.projector.independent_rows:
+        if not self.spec.vision_projector.independent_rows:
             return self.project(self._shared(media, self.features)).values
         return self._shared(media, lambda share: self.project(self.features(share))).values
 

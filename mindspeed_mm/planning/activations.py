@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mindspeed_mm.models.operations import LayerShape
 from mindspeed_mm.models.part import PartSpec
 from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.kernels import Kernels, kernels_of
+from mindspeed_mm.platform.capped import BLOCK_SCORES
 
 INDEX = 8
 """Bytes of an int64."""
@@ -29,48 +31,49 @@ HEAD_CHUNK = 2048
 class LayerSizes:
     """What the formulas below need to know of a layer and its input on one rank."""
 
-    spec: PartSpec
+    part: PartSpec
     tokens: float
     norm_tokens: float
     element: int
     tensor: int
     context: int
     trained: bool
-    rotary: bool
     kernels: Kernels
     sequences: int = 1
     """Sequences that stand one behind the other in the row; attention puts its outputs for them together."""
-    norms: int = 2
-    """Norms of a layer over its whole width."""
-    qk_norm: bool = False
-    """Whether each head's queries and keys are normed."""
+    longest: float = 0.0
+    """Positions of the longest sequence."""
+
+    @property
+    def shape(self) -> LayerShape:
+        """What the part states of a layer."""
+        return self.part.layer
 
     @property
     def width(self) -> int:
         """Bytes of H elements."""
-        return self.element * self.spec.hidden_size
+        return self.element * self.shape.hidden_size
 
 
 def norm(sizes: LayerSizes) -> float:
     """RMSNorm or LayerNorm, m rows: the input and the statistics."""
-    statistics = 2 if sizes.spec.normalization == "LayerNorm" else 1
-    return sizes.norm_tokens * (sizes.width + statistics * SINGLE)
+    return sizes.norm_tokens * (sizes.width + sizes.shape.norm_statistics * SINGLE)
 
 
 def head_norms(sizes: LayerSizes) -> float:
     """Norms of queries and keys: the projection before them and the statistics of each head."""
-    if not sizes.qk_norm:
+    shape, tensor = sizes.shape, sizes.tensor
+    if not shape.qk_norm:
         return 0.0
-    spec, tensor = sizes.spec, sizes.tensor
-    heads, groups = spec.num_attention_heads / tensor, spec.num_query_groups / tensor
-    return sizes.tokens * (sizes.element * spec.kv_channels * (heads + 2 * groups) + SINGLE * (heads + groups))
+    heads, groups = shape.num_attention_heads / tensor, shape.num_query_groups / tensor
+    return sizes.tokens * (sizes.element * shape.kv_channels * (heads + 2 * groups) + SINGLE * (heads + groups))
 
 
 def attention_core(sizes: LayerSizes) -> float:
     """softmax(QK^T)V: the output and the log-sum of each row and head. What it takes: `attention_inputs`."""
-    heads = sizes.spec.num_attention_heads / sizes.tensor
+    heads = sizes.shape.num_attention_heads / sizes.tensor
     element = SINGLE if sizes.kernels.single_attention else sizes.element
-    return sizes.tokens * heads * (element * sizes.spec.kv_channels + SINGLE)
+    return sizes.tokens * heads * (element * sizes.shape.kv_channels + SINGLE)
 
 
 def attention_inputs(sizes: LayerSizes, *, single: bool) -> float:
@@ -79,9 +82,9 @@ def attention_inputs(sizes: LayerSizes, *, single: bool) -> float:
     All three are views of the (rotated) fused projection, but for queries that share keys, which are copied together.
     Context parallelism sends copies of all three. `single`: the kernel takes copies in float32.
     """
-    spec, tokens = sizes.spec, sizes.tokens
-    heads, groups = spec.num_attention_heads / sizes.tensor, spec.num_query_groups / sizes.tensor
-    channels = (SINGLE if single else sizes.element) * spec.kv_channels
+    shape, tokens = sizes.shape, sizes.tokens
+    heads, groups = shape.num_attention_heads / sizes.tensor, shape.num_query_groups / sizes.tensor
+    channels = (SINGLE if single else sizes.element) * shape.kv_channels
     if sizes.context > 1:
         groups *= sizes.context // math.gcd(int(groups), sizes.context)
         return tokens * channels * (heads + 2 * groups)
@@ -89,63 +92,68 @@ def attention_inputs(sizes: LayerSizes, *, single: bool) -> float:
     return tokens * channels * (heads + 2 * groups + copied)
 
 
+def capped_scores(sizes: LayerSizes) -> float:
+    """Beside what is kept, while attention with a soft cap runs backwards: four tensors of a block of scores, of which
+    platform/capped.py says how large it is."""
+    if not sizes.shape.soft_cap:
+        return 0.0
+    scores = sizes.tokens * sizes.shape.num_attention_heads / sizes.tensor * sizes.longest
+    return 4 * SINGLE * min(scores, BLOCK_SCORES)
+
+
 def mlp(sizes: LayerSizes) -> float:
     """Between the two linears: gated, gate and up in one tensor; plain, what the activation saves. The second linear's
     input comes on top where it is trained."""
-    spec = sizes.spec
-    inner = sizes.element * spec.ffn_hidden_size / sizes.tensor * sizes.tokens
-    kept = inner * (2 if spec.gated_linear_unit or spec.activation_func == "quick_gelu" else 1)
-    return kept + (inner if sizes.trained else 0)
+    inner = sizes.element * sizes.shape.ffn_hidden_size / sizes.tensor * sizes.tokens
+    return inner * (sizes.shape.activation_saves + sizes.trained)
 
 
 def layer(sizes: LayerSizes, *, without_core: bool = False) -> float:
     """One transformer layer; `without_core`: the attention kernel is run again instead (selective recomputation)."""
     input_rows = sizes.tokens if sizes.kernels.keeps_gathered else sizes.norm_tokens
     linear_inputs = 2 * input_rows * sizes.width if sizes.trained else 0
-    own_output = sizes.tokens * sizes.element * sizes.spec.num_attention_heads * sizes.spec.kv_channels / sizes.tensor
+    shape = sizes.shape
+    own_output = sizes.tokens * sizes.element * shape.num_attention_heads * shape.kv_channels / sizes.tensor
     single = sizes.kernels.single_attention and not without_core
     core = attention_core(sizes)
     if without_core:
         core = own_output if sizes.trained else 0
-    elif (sizes.context > 1 or sizes.sequences > 1 or single) and sizes.trained:
-        # What was put together, rounded, or came back from the exchange of slices is the output linear's.
+    elif (sizes.context > 1 or sizes.sequences > 1 or single or shape.soft_cap) and sizes.trained:
+        # What was put together, rounded, turned or came back from the exchange of slices is the output linear's.
         core += own_output
-    norms = sizes.norms * norm(sizes) + head_norms(sizes)
+    norms = shape.norms * norm(sizes) + head_norms(sizes)
     return norms + linear_inputs + attention_inputs(sizes, single=single) + core + mlp(sizes)
 
 
 def decoder_sizes(job: TrainingJob) -> LayerSizes:
     """The text decoder's layers."""
     return LayerSizes(
-        spec=job.spec.text_decoder,
+        part=job.spec.text_decoder,
         tokens=job.tokens,
         norm_tokens=job.sequence_tokens,
         element=job.element,
         tensor=job.tensor,
         context=job.context,
         trained=job.trained("text_decoder"),
-        rotary=True,
         kernels=kernels_of(job.device, job.runtime.params_dtype),
         sequences=job.joined_sequences,
-        norms=4 if job.spec.text_decoder.traits.post_norms else 2,
-        qk_norm=job.spec.text_decoder.traits.qk_norm,
+        longest=max(job.row.lengths),
     )
 
 
 def vision_encoder_sizes(job: TrainingJob) -> LayerSizes:
     """The vision encoder's layers, on the images of this rank, without sequence parallelism."""
-    vision_encoder = job.spec.vision_encoder
-    tokens = job.images * vision_encoder.num_positions
+    vision_encoder, tokens = job.spec.vision_encoder, job.encoded.positions
     return LayerSizes(
-        spec=vision_encoder,
+        part=vision_encoder,
         tokens=tokens,
         norm_tokens=tokens,
         element=job.element,
         tensor=job.tensor,
         context=1,
         trained=job.trained("vision_encoder"),
-        rotary=False,
         kernels=kernels_of(job.device, job.runtime.params_dtype),
+        sequences=2 if vision_encoder.layer.segments else 1,
     )
 
 
@@ -160,14 +168,14 @@ class Stack:
 
 def stack(sizes: LayerSizes, layers: int) -> Stack:
     """`layers` layers with the spec's recompute_* applied."""
-    spec = sizes.spec
+    spec, shape = sizes.part, sizes.shape
     boundary = sizes.norm_tokens * sizes.width
     # In a layer's backward pass the gated product and the first linear's output have gradients, as has the residual,
     # beside one factor on the way, while what is no longer needed of the forward pass is given back.
-    inner = sizes.element * spec.ffn_hidden_size / sizes.tensor * sizes.tokens * (3 if sizes.trained else 4)
-    gradients = inner + boundary
+    inner = sizes.element * shape.ffn_hidden_size / sizes.tensor * sizes.tokens * (3 if sizes.trained else 4)
+    gradients = max(inner, capped_scores(sizes)) + boundary
     # Once for the stack: cosines and sines of half a head each.
-    angles = sizes.tokens * sizes.element * spec.kv_channels if sizes.rotary else 0.0
+    angles = sizes.tokens * sizes.element * shape.kv_channels if shape.rotary else 0.0
     if spec.recompute_granularity == "selective":
         return Stack(layers * layer(sizes, without_core=True) + angles, gradients)
     whole = layer(sizes)
@@ -185,37 +193,29 @@ def stack(sizes: LayerSizes, layers: int) -> Stack:
 
 def vision_encoder(job: TrainingJob) -> Stack:
     """A trained vision encoder; a frozen one runs without autograd and keeps nothing."""
-    if not job.trained("vision_encoder") or job.images == 0:
+    if not job.trained("vision_encoder"):
         return Stack(0.0, 0.0)
     spec, sizes = job.spec.vision_encoder, vision_encoder_sizes(job)
     layers = stack(sizes, spec.num_built_layers)
-    pixels = job.images * spec.num_channels * spec.image_size**2 * job.element
-    return Stack(layers.kept + pixels + norm(sizes), layers.at_work)
+    pixels = job.encoded.pixels * job.element
+    return Stack(layers.kept + pixels + spec.outer_norms * norm(sizes), layers.at_work)
 
 
 def projector(job: TrainingJob) -> float:
-    """The vision encoder's features, and around each activation its input and output, as far as their linears are
-    trained."""
-    if not job.gradients_flow("vision_projector") or job.images == 0:
+    """What its linears take, as far as they are trained, and what is activated before them."""
+    if not job.gradients_flow("vision_projector"):
         return 0.0
-    spec, rows = job.spec.vision_encoder, job.images * job.spec.vision_encoder.num_positions
     trained = job.trained("vision_projector")
-    kept = 0.0
-    for number, (inputs, _) in enumerate(job.spec.vision_projector.sizes):
-        if number == 0:
-            kept += rows * inputs * job.element if trained else 0
-            continue
-        split = job.tensor if number % 2 else 1
-        patches = job.images * spec.num_image_tokens
-        kept += patches * inputs / split * job.element * (2 if trained else 1)
-    return kept
+    return job.element * sum(
+        (product.activated + product.kept * trained) / (job.tensor if product.split else 1)
+        for product in job.spec.vision_projector.products(job.projected)
+    )
 
 
 def embedding(job: TrainingJob) -> float:
     """Ids of the embedding's gradient, and the places that image features take."""
     ids = job.micro_batch_size * job.positions * INDEX if job.trained("text_decoder") else 0
-    places = job.micro_batch_size * job.row.images * job.spec.vision_encoder.num_image_tokens * 2 * INDEX
-    return ids + places
+    return ids + job.images.tokens * 2 * INDEX
 
 
 @dataclass(frozen=True)
@@ -239,6 +239,8 @@ def head(job: TrainingJob) -> Head:
     softmax = rows * vocabulary * SINGLE
     kept = norm(sizes) + job.supervised * INDEX
     logits = rows * vocabulary * job.element if job.mixed else 0.0
+    # A bound of the logits keeps its tanh.
+    softmax += rows * vocabulary * job.element if decoder.traits.final_soft_cap is not None else 0.0
     weight = vocabulary * decoder.hidden_size * job.element if sizes.trained else 0.0
     gradients = logits + weight - (softmax if job.mixed else 0.0)
     if job.supervised > HEAD_CHUNK:  # chunks keep the hidden states that they are run again from

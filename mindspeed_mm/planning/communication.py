@@ -93,17 +93,24 @@ def _image_traffic(job: TrainingJob) -> float:
     """Vision encoder (two sums a layer and direction) and projector (one for each pair of linears)."""
     vision_encoder, projector = job.spec.vision_encoder, job.spec.vision_projector
     flow = job.gradients_flow("vision_encoder")
-    hidden = job.images * vision_encoder.num_positions * vision_encoder.hidden_size * job.element
+    hidden = job.encoded.positions * vision_encoder.hidden_size * job.element
     sums = vision_encoder.num_built_layers * (2 * _passes(vision_encoder, flow) + (2 if flow else 0))
-    features = job.images * vision_encoder.num_image_tokens * projector.hidden_size * job.element
-    pairs = len(projector.sizes) // 2
-    return 2 * (sums * ring(hidden, job.tensor) + pairs * ring(features, job.tensor))
+    products = [product for product in projector.products(job.projected) if product.split]
+    summed = sum(product.rows * product.outputs for product in products) * job.element
+    return 2 * (sums * ring(hidden, job.tensor) + ring(summed, job.tensor))
 
 
 def _shared_images(job: TrainingJob) -> float:
-    """Features of the images that context-parallel ranks share: gathered; their gradients summed and scattered."""
-    features = job.images * job.context * job.spec.vision_encoder.num_image_tokens * job.spec.text_decoder.hidden_size
-    return (1 + job.gradients_flow("vision_projector")) * ring(features * job.element, job.context)
+    """What context-parallel ranks share of the images is gathered: features of the projector, or of the encoder where
+    they depend on one another; their gradients, where some flow, are summed and scattered."""
+    spec = job.spec
+    if not spec.vision_encoder.independent_rows:
+        return 0.0
+    if spec.vision_projector.independent_rows:
+        values, flow = job.encoded.features * spec.text_decoder.hidden_size, job.gradients_flow("vision_projector")
+    else:
+        values, flow = job.encoded.positions * spec.vision_encoder.hidden_size, job.gradients_flow("vision_encoder")
+    return (1 + flow) * ring(values * job.context * job.element, job.context)
 
 
 def _embedding_traffic(job: TrainingJob) -> float:

@@ -43,22 +43,22 @@ class StepTime:
 def model_flops(job: TrainingJob) -> float:
     """Operations of a global batch as the log's TFLOP/s counts them."""
     rows = job.global_batch_size
-    one = step_flops(
-        job.spec,
-        lengths=job.row.lengths,
-        images=job.row.images,
-        supervised=job.row.supervised_positions(job.spec.vision_encoder.num_image_tokens),
-    )
+    one = step_flops(job.spec, lengths=job.row.lengths, work=job.row_work, supervised=job.row_supervised)
     return rows * one
 
 
 def stage_flops(job: TrainingJob, stage: int) -> float:
     """Operations that a rank of a stage runs for a micro-batch, recomputation included."""
-    supervised = job.row.supervised_positions(job.spec.vision_encoder.num_image_tokens)
     # Padding is computed like anything else.
     padding = job.positions / max(1.0, sum(job.row.lengths))
     lengths = [length * padding for length in job.row.lengths]
-    forward = forward_flops(job.spec, lengths=lengths, images=job.row.images, supervised=supervised)
+    forward = forward_flops(
+        job.spec,
+        lengths=lengths,
+        work=job.encoded.times(1 / job.micro_batch_size),
+        supervised=job.row_supervised,
+        projected=job.projected.times(1 / job.micro_batch_size),
+    )
     flow = {kind: job.gradients_flow(kind) for kind in job.spec.part_specs()}
     trained = {kind: job.trained(kind) for kind in job.spec.part_specs()}
     share = held_layers(job, stage) / job.spec.text_decoder.num_layers
@@ -66,12 +66,12 @@ def stage_flops(job: TrainingJob, stage: int) -> float:
     decoder = forward.decoder * (text + _again(job, "text_decoder", stage))
     decoder += forward.scores * (flow["text_decoder"] - trained["text_decoder"] + _scores_again(job))
     total = share * decoder / job.context
-    if stage == 0 and job.images:
+    if stage == 0:
         again = _again(job, "vision_encoder", 0)
         image = (forward.vision_encoder + forward.patches) * (3 + again if trained["vision_encoder"] else 1)
         # megatron.core's linears compute the gradient of their input, whether it is needed or not.
         image += forward.projector * (1 + flow["vision_projector"] + trained["vision_projector"])
-        total += image * job.images / (job.micro_batch_size * job.row.images)
+        total += image
     if stage == job.pipeline - 1:
         total += forward.head * text / job.context
     return job.micro_batch_size * total / job.tensor
@@ -120,7 +120,7 @@ def _elementwise(job: TrainingJob, stage: int) -> float:
     total = 0.0
     if job.gradients_flow("text_decoder"):
         total += held_layers(job, stage) * activations.layer(activations.decoder_sizes(job))
-    if stage == 0 and job.images:
+    if stage == 0:
         layers = job.spec.vision_encoder.num_built_layers * activations.layer(activations.vision_encoder_sizes(job))
         total += layers if job.trained("vision_encoder") else layers * 2 / PASSES_OVER_ACTIVATIONS
     return PASSES_OVER_ACTIVATIONS * total

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mindspeed_mm.models.operations import EncoderWork
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -20,7 +21,9 @@ class PlannedRow:
     lengths: tuple[float, ...]
     """Real positions of each sample in it, image positions included."""
     images: float = 1.0
-    """Images in the row."""
+    """Images in the row, of the size that the model's family plans with."""
+    work: EncoderWork | None = None
+    """The work on the images of the row, where data says how large they are; `images` is not looked at then."""
     supervised: float | None = None
     """Positions with a label; None: all real ones that are no image position."""
 
@@ -28,12 +31,6 @@ class PlannedRow:
     def packed(self) -> bool:
         """Whether several samples share the row."""
         return len(self.lengths) > 1
-
-    def supervised_positions(self, tokens_per_image: int) -> float:
-        """`supervised`, or everything that is text."""
-        if self.supervised is not None:
-            return self.supervised
-        return max(0.0, sum(self.lengths) - self.images * tokens_per_image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,16 +119,41 @@ class TrainingJob:
         return 1 if full else self.micro_batch_size * len(self.row.lengths)
 
     @property
-    def images(self) -> float:
-        """Images of a micro-batch that one rank encodes: context-parallel ranks share them, blank ones filling up."""
-        images = self.micro_batch_size * self.row.images
-        return images if self.context == 1 else math.ceil(images / self.context)
+    def row_work(self) -> EncoderWork:
+        """The work on the images of a row."""
+        work = self.row.work
+        return self.spec.family.planned_image(self.spec).times(self.row.images) if work is None else work
+
+    @property
+    def images(self) -> EncoderWork:
+        """The work on all images of a micro-batch."""
+        return self.row_work.times(self.micro_batch_size)
+
+    @property
+    def encoded(self) -> EncoderWork:
+        """What one rank encodes of it: context-parallel ranks share rows of pixels, where each is encoded by itself,
+        blank ones filling up."""
+        images = self.images
+        if self.context == 1 or not images.rows or not self.spec.vision_encoder.independent_rows:
+            return images
+        return images.times(math.ceil(images.rows / self.context) / images.rows)
+
+    @property
+    def projected(self) -> EncoderWork:
+        """What one rank projects of it; features that depend on one another are projected by every rank."""
+        return self.encoded if self.spec.vision_projector.independent_rows else self.images
+
+    @property
+    def row_supervised(self) -> float:
+        """Labels of a row: given, or everything that is text."""
+        if self.row.supervised is not None:
+            return self.row.supervised
+        return max(0.0, sum(self.row.lengths) - self.row_work.tokens)
 
     @property
     def supervised(self) -> float:
         """Labels of a micro-batch on the rank that has most of them (labels stand at the end of a row)."""
-        positions = self.row.supervised_positions(self.spec.vision_encoder.num_image_tokens)
-        return self.micro_batch_size * min(positions, self.positions / self.context)
+        return self.micro_batch_size * min(self.row_supervised, self.positions / self.context)
 
     def gradients_flow(self, kind: str) -> bool:
         """Whether the backward pass goes through a part: it is trained, or stands behind a trained one."""

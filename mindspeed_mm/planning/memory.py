@@ -112,9 +112,7 @@ def _optimizer_buffers(job: TrainingJob, parameters: float) -> float:
 def _batch_bytes(job: TrainingJob) -> float:
     """A micro-batch: three tensors of int64, and the images in float32. Every stage reads all of it."""
     ids = 3 * 8 * job.micro_batch_size * job.positions
-    vision_encoder = job.spec.vision_encoder
-    images = SINGLE * job.micro_batch_size * job.row.images * vision_encoder.num_channels * vision_encoder.image_size**2
-    return ids + images
+    return ids + SINGLE * job.images.pixels
 
 
 @dataclass(frozen=True)

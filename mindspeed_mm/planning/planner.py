@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 
 from megatron.driver import arguments
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
-from mindspeed_mm.constants import IGNORE_INDEX
+from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.progress import progress_bar
+from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.complete import read_model
+from mindspeed_mm.models.operations import EncoderWork
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.planning.flags import STRATEGY_FLAGS
 from mindspeed_mm.planning.hardware import Hardware, find_hardware, from_records
@@ -214,18 +216,28 @@ def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: in
             found.append(dataset[number])
             advance(1)
     lengths = [len(sample.input_ids) for sample in found]
-    images = sum(len(sample.images) for sample in found) / len(found)
+    work = _mean_work(inputs.spec, found)
     supervised = sum(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in found) / len(found)
     mean = sum(lengths) / len(lengths)
     loading = inputs.data_config.dataloader_param
     if not loading.packing:
         return samples or len(dataset), PlannedRow(
-            positions=max(lengths), lengths=(mean,), images=images, supervised=supervised
+            positions=max(lengths), lengths=(mean,), work=work, supervised=supervised
         )
     length = loading.packing_length or dataset.max_length
     together = max(1, int(length / mean))
     rows = (samples or len(dataset)) // together
     logger.info("packing: about %d samples share a row; an epoch has %d rows", together, rows)
     return rows, PlannedRow(
-        positions=length, lengths=(mean,) * together, images=together * images, supervised=together * supervised
+        positions=length, lengths=(mean,) * together, work=work.times(together), supervised=together * supervised
     )
+
+
+def _mean_work(spec: ModelSpec, samples: list[Encoded]) -> EncoderWork:
+    """The work on the images of a sample, on average."""
+    total = EncoderWork()
+    for sample in samples:
+        for item in sample.media:
+            total += spec.vision_encoder.encoder_work(sum(item.rows), item.grid.tolist())
+    tokens = sum(sample.input_ids.count(IMAGE_TOKEN_INDEX) for sample in samples)
+    return replace(total, tokens=tokens).times(1 / len(samples))

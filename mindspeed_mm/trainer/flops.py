@@ -13,36 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mindspeed_mm.models.media import Media
-
-
-def transformer_flops(
-    *,
-    layers: int,
-    hidden: int,
-    heads: int,
-    groups: int,
-    head_size: int,
-    ffn: int,
-    gated: bool,
-    lengths: Iterable[float],
-    causal: bool,
-    windows: Sequence[int | None] = (),
-) -> float:
-    """Forward operations of a stack of transformer layers over sequences of the given lengths. `windows` are those of
-    its layers (see `stack_score_flops`)."""
-    lengths = list(lengths)
-    products = sum(lengths) * _layer_products(hidden, heads, groups, head_size, ffn, gated)
-    scores = stack_score_flops(
-        layers=layers, windows=windows, heads=heads, head_size=head_size, lengths=lengths, causal=causal
-    )
-    return layers * products + scores
-
-
-def _layer_products(hidden: int, heads: int, groups: int, head_size: int, ffn: int, gated: bool) -> float:
-    """Operations of a layer's linears for one position."""
-    attention_weights = hidden * head_size * (heads + 2 * groups) + heads * head_size * hidden
-    return 2.0 * (attention_weights + hidden * ffn * (3 if gated else 2))
+from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.models.operations import EncoderWork
 
 
 def stack_score_flops(*, layers: int, windows: Sequence[int | None], **one: Any) -> float:
@@ -86,55 +58,35 @@ class ForwardFlops:
 
 
 def forward_flops(
-    spec,
-    *,
-    lengths: Iterable[float],
-    images: float,
-    supervised: float,
-    encoded: float | None = None,
-    media: Media | None = None,
+    spec, *, lengths: Iterable[float], work: EncoderWork, supervised: float, projected: EncoderWork | None = None
 ) -> ForwardFlops:
-    """Forward operations of a micro-batch, by part; arguments as for `step_flops`."""
-    text, vision_encoder, projector = spec.text_decoder, spec.vision_encoder, spec.vision_projector
-    lengths = list(lengths)
-    encoded = images if encoded is None else encoded
-    attention = {
-        "layers": text.num_layers,
-        "windows": text.traits.windows,
-        "heads": text.num_attention_heads,
-        "head_size": text.kv_channels,
-        "lengths": lengths,
-        "causal": True,
-    }
-    scores = stack_score_flops(**attention)
-    decoder = transformer_flops(
-        **attention,
-        hidden=text.hidden_size,
-        groups=text.num_query_groups,
-        ffn=text.ffn_hidden_size,
-        gated=text.gated_linear_unit,
+    """Forward operations of a micro-batch, by part.
+
+    Args:
+        work: of the vision encoder.
+        projected: of the projector; None: the same.
+        spec, lengths, supervised: as for `step_flops`.
+    """
+    text, vision_encoder = spec.text_decoder, spec.vision_encoder
+    lengths, layer = list(lengths), text.layer
+    scores = stack_score_flops(
+        layers=text.num_layers,
+        windows=text.traits.windows,
+        heads=layer.num_attention_heads,
+        head_size=layer.kv_channels,
+        lengths=lengths,
+        causal=True,
     )
-    work, own = vision_encoder.encoder_work(encoded, media), vision_encoder
-    products = (
-        own.num_built_layers
-        * work.positions
-        * _layer_products(
-            own.hidden_size,
-            own.num_attention_heads,
-            own.num_query_groups,
-            own.kv_channels,
-            own.ffn_hidden_size,
-            own.gated_linear_unit,
-        )
-    )
-    features = vision_encoder.encoder_work(images, media).features
-    linears = [2.0 * features * inputs * outputs for inputs, outputs in projector.sizes]
+    own = vision_encoder.layer
+    encoder = 2.0 * vision_encoder.num_built_layers * work.positions * own.weights
+    products = spec.vision_projector.products(work if projected is None else projected)
+    linears = [2.0 * product.rows * product.inputs * product.outputs for product in products]
     return ForwardFlops(
         patches=2.0 * work.patches * vision_encoder.patch_channels * vision_encoder.hidden_size,
-        vision_encoder=products + 4.0 * own.num_attention_heads * own.kv_channels * work.pairs,
+        vision_encoder=encoder + 4.0 * own.num_attention_heads * own.kv_channels * work.pairs,
         projector=sum(linears),
         projector_first=linears[0],
-        decoder=decoder,
+        decoder=2.0 * text.num_layers * sum(lengths) * layer.weights + scores,
         scores=scores,
         head=2.0 * supervised * text.hidden_size * text.language_vocab_size,
     )
@@ -144,10 +96,9 @@ def step_flops(
     spec,
     *,
     lengths: Iterable[float],
-    images: float,
+    work: EncoderWork,
     supervised: float,
-    encoded: float | None = None,
-    media: Media | None = None,
+    projected: EncoderWork | None = None,
 ) -> float:
     """Forward and backward operations of a micro-batch.
 
@@ -157,12 +108,11 @@ def step_flops(
             (whose own few operations are left out).
         lengths: real tokens of each sample, image positions included, padding not. Samples that share a packed row
             count each by itself: attention stays inside a sample.
-        images: images, or tiles where images are cut into them.
+        work: the vision encoder's; none where its features come from a cache.
         supervised: positions with a label (the head runs on these only).
-        encoded: images that the vision encoder runs on; None: all. The features of the others come from a cache.
-        media: the images themselves, for encoders whose work depends on their sizes.
+        projected: the projector's work; None: the same as the encoder's.
     """
-    forward = forward_flops(spec, lengths=lengths, images=images, supervised=supervised, encoded=encoded, media=media)
+    forward = forward_flops(spec, lengths=lengths, work=work, supervised=supervised, projected=projected)
     vision_encoder = not spec.vision_encoder.freeze
     projector, decoder = not spec.vision_projector.freeze, not spec.text_decoder.freeze
     own = {kind: not part.freeze and part.lora is None for kind, part in spec.part_specs().items()}
@@ -175,3 +125,12 @@ def step_flops(
         + (forward.decoder - forward.scores + forward.head) * (1 + flow + own["text_decoder"])
         + forward.scores * (1 + 2 * flow)
     )
+
+
+def batch_flops(spec, batch: Batch) -> float:
+    """Forward and backward operations of a collated micro-batch."""
+    media = batch.media
+    work = EncoderWork() if media is None else spec.vision_encoder.encoder_work(sum(media.rows), media.grid.tolist())
+    # Features that a cache holds are those of images of one size.
+    projected = work if batch.cached is None else spec.family.planned_image(spec).times(batch.num_images)
+    return step_flops(spec, lengths=batch.lengths, work=work, supervised=batch.supervised, projected=projected)

@@ -22,7 +22,7 @@ from mindspeed_mm.models.build import build_vlm
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
-from mindspeed_mm.trainer.flops import step_flops
+from mindspeed_mm.trainer.flops import batch_flops
 from mindspeed_mm.trainer.inputs import RunInputs
 from mindspeed_mm.trainer.start_checks import check_images
 from mindspeed_mm.trainer.stopped import stopped
@@ -129,15 +129,7 @@ class TrainingRun:
 
     def _describe(self, batch: Batch) -> BatchFacts:
         self._check_ids(batch)
-        encoded = 0 if batch.media is None else sum(batch.media.rows)
-        flops = step_flops(
-            self.inputs.spec,
-            lengths=batch.lengths,
-            images=encoded if batch.cached is None else batch.num_images,
-            supervised=batch.supervised,
-            encoded=encoded,
-            media=batch.media,
-        )
+        flops = batch_flops(self.inputs.spec, batch)
         trained = not self.inputs.spec.text_decoder.freeze or batch.num_images > 0
         return BatchFacts(
             batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops, gradient_expected=trained

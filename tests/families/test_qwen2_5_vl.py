@@ -103,6 +103,45 @@ def test_positions_and_pixels_of_any_size(base, sizes, texts):
     assert torch.equal(found, wanted[:, 0])
 
 
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    heads=st.integers(1, 3),
+    channels=st.sampled_from([4, 8, 12]),
+    patch=st.integers(3, 8),
+    merge=st.integers(1, 3),
+    window=st.integers(1, 4),
+    layers=st.integers(1, 3),
+    text=st.sampled_from([(3, 1, 8, [1, 1, 2]), (4, 2, 12, [2, 2, 2]), (2, 2, 16, [4, 1, 3])]),
+    size=st.tuples(SIDES, SIDES),
+)
+def test_logits_of_any_geometry(tmp_path_factory, heads, channels, patch, merge, window, layers, text, size):
+    vision = {
+        "depth": layers,
+        "hidden_size": heads * channels,
+        "num_heads": heads,
+        "patch_size": patch,
+        "spatial_merge_size": merge,
+        "window_size": window * merge * patch + patch // 2,
+        "fullatt_block_indexes": [layers - 1],
+        "temporal_patch_size": 1 + merge % 2,
+    }
+    queries, groups, width, sections = text
+    decoder = {
+        "num_attention_heads": queries,
+        "num_key_value_heads": groups,
+        "head_dim": width,
+        "hidden_size": queries * width,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "mrope_section": sections},
+    }
+    theirs = qwen(vision | {"out_hidden_size": queries * width}, decoder)
+    sides = {"patch_size": patch, "temporal_patch_size": vision["temporal_patch_size"], "merge_size": merge}
+    folder = save(theirs, tmp_path_factory.mktemp("any"), patch_processor(**sides))
+    ours = mm.load(folder, device="cpu")
+    own = inputs(FAMILY, ours.spec, sample(ours.media, [image(*size)], (5, 6)))
+    with torch.no_grad():
+        close(ours.logits(**own), theirs(**own).logits)
+
+
 # --- Training ------------------------------------------------------------------------------------------------------
 
 

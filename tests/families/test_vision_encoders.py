@@ -154,7 +154,7 @@ def test_pixels_equal_the_processor_that_transformers_has(kind, size):
         ("clip", {"hidden_act": "relu"}, "activation_func"),
         ("clip", {"num_channels": 4}, "images are RGB"),
         ("clip", {"image_size": 6}, "image_size 6 holds no patch of patch_size 7"),
-        ("clip", {"num_attention_heads": 3}, "CLIP's heads fill its width"),
+        ("clip", {"num_attention_heads": 3}, "CLIP has plain multi-head attention whose heads fill its width"),
         ("siglip", {"vision_feature_select_strategy": "default"}, "would drop the first patch"),
         ("siglip", {"vision_feature_layer": 4}, "select_layer 4 is outside the 3 layers"),
         ("siglip", {"image_size": 6}, "image_size 6 holds no patch of patch_size 7"),

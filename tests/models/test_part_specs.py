@@ -215,8 +215,8 @@ def test_a_llama_that_cannot_be_built(changes, message):
     [
         ({"hidden_size": 96}, "hidden_size 96 is not a multiple of 64; give num_attention_heads"),
         ({"num_attention_heads": 3}, "num_attention_heads 3 x kv_channels None"),
-        ({"kv_channels": 32}, "CLIP's heads fill its width"),
-        ({"num_query_groups": 1}, "CLIP has plain multi-head attention"),
+        ({"kv_channels": 32}, "CLIP has plain multi-head attention whose heads fill its width"),
+        ({"num_query_groups": 1}, "CLIP has plain multi-head attention whose heads"),
         ({"image_size": 13}, "image_size 13 holds no patch of patch_size 14"),
         ({"select_layer": -5}, "select_layer -5 is outside the 4 layers"),
         ({"select_layer": 5}, "select_layer 5 is outside"),

@@ -30,6 +30,30 @@ STAGE_2 = ("text_decoder", "vision_projector")
 EVERYTHING = (*STAGE_2, "vision_encoder")
 
 
+SIGLIP = VISION_ENCODER | {"model_id": "siglip"}
+PATCHES = VISION_ENCODER | {"model_id": "qwen2_5_vl", "full_attention_layers": [1]}
+del PATCHES["image_size"]
+TILES = {"model_id": "llava_next", "image_grid_pinpoints": [[112, 224], [224, 112]]}
+MERGER = {"model_id": "patch_merger", "vision_start_token_id": 7, "vision_end_token_id": 8}
+OTHERS = {
+    "SigLIP and Qwen3": ("llava", {"model_id": "qwen3"}, SIGLIP, {}),
+    "Gemma 2": ("llava", {"model_id": "gemma2", "language_max_sequence_length": 2048}, VISION_ENCODER, {}),
+    "LLaVA-NeXT": ("llava_next", {}, VISION_ENCODER, TILES),
+    "Qwen2.5-VL": ("qwen2_5_vl", {"model_id": "qwen2", "mrope_section": [2, 3, 3]}, PATCHES, MERGER),
+}
+"""(model_id, further keys of text_decoder, vision_encoder, further keys of vision_projector)."""
+
+
+def other_model(name: str, trained: tuple[str, ...] = EVERYTHING) -> dict:
+    """A model.json of random weights of another family or with other parts."""
+    model_id, decoder, vision_encoder, projector = OTHERS[name]
+    made = model(trained, **decoder)
+    images = made["image_encoder"]
+    images["vision_encoder"] = vision_encoder | {"freeze": "vision_encoder" not in trained, "fresh": True}
+    images["vision_projector"] |= projector
+    return made | ({} if model_id == "llava" else {"model_id": model_id})
+
+
 def model(trained: tuple[str, ...] = STAGE_2, **decoder: Any) -> dict:
     """A model.json of random weights; `decoder` are further keys of its text_decoder."""
 

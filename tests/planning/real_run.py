@@ -177,12 +177,30 @@ def _peak(profile: torch.profiler.profile) -> int:
     return highest
 
 
+def image_of(spec) -> Media:
+    """The image that plans are made with, black."""
+    encoder = spec.vision_encoder
+    if spec.model_id == "qwen2_5_vl":
+        rows = round(spec.family.planned_image(spec).rows)
+        pixels = torch.zeros(rows, encoder.patch_channels)
+        return Media(pixels, (rows,), torch.tensor([encoder.planned_grid]), torch.zeros(1, 2).long())
+    side = encoder.image_size
+    if spec.model_id == "llava_next":
+        sizes = torch.tensor([[2 * side, side]])
+        return Media(torch.zeros(3, 3, side, side), (3,), torch.tensor([[1, 2, 1]]), sizes)
+    return Media.of_images(torch.zeros(1, 3, side, side))
+
+
 def batches_of(work: Work, spec, micro_batch: int, multiple: int) -> Iterator[Batch]:
     """Endless equal micro-batches: one image a sample, then text, the last positions supervised."""
-    images, side = spec.vision_encoder.num_image_tokens, spec.vision_encoder.image_size
+    images = round(spec.family.planned_image(spec).tokens)
     ids = [-200] * images + [5] * (work.tokens - images)
     labels = [-100] * (work.tokens - work.supervised) + ids[work.tokens - work.supervised :]
-    sample = Encoded("row", ids, labels, (Media.of_images(torch.zeros(1, 3, side, side)),))
+    media = image_of(spec)
+    positions = None
+    if spec.family.multimodal_positions:
+        positions = spec.family.positions(spec, torch.tensor(ids), media.grid)
+    sample = Encoded("row", ids, labels, (media,), positions=positions)
     length = work.packed * work.tokens if work.packed else None
     collate = Collator(0, pad_multiple=multiple, row_length=length)
     row = [sample] * work.packed if work.packed else sample

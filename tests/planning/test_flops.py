@@ -6,25 +6,22 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mindspeed_mm.data.collate import Collator
+from tests.helpers.tiny_families import MAKERS, make_family
 from tests.planning.planned_run import EVERYTHING, STAGE_1, STAGE_2, VISION_ENCODER, model
 from tests.planning.real_run import Work, batches_of
 
 
-@pytest.mark.parametrize("trained", [STAGE_1, STAGE_2, EVERYTHING], ids=["stage 1", "stage 2", "everything"])
-@pytest.mark.parametrize("packed", [0, 3], ids=["plain", "packed"])
-def test_forward_and_backward(single_process, trained, packed, monkeypatch):
+def counted_flops(spec, batch, monkeypatch) -> int:
+    """What torch counts of a step of a model of random weights."""
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
-    from mindspeed_mm.models.spec import load_model_spec
     from mindspeed_mm.objectives.sft import OBJECTIVE
     from mindspeed_mm.platform import fused, get_platform, host_products
     from mindspeed_mm.platform.distributed import init_single_process
-    from mindspeed_mm.trainer.flops import forward_flops, score_flops, step_flops
 
     init_single_process(get_platform("cpu"))
-    spec = load_model_spec(model(trained))
-    vlm, _ = build_vlm(spec, Runtime(), torch.device("cpu"))
-    batch = next(batches_of(Work({}, "", packed=packed), spec, 2, 1))
+    vlm, _ = build_vlm(spec, Runtime(), torch.device("cpu"), load_weights=False)
     # The counter does not know torch's CPU attention kernel and oneDNN's products; plain matrix products it does.
     monkeypatch.setattr(host_products, "choose", lambda *_: host_products.PLAIN)
     # Norms are not counted, ours have sums in the form of matrix products.
@@ -32,10 +29,43 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         output, loss = OBJECTIVE.forward_step(iter([batch]), vlm)
         loss(output)[0].backward()
-    images = batch.num_images
-    facts = {"lengths": batch.lengths, "images": images, "supervised": batch.supervised}
+    return counter.get_total_flops()
+
+
+def decoder_scores(spec, batch) -> float:
+    """Our count of the decoder's attention, forwards."""
+    from mindspeed_mm.models.operations import EncoderWork
+    from mindspeed_mm.trainer.flops import forward_flops
+
+    return forward_flops(spec, lengths=batch.lengths, work=EncoderWork(), supervised=0).scores
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("model_id", MAKERS)
+def test_families(single_process, model_id, packed, monkeypatch, tmp_path):
+    """Images of several sizes, several in a row, with the decoder's attention counted as each sample's triangle."""
+    from mindspeed_mm.trainer.flops import batch_flops
+
+    tiny = make_family(model_id, tmp_path)
+    rows = tiny.rows((2, 1, 0))
+    length = sum(len(row.input_ids) for row in rows) if packed else None
+    batch = Collator(0, row_length=length)([rows] if packed else rows)
+    counted, ours = counted_flops(tiny.spec, batch, monkeypatch), batch_flops(tiny.spec, batch)
+    # Plain products take each sample's square.
+    assert counted == pytest.approx(ours + 3 * decoder_scores(tiny.spec, batch), rel=1e-9)
+
+
+@pytest.mark.parametrize("trained", [STAGE_1, STAGE_2, EVERYTHING], ids=["stage 1", "stage 2", "everything"])
+@pytest.mark.parametrize("packed", [0, 3], ids=["plain", "packed"])
+def test_forward_and_backward(single_process, trained, packed, monkeypatch):
+    from mindspeed_mm.models.spec import load_model_spec
+    from mindspeed_mm.trainer.flops import batch_flops, score_flops
+
+    spec = load_model_spec(model(trained))
+    batch = next(batches_of(Work({}, "", packed=packed), spec, 2, 1))
+    counted = counted_flops(spec, batch, monkeypatch)
     assert sum(batch.lengths) == 2 * max(1, packed) * 192
-    ours, own_scores = step_flops(spec, **facts), forward_flops(spec, **facts).scores
+    ours, own_scores = batch_flops(spec, batch), decoder_scores(spec, batch)
     # We count each sample's own triangle, whatever row it stands in.
     rows, length = batch.input_ids.shape
     text = spec.text_decoder
@@ -44,5 +74,5 @@ def test_forward_and_backward(single_process, trained, packed, monkeypatch):
     )
     assert own_scores == pytest.approx(square / 2 / max(1, packed))
     # Plain products take each sample's square.
-    assert counter.get_total_flops() == pytest.approx(ours + 3 * own_scores, rel=1e-9)
+    assert counted == pytest.approx(ours + 3 * own_scores, rel=1e-9)
     assert VISION_ENCODER["num_layers"] == spec.vision_encoder.num_built_layers + 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.planning.planned_run import EVERYTHING, STAGE_1, model, planned
+from tests.planning.planned_run import EVERYTHING, OTHERS, STAGE_1, model, other_model, planned
 from tests.planning.real_run import Work, as_processor, measure
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -29,6 +29,10 @@ RUNS = {
     "PP2": Work(model(), f"{PAIR} --pipeline-model-parallel-size 2 --global-batch-size 8", 2),
     "PP2 stage 1": Work(model(STAGE_1), f"{PAIR} --pipeline-model-parallel-size 2 --global-batch-size 8", 2),
     "DP2 distributed": Work(model(), f"{PAIR} --use-distributed-optimizer", 2),
+}
+RUNS |= {name: Work(other_model(name), PAIR, tokens=384) for name in OTHERS}
+RUNS |= {
+    f"{name}, CP2": Work(other_model(name), f"{PAIR} --context-parallel-size 2", 2, 384) for name in list(OTHERS)[2:]
 }
 OLD_PROCESSOR = (
     "stage 2", "grouped queries", "selective recomputation", "full recomputation", "vision encoder trained", "packed",

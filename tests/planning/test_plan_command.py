@@ -1,6 +1,7 @@
 """`mindspeed-mm plan` as its user sees it."""
 
 import json
+import re
 
 import pytest
 
@@ -126,10 +127,11 @@ def test_refused(capsys, flags, message):
     assert message in report["error"]
 
 
-def test_no_size(capsys):
+@pytest.mark.parametrize(("given", "message"), [("64 apples", "is no size"), ("64", "'64' is 64 bytes: .* like 64GB")])
+def test_no_size(capsys, given, message):
     with pytest.raises(SystemExit, match="2"):
-        main(["plan", "--mm-model", MODEL, "--memory", "64 apples"])
-    assert "is no size" in capsys.readouterr().err
+        main(["plan", "--mm-model", MODEL, "--memory", given])
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_all_frozen(capsys, tmp_path):

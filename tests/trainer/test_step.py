@@ -7,10 +7,11 @@ from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.collate import Collator
 from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.models.media import Media
+from mindspeed_mm.models.operations import EncoderWork
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.objectives._batches import pad_to_one_length
 from mindspeed_mm.objectives.sft import sum_losses
-from mindspeed_mm.trainer.flops import forward_flops, step_flops, transformer_flops
+from mindspeed_mm.trainer.flops import forward_flops, step_flops
 from tests.helpers.golden_model import PROJECTOR, TEXT, VISION
 
 
@@ -24,6 +25,10 @@ def spec(**freeze):
             },
         }
     )
+
+
+def one_image() -> EncoderWork:
+    return spec().family.planned_image(spec())
 
 
 def test_losses_are_summed_and_counted():
@@ -40,22 +45,24 @@ def test_no_supervised_token_sums_to_zero():
 
 
 def test_dense_transformer_is_two_flops_a_weight_and_token():
-    flops = transformer_flops(
-        layers=3, hidden=8, heads=2, groups=2, head_size=4, ffn=16, gated=False, lengths=[5], causal=False
-    )
-    weights = 8 * 24 + 8 * 8 + 2 * 8 * 16
-    assert flops == 3 * (2 * 5 * weights + 4 * 8 * 25)
+    encoder = spec().vision_encoder
+    layers, width, inner = encoder.num_built_layers, encoder.hidden_size, encoder.ffn_hidden_size
+    work = EncoderWork(positions=5, pairs=layers * 25)
+    weights = width * 3 * width + width * width + 2 * width * inner
+    forward = forward_flops(spec(), lengths=[0], work=work, supervised=0)
+    assert forward.vision_encoder == layers * (2 * 5 * weights + 4 * width * 25)
+    assert (forward.decoder, forward.projector, forward.head) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("lengths", [[100], [60, 40]])
 def test_backward_costs_what_is_trained(lengths):
     def flops(**freeze):
-        return step_flops(spec(**freeze), lengths=lengths, images=1, supervised=10)
+        return step_flops(spec(**freeze), lengths=lengths, work=one_image(), supervised=10)
 
     everything = flops()
     only_projector = flops(text=True, vision_encoder=True)
     forward = flops(text=True, vision_encoder=True, projector=True)
-    patches = forward_flops(spec(), lengths=lengths, images=1, supervised=10).patches
+    patches = forward_flops(spec(), lengths=lengths, work=one_image(), supervised=10).patches
     assert everything == pytest.approx(3 * forward - patches)  # images need no gradient
     assert forward < only_projector < everything
 
@@ -77,7 +84,8 @@ def test_counts_agree_with_torch(golden, monkeypatch):
     labels[0, 30:35] = 7
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vlm.model(ids, torch.arange(40)[None], labels=labels, media=Media.of_images(pixels))
-    counted = step_flops(spec(text=True, vision_encoder=True, projector=True), lengths=[40], images=1, supervised=5)
+    frozen = spec(text=True, vision_encoder=True, projector=True)
+    counted = step_flops(frozen, lengths=[40], work=one_image(), supervised=5)
     # torch 2.13 does not count its CPU attention kernel: 4 causal decoder layers, 3 vision encoder layers over 17
     # positions.
     attention = 4 * 4 * 96 * 40 * 40 / 2 + 3 * 4 * 64 * 17 * 17

@@ -6,6 +6,8 @@ config.json says image_aspect_ratio anyres and mm_patch_merge_type spatial_unpad
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from mindspeed_mm.models.families.llava import (
 )
 from mindspeed_mm.models.llava_config import ORIGINAL, is_tiled
 from mindspeed_mm.models.media import Media
+from mindspeed_mm.models.operations import EncoderWork
 from mindspeed_mm.models.tiles import tile_features, tile_grid
 from mindspeed_mm.models.vision_projector.llava_next import pinpoints_of
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, Prefix
@@ -156,6 +159,14 @@ class LlavaNext(Llava):
 
     def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
         return None
+
+    def planned_image(self, spec: ModelSpec) -> EncoderWork:
+        """An image that fills the largest of the pinpoints."""
+        side = spec.vision_encoder.image_size
+        size = max(spec.vision_projector.image_grid_pinpoints, key=lambda size: (math.prod(size), size))
+        grid = (size[0] // side, size[1] // side)
+        work = spec.vision_encoder.encoder_work(1 + math.prod(grid), [(1, *grid)])
+        return replace(work, tokens=tile_features(tuple(size), grid, _patches(spec)))
 
     def media_of_inputs(self, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
         """pixel_values are [I, T, 3, h, w], filled up to the most tiles, or the tiles of all images [T, 3, h, w]."""

@@ -7,6 +7,7 @@ Videos are not taken yet: inputs and data with them are refused.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.families.llava import fit_problems, refuse_inputs
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.media import Media
+from mindspeed_mm.models.operations import EncoderWork
 from mindspeed_mm.models.part import part_of
 from mindspeed_mm.models.vision_projector.patch_merger import TOKEN_KEYS
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, Prefix
@@ -188,6 +190,11 @@ class Qwen25VL(Family):
 
     def inputs_of_media(self, spec: ModelSpec, media: Media) -> dict[str, torch.Tensor]:
         return {"pixel_values": media.pixels, "image_grid_thw": media.grid}
+
+    def planned_image(self, spec: ModelSpec) -> EncoderWork:
+        """A square image of 448 pixels, or what whole squares of patches make of them."""
+        work = spec.vision_encoder.encoder_work(0, [spec.vision_encoder.planned_grid])
+        return replace(work, tokens=work.features)
 
     def default_image_processor(self, spec: ModelSpec) -> dict[str, Any] | None:
         """transformers' defaults, with the encoder's patches."""

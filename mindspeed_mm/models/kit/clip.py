@@ -6,70 +6,26 @@ Legend: R images, P patches, H hidden size.
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock
 
-from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
+from mindspeed_mm.models.kit.fixed_size_encoder import FixedSizeEncoder
 from mindspeed_mm.models.media import Features, Media, fixed_size_features
-from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
+from mindspeed_mm.models.runtime import Runtime
 
 
-class CLIPVisionEncoder(MegatronModule):
-    """Patch embedding, class token, positions, pre-norm and the layers up to the selected feature.
-
-    Layers behind the selected one and the final norm are never built: LLaVA takes the output of the last layer but one.
-    """
-
-    independent_rows = True
+class CLIPVisionEncoder(FixedSizeEncoder):
+    """A class token before the patches, and a norm before the layers. LLaVA takes the output of the last layer but
+    one."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
-        config = transformer_config(
-            spec,
-            runtime,
-            num_layers=spec.num_built_layers,
-            pipelined=False,
-            sequence_parallel=False,
-            **attention_fields(spec),
-        )
-        super().__init__(config=config)
-        self.spec = spec
-        patches = (spec.image_size // spec.patch_size) ** 2
-        self.conv1 = torch.nn.Conv2d(
-            3, spec.hidden_size, kernel_size=spec.patch_size, stride=spec.patch_size, bias=False
-        )
+        super().__init__(spec, runtime, patch_bias=False)
         self.class_token = torch.nn.Parameter(torch.empty(1, 1, spec.hidden_size))
-        self.position_embeddings = torch.nn.Embedding(patches + 1, spec.hidden_size)
         self.ln_pre = torch.nn.LayerNorm(spec.hidden_size, eps=spec.layernorm_epsilon)
-        self.decoder = TransformerBlock(
-            config=config,
-            spec=block_spec([LayerOptions()] * spec.num_built_layers, causal=False),
-            pre_process=True,
-            post_process=True,
-            post_layer_norm=False,
-        )
-        for parameter in (self.conv1.weight, self.class_token, self.position_embeddings.weight):
-            torch.nn.init.normal_(parameter, std=config.init_method_std)
+        torch.nn.init.normal_(self.class_token, std=self.config.init_method_std)
 
     def forward(self, media: Media) -> Features:
         """P features of each row of pixels [R, 3, image_size, image_size] (P + 1 with select_feature "cls_patch")."""
-        patches = self.conv1(media.pixels.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.patches(media)
         class_token = self.class_token.expand(patches.shape[0], -1, -1)
         hidden = torch.cat((class_token, patches), dim=1) + self.position_embeddings.weight
-        hidden = self.ln_pre(hidden).transpose(0, 1).contiguous()
-        features = self.decoder(hidden_states=hidden, attention_mask=None).transpose(0, 1)
-        features = features if self.spec.select_feature == "cls_patch" else features[:, 1:]
-        return fixed_size_features(features, media)
-
-    def blank(self) -> Media:
-        """One image of zeros."""
-        side = self.spec.image_size
-        return Media.of_images(self.conv1.weight.new_zeros(1, 3, side, side))
-
-    def blank_features(self) -> Features:
-        """The features of `blank`, zeros."""
-        return fixed_size_features(
-            self.conv1.weight.new_zeros(1, self.spec.num_image_tokens, self.spec.hidden_size), self.blank()
-        )
-
-    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
-        """The encoder lives on the first pipeline stage and never receives hidden states."""
+        features = self.run_layers(self.ln_pre(hidden))
+        return fixed_size_features(features if self.spec.select_feature == "cls_patch" else features[:, 1:], media)

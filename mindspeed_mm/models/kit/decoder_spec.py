@@ -6,12 +6,13 @@ Llama. No torch module here: weights can be read and converted without megatron.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import pydantic
 
 from mindspeed_mm.config.load import StrictModel
+from mindspeed_mm.models.operations import LayerShape
 from mindspeed_mm.models.part import PartSpec, Size, StageLayers, flat_layers, only
 from mindspeed_mm.weights.rules import Geometry
 
@@ -225,6 +226,16 @@ class DecoderSpec(PartSpec):
     def traits(self) -> DecoderTraits:
         """How it differs from Llama."""
         return DecoderTraits()
+
+    @property
+    def layer(self) -> LayerShape:
+        traits = self.traits
+        return replace(
+            super().layer,
+            norms=4 if traits.post_norms else 2,
+            qk_norm=traits.qk_norm,
+            soft_cap=traits.attention_soft_cap is not None,
+        )
 
     @property
     def geometry(self) -> Geometry:

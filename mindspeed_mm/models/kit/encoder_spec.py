@@ -1,8 +1,15 @@
-"""What specs of plain vision encoders share: multi-head attention that fills the width, a place on the first stage."""
+"""What specs of vision encoders share: multi-head attention that fills the width, a place on the first stage; and what
+those of vision transformers on images of one size share beside, with the rules and shapes of their layers."""
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
-from mindspeed_mm.models.part import PartSpec, Size, StageLayers, flat_layers
+from mindspeed_mm.models.operations import LayerShape
+from mindspeed_mm.models.part import PartSpec, Size, StageLayers, flat_layers, only
+from mindspeed_mm.weights.rules import QKV, Rule
+
+LAYER = "decoder.layers.{}."
+"""What stands before the names of a layer's tensors."""
 
 _DERIVED = ("num_query_groups", "kv_channels")
 
@@ -48,8 +55,127 @@ class EncoderSpec(PartSpec):
     def check_stages(self) -> None:
         """Raise ValueError for layers on another pipeline stage than the first."""
         stages = flat_layers(self.pipeline_num_layers or [])
-        if self.pipeline_num_layers is not None and (stages[0] != self.num_layers or any(stages[1:])):
+        whole = (self.num_layers, self.num_built_layers)
+        if self.pipeline_num_layers is not None and (stages[0] not in whole or any(stages[1:])):
             raise ValueError(
                 f"pipeline_num_layers {self.pipeline_num_layers} spreads the vision encoder, which stands on the first "
-                f"pipeline stage as a whole; expected {[self.num_layers] + [0] * (len(stages) - 1)}"
+                "pipeline stage as a whole: between its layers, features of images would travel where hidden states of "
+                f"the text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers "
+                "there"
             )
+
+    @property
+    def num_built_layers(self) -> int:
+        """Layers that the features need: all."""
+        return self.num_layers
+
+
+class FixedSizeSpec(EncoderSpec):
+    """A vision transformer on images of one size, whose feature is the hidden state behind one of its layers."""
+
+    num_layers: Size
+    """Layers of the source, also those behind the feature that are not built."""
+    patch_size: Size
+    image_size: Size
+    """Pixels behind the last whole patch are not looked at (384 = 27 x 14 + 6)."""
+    num_channels: Annotated[int, only(3, why="images are RGB")] = 3
+    class_token_len: int
+    select_layer: int
+    """Hidden state that is the feature, counted as HF does: 1 = after the first layer, -1 = after the last."""
+
+    def check_image(self) -> None:
+        """Raise ValueError for an image without a patch, and for a feature behind a layer that does not exist."""
+        if self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}")
+        if not 0 < self.num_built_layers <= self.num_layers:
+            raise ValueError(
+                f"select_layer {self.select_layer} is outside the {self.num_layers} layers; expected "
+                f"{-self.num_layers}..-1 or 1..{self.num_layers}"
+            )
+
+    @property
+    def layer(self) -> LayerShape:
+        return replace(super().layer, rotary=False)
+
+    @property
+    def num_built_layers(self) -> int:
+        """Layers that the feature needs."""
+        return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embedding: class token and patches."""
+        return (self.image_size // self.patch_size) ** 2 + self.class_token_len
+
+
+def pair(ours: str, theirs: str, axis: int | None = None, **options: Any) -> tuple[Rule, Rule]:
+    """Weight and bias of one linear or norm; a row-parallel linear (axis 1) has a replicated bias."""
+    return (
+        Rule(f"{ours}.weight", (f"{theirs}.weight",), axis, **options),
+        Rule(f"{ours}.bias", (f"{theirs}.bias",), 0 if axis == 0 else None, **options),
+    )
+
+
+def hf_layer_rules() -> tuple[Rule, ...]:
+    """A layer as transformers names it in CLIP and SigLIP."""
+    sources = "encoder.layers.{}."
+    qkv = (
+        QKV(
+            f"{LAYER}self_attention.linear_qkv.{kind}",
+            tuple(f"{sources}self_attn.{name}_proj.{kind}" for name in "qkv"),
+            axis=0,
+        )
+        for kind in ("weight", "bias")
+    )
+    return (
+        *pair(LAYER + "input_layernorm", sources + "layer_norm1"),
+        *qkv,
+        *pair(LAYER + "self_attention.linear_proj", sources + "self_attn.out_proj", 1),
+        *pair(LAYER + "pre_mlp_layernorm", sources + "layer_norm2"),
+        *pair(LAYER + "mlp.linear_fc1", sources + "mlp.fc1", 0),
+        *pair(LAYER + "mlp.linear_fc2", sources + "mlp.fc2", 1),
+    )
+
+
+def linear_shapes(linears: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """Weights [outputs, inputs] and biases of linears by name."""
+    result: dict[str, tuple[int, ...]] = {}
+    for name, shape in linears.items():
+        result |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return result
+
+
+def norm_shapes(names: tuple[str, ...], width: int) -> dict[str, tuple[int, ...]]:
+    """Weights and biases of norms."""
+    return {f"{name}.{kind}": (width,) for name in names for kind in ("weight", "bias")}
+
+
+def fixed_size_shapes(spec: FixedSizeSpec) -> dict[str, tuple[int, ...]]:
+    """Patch and position embedding, the layers, and the norm behind them, which no feature passes."""
+    width, inner = spec.hidden_size, spec.ffn_hidden_size
+    return {
+        "conv1.weight": (width, spec.num_channels, spec.patch_size, spec.patch_size),
+        "position_embeddings.weight": (spec.num_positions, width),
+        **linear_shapes(
+            {
+                LAYER + "self_attention.linear_qkv": (3 * width, width),
+                LAYER + "self_attention.linear_proj": (width, width),
+                LAYER + "mlp.linear_fc1": (inner, width),
+                LAYER + "mlp.linear_fc2": (width, inner),
+            }
+        ),
+        **norm_shapes(("post_layernorm", LAYER + "input_layernorm", LAYER + "pre_mlp_layernorm"), width),
+    }
+
+
+CHECKED = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "ffn_hidden_size",
+    "patch_size",
+    "image_size",
+    "activation_func",
+    "layernorm_epsilon",
+)
+"""Fields that a source's config must confirm, of encoders with images of one size."""

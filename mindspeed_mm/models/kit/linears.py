@@ -21,8 +21,6 @@ MERGER_EPSILON = 1e-6
 class MLPProjector(MegatronModule):
     """Linears with biases and GELU between them (LLaVA's linear and mlpNx_gelu)."""
 
-    independent_rows = True
-
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
             spec,
@@ -43,8 +41,6 @@ class MLPProjector(MegatronModule):
 
 class PatchMerger(MLPProjector):
     """A norm of each patch, then the linears on each square of patches together (Qwen2-VL's merger)."""
-
-    independent_rows = False
 
     def __init__(self, spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)

@@ -22,8 +22,6 @@ class TileProjector(MLPProjector):
     A learned vector ends each line of tiles. An image of one row of pixels alone gets one behind its features.
     """
 
-    independent_rows = False
-
     def __init__(self, spec, runtime: Runtime) -> None:
         super().__init__(spec, runtime)
         self.image_newline = torch.nn.Parameter(torch.empty(spec.hidden_size))

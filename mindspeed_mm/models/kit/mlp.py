@@ -22,7 +22,7 @@ class MLP(mlp.MLP):
         width = {"ffn_hidden_size": config.ffn_hidden_size} if takes(mlp.MLP, "ffn_hidden_size") else {}
         super().__init__(config, submodules, **(width | kwargs))
         self.gated = None
-        if config.gated_linear_unit and not config.add_bias_linear:
+        if config.gated_linear_unit:
             platform = current_platform()
             self.gated = {F.silu: platform.swiglu, gelu_tanh: platform.geglu}[config.activation_func]
 
@@ -30,7 +30,8 @@ class MLP(mlp.MLP):
         """[S, B, H] -> ([S, B, H], the bias to be added or None)."""
         if self.gated is None:
             return super().forward(hidden_states, **unused)
-        return self.linear_fc2(self.gated(self.linear_fc1(hidden_states)[0]))
+        hidden, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(self.gated(hidden if bias is None else hidden + bias))
 
 
 class PostNormMLP(MLP):

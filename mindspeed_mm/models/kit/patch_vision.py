@@ -30,8 +30,6 @@ class PatchVisionEncoder(MegatronModule):
     Patches arrive in merged squares, and leave so. In between they stand window by window.
     """
 
-    independent_rows = False
-
     def __init__(self, spec, runtime: Runtime) -> None:
         config = transformer_config(
             spec,

@@ -13,9 +13,18 @@ import pydantic
 from mindspeed_mm.config.file_keys import COMMON, NO_CONFIG, OLD_OPTIONS, file_keys
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.part import Part, PartSpec, Size, StageLayers, flat_layers, only
+from mindspeed_mm.models.kit.encoder_spec import (
+    CHECKED,
+    LAYER,
+    FixedSizeSpec,
+    fixed_size_shapes,
+    hf_layer_rules,
+    norm_shapes,
+    pair,
+)
+from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
-from mindspeed_mm.weights.rules import QKV, Drop, Geometry, PackedQKV, Reshape, Rule, RuleSet
+from mindspeed_mm.weights.rules import Drop, Geometry, PackedQKV, Reshape, Rule, RuleSet
 
 HF_DEFAULTS = {
     "hidden_size": 768,
@@ -47,32 +56,25 @@ KEYS = file_keys(
 HEAD_CHANNELS = 64
 """Channels per head of every released CLIP vision encoder (OpenAI's loader: heads = width / 64)."""
 
-TRIMMED_LAYERS = 23
+TRIMMEDLAYERS = 23
 """Layers of CLIP-L when the one that LLaVA does not use is left out (MindSpeed-MM from 2.1 on)."""
 
 SELECT_FEATURES = {"default": "patch", "full": "cls_patch"}
 """HF's vision_feature_select_strategy in LLaVA's words (mm_vision_select_feature)."""
 
 
-class ClipSpec(PartSpec):
+class ClipSpec(FixedSizeSpec):
     """image_encoder.vision_encoder block of a model.json."""
 
+    architecture = "CLIP"
+    outer_norms = 1
+
     model_id: Literal["clip"] = "clip"
-    num_layers: Size
-    """Layers of the source, also those behind the feature that are not built."""
-    hidden_size: Size
     ffn_hidden_size: Size = None  # 4 * hidden_size
     num_attention_heads: Size = None  # hidden_size / 64
-    num_query_groups: Size = None  # heads
-    kv_channels: Size = None  # hidden_size / heads
-    patch_size: Size
-    image_size: Size
-    """Pixels behind the last whole patch are not looked at."""
-    num_channels: Annotated[int, only(3, why="images are RGB")] = 3
     add_class_token: Annotated[bool, only(True, why="CLIP has a class token")] = True
     class_token_len: Annotated[int, only(1, why="CLIP has one class token")] = 1
     select_layer: int = -2
-    """Hidden state that is the feature, counted as HF does: 1 = after the first layer, -1 = after the last."""
     select_feature: Literal["patch", "cls_patch"] = "patch"
     activation_func: Literal["quick_gelu", "gelu"] = "quick_gelu"
     gated_linear_unit: Annotated[bool, only(False, why="CLIP's MLP has no gate")] = False
@@ -81,8 +83,6 @@ class ClipSpec(PartSpec):
     normalization: Annotated[str, only("LayerNorm", why="CLIP has LayerNorm")] = "LayerNorm"
     layernorm_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-5
     post_layer_norm: Annotated[bool, only(False, why="the feature is taken before the final norm")] = False
-    pipeline_num_layers: StageLayers | None = None
-    """Layers of each pipeline stage, as in the ancestor's files; the vision encoder stands on the first stage."""
     device: str | None = None
     """Device of the ancestor's helper tensors; ours live on the run's device."""
 
@@ -92,7 +92,7 @@ class ClipSpec(PartSpec):
         """Derive what is not given or null."""
         if not isinstance(data, dict):
             return data
-        if data.get("num_layers") == TRIMMED_LAYERS and "select_layer" not in data:
+        if data.get("num_layers") == TRIMMEDLAYERS and "select_layer" not in data:
             raise ValueError(
                 "num_layers 23 can mean CLIP-L without its unused last layer, as the ancestor's later converters write "
                 'it, or a vision encoder of 23 layers; say which: "select_layer": -1 for the first, -2 for the second'
@@ -103,12 +103,7 @@ class ClipSpec(PartSpec):
             data.setdefault("ffn_hidden_size", 4 * hidden)
             if hidden % HEAD_CHANNELS == 0:
                 data.setdefault("num_attention_heads", hidden // HEAD_CHANNELS)
-            heads = data.get("num_attention_heads")
-            if isinstance(heads, int) and heads > 0:
-                data.setdefault("num_query_groups", heads)
-                if hidden % heads == 0:
-                    data.setdefault("kv_channels", hidden // heads)
-        return data
+        return cls.derived(data)
 
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "ClipSpec":
@@ -116,43 +111,10 @@ class ClipSpec(PartSpec):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of {HEAD_CHANNELS}; give num_attention_heads"
             )
-        if self.kv_channels is None or self.kv_channels * self.num_attention_heads != self.hidden_size:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} x kv_channels {self.kv_channels} is not hidden_size "
-                f"{self.hidden_size}; CLIP's heads fill its width"
-            )
-        if self.num_query_groups != self.num_attention_heads:
-            raise ValueError(
-                f"num_query_groups {self.num_query_groups} is not num_attention_heads {self.num_attention_heads}; "
-                "CLIP has plain multi-head attention"
-            )
-        stages = flat_layers(self.pipeline_num_layers or [])
-        whole = ([self.num_layers], [self.num_built_layers])
-        if self.pipeline_num_layers is not None and (stages[:1] not in whole or any(stages[1:])):
-            raise ValueError(
-                f"pipeline_num_layers {self.pipeline_num_layers} spreads the vision encoder, which stands on the first "
-                "pipeline stage as a whole: between its layers, features of images would travel where hidden states of "
-                f"the text do; expected {[self.num_layers] + [0] * (len(stages) - 1)}, and fewer text_decoder layers "
-                "there"
-            )
-        if self.image_size < self.patch_size:
-            raise ValueError(f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}")
-        if not 0 < self.num_built_layers <= self.num_layers:
-            raise ValueError(
-                f"select_layer {self.select_layer} is outside the {self.num_layers} layers; expected "
-                f"{-self.num_layers}..-1 or 1..{self.num_layers}"
-            )
+        self.check_heads()
+        self.check_image()
+        self.check_stages()
         return self
-
-    @property
-    def num_built_layers(self) -> int:
-        """Layers that the feature needs."""
-        return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
-
-    @property
-    def num_positions(self) -> int:
-        """Rows of the position embedding: class token and patches."""
-        return (self.image_size // self.patch_size) ** 2 + self.class_token_len
 
     @property
     def num_image_tokens(self) -> int:
@@ -170,7 +132,7 @@ class ClipSpec(PartSpec):
         )
 
 
-_DERIVED = ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+_DERIVED = ("ffn_hidden_size", "num_attention_heads")
 
 
 def from_hf(config: dict[str, Any]) -> ClipSpec:
@@ -250,18 +212,6 @@ def from_shapes(shape: Callable[[str], tuple[int, ...]], num_layers: int, **give
     )
 
 
-_LAYER = "decoder.layers.{}."
-
-
-def _pair(ours: str, theirs: str, axis: int | None = None) -> tuple[Rule, Rule]:
-    """Weight and bias of one linear or norm; a row-parallel linear (axis 1) has a replicated bias."""
-    bias_axis = 0 if axis == 0 else None
-    return (
-        Rule(f"{ours}.weight", (f"{theirs}.weight",), axis),
-        Rule(f"{ours}.bias", (f"{theirs}.bias",), bias_axis),
-    )
-
-
 def _post_layernorm(theirs: str) -> tuple[Rule, ...]:
     """The final norm, which the feature does not pass and our vision encoder does not build."""
     return tuple(
@@ -270,24 +220,13 @@ def _post_layernorm(theirs: str) -> tuple[Rule, ...]:
     )
 
 
-def _hf_qkv(kind: str) -> QKV:
-    sources = tuple(f"encoder.layers.{{}}.self_attn.{name}_proj.{kind}" for name in "qkv")
-    return QKV(f"{_LAYER}self_attention.linear_qkv.{kind}", sources, axis=0)
-
-
 HF_RULES = RuleSet(
     (
         Reshape("class_token", ("embeddings.class_embedding",), ours=(1, 1, -1), theirs=(-1,)),
         Rule("conv1.weight", ("embeddings.patch_embedding.weight",)),
         Rule("position_embeddings.weight", ("embeddings.position_embedding.weight",)),
-        *_pair("ln_pre", "pre_layrnorm"),
-        *_pair(_LAYER + "input_layernorm", "encoder.layers.{}.layer_norm1"),
-        _hf_qkv("weight"),
-        _hf_qkv("bias"),
-        *_pair(_LAYER + "self_attention.linear_proj", "encoder.layers.{}.self_attn.out_proj", 1),
-        *_pair(_LAYER + "pre_mlp_layernorm", "encoder.layers.{}.layer_norm2"),
-        *_pair(_LAYER + "mlp.linear_fc1", "encoder.layers.{}.mlp.fc1", 0),
-        *_pair(_LAYER + "mlp.linear_fc2", "encoder.layers.{}.mlp.fc2", 1),
+        *pair("ln_pre", "pre_layrnorm"),
+        *hf_layer_rules(),
         *_post_layernorm("post_layernorm"),
         Drop("embeddings.position_ids"),
     )
@@ -300,14 +239,14 @@ OPENAI_RULES = RuleSet(
         Reshape("class_token", ("visual.class_embedding",), ours=(1, 1, -1), theirs=(-1,)),
         Rule("conv1.weight", ("visual.conv1.weight",)),
         Rule("position_embeddings.weight", ("visual.positional_embedding",)),
-        *_pair("ln_pre", "visual.ln_pre"),
-        *_pair(_LAYER + "input_layernorm", _OPENAI_LAYER + "ln_1"),
-        PackedQKV(_LAYER + "self_attention.linear_qkv.weight", (_OPENAI_LAYER + "attn.in_proj_weight",), axis=0),
-        PackedQKV(_LAYER + "self_attention.linear_qkv.bias", (_OPENAI_LAYER + "attn.in_proj_bias",), axis=0),
-        *_pair(_LAYER + "self_attention.linear_proj", _OPENAI_LAYER + "attn.out_proj", 1),
-        *_pair(_LAYER + "pre_mlp_layernorm", _OPENAI_LAYER + "ln_2"),
-        *_pair(_LAYER + "mlp.linear_fc1", _OPENAI_LAYER + "mlp.c_fc", 0),
-        *_pair(_LAYER + "mlp.linear_fc2", _OPENAI_LAYER + "mlp.c_proj", 1),
+        *pair("ln_pre", "visual.ln_pre"),
+        *pair(LAYER + "input_layernorm", _OPENAI_LAYER + "ln_1"),
+        PackedQKV(LAYER + "self_attention.linear_qkv.weight", (_OPENAI_LAYER + "attn.in_proj_weight",), axis=0),
+        PackedQKV(LAYER + "self_attention.linear_qkv.bias", (_OPENAI_LAYER + "attn.in_proj_bias",), axis=0),
+        *pair(LAYER + "self_attention.linear_proj", _OPENAI_LAYER + "attn.out_proj", 1),
+        *pair(LAYER + "pre_mlp_layernorm", _OPENAI_LAYER + "ln_2"),
+        *pair(LAYER + "mlp.linear_fc1", _OPENAI_LAYER + "mlp.c_fc", 0),
+        *pair(LAYER + "mlp.linear_fc2", _OPENAI_LAYER + "mlp.c_proj", 1),
         *_post_layernorm("visual.ln_post"),
         Drop("visual.proj"),
     )
@@ -373,19 +312,8 @@ def image_processor(spec: ClipSpec) -> dict[str, Any]:
 
 def shapes(spec: ClipSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of our tensors; `{}` is the layer."""
-    width, inner = spec.hidden_size, spec.ffn_hidden_size
-    result = {
-        "class_token": (1, 1, width),
-        "conv1.weight": (width, spec.num_channels, spec.patch_size, spec.patch_size),
-        "position_embeddings.weight": (spec.num_positions, width),
-    }
-    linears = {"self_attention.linear_qkv": (3 * width, width), "self_attention.linear_proj": (width, width)}
-    linears |= {"mlp.linear_fc1": (inner, width), "mlp.linear_fc2": (width, inner)}
-    for name, shape in linears.items():
-        result |= {f"{_LAYER}{name}.weight": shape, f"{_LAYER}{name}.bias": shape[:1]}
-    for name in ("ln_pre", "post_layernorm", _LAYER + "input_layernorm", _LAYER + "pre_mlp_layernorm"):
-        result |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    return result
+    width = spec.hidden_size
+    return {"class_token": (1, 1, width), **fixed_size_shapes(spec), **norm_shapes(("ln_pre",), width)}
 
 
 def build(spec: ClipSpec, runtime):
@@ -409,16 +337,7 @@ PART = Part(
     rules={"hf": HF_RULES, "openai": OPENAI_RULES, "ours": HF_RULES.own()},
     shapes=shapes,
     build=build,
-    checked=(
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "ffn_hidden_size",
-        "patch_size",
-        "image_size",
-        "activation_func",
-        "layernorm_epsilon",
-    ),
+    checked=CHECKED,
     checked_where={
         "select_layer": "vision_feature_layer",
         "select_feature": "vision_feature_select_strategy",

@@ -4,7 +4,8 @@ Images keep their shape: the encoder takes patches, and their number follows fro
 inside windows but for a few layers. Letters: H width, F MLP size, D channels of a head.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -14,7 +15,7 @@ from mindspeed_mm.config.file_keys import COMMON, NO_CONFIG, OLD_OPTIONS, file_k
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.encoder_spec import EncoderSpec
-from mindspeed_mm.models.media import EncoderWork, Media
+from mindspeed_mm.models.operations import EncoderWork, Grid, LayerShape
 from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.weights.rules import GateUp, Geometry, PackedQKV, Reshape, Rule, RuleSet
 
@@ -66,6 +67,7 @@ class PatchVisionSpec(EncoderSpec):
     """image_encoder.vision_encoder block of a model.json."""
 
     architecture = "Qwen2.5-VL"
+    independent_rows = False
 
     model_id: Literal["qwen2_5_vl"] = "qwen2_5_vl"
     patch_size: Size = 14
@@ -112,11 +114,6 @@ class PatchVisionSpec(EncoderSpec):
         return self
 
     @property
-    def num_built_layers(self) -> int:
-        """All layers."""
-        return self.num_layers
-
-    @property
     def patch_channels(self) -> int:
         """Values of a patch."""
         return self.num_channels * self.temporal_patch_size * self.patch_size**2
@@ -127,32 +124,29 @@ class PatchVisionSpec(EncoderSpec):
         return self.window_size // self.spatial_merge_size // self.patch_size
 
     @property
-    def image_size(self) -> int:
-        """Side of the image that plans are made with: NOMINAL_SIDE, in whole merged squares."""
-        unit = self.patch_size * self.spatial_merge_size
-        return max(1, NOMINAL_SIDE // unit) * unit
+    def planned_grid(self) -> tuple[int, int, int]:
+        """Frames, and patches down and across, of the image that plans are made with: a square of NOMINAL_SIDE."""
+        side = max(1, NOMINAL_SIDE // self.patch_size // self.spatial_merge_size) * self.spatial_merge_size
+        return 1, side, side
 
-    @property
-    def num_positions(self) -> int:
-        """Patches of that image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def num_image_tokens(self) -> int:
-        """Features of that image behind the projector."""
-        return self.num_positions // self.spatial_merge_size**2
-
-    def encoder_work(self, rows: float, media: Media | None = None) -> EncoderWork:
-        """See PartSpec; without media, `rows` counts images of the size that plans are made with."""
-        side = self.image_size // self.patch_size
-        grids = [(1, side, side)] if media is None else media.grid.tolist()
+    def encoder_work(self, rows: float, grids: Sequence[Grid]) -> EncoderWork:
+        """See PartSpec; the work follows from the grids, in patches, alone."""
         whole = sum(time * (height * width) ** 2 for time, height, width in grids)
         inside = sum(time * self._window_pairs(height) * self._window_pairs(width) for time, height, width in grids)
-        full, layers = len(set(self.full_attention_layers)), self.num_layers
-        times = rows if media is None else 1
-        positions = times * sum(time * height * width for time, height, width in grids)
-        pairs = times * (full * whole + (layers - full) * inside)
-        return EncoderWork(positions, positions, positions / self.spatial_merge_size**2, pairs)
+        full = len(set(self.full_attention_layers))
+        patches = sum(time * height * width for time, height, width in grids)
+        return EncoderWork(
+            rows=patches,
+            pixels=patches * self.patch_channels,
+            positions=patches,
+            patches=patches,
+            features=patches / self.spatial_merge_size**2,
+            pairs=full * whole + (self.num_layers - full) * inside,
+        )
+
+    @property
+    def layer(self) -> LayerShape:
+        return replace(super().layer, segments=True)
 
     def _window_pairs(self, patches: int) -> int:
         """Pairs along one axis that share a window."""

@@ -13,10 +13,19 @@ import pydantic
 from mindspeed_mm.config.file_keys import COMMON, NO_CONFIG, OLD_OPTIONS, file_keys
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.kit.encoder_spec import EncoderSpec
-from mindspeed_mm.models.part import Part, Size, only
+from mindspeed_mm.models.kit.encoder_spec import (
+    CHECKED,
+    LAYER,
+    FixedSizeSpec,
+    fixed_size_shapes,
+    hf_layer_rules,
+    linear_shapes,
+    norm_shapes,
+    pair,
+)
+from mindspeed_mm.models.part import Part, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
-from mindspeed_mm.weights.rules import QKV, Drop, Geometry, Own, Reshape, Rule, RuleSet
+from mindspeed_mm.weights.rules import Drop, Geometry, Own, Reshape, Rule, RuleSet
 
 HF_DEFAULTS = {
     "hidden_size": 768,
@@ -54,22 +63,15 @@ class SiglipGeometry(Geometry):
     pooling_head: bool = True
 
 
-class SiglipSpec(EncoderSpec):
+class SiglipSpec(FixedSizeSpec):
     """image_encoder.vision_encoder block of a model.json."""
 
     architecture = "SigLIP"
 
     model_id: Literal["siglip"] = "siglip"
-    num_layers: Size
-    """Layers of the source, also those behind the feature that are not built."""
-    patch_size: Size
-    image_size: Size
-    """Pixels behind the last whole patch are not looked at (384 = 27 x 14 + 6)."""
-    num_channels: Annotated[int, only(3, why="images are RGB")] = 3
     add_class_token: Annotated[bool, only(False, why="SigLIP has no class token")] = False
     class_token_len: Annotated[int, only(0, why="SigLIP has no class token")] = 0
     select_layer: int = -1
-    """Hidden state that is the feature, counted as HF does: -1 = after the last layer, before the final norm."""
     select_feature: Literal["patch", "cls_patch"] = "patch"
     """Both of LLaVA's words mean all patches here."""
     activation_func: Literal["gelu_pytorch_tanh", "gelu", "quick_gelu"] = "gelu_pytorch_tanh"
@@ -94,25 +96,9 @@ class SiglipSpec(EncoderSpec):
     @pydantic.model_validator(mode="after")
     def _shapes_fit(self) -> "SiglipSpec":
         self.check_heads()
-        if self.image_size < self.patch_size:
-            raise ValueError(f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}")
-        if not 0 < self.num_built_layers <= self.num_layers:
-            raise ValueError(
-                f"select_layer {self.select_layer} is outside the {self.num_layers} layers; expected "
-                f"{-self.num_layers}..-1 or 1..{self.num_layers}"
-            )
+        self.check_image()
         self.check_stages()
         return self
-
-    @property
-    def num_built_layers(self) -> int:
-        """Layers that the feature needs."""
-        return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
-
-    @property
-    def num_positions(self) -> int:
-        """Rows of the position embedding: the patches."""
-        return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_image_tokens(self) -> int:
@@ -182,27 +168,13 @@ def to_hf(spec: SiglipSpec, dtype: str) -> dict[str, Any]:
     }
 
 
-_LAYER = "decoder.layers.{}."
 _HEAD = "pooling_head."
-
-
-def _pair(ours: str, theirs: str, axis: int | None = None, **options: Any) -> tuple[Rule, Rule]:
-    """Weight and bias of one linear or norm; a row-parallel linear (axis 1) has a replicated bias."""
-    return (
-        Rule(f"{ours}.weight", (f"{theirs}.weight",), axis, **options),
-        Rule(f"{ours}.bias", (f"{theirs}.bias",), 0 if axis == 0 else None, **options),
-    )
-
-
-def _qkv(kind: str) -> QKV:
-    sources = tuple(f"encoder.layers.{{}}.self_attn.{name}_proj.{kind}" for name in "qkv")
-    return QKV(f"{_LAYER}self_attention.linear_qkv.{kind}", sources, axis=0)
 
 
 def _pooling_head() -> tuple[Rule, ...]:
     """The attention that pools all patches, which the feature does not pass."""
     options = {"needs": "pooling_head", "unused": True}
-    layer = _LAYER.format(0)
+    layer = LAYER.format(0)
 
     def pair(name: str, like: str) -> list[Rule]:
         return [
@@ -234,16 +206,10 @@ def _pooling_head() -> tuple[Rule, ...]:
 
 HF_RULES = RuleSet(
     (
-        *_pair("conv1", "embeddings.patch_embedding"),
+        *pair("conv1", "embeddings.patch_embedding"),
         Rule("position_embeddings.weight", ("embeddings.position_embedding.weight",)),
-        *_pair(_LAYER + "input_layernorm", "encoder.layers.{}.layer_norm1"),
-        _qkv("weight"),
-        _qkv("bias"),
-        *_pair(_LAYER + "self_attention.linear_proj", "encoder.layers.{}.self_attn.out_proj", 1),
-        *_pair(_LAYER + "pre_mlp_layernorm", "encoder.layers.{}.layer_norm2"),
-        *_pair(_LAYER + "mlp.linear_fc1", "encoder.layers.{}.mlp.fc1", 0),
-        *_pair(_LAYER + "mlp.linear_fc2", "encoder.layers.{}.mlp.fc2", 1),
-        *_pair("post_layernorm", "post_layernorm", unused=True, shape_like="decoder.layers.0.input_layernorm.bias"),
+        *hf_layer_rules(),
+        *pair("post_layernorm", "post_layernorm", unused=True, shape_like="decoder.layers.0.input_layernorm.bias"),
         *_pooling_head(),
         Drop("embeddings.position_ids"),
     )
@@ -300,29 +266,16 @@ def image_processor(spec: SiglipSpec) -> dict[str, Any]:
 def shapes(spec: SiglipSpec) -> dict[str, tuple[int, ...]]:
     """Shapes of our tensors; `{}` is the layer."""
     width, inner = spec.hidden_size, spec.ffn_hidden_size
-    linears = {
-        _LAYER + "self_attention.linear_qkv": (3 * width, width),
-        _LAYER + "self_attention.linear_proj": (width, width),
-        _LAYER + "mlp.linear_fc1": (inner, width),
-        _LAYER + "mlp.linear_fc2": (width, inner),
-        _HEAD + "attention.out_proj": (width, width),
-        _HEAD + "mlp.fc1": (inner, width),
-        _HEAD + "mlp.fc2": (width, inner),
-    }
-    result = {
-        "conv1.weight": (width, spec.num_channels, spec.patch_size, spec.patch_size),
+    head = {"attention.out_proj": (width, width), "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    return {
+        **fixed_size_shapes(spec),
         "conv1.bias": (width,),
-        "position_embeddings.weight": (spec.num_positions, width),
         _HEAD + "probe": (1, 1, width),
         _HEAD + "attention.in_proj_weight": (3 * width, width),
         _HEAD + "attention.in_proj_bias": (3 * width,),
+        **linear_shapes({_HEAD + name: shape for name, shape in head.items()}),
+        **norm_shapes((_HEAD + "layernorm",), width),
     }
-    for name, shape in linears.items():
-        result |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    norms = ("post_layernorm", _HEAD + "layernorm", _LAYER + "input_layernorm", _LAYER + "pre_mlp_layernorm")
-    for name in norms:
-        result |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-    return result
 
 
 def build(spec: SiglipSpec, runtime):
@@ -345,15 +298,6 @@ PART = Part(
     rules={"hf": HF_RULES, "ours": OWN_RULES},
     shapes=shapes,
     build=build,
-    checked=(
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "ffn_hidden_size",
-        "patch_size",
-        "image_size",
-        "activation_func",
-        "layernorm_epsilon",
-    ),
+    checked=CHECKED,
     checked_where={"select_layer": "vision_feature_layer"},
 )

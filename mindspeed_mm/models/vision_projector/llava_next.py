@@ -30,6 +30,8 @@ Pair = Annotated[list[Size], pydantic.Field(min_length=2, max_length=2)]
 class LlavaNextProjectorSpec(MlpSpec):
     """image_encoder.vision_projector block of a model.json."""
 
+    independent_rows = False
+
     model_id: Literal["llava_next"] = "llava_next"
     image_grid_pinpoints: list[Pair] = pydantic.Field(min_length=1, max_length=MAX_PINPOINTS)
     """Height and width in pixels that an image may be resized to before it is cut into tiles, each a multiple of the

@@ -8,6 +8,7 @@ import pydantic
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.operations import EncoderWork, Product
 from mindspeed_mm.models.part import Part, PartSpec, Size, only
 from mindspeed_mm.weights.layouts import PROJECTOR, Layout, Prefix
 from mindspeed_mm.weights.rules import Geometry, Rule, RuleSet
@@ -55,6 +56,21 @@ class MlpSpec(PartSpec):
         """(input, output) of each linear."""
         inside = [self.ffn_hidden_size] * (self.num_layers - 1)
         return list(zip([self.input_size, *inside], [*inside, self.hidden_size], strict=True))
+
+    def products(self, work: EncoderWork) -> tuple[Product, ...]:
+        """The first linear keeps what the encoder gives, a class token included; activations keep their inputs."""
+        rows = work.features
+        return tuple(
+            Product(
+                rows,
+                inputs,
+                outputs,
+                kept=work.positions * self.input_size if number == 0 else rows * inputs,
+                activated=rows * inputs if number else 0.0,
+                split=number % 2 == 1,
+            )
+            for number, (inputs, outputs) in enumerate(self.sizes)
+        )
 
     @property
     def geometry(self) -> Geometry:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm.config.load import load_config
+from mindspeed_mm.models.operations import EncoderWork, Product
 from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.models.vision_projector import mlp
 from mindspeed_mm.models.vision_projector.mlp import MlpSpec
@@ -17,6 +18,8 @@ TokenId = Annotated[int, pydantic.Field(ge=0)]
 
 class PatchMergerSpec(MlpSpec):
     """image_encoder.vision_projector block of a model.json."""
+
+    independent_rows = False
 
     model_id: Literal["patch_merger"] = "patch_merger"
     fresh: bool = False
@@ -51,6 +54,11 @@ class PatchMergerSpec(MlpSpec):
                 f"{self.spatial_merge_size} x {self.spatial_merge_size} patches = {wanted}; leave it out"
             )
         return self
+
+    def products(self, work: EncoderWork) -> tuple[Product, ...]:
+        """The norm before the linears keeps its input."""
+        first, *others = super().products(work)
+        return replace(first, activated=work.positions * self.input_size), *others
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

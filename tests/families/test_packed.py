@@ -1,0 +1,37 @@
+"""Samples that share a packed row train as rows of their own do, positions on several axes included, in every family."""
+
+import pytest
+
+from tests.helpers.golden_training import GoldenLayout
+from tests.helpers.tiny_families import MAKERS, make_family
+from tests.helpers.vlm_ranks import GRADIENT, STEP, compare, stored, train, trained
+
+LAYOUTS = {
+    "one rank": GoldenLayout(packed=True),
+    "CP2": GoldenLayout(context=2, packed=True),
+    "PP2": GoldenLayout(pipeline=2, packed=True),
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def base(request, tmp_path_factory):
+    """(the family, samples, its parameters, the gradients of rows of their own on one rank)."""
+    family = make_family(request.param, tmp_path_factory.mktemp("family"))
+    return family, family.rows((2, 0, 1)), stored(family.theirs, family.names)
+
+
+@pytest.fixture(scope="module")
+def alone(base, ranks, tmp_path_factory):
+    return gradients(base, ranks, GoldenLayout(), tmp_path_factory.mktemp("alone"))
+
+
+def gradients(base, ranks, layout, folder):
+    family, samples, parameters = base
+    ranks(layout.ranks).run(train, str(family.folder), layout, samples, str(folder), 1, GRADIENT)
+    after = trained(folder, family.spec, family.names)
+    return {key: (parameters[key].detach() - tensor[: len(parameters[key])]) / STEP for key, tensor in after.items()}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients(base, alone, ranks, name, tmp_path):
+    compare(gradients(base, ranks, LAYOUTS[name], tmp_path), alone, 1e-6)
