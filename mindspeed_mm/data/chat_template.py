@@ -27,19 +27,20 @@ ROLES = ("user", "assistant", "user", "assistant")
 
 def template_from_tokenizer(tokenizer: Tokenizer) -> Template:
     """Raises TemplateError where there is no chat template, or none that is made of turns of one form."""
-    source = tokenizer.chat_template
-    if not isinstance(source, str):
+    sources = tokenizer.chat_templates
+    if not sources:
         raise TemplateError(
             "the tokenizer has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); name "
             "one of the templates instead."
         )
-    try:
-        return _read(_Program(source, tokenizer, _as_text))
-    except TemplateError as error:
-        try:  # those of processors take a list of parts
-            return _read(_Program(source, tokenizer, _as_parts))
-        except TemplateError:
-            raise error from None
+    errors: list[TemplateError] = []
+    for source in sources:
+        for content in (_as_text, _as_parts):  # those of processors take a list of parts
+            try:
+                return _read(_Program(source, tokenizer, content))
+            except TemplateError as error:
+                errors.append(error)
+    raise errors[0]
 
 
 def _read(program: _Program) -> Template:
@@ -48,7 +49,7 @@ def _read(program: _Program) -> Template:
     first, tail = opening[0], one[2]
     close = before[1]
     header = opening[1].removeprefix(close)
-    end = tail.rstrip("\n")
+    end = tail.rstrip()
     later = two[2].removeprefix(tail)
     fits = (
         opening[1].startswith(close)

@@ -52,7 +52,7 @@ def choose_template(
     if record is not None and (record == OWN_TEMPLATE or not get_template(record).captions_only):
         return ChosenTemplate(record, "the checkpoint was trained with it")
     problem = "the tokenizer has no chat template"
-    if tokenizer is not None and tokenizer.chat_template is not None:
+    if tokenizer is not None and tokenizer.chat_templates:
         try:
             get_template(OWN_TEMPLATE, tokenizer)
         except TemplateError as error:

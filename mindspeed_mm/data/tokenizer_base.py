@@ -31,6 +31,7 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 """What a tokenizer folder may hold, by the names of the Hugging Face hub."""
 
@@ -97,16 +98,15 @@ class Tokenizer(ABC):
         return digest.hexdigest()
 
     @property
-    def chat_template(self) -> str | None:
-        """The Jinja chat template that lies beside the tokenizer, or None."""
-        if "chat_template.jinja" in self._files:
-            return self._files["chat_template.jinja"].decode()
-        config = json.loads(self._files.get("tokenizer_config.json", b"{}").decode("utf-8-sig"))
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, each with a name
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-        return template
+    def chat_templates(self) -> tuple[str, ...]:
+        """The Jinja chat templates that lie beside the tokenizer, the one that transformers takes first."""
+        found = [self._files["chat_template.jinja"].decode()] if "chat_template.jinja" in self._files else []
+        for name in ("chat_template.json", "tokenizer_config.json"):  # the former is an older processor's
+            template = json.loads(self._files.get(name, b"{}").decode("utf-8-sig")).get("chat_template")
+            if isinstance(template, list):  # several, each with a name
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            found += [template] if isinstance(template, str) else []
+        return tuple(dict.fromkeys(found))
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -199,6 +199,21 @@ def test_letter_b_a_chat_template_of_parts(chat, tmp_path):
     assert get_template("tokenizer", parts) == get_template("tokenizer", load_tokenizer(chat))
 
 
+def test_letter_b_the_first_chat_template_that_can_be_read(chat, tmp_path):
+    """A processor's comes first, as in transformers; where it has no fixed form, the tokenizer's is there."""
+    folder = with_template(chat, tmp_path / "a", CHATML)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": UNREADABLE}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    other = CHATML.replace("<|im_end|>\n{% endfor", "<|im_end|> {% endfor")  # a blank behind an answer
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": other}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
+    words = load_tokenizer(folder)
+    assert words.chat_templates == (UNREADABLE, other)
+    found = get_template("tokenizer", words)
+    assert (found.end, found.gpt_footer) == ("<|im_end|>", " ")
+
+
 def test_letter_b_a_model_answers_in_its_tokenizers_template(chat, caplog):
     vlm = mm.load(chat, device="cpu")
     with caplog.at_level(logging.INFO):

@@ -124,7 +124,8 @@ class Llava(Family):
         if config.get("model_type", self.name) not in self.model_types:
             raise ConfigError(
                 f'config.json: found model_type "{config["model_type"]}" with tensors of layout {layout}; expected '
-                f"{' or '.join(self.model_types)}. Give weights of a supported model."
+                f"{' or '.join(self.model_types)}. Give all tensors of the model that config.json describes, if "
+                "some are missing, or weights of a supported model."
             )
         self.check_keys(config, layout)
 
