@@ -32,17 +32,22 @@ REQUIRES = [
     "psutil>=5.9",
     "tensorboard>=2.14",
     "jinja2>=3.1",
+    "matplotlib>=3.8",
 ]
 
 EVALUATE = ["openpyxl>=3.1"]
-QUICKSTART = [*EVALUATE, "scikit-learn>=1.4", "matplotlib>=3.8"]
+QUICKSTART = [*EVALUATE, "scikit-learn>=1.4"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 EXTRAS = {
     "evaluate": EVALUATE,
     "parquet": ["pyarrow>=14"],
     "quantize": ["bitsandbytes>=0.45"],
     "quickstart": QUICKSTART,
+    "docs": DOCS,  # builds the site; see mkdocs.yml
     "serve": [],  # reserved for the servers, which need nothing beyond the requirements so far
+    "wandb": ["wandb>=0.17"],
+    "swanlab": ["swanlab>=0.10"],
     "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN
     "dev": [
         *QUICKSTART,

@@ -124,7 +124,8 @@ def _write(path: Path, value: Any) -> None:
 def train_arguments(folder: Path, ranks: int) -> list[str]:
     """What follows `mindspeed_mm`."""
     flags = f"--device cpu --micro-batch-size 1 --global-batch-size {ranks} --seq-length 2048 --train-iters 1"
-    flags += f" --lr {LEARNING_RATE} --lr-decay-style constant --weight-decay 0 --clip-grad 1 --log-interval 1"
+    flags += f" --lr {LEARNING_RATE} --lr-decay-style constant --weight-decay 0 --clip-grad 1"
+    flags += " --log-interval 1 --log-format megatron"
     files = ["--mm-model", str(folder / "mm_model.json"), "--mm-data", str(folder / "mm_data.json")]
     return ["train", *files, *flags.split()]
 

@@ -55,7 +55,8 @@ PEFT = "peft"
 FILE_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 
 RUN_KEYS = (
-    *("freeze", "lora", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16"),
+    *("freeze", "lr", "weight_decay", "parameters", "lora", "quantize"),
+    *("ckpt_path", "fresh", "params_dtype", "bf16", "fp16"),
     *("recompute_granularity", "recompute_method", "recompute_num_layers"),
 )
 """Spec keys that say how a run used the part, which is nothing of the weights."""

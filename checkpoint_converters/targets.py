@@ -172,6 +172,8 @@ def _plan_ours(conversion: Conversion) -> TargetPlan:
         conversion.companions.copy(folder, [*names, *(PROCESSOR_FILES if VISION in conversion.parts else ())])
         if set(conversion.parts) == set(SLOTS):
             write_json(folder / "model.json", model_block(conversion.specs, conversion.family))
+            family = find_family(conversion.family)
+            family.write_companions(folder, family.gather({}, conversion.companions.folders))
 
     return TargetPlan(files, finish)
 
@@ -238,7 +240,9 @@ def _plan_family(conversion: Conversion, layout: Layout) -> TargetPlan:
         _add_image_processor(conversion, folder, lambda _spec: family.default_image_processor(conversion.model))
         images = folder / PROCESSOR_FILES[0]
         found = read_json_object(images)
-        fitting = family.fit_image_processor(conversion.model, found)
+        gathered = family.gather(found, conversion.companions.folders)
+        family.write_companions(folder, gathered)
+        fitting = family.fit_image_processor(conversion.model, gathered)
         if fitting != found:
             write_json(images, fitting)
         processor = family.processor_config(conversion.model)

@@ -53,6 +53,9 @@ class Communicator(Protocol):
     def all_gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order, on every rank; also a barrier."""
 
+    def count(self, answers: int) -> int:
+        """Add to the number of answers of this launch, and say how many there are so far on all ranks. No barrier."""
+
 
 class SingleRank:
     """Communicator of a run with one process."""
@@ -61,6 +64,14 @@ class SingleRank:
     world_size = replicas = 1
     is_leader = True
 
+    def __init__(self) -> None:
+        self._answers = 0
+
     def all_gather(self, value: Any) -> list[Any]:
         """The one value."""
         return [value]
+
+    def count(self, answers: int) -> int:
+        """The answers of this process."""
+        self._answers += answers
+        return self._answers

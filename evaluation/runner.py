@@ -4,8 +4,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from evaluation.journal import FINGERPRINT_DIGITS, Journal, fingerprint
 from evaluation.judge_protocol import Judge
 from evaluation.outputs import check_folder, check_output_name, write_outputs
 from evaluation.overview import write_overview
+from evaluation.progress import AnswersBar
 from evaluation.prompts import PROMPT_STYLES, Prompt, PromptStyle
 from evaluation.questions import read_questions
 from evaluation.report import Report
@@ -99,17 +99,19 @@ def run(
         text_questions=text_questions,
         accept_table=accept_table,
     )
-    prompts = found.prompts(table, prompt_style)
-    rows = table.rows[:limit]
+    prompts, rows = found.prompts(table, prompt_style), table.rows[:limit]
     facts = _facts(found, table, prompt_style, prompts, engine)
     _tell_name(model, _on_first_rank(communicator, lambda: free_name(folder, model, benchmark, facts)), communicator)
     journal = Journal(folder / f"{model}_{benchmark}{JOURNAL_SUFFIX}", facts, communicator.rank)
+    bar = AnswersBar(found.name, communicator, show=progress)
     earlier = _merge(communicator.all_gather(journal.read()))
     pending = [row for row in rows if row.index not in earlier]
     own = split_work(pending, prompts, communicator.replicas)[communicator.replica]
-    with _progress_bar(found.name, len(own), progress and communicator.rank == 0) as advance:
-        new = _answer(own, table, prompts, engine, journal if communicator.is_leader else None, batch_size, advance)
-    collected = {**earlier, **_merge(communicator.all_gather(new))}
+    with bar.asking(len(pending)):
+        writer = journal if communicator.is_leader else None
+        new = _answer(own, table, prompts, engine, writer, batch_size, bar.advance)
+        bar.wait_for_others()
+        collected = {**earlier, **_merge(communicator.all_gather(new))}
     answers = {row.index: collected[row.index] for row in rows}
     reports = _on_first_rank(communicator, lambda: _score(found, table, answers, judge))
 
@@ -291,25 +293,3 @@ def _row_summary(row: Row, answer: str, reports: dict[str, Report]) -> dict[str,
     scores = {mode: list(report.rows[row.index][:2]) for mode, report in reports.items()}
     texts = {"question": question[:SHOWN], "truth": truth[:SHOWN], "prediction": answer[:SHOWN]}
     return {"index": row.index, **texts, **scores}
-
-
-@contextmanager
-def _progress_bar(name: str, total: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A bar with remaining time on stderr."""
-    if not show or total == 0:
-        yield lambda: None
-        return
-    import rich.console
-    import rich.progress
-
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("ETA"),
-        rich.progress.TimeRemainingColumn(),
-    )
-    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda: bar.advance(task)

@@ -13,15 +13,12 @@ from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.adapters.merged import MergedFile
 from mindspeed_mm.models.adapters.peft_format import write_peft
 from mindspeed_mm.models.adapters.splits import add_product, their_b
-from mindspeed_mm.models.adapters.targets import WEIGHT, Site, sites
+from mindspeed_mm.models.adapters.targets import ADAPTER, WEIGHT, Site, sites
 from mindspeed_mm.models.spec import ModelSpec, load_model_spec
 from mindspeed_mm.weights.files import TensorFile
 from mindspeed_mm.weights.layouts import OUR_MODEL
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = ".lora."
-"""What is in the name of every A and B."""
 
 
 def merged(file: TensorFile, spec: ModelSpec) -> MergedFile:

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from checkpoint_converters.checkpoint.adapters import ADAPTER, merged
+from checkpoint_converters.checkpoint.adapters import merged
+from checkpoint_converters.checkpoint.stored_base import CODES, whole_weights
 from megatron.driver.checkpoint.reading import Checkpoint, find_checkpoint, read_checkpoint
 from mindspeed_mm.errors import CheckpointError
+from mindspeed_mm.models.adapters.targets import ADAPTER
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.weights.files import Span
 from mindspeed_mm.weights.layouts import OUR_MODEL, PROJECTOR, TEXT, VISION
@@ -126,7 +128,7 @@ def open_training_checkpoint(path: Path) -> Source | None:
     """A save folder or one iteration's folder as a Source; None for anything else.
 
     `Source.config` is run.json's "extra": the model and data configs of the run. Adapters of a LoRA run are merged into
-    the weights as these are read.
+    the weights as these are read, and weights in 4 or 8 bits are made whole.
 
     Raises:
         CheckpointError: the path is a checkpoint, but a damaged one.
@@ -141,8 +143,9 @@ def open_training_checkpoint(path: Path) -> Source | None:
             "`mindspeed-mm train`. Give the model.json whose ckpt_path entries name the weights."
         )
     file = CheckpointFile(checkpoint, extra["model"]["text_decoder"]["language_vocab_size"])
-    if any(ADAPTER in name for name in file.names):
-        file = merged(file, load_model_spec(extra["model"], context=f"{checkpoint.path}: model in run.json"))
+    if any(ADAPTER in name or name.endswith(CODES) for name in file.names):
+        spec = load_model_spec(extra["model"], context=f"{checkpoint.path}: model in run.json")
+        file = merged(whole_weights(file, spec, checkpoint.run["layout"], OUR_MODEL.written), spec)
     split, _, _ = OUR_MODEL.split(file.names)
     parts = {
         part: PartSource(part, "ours", checkpoint.path, _block(extra["model"], part), file, names)

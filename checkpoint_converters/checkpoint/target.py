@@ -127,5 +127,6 @@ def _data(conversion: Conversion) -> dict[str, Any]:
     family = find_family(conversion.family)
     found = conversion.companions.find(PROCESSOR_FILES[0])
     processor = read_json_object(found) if found else family.default_image_processor(conversion.model)
-    pad = family.pads(config) if source.family else True
+    processor = processor and family.gather(processor, conversion.companions.folders)
+    pad = family.pads(config if source.family else {})
     return {"image_processor": processor, "pad": pad}

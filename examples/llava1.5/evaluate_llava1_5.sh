@@ -6,11 +6,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-ASCEND_ENV="${ASCEND_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}"
-# shellcheck disable=SC1090  # the toolkit's script reads variables that may be unset
-if [[ -f "$ASCEND_ENV" ]]; then set +u; source "$ASCEND_ENV"; set -u; fi
-
-export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-7200}"
+HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-7200}" # as the ancestor's evaluation does
+export HCCL_EXEC_TIMEOUT="${HCCL_EXEC_TIMEOUT:-7200}"
+source examples/llava1.5/ascend.sh
 
 NPUS_PER_NODE="${NPUS_PER_NODE:-1}" # any number: the questions need not divide by it
 MASTER_ADDR="${MASTER_ADDR:-localhost}"

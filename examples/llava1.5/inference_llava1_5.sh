@@ -6,9 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-ASCEND_ENV="${ASCEND_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}"
-# shellcheck disable=SC1090  # the toolkit's script reads variables that may be unset
-if [[ -f "$ASCEND_ENV" ]]; then set +u; source "$ASCEND_ENV"; set -u; fi
+source examples/llava1.5/ascend.sh
 
 MASTER_ADDR="${MASTER_ADDR:-localhost}"
 FREE_PORT=29501 # on one host: the first from here on that no other run has

@@ -5,6 +5,9 @@ from pathlib import Path
 from examples.quickstart.make_data import IMAGE_SIZE
 from examples.quickstart.make_models import INITIALIZER_RANGE, MAX_POSITIONS, PATCH_SIZE, TEXT, VISION, write_json
 
+LONGEST_SAMPLE = 256
+"""Tokens of the longest sample that is trained on, at most."""
+
 
 def model_config(converted: Path, vocab_size: int) -> dict:
     """All three parts train, which real LLaVA stages never do: these weights start from nothing."""
@@ -42,6 +45,7 @@ def model_config(converted: Path, vocab_size: int) -> dict:
             "ffn_hidden_size": TEXT["intermediate_size"],
             "language_vocab_size": vocab_size,
             "max_position_embeddings": MAX_POSITIONS,
+            "language_max_sequence_length": LONGEST_SAMPLE,
             "freeze": False,
             "ckpt_path": str(converted / "converted_vicuna.pt"),
         },

@@ -10,20 +10,12 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 from examples.quickstart.results import Answer  # noqa: E402
+from mindspeed_mm.trainer.curves import smoothed  # noqa: E402
 
 RIGHT, WRONG, CURVE, LOST = "#1b7837", "#b2182b", "#2166ac", "#e08214"
 SHEET_ROWS, SHEET_COLUMNS = 4, 6
-SMOOTHING = 0.9
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average, corrected for its start."""
-    result, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = SMOOTHING * total + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        result.append(total / weight)
-    return result
+WRONG_SHOWN = 6
+"""Places of the sheet that are kept for wrong answers, the last row."""
 
 
 def plot_losses(path: Path, stage1: list[dict], stage2: list[dict], killed: dict) -> None:
@@ -56,13 +48,25 @@ def plot_losses(path: Path, stage1: list[dict], stage2: list[dict], killed: dict
 
 
 def sheet_selection(answers: list[Answer]) -> list[Answer]:
-    """24 answers spread evenly over the set, so neither picked for success nor for failure."""
+    """24 answers: spread evenly over the set, and in the last row up to 6 of the wrong ones that these left out."""
     count = SHEET_ROWS * SHEET_COLUMNS
-    return [answers[number * len(answers) // count] for number in range(min(count, len(answers)))]
+    missed = sum(not answer.hit for answer in answers)
+    chosen = _spread(answers, count - min(missed, WRONG_SHOWN))
+    shown = {id(answer) for answer in chosen}
+    others = [answer for answer in answers if not answer.hit and id(answer) not in shown]
+    wrong = _spread(others, count - len(chosen))
+    rest = [answer for answer in answers if answer.hit and id(answer) not in shown]
+    return [*chosen, *_spread(rest, count - len(chosen) - len(wrong)), *wrong]
+
+
+def _spread(answers: list[Answer], count: int) -> list[Answer]:
+    """So many of them, evenly spread; all where there are fewer."""
+    count = min(count, len(answers))
+    return [answers[number * len(answers) // count] for number in range(count)]
 
 
 def plot_test_sheet(path: Path, answers: list[Answer], accuracy: float) -> None:
-    """24 held-out digits with question, options, answer and truth."""
+    """24 held-out digits with question, options, answer and truth; wrong answers are among them where there are any."""
     chosen = sheet_selection(answers)
     figure, axes = plt.subplots(SHEET_ROWS, SHEET_COLUMNS, figsize=(15, 13.5), constrained_layout=True)
     for axis, item in zip(axes.flat, chosen, strict=False):
@@ -82,12 +86,16 @@ def plot_test_sheet(path: Path, answers: list[Answer], accuracy: float) -> None:
         axis.set_xlabel("\n".join(lines), fontsize=10, color=colour)
     for axis in list(axes.flat)[len(chosen) :]:
         axis.axis("off")
-    right = sum(item.hit for item in chosen)
-    figure.suptitle(
-        f"{right} of these {len(chosen)} held-out digits right; all {len(answers)}: {accuracy:.1%}", fontsize=15
-    )
+    figure.suptitle(sheet_title(answers, chosen, accuracy), fontsize=15)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def sheet_title(answers: list[Answer], chosen: list[Answer], accuracy: float) -> str:
+    """How many are right, and that wrong ones were looked for."""
+    missed, shown = (sum(not answer.hit for answer in some) for some in (answers, chosen))
+    title = f"{accuracy:.1%} of {len(answers)} held-out digits right"
+    return f"{title}; the sheet shows {shown} of the {missed} wrong answers" if missed else title
 
 
 def described(letter: str, options: dict[str, str]) -> str:

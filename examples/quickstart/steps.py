@@ -98,9 +98,9 @@ def training_words(run: Run, launcher: str, steps: int, lr: float) -> list[str |
     return [
         *("bash", f"examples/llava1.5/{launcher}"),
         *("--train-iters", str(steps), "--lr", str(lr), "--lr-warmup-fraction", str(settings.warmup_fraction)),
-        *("--clip-grad", "1.0", "--adam-beta2", str(settings.adam_beta2), "--seq-length", "256"),
+        *("--clip-grad", "1.0", "--adam-beta2", str(settings.adam_beta2)),
         *("--save-interval", str(settings.save_interval), "--log-interval", "10"),
-        *("--num-workers", "0", "--seed", str(settings.seed)),
+        *("--num-workers", "0", "--seed", str(settings.seed), "--log-format", "megatron"),
     ]
 
 

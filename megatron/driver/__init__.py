@@ -27,7 +27,7 @@ What the caller brings
         Takes next(data_iterator) itself. loss_func(output) -> (loss_sum, num_tokens, {"lm loss": (loss_sum.detach(),
         num_tokens)}): loss_sum 0-d float tensor, the sum of this micro-batch's token losses; num_tokens 0-d int tensor,
         its supervised tokens. The driver divides by the tokens of the whole global batch.
-    hooks: state.Hooks(describe, extra, compare, pad_to_one_length, after_step), each with a default
+    hooks: state.Hooks(describe, extra, compare, added, pad_to_one_length, after_step), each with a default
         describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops, gradient_expected)
             default reads batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(); flops is forward +
             backward of this micro-batch over the whole model (TFLOP/s and MFU are logged where it is not 0);

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.driver.profile_checks import profile_problems
+from megatron.driver.ranges import option, range_problems, tracking_problems
 from mindspeed_mm.errors import ConfigError
 
 _GROUPS = {
@@ -25,7 +26,7 @@ _GROUPS = {
     "precision": "precision",
     "checkpoint": "checkpoints",
     "run": "run and log",
-    "kept": "accepted for the ancestor's launchers, without an effect here (the log says why)",
+    "kept": "accepted for the ancestor's launchers, without an effect here",
 }
 
 
@@ -144,18 +145,32 @@ class DriverArguments:
     num_workers: int = _flag(int, 2, "run", "processes per rank that prepare data; 0 prepares in the training process")
     exit_interval: int | None = _flag(int, None, "run", "save and stop at a step divisible by this")
     log_interval: int = _flag(int, 100, "run", "steps between log lines")
+    log_format: str = _flag(
+        str,
+        "auto",
+        "run",
+        "auto is the live table on a terminal, else a short line",
+        ("auto", "short", "table", "megatron"),
+    )
     profile: bool = _switch("run", "trace some steps with torch's profiler and show where their time goes")
     profile_step_start: int = _flag(int, 10, "run", "first step that --profile traces")
     profile_step_end: int = _flag(int, 12, "run", "step before which --profile ends")
     profile_dir: str | None = _flag(str, None, "run", "folder for traces; default SAVE/profile")
     profile_ranks: tuple = _flag(int, (0,), "run", "ranks that --profile traces, -1 for all")
     tensorboard_dir: str | None = _flag(str, None, "run", "folder for TensorBoard curves")
+    wandb_project: str | None = _flag(str, None, "run", "curves to Weights & Biases too, under this project")
+    wandb_exp_name: str | None = _flag(str, None, "run", "name of the run there; default that of --save")
+    wandb_save_dir: str | None = _flag(str, None, "run", "folder that W&B writes to; default SAVE")
+    swanlab_project: str | None = _flag(str, None, "run", "curves to SwanLab too, under this project")
+    swanlab_exp_name: str | None = _flag(str, None, "run", "name of the run there; default that of --save")
+    swanlab_save_dir: str | None = _flag(str, None, "run", "folder that SwanLab writes to; default SAVE/swanlab")
+    online: bool = _switch("run", "W&B and SwanLab send the curves while the run trains; else they write to disk alone")
     eval_interval: int | None = _flag(
         int, None, "run", "steps between losses on the validation set, where there is one"
     )
     eval_iters: int | None = _flag(int, None, "run", "global batches of a validation; at most, and by default, the set")
 
-    log_throughput: bool = _switch("kept", "throughput is always logged")
+    log_throughput: bool = _switch("kept", "speed is always shown")
     use_pytorch_profiler: bool = _switch("kept", "--profile always is torch's profiler")
     use_mcore_models: bool = _switch("kept", "models always are megatron.core's")
     use_dist_ckpt: bool = _switch("kept", "checkpoints always are torch_dist")
@@ -200,11 +215,12 @@ class DriverArguments:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def notes(self) -> list[str]:
-        """One sentence for every flag that was given and has no effect, with the reason."""
+        """What the log says of the flags: in one sentence, those that were given and that nothing here depends on."""
         given = [f for f in _flags() if f.metadata["group"] == "kept" and getattr(self, f.name) != f.default]
-        notes = [f"{_option(f.name)} has no effect: {f.metadata['help']}" for f in given]
+        idle = [f"{option(f.name)} ({f.metadata['help']})" for f in given]
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            notes.append("--sequence-parallel has no effect: it needs --tensor-model-parallel-size above 1")
+            idle.append("--sequence-parallel (it needs --tensor-model-parallel-size above 1)")
+        notes = [f"accepted, and without an effect in this run: {', '.join(idle)}"] if idle else []
         if self.save is None:
             notes.append("--save is not given: nothing of this run will be kept")
         return notes
@@ -212,10 +228,6 @@ class DriverArguments:
 
 _ALIASES = {"num_virtual_stages_per_pipeline_rank": ("--virtual-pipeline-model-parallel-size",)}
 """Further names of flags: this one is the ancestor's."""
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _flags() -> list[dataclasses.Field]:
@@ -228,13 +240,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag in _flags():
         group, text = groups[flag.metadata["group"]], flag.metadata["help"]
         if flag.metadata["kind"] is bool:
-            group.add_argument(_option(flag.name), action="store_true", help=text)
+            group.add_argument(option(flag.name), action="store_true", help=text)
             continue
         if flag.default is not None:
             default = flag.default[0] if isinstance(flag.default, tuple) else flag.default
             text = f"{text} (default {default})"
         group.add_argument(
-            _option(flag.name),
+            option(flag.name),
             *_ALIASES.get(flag.name, ()),
             type=flag.metadata["kind"],
             default=flag.default,
@@ -283,7 +295,7 @@ def from_namespace(namespace: argparse.Namespace, world_size: int | None = None)
     if values["num_virtual_stages_per_pipeline_rank"] == 1:
         values["num_virtual_stages_per_pipeline_rank"] = None  # stages as they are
     args = DriverArguments(**values, world_size=world_size)
-    problems = [*_check_ranges(args), *_check_schedule(args), *_check_combinations(args)]
+    problems = [*range_problems(args), *_check_schedule(args), *_check_combinations(args)]
     if not problems:
         problems, args = _check_batch(args)
     if problems:
@@ -315,47 +327,8 @@ def with_virtual_stages(args: DriverArguments, num_layers: int) -> DriverArgumen
     )
 
 
-_AT_LEAST_ONE = (
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size"),
-    *("global_batch_size", "train_iters", "lr_decay_iters", "save_interval", "exit_interval", "log_interval"),
-    *("keep_last", "keep_every"),
-    *("loss_scale_window", "hysteresis", "seq_length"),
-    *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
-)
-_AT_LEAST_ZERO = (
-    *("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers", "seed", "ckpt_step"),
-    *("adam_beta1", "adam_beta2"),
-)
-_ABOVE_ZERO = (
-    "save_interval_minutes",
-    "preflight_timeout_seconds",
-    "adam_eps",
-    "distributed_timeout_minutes",
-    "loss_scale",
-    "initial_loss_scale",
-    "min_loss_scale",
-)
-
-
-def _check_ranges(args: DriverArguments) -> list[str]:
-    problems = []
-    for names, fits, expected in (
-        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-        (_AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
-        (_ABOVE_ZERO, lambda value: value > 0, "above 0"),
-    ):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not (math.isfinite(value) and fits(value)):
-                problems.append(f"{_option(name)} is {value}: expected {expected}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(args, name) >= 1:
-            problems.append(f"{_option(name)} is {getattr(args, name)}: expected a value below 1")
-    return problems
-
-
 def _check_schedule(args: DriverArguments) -> list[str]:
-    problems = [f"{_option(name)} is required" for name in ("lr", "train_iters") if getattr(args, name) is None]
+    problems = [f"{option(name)} is required" for name in ("lr", "train_iters") if getattr(args, name) is None]
     if args.lr is not None and args.min_lr > args.lr:
         problems.append(f"--min-lr is {args.min_lr}: expected at most --lr, which is {args.lr}")
     fraction = args.lr_warmup_fraction
@@ -393,23 +366,20 @@ def _check_combinations(args: DriverArguments) -> list[str]:
     if args.save is None:
         needing = ("save_interval", "save_interval_minutes", "keep_last")
         given = [name for name in needing if getattr(args, name) is not None] + ["async_save"] * args.async_save
-        problems += [f"{_option(name)} is given without --save" for name in given]
+        problems += [f"{option(name)} is given without --save" for name in given]
     if args.keep_every is not None and args.keep_last is None:
         problems.append("--keep-every is given without --keep-last: without it everything is kept")
-    if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
-        problems.append(
-            "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"
-        )
     virtual = ("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage")
-    given = [_option(name) for name in virtual if getattr(args, name) is not None]
+    given = [option(name) for name in virtual if getattr(args, name) is not None]
     if len(given) == 2:
         problems.append(f"{' and '.join(given)} are both given: keep one of them")
     if given and args.pipeline_model_parallel_size == 1:
         problems.append(f"{given[0]} needs --pipeline-model-parallel-size above 1: it cuts pipeline stages into chunks")
     problems += profile_problems(args)
+    problems += tracking_problems(args)
     if args.load is None:
         needing = ("finetune", "ckpt_step", "exit_on_missing_checkpoint")
-        problems += [f"{_option(name)} needs --load" for name in needing if getattr(args, name) not in (None, False)]
+        problems += [f"{option(name)} needs --load" for name in needing if getattr(args, name) not in (None, False)]
     return problems
 
 

@@ -20,6 +20,7 @@ from torch.distributed import Store
 
 from megatron.driver import preflight, reach, watch
 from megatron.driver.arguments import DriverArguments
+from megatron.driver.boards import check_boards
 from megatron.driver.checkpoint import locks
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
@@ -38,7 +39,8 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
 
     Raises:
         ConfigError: --distributed-backend is not the platform's, the world size is not the one that `args` holds, or
-            `args` names virtual stages by their layers, which arguments.with_virtual_stages resolves.
+            `args` names virtual stages by their layers, which arguments.with_virtual_stages resolves, or a tracker
+            whose library is not installed.
         TrainingError: the preflight failed: names the ranks that did not come, or what stands between those that did.
     """
     if args.distributed_backend not in ("nccl", platform.backend):
@@ -46,6 +48,7 @@ def initialize(args: DriverArguments, platform: Platform) -> None:
             f"--distributed-backend {args.distributed_backend} does not work on {platform.name}: "
             f"expected {platform.backend} (or nccl, which stands for the device's own)"
         )
+    check_boards(args)
     if args.num_layers_per_virtual_pipeline_stage is not None:
         raise ConfigError("--num-layers-per-virtual-pipeline-stage needs the layers of the model: with_virtual_stages")
     with _meeting(args) as store:

@@ -19,9 +19,11 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint.saver import SaveClock, Saver
 from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
-from megatron.driver.metrics import Recorder, StepMetrics
+from megatron.driver.metrics import Recorder
+from megatron.driver.parameter_groups import run_learning_rate
 from megatron.driver.profiling import Profiler
 from megatron.driver.state import BatchFacts, Hooks, TrainState
+from megatron.driver.steps import StepMetrics
 from megatron.driver.stopping import StopRequest
 from mindspeed_mm.errors import DataError, TrainingError
 from mindspeed_mm.platform.regions import region
@@ -172,7 +174,7 @@ def train(
         while state.iteration < args.train_iters:
             with profiler.step(state.iteration + 1):
                 step, totals = train_step(state, args, forward_step, data, stop, saver)
-            recorder.add(step)
+            recorder.add(step, totals.memory)
             hooks.after_step(state)
             if totals.save_failed:
                 saver.wait()
@@ -223,7 +225,7 @@ def train_step(
     state.optimizer.zero_grad()
     with region("backward"):  # what the model does not name inside
         reported = forward_backward(state, args, forward_step, data.batches)
-    totals = _reduce(state, reported, data, stop, saver)
+    totals = _reduce(state, args, reported, data, stop, saver)
     if totals.supervised == 0:
         _refuse(
             state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels"
@@ -231,7 +233,7 @@ def train_step(
     loss = totals.loss_sum / totals.supervised
     if not math.isfinite(loss):
         _refuse(state, data, f"the loss is {loss}: check the data and weights, or lower --lr")
-    learning_rate = next((group["lr"] for group in state.optimizer.param_groups), 0.0)
+    learning_rate = run_learning_rate(state.optimizer)
     loss_scale = state.optimizer.get_loss_scale().item()
     with region("optimizer"):
         updated, grad_norm, _ = state.optimizer.step()
@@ -274,15 +276,28 @@ class _Totals(NamedTuple):
     data_seconds: float
     stop: float
     save_failed: float
+    memory: float
+    """Not a sum: MiB of the fullest rank at its peak; 0 where the step is not shown."""
 
 
-def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop: StopRequest, saver: Saver) -> _Totals:
+def _reduce(
+    state: TrainState,
+    args: DriverArguments,
+    reported: list[dict],
+    data: MeteredIterator,
+    stop: StopRequest,
+    saver: Saver,
+) -> _Totals:
     """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it.
 
     The losses of all micro-batches are read here at once. megatron.core has waited for the end of the backward pass
     just before (finalize_model_grads looks at the number of tokens), so reading them later would save nothing.
     """
-    values = [0.0] * len(_Totals._fields)
+    sums = len(_Totals._fields) - 1
+    # Behind the sums each rank has a place for its memory, so that the largest can be told.
+    values = [0.0] * (sums + torch.distributed.get_world_size())
+    if (state.iteration + 1) % args.log_interval == 0:
+        values[sums + torch.distributed.get_rank()] = state.platform.memory().peak
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
     first_of_context_parallel = parallel_state.get_context_parallel_rank() == 0
     if first_of_tensor_parallel and first_of_context_parallel and parallel_state.is_pipeline_first_stage():
@@ -302,7 +317,8 @@ def _reduce(state: TrainState, reported: list[dict], data: MeteredIterator, stop
             tensor[0] += micro_batch[LOSS][0]
             tensor[1] += micro_batch[LOSS][1]
     torch.distributed.all_reduce(tensor)
-    return _Totals(*tensor.tolist())
+    figures = tensor.tolist()
+    return _Totals(*figures[:sums], memory=max(figures[sums:]))
 
 
 def _check_gradient(state: TrainState, data: MeteredIterator, grad_norm: float, expected: bool) -> None:

@@ -18,6 +18,7 @@ from megatron.driver.checkpoint.checkpointing import prepare_folders
 from megatron.driver.checkpoint.optimizer_state import begin_state
 from megatron.driver.checkpoint.resuming import load_checkpoint
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.parameter_groups import own_values
 from megatron.driver.state import Hooks, TrainState, compute_dtype
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
@@ -35,17 +36,23 @@ def setup(
 
     Args:
         model_provider: (pre_process, post_process) -> the module of this pipeline stage, weights and requires_grad set;
-            with virtual stages (pre_process, post_process, vp_stage), called for each chunk of this stage.
+            with virtual stages (pre_process, post_process, vp_stage), called for each chunk of this stage. A parameter
+            may have an attribute `optimizer_values` (see parameter_groups.py).
         hooks: the caller's part; its `compare` guards against a checkpoint of another architecture.
 
     Raises:
-        ConfigError: no trainable parameter, or a parallel size that the run cannot use.
+        ConfigError: no trainable parameter, or a parallel size that the run cannot use; no seq_length with stages.
         CheckpointError: --save is not writable, or the checkpoint cannot be used.
     """
     hooks = hooks or Hooks()
+    if args.pipeline_model_parallel_size > 1 and args.seq_length is None:
+        raise ConfigError(
+            "--pipeline-model-parallel-size above 1 needs --seq-length: stages exchange tensors of that size"
+        )
     prepare_folders(args)
     model = _build_model(args, model_provider, platform)
-    optimizer = get_megatron_optimizer(_optimizer_config(args), model)
+    config = _optimizer_config(args)
+    optimizer = get_megatron_optimizer(config, model, config_overrides=own_values(config, model))
     begin_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -111,7 +118,8 @@ def _provide(args: DriverArguments, model_provider: ModelProvider) -> list[Megat
 
 def _check_trainable(modules: list[MegatronModule], platform: Platform) -> None:
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    total = sum(parameter.numel() for parameter in parameters)
+    # A weight that is stored in fewer bytes says how many values it has.
+    total = sum(getattr(parameter, "logical_numel", parameter.numel()) for parameter in parameters)
     trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     counts = torch.tensor([total, trainable], dtype=torch.int64, device=platform.device())
     torch.distributed.all_reduce(counts, group=parallel_state.get_model_parallel_group())

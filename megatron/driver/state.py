@@ -47,6 +47,9 @@ class Hooks:
     """JSON-able; kept as run.json["extra"] of each checkpoint."""
     compare: Callable[[dict[str, Any]], list[str]] = lambda saved_extra: []
     """One line per field in which the architecture of a checkpoint differs from the running one."""
+    added: Callable[[str], bool] = lambda name: False
+    """Whether a parameter is one that the model adds to given weights: a checkpoint whose weights alone are taken may
+    lack it."""
     pad_to_one_length: Callable[[list[Any]], list[Any]] = lambda batches: batches
     """Micro-batches of one step -> the same, padded to one length: asked for where the run has virtual stages."""
     after_step: Callable[[TrainState], None] = lambda state: None

@@ -13,7 +13,7 @@ from mindspeed_mm.cli.plan import size
 HELP = "pretrain or fine-tune from --mm-model, --mm-data and Megatron's flags"
 EXAMPLE = (
     "torchrun --nproc_per_node 8 -m mindspeed_mm train --mm-model examples/llava1.5/model.json "
-    "--mm-data examples/llava1.5/data.json --micro-batch-size 8 --global-batch-size 64 --seq-length 2048 "
+    "--mm-data examples/llava1.5/data.json --micro-batch-size 8 --global-batch-size 64 "
     "--lr 1e-3 --train-iters 8720 --bf16 --save save_dir --load save_dir"
 )
 

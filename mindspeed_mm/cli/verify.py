@@ -11,7 +11,7 @@ from typing import Any
 from mindspeed_mm.errors import WeightError
 
 HELP = "compare two sources of one model, tensor by tensor and by logits"
-EXAMPLE = "mindspeed-mm verify llava-v1.5-7b llava-v1.5-7b-hf --images view.jpg --prompts 'What is this?'"
+EXAMPLE = "mindspeed-mm verify llava-v1.5-7b llava-1.5-7b-hf --images view.jpg --prompts 'What is this?'"
 
 LOGIT_TOLERANCE = 1e-3
 """Largest |d logit| of equal weights in float32: what two implementations differ by, with some room."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -16,6 +16,7 @@ from mindspeed_mm.data.feature_cache import FeatureCache
 from mindspeed_mm.data.image import ImageError, load_image
 from mindspeed_mm.data.lengths import UNUSABLE, usable_length
 from mindspeed_mm.data.parallel import count_all
+from mindspeed_mm.data.rendering import questions_of
 from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample
 from mindspeed_mm.errors import DataError
 
@@ -264,11 +265,15 @@ class MultimodalDataset(Dataset[Encoded]):
         try:
             ids, labels = expand_images(*self.encoding.tokens(sample), plans)
             ids, labels = fit_length(ids, labels, self.max_length, self.policies.overlong)
+            asked = self.media.reads_instructions
+            questions = [self.media.instruction(text) for text in questions_of(sample.turns)] if asked else []
         except DataError as error:
             raise type(error)(f"{sample.where}: {error}") from error
         features = tuple(self._known_features(image) for image in sample.images) if self.feature_cache else ()
         unknown = [image for image, known in zip_longest(sample.images, features) if not known or known.values is None]
         media = tuple(self.media.item(image) for image in unknown)
+        if asked:
+            media = tuple(replace(item, instructions=(q,)) for item, q in zip(media, questions, strict=True))
         positions = self._positions(ids, [plan.grid for plan in plans]) if self._positions else None
         return Encoded(sample.id, ids, labels, media, skipped, features, positions)
 

@@ -6,7 +6,7 @@ searched for in the rendered string, so no text of a user can shift a mask.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.conversation import conversation_turns, count_images
@@ -50,7 +50,8 @@ def encode_turns(
     turns: Sequence[Turn], tokenizer: Tokenizer, template: str | Template, special_text: SpecialText = "tokens"
 ) -> tuple[list[int], list[int]]:
     """As `encode`, for turns that have been checked."""
-    return _tokenize(segments_of(turns, get_template(template, tokenizer)), tokenizer, special_text)
+    form = get_template(template, tokenizer)
+    return _tokenize(segments_of(turns, form), tokenizer, form, special_text)
 
 
 def encode_prompt(
@@ -63,12 +64,13 @@ def encode_prompt(
 ) -> list[int]:
     """Ids of rendering.generation_prompt, one IMAGE_TOKEN_INDEX (-200) per `<image>`; `system` replaces the system."""
     opened = [Turn("system", system)] if system is not None else []
-    segments = segments_of(opened + open_turns(turns), get_template(template, tokenizer), generation=True)
-    return _tokenize(segments, tokenizer, special_text)[0]
+    form = get_template(template, tokenizer)
+    segments = segments_of(opened + open_turns(turns), form, generation=True)
+    return _tokenize(segments, tokenizer, form, special_text)[0]
 
 
 def _tokenize(
-    segments: Iterable[Segment], tokenizer: Tokenizer, special_text: SpecialText = "tokens"
+    segments: Iterable[Segment], tokenizer: Tokenizer, form: Template, special_text: SpecialText
 ) -> tuple[list[int], list[int]]:
     """Tokenise the joined segments, cut at each image; every piece is encoded on its own, as LLaVA does."""
     segments = list(segments)
@@ -78,12 +80,16 @@ def _tokenize(
     literal, plain = _places(segments, special_text)
     ids: list[int] = []
     labels: list[int] = []
-    for index, (begin, end) in enumerate(_between_images(text, literal)):
-        if index:
+    pieces = _pieces(segments, text, literal, form.answers_apart)
+    first = 0
+    while form.bos_behind_images and first + 1 < len(pieces) and pieces[first].begin == pieces[first].end:
+        first += 1
+    for index, (begin, end, behind_image) in enumerate(pieces):
+        if behind_image:
             ids.append(IMAGE_TOKEN_INDEX)
             labels.append(IGNORE_INDEX)
         spans = [(start - begin, stop - begin) for start, stop in plain if start < end and stop > begin]
-        chunk_ids, starts = tokenizer.encode_with_starts(text[begin:end], add_bos=index == 0, plain=spans)
+        chunk_ids, starts = tokenizer.encode_with_starts(text[begin:end], add_bos=index == first, plain=spans)
         ids += chunk_ids
         for token_id, start in zip(chunk_ids, starts, strict=True):
             labels.append(token_id if start >= 0 and supervised[begin + start] else IGNORE_INDEX)
@@ -105,11 +111,31 @@ def _places(segments: Sequence[Segment], special_text: SpecialText) -> tuple[set
     return literal, plain
 
 
-def _between_images(text: str, literal: set[int]) -> list[tuple[int, int]]:
-    """(begin, end) of the text before, between and behind the images."""
-    spans, begin = [], 0
+class _TextPiece(NamedTuple):
+    """A stretch of the text that is encoded by itself."""
+
+    begin: int
+    end: int
+    behind_image: bool
+
+
+def _pieces(segments: Sequence[Segment], text: str, literal: set[int], answers_apart: bool) -> list[_TextPiece]:
+    """The text before, between and behind the images, with `answers_apart` cut before and behind each answer, too."""
+    pieces, begin, behind = [], 0, False
     for match in re.finditer(re.escape(IMAGE_TOKEN), text):
         if match.start() not in literal:
-            spans.append((begin, match.start()))
-            begin = match.end()
-    return [*spans, (begin, len(text))]
+            pieces.append(_TextPiece(begin, match.start(), behind))
+            begin, behind = match.end(), True
+    pieces.append(_TextPiece(begin, len(text), behind))
+    if not answers_apart:
+        return pieces
+    cuts, place = [], 0
+    for segment in segments:
+        cuts += [place, place + len(segment.text)] if segment.supervised else []
+        place += len(segment.text)
+    for cut in sorted(set(cuts)):
+        number = next((n for n, piece in enumerate(pieces) if piece.begin < cut < piece.end), None)
+        if number is not None:
+            piece = pieces[number]
+            pieces[number : number + 1] = [piece._replace(end=cut), _TextPiece(cut, piece.end, False)]
+    return pieces

@@ -43,6 +43,9 @@ PROCESSOR_TYPES = (
     "CLIPImageProcessorFast",
     "CLIPImageProcessorPil",
     "CLIPFeatureExtractor",
+    "BlipImageProcessor",
+    "BlipImageProcessorFast",
+    "BlipImageProcessorPil",
     "LlavaImageProcessor",
     "LlavaImageProcessorFast",
     "LlavaImageProcessorPil",
@@ -64,6 +67,7 @@ _STRETCHED = {
 }
 
 TYPE_DEFAULTS = {
+    "BlipImageProcessor": {"size": {"height": 384, "width": 384}, "do_center_crop": False},
     "SiglipImageProcessor": _STRETCHED,
     "ViTImageProcessor": {**_STRETCHED, "resample": 2},
     "ViTFeatureExtractor": {**_STRETCHED, "resample": 2},

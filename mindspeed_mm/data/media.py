@@ -73,6 +73,17 @@ class MediaProcessor(ABC):
     def settings(self) -> dict[str, Any]:
         """JSON values of everything that plans and pixels depend on, for fingerprints of caches and checkpoints."""
 
+    reads_instructions = False
+    """Whether the model's projector reads the question about an image."""
+
+    def instruction(self, text: str) -> tuple[int, ...]:
+        """The question about an image in the tokens of the projector, of a model that reads it.
+
+        Raises:
+            DataError: a text that the projector cannot take.
+        """
+        raise NotImplementedError("this model's projector reads no question")
+
     def batch(self, items: Sequence[Media]) -> Media | None:
         """Several items as one; None where there is none."""
         return Media.join(items) if items else None

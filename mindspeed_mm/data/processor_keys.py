@@ -39,7 +39,7 @@ PROCESSOR_CONFIG = file_keys(
     (
         *("processor_class", "image_token", "patch_size", "vision_feature_select_strategy", "chat_template"),
         *("num_additional_image_tokens", "image_seq_length", "auto_map", "tokenizer", "video_processor"),
-        *("image_token_id", "video_token", "video_token_id"),
+        *("num_query_tokens", "qformer_tokenizer", "image_token_id", "video_token", "video_token_id"),
     ),
 )
 """transformers' own count of placeholders; here it follows from the model."""

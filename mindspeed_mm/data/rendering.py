@@ -1,13 +1,15 @@
 """Conversations as one string: what a template makes of turns, in pieces that know whether they are supervised."""
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.conversation import conversation_turns
 from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.data.template import get_template
-from mindspeed_mm.data.template_form import SLOT, SYSTEM_SLOT, Template
+from mindspeed_mm.data.template_form import IMAGES_SLOT, SLOT, SYSTEM_SLOT, Template
 from mindspeed_mm.errors import TemplateError
 
 
@@ -89,9 +91,10 @@ def _opening(turns: Sequence[Turn], template: Template) -> list[Segment]:
         raise TemplateError("this template has no place for a system text; remove it, or choose another template.")
     if len(turns) < 2:
         raise TemplateError("a system text alone is no conversation; expected a human turn behind it.")
-    system, human = template.with_system.split(SLOT)[0], SLOT + template.with_system.split(SLOT)[1]
+    form, turn = _with_images(template.with_system, turns[1], template)
+    system, human = form.split(SLOT)[0], SLOT + form.split(SLOT)[1]
     before, after = system.split(SYSTEM_SLOT)
-    return [_fill(before + SLOT, turns[0]), _fill(after + human, turns[1])]
+    return [_fill(before + SLOT, turns[0]), _fill(after + human, turn)]
 
 
 def _human(turn: Turn, template: Template, form: str) -> Segment:
@@ -99,7 +102,37 @@ def _human(turn: Turn, template: Template, form: str) -> Segment:
         if form == template.human_first:
             raise TemplateError("the first human turn is empty; this template puts its system text there. Add a text.")
         return Segment(template.human_empty)
-    return _fill(form, turn)
+    return _fill(*_with_images(form, turn, template))
+
+
+def _with_images(form: str, turn: Turn, template: Template) -> tuple[str, Turn]:
+    """A human turn's form with its images in their place, and the turn without them."""
+    if template.image is None:
+        return form, turn
+    turn, images = without_images(turn)
+    return form.replace(IMAGES_SLOT, template.image * images), turn
+
+
+def without_images(turn: Turn) -> tuple[Turn, int]:
+    """A turn without its images and the white space around them, and how many it had."""
+    text, literal, begin, images = "", [], 0, 0
+    for found in re.finditer(rf"\s*{re.escape(IMAGE_TOKEN)}\s*", turn.text):
+        start = found.start() + found[0].index(IMAGE_TOKEN)
+        if start in turn.literal:
+            continue
+        literal += [len(text) + place - begin for place in turn.literal if begin <= place < found.start()]
+        text += turn.text[begin : found.start()]
+        text += " " if text and found.end() < len(turn.text) else ""
+        begin, images = found.end(), images + 1
+    literal += [len(text) + place - begin for place in turn.literal if begin <= place]
+    text += turn.text[begin:]
+    return replace(turn, text=text, literal=tuple(literal)), images
+
+
+def questions_of(turns: Sequence[Turn]) -> list[str]:
+    """For each image the text of the turn that it stands in."""
+    found = (without_images(turn) for turn in turns)
+    return [turn.text for turn, images in found for _ in range(images)]
 
 
 def _fill(form: str, turn: Turn, supervised: bool = False) -> Segment:

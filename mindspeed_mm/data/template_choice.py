@@ -34,6 +34,7 @@ def choose_template(
     record: str | None = None,
     tokenizer: Tokenizer | None = None,
     usual: str | None = DEFAULT_TEMPLATE,
+    chats: bool = True,
 ) -> ChosenTemplate:
     """The template of a model's prompts.
 
@@ -43,6 +44,7 @@ def choose_template(
             does not count.
         tokenizer: whose own chat template comes next. One that cannot be read is told, and `usual` is taken.
         usual: the family's; None: it has none.
+        chats: whether a chat template of the tokenizer is the model's, and not that of its decoder alone.
 
     Raises:
         TemplateError: nothing gives a template, or a name is unknown.
@@ -52,7 +54,7 @@ def choose_template(
     if record is not None and (record == OWN_TEMPLATE or not get_template(record).captions_only):
         return ChosenTemplate(record, "the checkpoint was trained with it")
     problem = "the tokenizer has no chat template"
-    if tokenizer is not None and tokenizer.chat_templates:
+    if chats and tokenizer is not None and tokenizer.chat_templates:
         try:
             get_template(OWN_TEMPLATE, tokenizer)
         except TemplateError as error:
@@ -66,13 +68,15 @@ def choose_template(
     return ChosenTemplate(usual, "the usual one of the model's family")
 
 
-def with_template(config: DataConfig, tokenizer: Tokenizer, usual: str | None = DEFAULT_TEMPLATE) -> DataConfig:
+def with_template(
+    config: DataConfig, tokenizer: Tokenizer, usual: str | None = DEFAULT_TEMPLATE, chats: bool = True
+) -> DataConfig:
     """A data config whose template_name is filled in, and told where it was not given. Raises TemplateError as
     `choose_template`."""
     parameters = config.dataset_param
     if parameters.template_name is not None:
         return config
-    chosen = choose_template(None, None, tokenizer, usual)
+    chosen = choose_template(None, None, tokenizer, usual, chats)
     logger.info("template: %s", chosen)
     return config.model_copy(update={"dataset_param": parameters.model_copy(update={"template_name": chosen.name})})
 

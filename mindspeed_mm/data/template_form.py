@@ -3,10 +3,14 @@
 import hashlib
 from functools import cached_property
 
+import pydantic
+
 from mindspeed_mm.config.load import StrictModel
+from mindspeed_mm.constants import IMAGE_TOKEN
 
 SLOT = "{text}"
 SYSTEM_SLOT = "{system}"
+IMAGES_SLOT = "{images}"
 
 
 class Template(StrictModel):
@@ -54,6 +58,30 @@ class Template(StrictModel):
 
     captions_only: bool = False
     """The template is one image and its caption: the human text is dropped, exactly one answer follows."""
+
+    image: str | None = None
+    """What an image becomes, with one `<image>` in it, such as `<Img><image></Img> `. The images of a human turn then
+    stand at `{images}` in its form, and white space around them goes with them. None: they stay where the text has
+    them."""
+
+    bos_behind_images: bool = False
+    """The token that begins a sequence stands behind the images with which it starts (BLIP-2's processor)."""
+
+    answers_apart: bool = False
+    """An answer is encoded by itself, and so is what follows it (MiniGPT-4): for tokenizers that put a space before
+    every text, there is one more before it."""
+
+    @pydantic.model_validator(mode="after")
+    def _images_have_a_place(self) -> "Template":
+        forms = {"human": self.human, "human_first": self.human_first, "with_system": self.with_system}
+        for name, form in forms.items():
+            if form is not None and form.count(IMAGES_SLOT) != (self.image is not None):
+                raise ValueError(
+                    f"{name} is {form!r}; expected {IMAGES_SLOT} once in a template with `image`, and nowhere else"
+                )
+        if self.image is not None and self.image.count(IMAGE_TOKEN) != 1:
+            raise ValueError(f"image is {self.image!r}; expected {IMAGE_TOKEN} in it, once")
+        return self
 
     @cached_property
     def digest(self) -> str:

@@ -23,7 +23,14 @@ from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.images import ImageFeatures
 from mindspeed_mm.generation.jobs import FinishReason, Generated, SampleJob
 from mindspeed_mm.generation.options import GenerationOptions, generation_options
-from mindspeed_mm.generation.prompts import GenerationRequest, expand, prompt_ids, prompt_positions, stop_rules
+from mindspeed_mm.generation.prompts import (
+    GenerationRequest,
+    expand,
+    prompt_ids,
+    prompt_positions,
+    questions,
+    stop_rules,
+)
 from mindspeed_mm.generation.scheduler import Entry, Scheduler
 from mindspeed_mm.generation.text import TextStream
 from mindspeed_mm.models.vlm import VLM
@@ -237,7 +244,11 @@ class GenerationEngine:
         return self._prepare(request, self._plans(self._images(request)))
 
     def _images(self, request: GenerationRequest) -> Sequence[Any]:
-        """The images of a request, found already where their sizes decide how long the prompt is."""
+        """The images of a request, found already where their sizes decide how long the prompt is, or where the model's
+        projector reads the question about them."""
+        media = self.image_features.media
+        if media is not None and media.reads_instructions and request.images:
+            return self.image_features.find(request.images, [media.instruction(text) for text in questions(request)])
         return request.images if self.image_features.fixed else self.image_features.find(request.images)
 
     def _plans(self, images: Sequence[Any]) -> list[ItemPlan]:

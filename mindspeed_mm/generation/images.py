@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -40,6 +41,13 @@ class FoundImage(NamedTuple):
     source: Media | torch.Tensor | Image.Image | ImageBytes
     plan: ItemPlan
     """What its size says."""
+    instruction: tuple[int, ...] = ()
+    """The question about it, for a projector that reads it."""
+
+    def asked(self, instruction: tuple[int, ...]) -> FoundImage:
+        """The same with a question, on which its features depend."""
+        key = _digest(self.key, repr(instruction).encode())
+        return self._replace(key=key, instruction=instruction)
 
 
 class ImageFeatures:
@@ -47,7 +55,7 @@ class ImageFeatures:
 
     def __init__(self, decoder: Decoder, media: MediaProcessor | None) -> None:
         """`media` None: the model came without an image processor and takes preprocessed images alone."""
-        self._decoder, self._media = decoder, media
+        self._decoder, self.media = decoder, media
         spec = decoder.vlm.spec
         self.fixed = media.fixed if media is not None else spec.family.fixed_plan(spec)
         """The plan that every image has; None where its size decides."""
@@ -58,14 +66,17 @@ class ImageFeatures:
         self.computed = 0
         """Images that went through the vision encoder so far."""
 
-    def find(self, images: Sequence[Any]) -> list[FoundImage]:
+    def find(self, images: Sequence[Any], instructions: Sequence[tuple[int, ...]] | None = None) -> list[FoundImage]:
         """Read images: PIL images, paths, encoded bytes (ImageBytes), preprocessed tensors [3, h, w], or an Image
-        that was found already.
+        that was found already. `instructions`: the question about each, for a projector that reads it.
 
         Raises:
             ImageError: an image is missing, an address, or nothing that can be one.
         """
-        return [self._find(image) for image in images]
+        found = [self._find(image) for image in images]
+        if instructions is None:
+            return found
+        return [image.asked(ids) for image, ids in zip(found, instructions, strict=True)]
 
     def features(self, requests: Sequence[Sequence[FoundImage]]) -> list[list[torch.Tensor | None] | ImageError]:
         """For each of several requests the features of its images, or why one of them cannot be used.
@@ -78,7 +89,7 @@ class ImageFeatures:
         for index, images in enumerate(requests):
             try:
                 own = {
-                    image.key: (self._item(image.source), image.plan)
+                    image.key: (self._item(image), image.plan)
                     for image in images
                     if image.key not in self._known and image.key not in new
                 }
@@ -113,7 +124,11 @@ class ImageFeatures:
             key, _ = self._known.popitem(last=False)
             total -= self._kept.pop(key)
 
-    def _item(self, image: Media | torch.Tensor | Image.Image | ImageBytes) -> Media:
+    def _item(self, found: FoundImage) -> Media:
+        media = self._pixels(found.source)
+        return replace(media, instructions=(found.instruction,)) if found.instruction else media
+
+    def _pixels(self, image: Media | torch.Tensor | Image.Image | ImageBytes) -> Media:
         if isinstance(image, Media):
             return image
         if isinstance(image, torch.Tensor):
@@ -125,9 +140,9 @@ class ImageFeatures:
         return self._processor().item(image)
 
     def _processor(self) -> MediaProcessor:
-        if self._media is None:
+        if self.media is None:
             raise ConfigError("the model came with no image processor: load it with image_processor=FOLDER")
-        return self._media
+        return self.media
 
     def _find(self, image: Any) -> FoundImage:
         if isinstance(image, FoundImage):

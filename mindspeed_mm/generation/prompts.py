@@ -12,6 +12,8 @@ from mindspeed_mm.constants import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.encode import encode_prompt
 from mindspeed_mm.data.expand import expand_images
 from mindspeed_mm.data.media import ItemPlan
+from mindspeed_mm.data.rendering import questions_of
+from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
@@ -68,6 +70,27 @@ def prompt_ids(
             "give one image for each placeholder, or no placeholder at all"
         )
     return ids
+
+
+def questions(request: GenerationRequest) -> list[str]:
+    """For each image of a request the text of the turn that it stands in, or its prompt.
+
+    Raises:
+        DataError: another number of images than of placeholders.
+    """
+    images = len(request.images)
+    if request.prompt is not None:
+        texts = [_with_images(request.prompt, images)]
+    else:
+        asked = [question or "" for question, _ in request.turns]
+        texts = [_with_images(asked[0], images, request.turns), *asked[1:]] if asked else []
+    found = questions_of([Turn("human", text) for text in texts])
+    if len(found) != images:
+        raise DataError(
+            f"request {request.id}: found {images} images and {len(found)} {IMAGE_TOKEN} placeholders; "
+            "give one image for each placeholder, or no placeholder at all"
+        )
+    return found
 
 
 def _with_images(text: str, images: int, turns: Sequence[tuple[str, str | None]] = (), *, after: str = "\n") -> str:

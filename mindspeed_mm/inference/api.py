@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from checkpoint_converters.convert import convert
+from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.inference.locate import Located, locate
 from mindspeed_mm.models.adapters.peft_format import own_adapters, with_adapter
+from mindspeed_mm.models.headers import check_weights
 from mindspeed_mm.models.part import DTYPES
 from mindspeed_mm.platform import Platform, get_platform
 from mindspeed_mm.platform.distributed import init_single_process
@@ -71,9 +73,9 @@ def load(
     words = _words(located.tokenizer) if located.tokenizer else None
     if not located.placeholder_ids and words is not None:  # our own layouts, whose files hold no ids of HF's keys
         located = _with_token_ids(located, located.spec.family.token_ids(words.token_to_id))
-    media = None
-    if located.image_processor:
-        media = located.spec.family.media_processor(located.spec, located.image_processor, pad=located.pad)
+    media = _media_of(located)
+    if located.sources is None:
+        check_weights(spec)  # they may not be those of the model config
     platform = get_platform(device)
     # Modules below import megatron.core, which the platform has just prepared.
     from megatron.core import parallel_state
@@ -126,6 +128,12 @@ def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is not known: expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _media_of(located: Located) -> MediaProcessor | None:
+    if not located.image_processor:
+        return None
+    return located.spec.family.media_processor(located.spec, located.image_processor, pad=located.pad)
 
 
 def _with_token_ids(located: Located, ids: dict[str, int]) -> Located:

@@ -42,7 +42,7 @@ class LoadedVLM:
         self.spec = vlm.spec
         self.image_token_id: int | None = located.image_token_id
         self.pad = located.pad
-        chosen = choose_template(None, located.template, tokenizer, vlm.spec.family.template)
+        chosen = choose_template(None, located.template, tokenizer, *vlm.spec.family.usual_template(vlm.spec))
         self.template, self._chosen, self._told = chosen.name, chosen, ""
         self._placeholders = located.placeholder_ids
         self._tokenizer, self._media = tokenizer, media
@@ -191,6 +191,7 @@ class LoadedVLM:
         *,
         input_ids: torch.Tensor | Sequence | None = None,
         template: str | None = None,
+        qformer_input_ids: Sequence[Sequence[int]] | torch.Tensor | None = None,
         **options: Any,
     ) -> list[str] | list[list[int]]:
         """Answer prompts, or continue ids.
@@ -200,6 +201,8 @@ class LoadedVLM:
             images: of one prompt: a list of PIL images or paths; of several prompts: a list with one such list for
                 each. With input_ids: one flat list, or a tensor [N, 3, h, w] of preprocessed images.
             input_ids: [S], [B, S] or a list of lists; image positions as in `logits`, either one an image or expanded.
+            qformer_input_ids: with input_ids, of a model whose projector reads questions (InstructBLIP): the one about
+                each image in the projector's tokens, [N, L] or N lists without padding.
             options: names of transformers' GenerationConfig; greedy by default.
 
         Returns:
@@ -213,7 +216,7 @@ class LoadedVLM:
         if (prompts is None) == (input_ids is None):
             raise ConfigError("generate takes either prompts or input_ids")
         if input_ids is not None:
-            return self._continue(input_ids, images, chosen)
+            return self._continue(input_ids, images, chosen, qformer_input_ids)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [images or ()] if isinstance(prompts, str) else list(images or [()] * len(texts))
         if len(rows) != len(texts):
@@ -225,13 +228,14 @@ class LoadedVLM:
         results = self.engine(template).generate(requests, chosen, max(1, len(requests)) * chosen.num_return_sequences)
         return [sequence.text for result in results for sequence in result.sequences]
 
-    def _continue(self, input_ids, images, options) -> list[list[int]]:
+    def _continue(self, input_ids, images, options, instructions) -> list[list[int]]:
         rows = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
         rows = [rows] if rows and isinstance(rows[0], int) else rows
         rows = [[IMAGE_TOKEN_INDEX if token in self._placeholders else token for token in row] for row in rows]
         decoder = Decoder(self.model)
         image_features = ImageFeatures(decoder, self._media)
-        found = image_features.find([] if images is None else list(images))
+        shown = [] if images is None else list(images)
+        found = image_features.find(shown, self._instructions(instructions, len(shown)))
         prompts = as_prompts(rows, [image.plan for image in found])
         stop_ids = options.eos_token_ids if options.eos_token_id is not None else self.tokenizer.end_ids
         return continue_ids(
@@ -244,3 +248,15 @@ class LoadedVLM:
             tokenizer=self._tokenizer,
             image_token_id=self.image_token_id,
         )
+
+    def _instructions(self, given, images: int) -> list[tuple[int, ...]] | None:
+        """The question about each image, where the projector reads it."""
+        rows = None if given is None else [tuple(map(int, row)) for row in given]
+        wanted = images if self.spec.vision_projector.reads_instructions else None
+        if (None if rows is None else len(rows)) != (wanted or None):
+            raise ConfigError(
+                f"found qformer_input_ids for {len(rows or ())} images; expected "
+                f"{wanted if wanted is not None else 'none, since the projector of this model reads no question'}: one "
+                "list of the projector's tokens for each image"
+            )
+        return rows

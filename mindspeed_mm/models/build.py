@@ -8,9 +8,11 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from mindspeed_mm.models.adapters.lora import attach_lora
 from mindspeed_mm.models.adapters.peft_format import pairs_of
+from mindspeed_mm.models.adapters.quantized_base import quantize_linears
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import ModelSpec
+from mindspeed_mm.models.trainable import mark
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform.core_versions import known_options
 from mindspeed_mm.weights.loading import LoadReport, load_part
@@ -44,9 +46,18 @@ def build_vlm(
         WeightError: weights are missing, damaged or of another geometry; a part is neither loaded nor declared fresh.
     """
     vlm = VLM(spec, runtime, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
-    vlm = vlm.to(device, runtime.params_dtype)
+    # Weights in 4 or 8 bits are never whole on the device.
+    stored = any(part.quantize for part in spec.part_specs().values())
+    vlm = vlm.to("cpu" if stored else device, runtime.params_dtype)
     reports = _load(vlm, spec, runtime, sources, allow_nonfinite=allow_nonfinite) if load_weights else []
+    for kind, module in vlm.parts().items():
+        if spec.part(kind).quantize is not None:
+            offset = _place(module, runtime, kind).get("layer_offset", 0)
+            quantize_linears(module, spec.parts()[kind], spec.part(kind), offset)
     _attach_adapters(vlm, spec, runtime, load_weights=load_weights)
+    vlm = vlm.to(device)
+    for kind, module in vlm.parts().items():
+        mark(module, spec.part(kind), _place(module, runtime, kind).get("layer_offset", 0))
     return vlm, reports
 
 

@@ -43,7 +43,8 @@ def _is_short(block: Any) -> bool:
 
 
 def _completed(slot: str, block: dict[str, Any], context: str | None) -> dict[str, Any]:
-    spec = describe_part(open_source(block["ckpt_path"]).part(slot))
+    given = {key: block[key] for key in ("num_attention_heads",) if key in block}  # what is derived of it follows
+    spec = describe_part(open_source(block["ckpt_path"]).part(slot), **given)
     if block.get("model_id", spec.model_id) != spec.model_id:
         raise ConfigError(
             f'model config{f" ({context})" if context else ""}: {slot}.model_id is "{block["model_id"]}", the weights '

@@ -35,6 +35,35 @@ QWEN2_5_VL = file_keys(
 """Qwen2_5_VLConfig with a text_config, beside which some versions repeat the decoder's keys; without one, the keys at
 the top are the decoder's and checked as such."""
 
+BLIP2 = file_keys(
+    "config.json of transformers' BLIP-2 and InstructBLIP",
+    ("text_config", "vision_config", "qformer_config", "image_token_index", "image_token_id", "num_query_tokens")
+    + ("tie_word_embeddings", "model_type"),
+    {**NO_CONFIG, "use_decoder_only_language_model": (True,)},
+    (*COMMON, *OLD_OPTIONS, "image_text_hidden_size", "hidden_size"),
+)
+
+MINIGPT4 = file_keys(
+    "config.json of a converted MiniGPT-4",
+    ("text_config", "vision_config", "qformer_config", "num_query_tokens", "has_qformer", "patches_per_feature")
+    + ("vision_norm_eps", "feature_scale", "model_type"),
+    NO_CONFIG,
+    (*COMMON, *OLD_OPTIONS),
+)
+"""MiniGPT-4's own files have none; a conversion writes it."""
+
+QFORMER = file_keys(
+    "qformer_config of BLIP-2, InstructBLIP and MiniGPT-4",
+    (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("layer_norm_eps", "cross_attention_frequency", "encoder_hidden_size", "vocab_size", "pad_token_id"),
+        *("max_position_embeddings", "use_qformer_text_input", "initializer_range"),
+    ),
+    {**NO_CONFIG, "position_embedding_type": ("absolute",)},
+    (*COMMON, *OLD_OPTIONS, "attention_probs_dropout_prob", "hidden_dropout_prob", "classifier_dropout"),
+)
+"""Models are trained without dropout here."""
+
 _TRAINING = (
     *("freeze_mm_mlp_adapter", "tune_mm_mlp_adapter", "unfreeze_mm_vision_tower", "unfreeze_language_model"),
     *("mm_projector_lr", "mm_vision_tower_lr", "mm_tunable_parts", "tune_mm_vision_resampler", "tune_entire_model"),
@@ -93,5 +122,5 @@ def own_part(config: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in config.items() if is_of_llava(key)}
 
 
-TABLES: tuple[FileKeys, ...] = (LLAVA_HF, LLAVA_NEXT_HF, QWEN2_5_VL, ORIGINAL)
+TABLES: tuple[FileKeys, ...] = (LLAVA_HF, LLAVA_NEXT_HF, QWEN2_5_VL, BLIP2, MINIGPT4, QFORMER, ORIGINAL)
 """In the order of docs/weights.md."""

@@ -5,7 +5,8 @@ from typing import Any
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, Part, PartSpec, find_part, part_block, part_for_model_type
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, find_family, load_model_spec, model_block
-from mindspeed_mm.weights.rules import Geometry, Rule, is_layered, layer_of
+from mindspeed_mm.weights.rule_names import is_layered, layer_of
+from mindspeed_mm.weights.rules import Geometry, Rule
 from mindspeed_mm.weights.sources import PartSource, Source
 
 

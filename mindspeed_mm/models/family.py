@@ -8,7 +8,7 @@ families and know none by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,9 +49,13 @@ class Family(ABC):
     config_keys: dict[str, FileKeys] = {}
     """What is known of the keys of the whole model's config.json, by layout; `split_config` checks it."""
 
-    template: str | None = "v1"
-    """The template of prompts where neither the user nor the checkpoint nor its tokenizer gives one; None: there is
-    none."""
+    template = "v1"
+    """Conversation template of the family's models where neither the user nor the checkpoint nor its tokenizer gives
+    one."""
+
+    chats_by_tokenizer = True
+    """Whether a chat template of the tokenizer is the model's; else it is that of the decoder alone, before it learned
+    to see."""
 
     after_image = "\n"
     """What stands between an image and the question, where the user places none."""
@@ -61,6 +65,14 @@ class Family(ABC):
 
     multimodal_positions = False
     """Whether positions have three axes (time, height, width), which `positions` gives."""
+
+    def default_template(self, spec: ModelSpec) -> str:
+        """The template of one model of the family."""
+        return self.template
+
+    def usual_template(self, spec: ModelSpec) -> tuple[str, bool]:
+        """(`default_template`, `chats_by_tokenizer`): what choose_template asks of a family."""
+        return self.default_template(spec), self.chats_by_tokenizer
 
     # Weights and configs
 
@@ -172,6 +184,15 @@ class Family(ABC):
     def fit_image_processor(self, spec: ModelSpec, config: dict[str, Any]) -> dict[str, Any]:
         """The preprocessor_config.json beside weights of another layout, as the family's transformers folder has it."""
         return config
+
+    def gather(self, processor: dict[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
+        """A preprocessor_config.json with what else `media_processor` needs of the folders that weights came with, in
+        one JSON, for places that keep no such files."""
+        return processor
+
+    def write_companions(self, folder: Path, processor: dict[str, Any]) -> None:
+        """Write what `gather` has put into a processor's config as the family's transformers folder has it."""
+        return None
 
     def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
         """The plan that every image has; None where the size decides."""

@@ -32,6 +32,9 @@ class Media:
     sizes: torch.Tensor
     """[I, 2] int64 in host memory: height and width of each image before processing; 0 where nobody asks for them."""
 
+    instructions: tuple[tuple[int, ...], ...] = ()
+    """[I] ids of the question about each item, of models whose projector reads it (InstructBLIP); () for all others."""
+
     @classmethod
     def of_images(cls, pixels: torch.Tensor) -> Media:
         """Images of one size, [I, 3, h, w], one row each."""
@@ -46,6 +49,7 @@ class Media:
             tuple(itertools.chain.from_iterable(part.rows for part in parts)),
             torch.cat([part.grid for part in parts]),
             torch.cat([part.sizes for part in parts]),
+            tuple(itertools.chain.from_iterable(part.instructions for part in parts)),
         )
 
     def __len__(self) -> int:

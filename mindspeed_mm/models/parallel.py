@@ -35,8 +35,9 @@ def layout_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
 def _head_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
     problems = []
     size, slices = runtime.tensor_model_parallel_size, runtime.context_parallel_size
-    for kind in ("text_decoder", "vision_encoder"):
-        part = spec.part(kind)
+    for kind, part in spec.part_specs().items():
+        if getattr(part, "num_query_groups", None) is None:
+            continue  # a projector without attention
         if part.num_attention_heads % size:
             problems.append(
                 f"{kind}.num_attention_heads {part.num_attention_heads} cannot be split over "

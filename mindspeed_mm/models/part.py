@@ -79,6 +79,20 @@ NoFusion = Annotated[bool, only(False, why="kernels are chosen by the platform, 
 NoDropout = Annotated[float, only(0.0, why="models of the LLaVA family are trained without dropout")]
 
 
+LearningRate = Annotated[float, pydantic.Field(gt=0)]
+WeightDecay = Annotated[float, pydantic.Field(ge=0)]
+
+
+class ParameterRule(StrictModel):
+    """How some parameters of a part are trained; keys that are left out say nothing."""
+
+    names: str
+    """Shell pattern of names as they stand in a checkpoint behind the part's own, such as "decoder.layers.[0-7].*"."""
+    freeze: bool | None = None
+    lr: LearningRate | None = None
+    weight_decay: WeightDecay | None = None
+
+
 class PartSpec(StrictModel):
     """Keys that every part has, and what it states about its work."""
 
@@ -89,6 +103,14 @@ class PartSpec(StrictModel):
     """Norms of a vision encoder before or behind its layers."""
 
     freeze: bool = False
+    lr: LearningRate | None = None
+    """Highest learning rate of the part; None: the run's. The lowest keeps its ratio to it."""
+    weight_decay: WeightDecay | None = None
+    """None: the run's. Biases and parameters of one dimension have none."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Store the weights of the layers' linears in 4 or 8 bits, where they are not trained: QLoRA, or a frozen part."""
+    parameters: list[ParameterRule] = []
+    """Rules for single parameters; the last one that fits decides (models/trainable.py)."""
     lora: LoraSpec | None = None
     """Train adapters beside the frozen linears instead of the part's own parameters."""
     ckpt_path: str | None = None
@@ -134,6 +156,24 @@ class PartSpec(StrictModel):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _stored_weights_are_frozen(self) -> "PartSpec":
+        if self.quantize is not None and self.lora is None and not self.freeze:
+            raise ValueError(
+                f'found quantize "{self.quantize}" in a part whose own weights are trained; expected lora, which '
+                "trains adapters beside them, or freeze true. Add one of them, or remove quantize"
+            )
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything of the part is trained."""
+        return not self.freeze or any(rule.freeze is False for rule in self.parameters)
+
+    def frozen(self, name: str) -> bool:
+        """Whether a parameter of the part is frozen where no rule says otherwise."""
+        return self.freeze
+
     @property
     def dtype(self) -> torch.dtype | None:
         """params_dtype as torch's type; else what bf16 or fp16 say; else None."""
@@ -162,6 +202,16 @@ class PartSpec(StrictModel):
             features=rows * self.num_image_tokens,
             pairs=positions * self.num_positions * self.num_built_layers,
         )
+
+    @property
+    def fresh_names(self) -> tuple[str, ...]:
+        """Beginnings of names of tensors that stay at random values though the part has weights."""
+        return ()
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Of a projector: whether it reads the question about an image."""
+        return False
 
     @property
     def layer(self) -> LayerShape:

@@ -7,6 +7,7 @@ from typing import Any
 import pydantic
 
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
+from mindspeed_mm.models import trainable
 from mindspeed_mm.models.adapters import targets
 from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, SLOTS, Part, PartSpec, find_part, part_block, part_of
 from mindspeed_mm.registry import find, find_all
@@ -55,7 +56,9 @@ class ModelSpec(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _parts_fit(self) -> "ModelSpec":
-        problems = [*find_family(self.model_id).check(self), *targets.problems(self.parts(), self.part_specs())]
+        parts, specs = self.parts(), self.part_specs()
+        problems = [*find_family(self.model_id).check(self), *targets.problems(parts, specs)]
+        problems += trainable.problems(parts, specs)
         if problems:
             raise ValueError("\n  ".join(problems))
         return self

@@ -36,7 +36,7 @@ class ImageEncoder(MegatronModule):
         projector = parts["vision_projector"].build(spec.vision_projector, runtime)
         super().__init__(config=encoder.config)
         self.spec, self.encoder, self.projector = spec, encoder, projector
-        self.encoder_frozen = spec.vision_encoder.freeze
+        self.encoder_frozen = not spec.vision_encoder.trains
         self.context_group = parallel_state.get_context_parallel_group() if runtime.context_parallel_size > 1 else None
 
     def features(self, media: Media) -> Features:
@@ -60,7 +60,8 @@ class ImageEncoder(MegatronModule):
             return self.project(features).values
         if media is None or not len(media):
             blank = self.encoder.blank_features() if self.encoder_frozen else self.features(self.encoder.blank())
-            return self.projector(blank).values[:0]
+            project = getattr(self.projector, "project_blank", self.projector)
+            return project(blank).values[:0]
         if self.context_group is None or not self.spec.vision_encoder.independent_rows:
             return self.project(self.features(media)).values
         if not self.spec.vision_projector.independent_rows:
@@ -105,7 +106,6 @@ class VLM(MegatronModule):
         self.share_embeddings_and_output_weights = decoder.share_embeddings_and_output_weights
         self.text_decoder = decoder
         self.image_encoder = ImageEncoder(spec, runtime) if pre_process else None
-        self._freeze()
 
     def parts(self) -> dict[str, torch.nn.Module]:
         """The parts that this pipeline stage holds, by the name of their spec."""
@@ -114,11 +114,6 @@ class VLM(MegatronModule):
             parts["vision_encoder"] = self.image_encoder.encoder
             parts["vision_projector"] = self.image_encoder.projector
         return parts
-
-    def _freeze(self) -> None:
-        specs = self.spec.part_specs()
-        for kind, module in self.parts().items():
-            module.requires_grad_(not specs[kind].freeze)
 
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """Weight that first and last stage share when the head is tied (asked for by megatron.core's gradient sums)."""

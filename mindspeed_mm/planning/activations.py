@@ -18,6 +18,7 @@ from mindspeed_mm.models.part import PartSpec
 from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.kernels import Kernels, kernels_of
 from mindspeed_mm.platform.capped import BLOCK_SCORES
+from mindspeed_mm.weights.blockwise import MADE
 
 INDEX = 8
 """Bytes of an int64."""
@@ -101,6 +102,16 @@ def capped_scores(sizes: LayerSizes) -> float:
     return 4 * SINGLE * min(scores, BLOCK_SCORES)
 
 
+def whole_weight(sizes: LayerSizes) -> float:
+    """The largest of the layer's stored weights, while it is made whole."""
+    shape = sizes.shape
+    if sizes.part.quantize is None:
+        return 0.0
+    heads = shape.num_attention_heads + 2 * shape.num_query_groups
+    outputs = max(heads * shape.kv_channels, shape.ffn_hidden_size * (2 if shape.gated else 1))
+    return MADE * outputs * shape.hidden_size / sizes.tensor
+
+
 def mlp(sizes: LayerSizes) -> float:
     """Between the two linears: gated, gate and up in one tensor; plain, what the activation saves. The second linear's
     input comes on top where it is trained."""
@@ -173,7 +184,7 @@ def stack(sizes: LayerSizes, layers: int) -> Stack:
     # In a layer's backward pass the gated product and the first linear's output have gradients, as has the residual,
     # beside one factor on the way, while what is no longer needed of the forward pass is given back.
     inner = sizes.element * shape.ffn_hidden_size / sizes.tensor * sizes.tokens * (3 if sizes.trained else 4)
-    gradients = max(inner, capped_scores(sizes)) + boundary
+    gradients = max(inner, capped_scores(sizes)) + boundary + whole_weight(sizes)
     # Once for the stack: cosines and sines of half a head each.
     angles = sizes.tokens * sizes.element * shape.kv_channels if shape.rotary else 0.0
     if spec.recompute_granularity == "selective":

@@ -158,8 +158,8 @@ class TrainingJob:
     def gradients_flow(self, kind: str) -> bool:
         """Whether the backward pass goes through a part: it is trained, or stands behind a trained one."""
         order = ("vision_encoder", "vision_projector", "text_decoder")
-        return any(not self.spec.part(before).freeze for before in order[: order.index(kind) + 1])
+        return any(self.spec.part(before).trains for before in order[: order.index(kind) + 1])
 
     def trained(self, kind: str) -> bool:
         """Whether a part's weights are trained."""
-        return not self.spec.part(kind).freeze
+        return self.spec.part(kind).trains

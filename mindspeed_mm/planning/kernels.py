@@ -29,6 +29,6 @@ def kernels_of(device: str, dtype: torch.dtype) -> Kernels:
     host = device == "cpu"
     return Kernels(
         keeps_gathered=host,
-        foreach_optimizer=not host,
+        foreach_optimizer=device == "cuda",
         single_attention=host and dtype in host_products.HALVES and not host_products.has_half_products(dtype),
     )

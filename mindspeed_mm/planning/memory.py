@@ -50,8 +50,7 @@ def rank_memory(job: TrainingJob, stage: int) -> RankMemory:
     """Memory of a rank of one pipeline stage."""
     counts = stage_parameters(job, stage)
     shared = job.sharing_ranks if job.use_distributed_optimizer else 1
-    # A float32 copy of the parameters, where they are not float32 themselves, and AdamW's two moments.
-    state = SINGLE * (3 if job.mixed else 2)
+    state = state_bytes(job)
     kept, forward, backward, again = _stage_activations(job, stage)
     under_way = micro_batches_under_way(job, stage)
     in_step = max(forward, backward, again)
@@ -60,13 +59,19 @@ def rank_memory(job: TrainingJob, stage: int) -> RankMemory:
     temporaries = max(in_step, optimizer_buffers - under_way * kept)
     return RankMemory(
         stage=stage,
-        parameters=counts.total * job.element,
+        parameters=counts.bytes,
         gradients=counts.trained * SINGLE,
         optimizer=state * counts.trained / shared,
         activations=under_way * kept,
         temporaries=temporaries,
         batch=_batch_bytes(job),
     )
+
+
+def state_bytes(job: TrainingJob) -> int:
+    """Bytes of optimizer state of a trained parameter: a float32 copy, where it is not float32 itself, and AdamW's two
+    moments."""
+    return SINGLE * (3 if job.mixed else 2)
 
 
 def peak_memory(job: TrainingJob) -> RankMemory:
@@ -155,12 +160,12 @@ class CheckpointBytes:
 
 def checkpoint_bytes(job: TrainingJob) -> CheckpointBytes:
     """Sizes of a run's checkpoints, whatever the layout."""
-    whole = stage_parameters(_whole(job), 0)
-    state = SINGLE * (3 if job.mixed else 2)
-    return CheckpointBytes((job.element + state) * whole.trained, job.element * (whole.total - whole.trained))
+    whole = stage_parameters(on_one_rank(job), 0)
+    state = state_bytes(job)
+    return CheckpointBytes((job.element + state) * whole.trained, whole.bytes - job.element * whole.trained)
 
 
-def _whole(job: TrainingJob) -> TrainingJob:
+def on_one_rank(job: TrainingJob) -> TrainingJob:
     """The job on one rank."""
     runtime = replace(
         job.runtime,

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mindspeed_mm.models.adapters.splits import places
-from mindspeed_mm.models.adapters.targets import sites
+from mindspeed_mm.models.adapters.targets import all_sites, sites
 from mindspeed_mm.models.parallel import stage_layers
 from mindspeed_mm.models.part import SLOTS
+from mindspeed_mm.models.trainable import setting
 from mindspeed_mm.planning.job import TrainingJob
-from mindspeed_mm.weights.rules import Step, is_layered
+from mindspeed_mm.weights.blockwise import bytes_of
+from mindspeed_mm.weights.rule_names import is_layered
+from mindspeed_mm.weights.rules import Step
 from mindspeed_mm.weights.shards import padded_vocab_size
 
 ON_LAST_STAGE = ("decoder.final_layernorm.", "output_layer.")
@@ -30,6 +33,17 @@ class Parameters:
     trained: int
     largest: int
     """Of the largest trained tensor."""
+    bytes: float
+    """That hold all of them."""
+
+
+@dataclass(frozen=True)
+class _HeldTensor:
+    """A tensor on one rank: its elements, the share of them that is trained, and its bytes."""
+
+    size: int
+    trained: float
+    bytes: float
 
 
 def held_layers(job: TrainingJob, stage: int) -> int:
@@ -39,16 +53,25 @@ def held_layers(job: TrainingJob, stage: int) -> int:
 
 def stage_parameters(job: TrainingJob, stage: int) -> Parameters:
     """Parameters that a rank of this pipeline stage holds."""
-    sizes = {kind: list(_sizes(job, kind, stage)) for kind in SLOTS}
-    adapters = {kind: list(_adapter_sizes(job, kind, stage)) for kind in SLOTS}
-    trained = [
-        size
-        for kind in SLOTS
-        if job.trained(kind)
-        for size in (sizes[kind] if job.spec.part(kind).lora is None else adapters[kind])
-    ]
-    total = sum(map(sum, sizes.values())) + sum(map(sum, adapters.values()))
-    return Parameters(total, sum(trained), max(trained, default=0))
+    parts = [part_parameters(job, kind, stage) for kind in SLOTS]
+    return Parameters(
+        sum(part.total for part in parts),
+        sum(part.trained for part in parts),
+        max(part.largest for part in parts),
+        sum(part.bytes for part in parts),
+    )
+
+
+def part_parameters(job: TrainingJob, kind: str, stage: int) -> Parameters:
+    """Those of one part."""
+    tensors = [*_tensors(job, kind, stage)]
+    tensors += [_HeldTensor(size, 1.0, size * job.element) for size in _adapter_sizes(job, kind, stage)]
+    return Parameters(
+        sum(tensor.size for tensor in tensors),
+        round(sum(tensor.size * tensor.trained for tensor in tensors)),
+        max((tensor.size for tensor in tensors if tensor.trained), default=0),
+        sum(tensor.bytes for tensor in tensors),
+    )
 
 
 def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
@@ -67,25 +90,31 @@ def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
         yield round(share * spec.lora.r * columns / split[1])
 
 
-def _sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
-    """Elements of each tensor of one part on this stage."""
+def _tensors(job: TrainingJob, kind: str, stage: int) -> Iterator[_HeldTensor]:
+    """The tensors of one part on this stage; the trained layers are taken to be spread evenly over the stages."""
     spec, part = job.spec.part(kind), job.spec.parts()[kind]
     if kind != "text_decoder" and stage > 0:
         return
     shapes = part.shapes(spec)
-    layered: list[int] = []
+    stored = {site.step.target for site in all_sites(part, spec)} if spec.quantize else set()
+    layered: list[_HeldTensor] = []
     for step in part.rules["ours"].steps(spec.geometry):
         if step.unused:
             continue
         shape = shapes.get(step.target) or shapes[step.rule.target]
         size = _share(step, shape, job.tensor)
+        held = bytes_of(size, spec.quantize) if step.target in stored else size * job.element
+        tensor = _HeldTensor(size, setting(spec, step.target).trained, held)
         if kind == "text_decoder" and is_layered(step.rule.target):
-            layered.append(size)
+            layered.append(tensor)
         elif kind != "text_decoder" or _stands_on(step.target, job, stage):
-            yield size
+            yield tensor
     # Layers are alike, and steps come rule by rule, each for all layers: every num_layers-th is another tensor.
-    for size in layered[:: spec.geometry.num_layers]:
-        yield from [size] * held_layers(job, stage)
+    layers = spec.geometry.num_layers
+    for first in range(0, len(layered), layers):
+        alike = layered[first : first + layers]
+        mean = replace(alike[0], trained=sum(tensor.trained for tensor in alike) / layers)
+        yield from [mean] * held_layers(job, stage)
 
 
 def _stands_on(target: str, job: TrainingJob, stage: int) -> bool:

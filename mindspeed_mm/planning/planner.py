@@ -50,7 +50,7 @@ class Planner:
         self.namespace, self.platform = namespace, platform
         _check_numbers(namespace)
         self.spec = read_model(namespace.mm_model)
-        if all(part.freeze for part in self.spec.part_specs().values()):
+        if not any(part.trains for part in self.spec.part_specs().values()):
             raise ConfigError("nothing to train: all parts are frozen; set freeze to false for at least one part")
         self.samples = namespace.samples
         self.hardware = self._hardware()
@@ -207,7 +207,7 @@ def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: in
     single.sequence_parallel, single.global_batch_size = False, 1
     single.lr, single.train_iters = 1e-4, 10**6
     args = arguments.from_namespace(single, world_size=1)
-    inputs = RunInputs(args, platform, namespace.mm_model, namespace.mm_data)
+    inputs = RunInputs(args, platform, namespace.mm_model, namespace.mm_data, weights=False)
     dataset = inputs.dataset
     chosen = sorted({round(number * (len(dataset) - 1) / (SAMPLED - 1)) for number in range(SAMPLED)})
     with progress_bar("samples", len(chosen)) as advance:

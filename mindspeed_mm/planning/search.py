@@ -86,7 +86,7 @@ def with_recompute(spec: ModelSpec, recompute: str) -> ModelSpec:
     elif recompute == "full":
         fields = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     encoder = spec.image_encoder
-    if not spec.vision_encoder.freeze:
+    if spec.vision_encoder.trains:
         vision_encoder = spec.vision_encoder.model_copy(update=fields)
         encoder = encoder.model_copy(update={"vision_encoder": vision_encoder})
     text = spec.text_decoder.model_copy(update=fields)

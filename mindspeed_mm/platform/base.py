@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.host import versions
 from mindspeed_mm.platform import fused
 from mindspeed_mm.platform.capped import CappedAttention, band
 from mindspeed_mm.platform.segments import Segments
@@ -50,7 +51,11 @@ class Platform(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def is_available(cls) -> bool:
-        """True when this process can use the device. Never raises and prints nothing."""
+        """True when this process can use the device. Prints nothing.
+
+        Raises:
+            ConfigError: the device's stack is installed, and wrong in a way that the message explains.
+        """
 
     @abc.abstractmethod
     def device(self) -> torch.device:
@@ -95,6 +100,10 @@ class Platform(abc.ABC):
     def inference_tokens(self) -> int:
         """Tokens that go through a layer together at most where only its result is wanted: enough for full speed."""
         return 8192
+
+    def keep_float32_whole(self) -> None:
+        """From now on float32 products are computed in float32, and in no shorter format inside. Here they are."""
+        return None
 
     def profiler(self) -> torch.profiler.profile:
         """A profiler of host and device, as a context manager with `export_chrome_trace`."""
@@ -254,7 +263,8 @@ def get_platform(name: str | None = None) -> Platform:
             first available of npu, cuda, cpu.
 
     Raises:
-        ConfigError: unknown or unavailable device, or another one was chosen before in this process.
+        ConfigError: unknown or unavailable device, another one was chosen before in this process, a version of torch or
+            megatron-core that is known not to work, or a stack of the device that cannot be used.
     """
     global _current
     if name is not None and name not in PLATFORM_ORDER:
@@ -269,11 +279,15 @@ def get_platform(name: str | None = None) -> Platform:
     for candidate in candidates:
         cls = _platform_class(candidate)
         if cls.is_available():
+            versions.check(candidate)
             quiet_third_party()
-            platform = cls()
-            platform.prepare_megatron()
-            _current = platform
-            return platform
+            _current = cls()
+            try:
+                _current.prepare_megatron()  # what it imports may ask for the current platform
+            except BaseException:
+                _current = None
+                raise
+            return _current
     raise ConfigError(
         f'device {name} was asked for (by --device or a "device" key), but this machine has no usable {name} device '
         f"(torch {torch.__version__}): install its stack or give --device cpu"

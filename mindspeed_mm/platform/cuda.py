@@ -89,6 +89,9 @@ class CudaPlatform(Platform):
         name = torch.cuda.get_device_name()
         return next((peak for key, peak in BF16_PEAK.items() if key in name), None)
 
+    def keep_float32_whole(self) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
     def profiler(self) -> torch.profiler.profile:
         activities = torch.profiler.ProfilerActivity
         return torch.profiler.profile(activities=[activities.CPU, activities.CUDA])

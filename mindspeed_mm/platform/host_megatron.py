@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
+import importlib
 import logging
 import sys
 import types
@@ -20,9 +19,9 @@ import types
 import torch
 
 from mindspeed_mm.platform import core_versions
+from mindspeed_mm.platform.core_import import PACKAGE, CoreFinder, rewritten, without_compiler
 from mindspeed_mm.platform.host_linear import linear
 
-PACKAGE = "megatron.core"
 TYPE_NAMES = {
     "torch.cuda.FloatTensor": "torch.FloatTensor",
     "torch.cuda.HalfTensor": "torch.HalfTensor",
@@ -30,46 +29,13 @@ TYPE_NAMES = {
 }
 
 
-def _rewrite_constant(constant: object) -> object:
-    if isinstance(constant, types.CodeType):
-        return rewrite(constant)
-    if isinstance(constant, tuple):
-        return tuple(_rewrite_constant(item) for item in constant)
-    if isinstance(constant, str):
-        return "cpu" if constant == "cuda" else TYPE_NAMES.get(constant, constant)
-    return constant
-
-
 def rewrite(code: types.CodeType) -> types.CodeType:
-    """Replace the device `cuda` by `cpu` in names, constants and nested code of a code object.
-
-    Imports such as `from torch.cuda import x` keep working: their module name is left alone.
-    """
-    names = tuple("cpu" if name == "cuda" else name for name in code.co_names)
-    constants = tuple(_rewrite_constant(constant) for constant in code.co_consts)
-    return code.replace(co_names=names, co_consts=constants)
+    """Replace the device `cuda` by `cpu` in names, constants and nested code of a code object."""
+    return rewritten(code, {"cuda": "cpu"}, {"cuda": "cpu"} | TYPE_NAMES)
 
 
-class _HostLoader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str) -> types.CodeType | None:
-        code = super().get_code(fullname)
-        return None if code is None else rewrite(code)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        super().exec_module(module)
-        adapt = _AFTER_IMPORT.get(module.__name__)
-        if adapt is not None:
-            adapt(module)
-
-
-class _HostFinder(importlib.abc.MetaPathFinder):
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != PACKAGE and not fullname.startswith(PACKAGE + "."):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = _HostLoader(spec.loader.name, spec.loader.path)
-        return spec
+class _HostFinder(CoreFinder):
+    """Lets megatron.core run on the CPU."""
 
 
 def _adapt_random(module: types.ModuleType) -> None:
@@ -113,13 +79,8 @@ def _adapt_optimizer(module: types.ModuleType) -> None:
     module.Adam = functools.partial(module.Adam, fused=True)
 
 
-def _adapt_jit(module: types.ModuleType) -> None:
-    """Core wraps 38 functions in torch.compile at import, which loads the compiler; our layers on the CPU call none."""
-    module.jit_fuser = lambda function: function  # what 0.16's disable_jit_fuser does; older versions lack it
-
-
 _AFTER_IMPORT = {
-    f"{PACKAGE}.jit": _adapt_jit,
+    f"{PACKAGE}.jit": without_compiler,
     f"{PACKAGE}.tensor_parallel.random": _adapt_random,
     f"{PACKAGE}.optimizer.grad_scaler": _adapt_grad_scaler,
     f"{PACKAGE}.tensor_parallel.layers": _adapt_linear,
@@ -206,6 +167,6 @@ def install() -> None:
             "megatron.core was imported before the platform was chosen: call mindspeed_mm.platform.get_platform() first"
         )
     _extend_torch_cpu()
-    sys.meta_path.insert(0, _HostFinder())
+    sys.meta_path.insert(0, _HostFinder(rewrite, _AFTER_IMPORT))
     with _quiet_import():
         importlib.import_module(PACKAGE)

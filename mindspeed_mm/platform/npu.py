@@ -1,28 +1,50 @@
 """Ascend NPUs with HCCL, through torch_npu's documented interface.
 
 Sources: Ascend Extension for PyTorch documentation of `torch_npu.contrib.transfer_to_npu` (redirects torch.cuda and
-the nccl backend to the NPU), `torch_npu.npu_fusion_attention` (flash attention forward and backward),
-`torch_npu.npu_rms_norm` and `torch_npu.npu_swiglu`.
-Not run by us: no NPU was at hand. Every torch_npu import stays inside this file's functions.
+the nccl backend to the NPU) and of the operators that are called below.
+Not run by us: no NPU was at hand. tests/npu run it on a stand-in for torch_npu, which holds each call against the
+schema of the operator. Every torch_npu import stays inside this file's functions.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
+import os
 from pathlib import Path
 
 import torch
+from torch.autograd.function import once_differentiable
 
+from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.host import cards, variables, versions
 from mindspeed_mm.platform.base import MemoryStats, Platform, local_rank
 
-MIB = 2**20
+logger = logging.getLogger(__name__)
 
-# npu_fusion_attention's sparse modes: 0 takes the mask as it is, 2 is causal aligned to the top left corner and takes
-# a compressed upper-triangular mask of this size.
+MIB = 2**20
+HALVES = (torch.bfloat16, torch.float16)
+
+# npu_fusion_attention's sparse modes: 0 takes the mask as it is, 2 is causal aligned to the top left corner, 4 a band
+# of pre_tockens keys before the query's own and next_tockens behind it. The last two take a compressed
+# upper-triangular mask of COMPRESSED_MASK_SIZE.
 DENSE_MASK_MODE = 0
 CAUSAL_MODE = 2
+BAND_MODE = 4
 COMPRESSED_MASK_SIZE = 2048
+
+# Limits that the operators' documentation states.
+MOST_SEQUENCES = 1024
+"""Of npu_fusion_attention in layout TND."""
+
+DECODED_QUERIES = 32
+DECODED_CHANNELS = 16
+"""npu_fused_infer_attention_score is given at most so many queries; channels of a head are a multiple of the other."""
+
+ROTARY_CHANNELS = 896
+ROTARY_HEADS = 1000
+"""Channels of a head, and rows or heads, stay below these in npu_rotary_mul."""
 
 
 class NpuPlatform(Platform):
@@ -32,25 +54,44 @@ class NpuPlatform(Platform):
     backend = "hccl"
 
     def __init__(self) -> None:
+        variables.check(os.environ)
         self._torch_npu = importlib.import_module("torch_npu")
+        count = torch.npu.device_count()
+        if local_rank() >= count:
+            raise ConfigError(
+                f"LOCAL_RANK is {local_rank()} but this host shows {count} NPU(s): start at most one process per NPU "
+                "(NPUS_PER_NODE / --nproc_per_node), and look at ASCEND_RT_VISIBLE_DEVICES"
+            )
         torch.npu.set_device(local_rank())
+        _check_card(torch.npu.get_device_name(local_rank()))
         self._causal_mask: torch.Tensor | None = None
 
     @classmethod
     def is_available(cls) -> bool:
         if importlib.util.find_spec("torch_npu") is None:
             return False
-        importlib.import_module("torch_npu")
+        found = versions.torch_npu_finding()
+        if found is not None and found.level == "bad":
+            raise ConfigError(f"{found}. --device cpu does without it")
+        try:
+            importlib.import_module("torch_npu")
+        except (ImportError, OSError, RuntimeError) as error:  # shared libraries of CANN that are not found
+            raise ConfigError(
+                f"torch_npu is installed but cannot be imported ({error}): it needs CANN, so first "
+                "`source /usr/local/Ascend/ascend-toolkit/set_env.sh`; --device cpu does without it"
+            ) from error
         return torch.npu.is_available()
 
     def device(self) -> torch.device:
         return torch.device("npu", local_rank())
 
     def prepare_megatron(self) -> None:
-        """Redirect torch.cuda to the NPU; let MindSpeed adapt megatron.core where it is installed."""
+        """Redirect torch.cuda to the NPU; adapt megatron.core, by MindSpeed where it is installed."""
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
         if importlib.util.find_spec("mindspeed") is not None:
             importlib.import_module("mindspeed.megatron_adaptor")
+        else:
+            importlib.import_module("mindspeed_mm.platform.npu_megatron").install()
 
     def synchronize(self) -> None:
         torch.npu.synchronize()
@@ -66,43 +107,60 @@ class NpuPlatform(Platform):
         torch.npu.set_rng_state(state)
 
     def attention(self, query, key, value, *, mask, causal, scale, dropout, window=None, soft_cap=None):
-        """See Platform.attention. The operator's masks say True = hidden, the reverse of ours. It has no soft cap;
-        windows go to it in blocks of queries, with a mask each."""
-        if soft_cap is not None or (causal and window is not None and query.shape[2] > window):
+        """See Platform.attention. The operator's masks say True = hidden, the reverse of ours. It has no soft cap.
+        New tokens behind a cache go to the operator for that, in half precision, which it wants."""
+        if soft_cap is not None:
             options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
             return super().attention(query, key, value, mask=mask, causal=causal, **options)
-        hidden = self._compressed_mask(query.device) if causal else None if mask is None else ~mask
-        return self._torch_npu.npu_fusion_attention(
-            query,
-            key,
-            value,
-            head_num=query.shape[1],
-            input_layout="BNSD",
-            atten_mask=hidden,
-            scale=scale,
-            keep_prob=1.0 - dropout,
-            sparse_mode=CAUSAL_MODE if causal else DENSE_MASK_MODE,
-        )[0]
+        # A mask that is the same for all queries is refused by the operators.
+        hidden = None if mask is None else ~mask.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+        if self._decodes(query, causal):
+            return self._decode(query, key, value, hidden, scale)
+        options = self._causal(query, window) if causal else {"atten_mask": hidden}
+        return self._fusion_attention(query, key, value, "BNSD", query.shape[1], scale, dropout, **options)
 
     def segment_attention(
         self, query, key, value, segments, *, scale, dropout, causal=True, window=None, soft_cap=None
     ):
         """See Platform. The operator's layout TND takes the ends of the sequences."""
-        if soft_cap is not None or (window is not None and segments.longest > window):
+        if soft_cap is not None or len(segments.ends) > MOST_SEQUENCES:
             options = {"scale": scale, "dropout": dropout, "causal": causal, "window": window, "soft_cap": soft_cap}
             return super().segment_attention(query, key, value, segments, **options)
+        options = self._causal(query, window) if causal else {}
+        ends = list(segments.ends)
+        options |= {"actual_seq_qlen": ends, "actual_seq_kvlen": ends}
+        return self._fusion_attention(query, key, value, "TND", query.shape[1], scale, dropout, **options)
+
+    def _fusion_attention(self, query, key, value, layout, heads, scale, dropout, **options) -> torch.Tensor:
         return self._torch_npu.npu_fusion_attention(
+            query, key, value, head_num=heads, input_layout=layout, scale=scale, keep_prob=1.0 - dropout, **options
+        )[0]
+
+    def _causal(self, query: torch.Tensor, window: int | None) -> dict:
+        """Options of a causal mask, with a window where there is one."""
+        mask = {"atten_mask": self._compressed_mask(query.device)}
+        if window is None:
+            return mask | {"sparse_mode": CAUSAL_MODE}
+        return mask | {"sparse_mode": BAND_MODE, "pre_tockens": window - 1, "next_tockens": 0}
+
+    @staticmethod
+    def _decodes(query: torch.Tensor, causal: bool) -> bool:
+        """Whether this is a step of generation: one token, whose heads may stand as a sequence (single_token.py)."""
+        few = query.shape[2] == 1 or (not causal and query.shape[2] <= DECODED_QUERIES)
+        fits = query.dtype in HALVES and query.shape[3] % DECODED_CHANNELS == 0
+        return few and fits and not torch.is_grad_enabled()
+
+    def _decode(self, query, key, value, hidden, scale) -> torch.Tensor:
+        """[B, H, S, D] for few queries, without a backward pass. `hidden`: [B, 1, S, K], True = hidden, or None."""
+        return self._torch_npu.npu_fused_infer_attention_score(
             query,
             key,
             value,
-            head_num=query.shape[1],
-            input_layout="TND",
-            atten_mask=self._compressed_mask(query.device) if causal else None,
+            atten_mask=hidden,
+            num_heads=query.shape[1],
+            num_key_value_heads=key.shape[1],
+            input_layout="BNSD",
             scale=scale,
-            keep_prob=1.0 - dropout,
-            sparse_mode=CAUSAL_MODE if causal else DENSE_MASK_MODE,
-            actual_seq_qlen=segments.ends,
-            actual_seq_kvlen=segments.ends,
         )[0]
 
     def _compressed_mask(self, device: torch.device) -> torch.Tensor:
@@ -121,6 +179,19 @@ class NpuPlatform(Platform):
         """See Platform; torch_npu.npu_swiglu."""
         return self._torch_npu.npu_swiglu(x, dim=-1)
 
+    def rotate_qk(self, qkv, cos, sin, groups, head_size=None):
+        """See Platform; torch_npu.npu_rotary_mul, for sizes that it takes."""
+        rotated = 2 * cos.shape[-1]
+        size = head_size or rotated
+        rows, heads = qkv.shape[1], qkv.shape[2] // size
+        if rotated >= ROTARY_CHANNELS or max(rows, heads) >= ROTARY_HEADS:
+            return super().rotate_qk(qkv, cos, sin, groups, head_size)
+        angles = (torch.cat((half, half), dim=-1).squeeze(3) for half in (cos, sin))
+        return _RotateByOperator.apply(self._torch_npu.npu_rotary_mul, qkv, *angles, groups, size)
+
+    def keep_float32_whole(self) -> None:
+        torch.npu.matmul.allow_hf32 = torch.npu.conv.allow_hf32 = False
+
     def profiler(self):
         profiler = self._torch_npu.profiler
         return profiler.profile(activities=[profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU])
@@ -129,6 +200,43 @@ class NpuPlatform(Platform):
         """torch_npu mirrors torch.cuda.memory from 2.1 on."""
         torch.npu.memory._dump_snapshot(str(path))
         return True
+
+
+class _RotateByOperator(torch.autograd.Function):
+    """Platform.rotate_qk by npu_rotary_mul, whose own backward pass keeps queries and keys; this keeps the angles."""
+
+    @staticmethod
+    def forward(ctx, operator, qkv, cos, sin, groups, size):
+        """qkv [S, B, G (A + 2) D]; cos, sin [S, B or 1, 1, R], for the first R channels of each head."""
+        ctx.save_for_backward(cos, sin)
+        ctx.options = (operator, groups, size)
+        return _rotate(operator, qkv, cos, sin, groups, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """The rotation backwards."""
+        cos, sin = ctx.saved_tensors
+        operator, groups, size = ctx.options
+        return None, _rotate(operator, grad, cos, -sin, groups, size), None, None, None, None
+
+
+def _rotate(operator, qkv, cos, sin, groups: int, size: int) -> torch.Tensor:
+    heads = qkv.reshape(*qkv.shape[:2], groups, -1, size)
+    rotated = cos.shape[-1]
+    turned = operator(heads[..., :-1, :rotated].flatten(2, 3), cos, sin).unflatten(2, (groups, -1))
+    if rotated < size:
+        turned = torch.cat((turned, heads[..., :-1, rotated:]), dim=-1)
+    return torch.cat((turned, heads[..., -1:, :]), dim=3).view(qkv.shape)
+
+
+def _check_card(name: str) -> None:
+    """Raises ConfigError for a card that lacks the operators; warns of one that nobody knows."""
+    level, change = cards.judge(name)
+    if level == "bad":
+        raise ConfigError(f"NPU {name}: {change}")
+    if level == "warn":
+        logger.warning("NPU %s: %s", name, change)
 
 
 PLATFORM = NpuPlatform

@@ -35,7 +35,12 @@ def check_cachable(spec: ModelSpec, runtime: Runtime, media: MediaProcessor) -> 
             f"--feature-cache works with images that all have the same number of features; those of model_id "
             f"{spec.model_id} depend on their size: leave it out"
         )
-    if not spec.vision_encoder.freeze:  # nor has it adapters, which go with a part that is not frozen
+    if media.reads_instructions:
+        raise ConfigError(
+            f"--feature-cache does not know the question about an image, which the projector of model_id "
+            f"{spec.model_id} reads: leave it out"
+        )
+    if spec.vision_encoder.trains:  # nor has it adapters, which go with a part that is not frozen
         raise ConfigError(
             "--feature-cache needs a vision encoder that is not trained: set vision_encoder.freeze to true"
         )

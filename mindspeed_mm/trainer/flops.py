@@ -113,9 +113,9 @@ def step_flops(
         projected: the projector's work; None: the same as the encoder's.
     """
     forward = forward_flops(spec, lengths=lengths, work=work, supervised=supervised, projected=projected)
-    vision_encoder = not spec.vision_encoder.freeze
-    projector, decoder = not spec.vision_projector.freeze, not spec.text_decoder.freeze
-    own = {kind: not part.freeze and part.lora is None for kind, part in spec.part_specs().items()}
+    vision_encoder = spec.vision_encoder.trains
+    projector, decoder = spec.vision_projector.trains, spec.text_decoder.trains
+    own = {kind: part.trains and part.lora is None for kind, part in spec.part_specs().items()}
     flow = vision_encoder or projector or decoder
     return (
         forward.patches * (1 + own["vision_encoder"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -25,6 +26,7 @@ from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.objectives import find_objective
 from mindspeed_mm.objectives._batches import pad_to_one_length
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.trainer.architecture import check_start
 
 logger = logging.getLogger(__name__)
 
@@ -48,24 +50,30 @@ class RunInputs:
         data_path: str,
         objective: str = "sft",
         lora: dict[str, Any] | None = None,
+        *,
+        weights: bool = True,
     ) -> None:
         """Reads the files. `lora`: keys of the text_decoder's lora block that flags give; they win over the file's.
+        `weights`: compare what the run begins with with the model config; False for a plan, which needs none.
 
         Raises:
             ConfigError: a file is wrong, or flags, model and data do not fit together.
+            WeightError, CheckpointError: the weights or the checkpoint are not there, or those of another model.
             DataError: the data cannot be read.
         """
         register_checkpoints()
         self.objective = find_objective(objective)
         self.spec = _model_spec(model_path, lora or {})
-        self.args, self.platform = with_virtual_stages(args, self.spec.text_decoder.num_layers), platform
+        self.args, self.platform = with_facts_of(self.spec, args), platform
         self.data_config = DataConfig.load(data_path)
         self.runtime = runtime_of(self.args)
         check_flags(args, self.spec, self.runtime)
+        if weights:
+            check_start(self.args, self.spec)
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
         check_user_tokens(self.tokenizer, self.spec.text_decoder.language_vocab_size, str(self.tokenizer_path))
-        self.data_config = with_template(self.data_config, self.tokenizer, self.spec.family.template)
+        self.data_config = with_template(self.data_config, self.tokenizer, *self.spec.family.usual_template(self.spec))
         self.media = media_of_data(self.spec, self.data_config)
         self.dataset = self.build_dataset()
         _tell_precision(self.spec, self.runtime)
@@ -76,7 +84,7 @@ class RunInputs:
             self.data_config,
             self.tokenizer,
             self.media,
-            self.args.seq_length or self.spec.text_decoder.language_max_sequence_length,
+            self.args.seq_length,
             positions=self.positions,
             validation=validation,
         )
@@ -110,6 +118,12 @@ def _model_spec(path: str, lora: dict[str, Any]) -> ModelSpec:
     return read_model(model, context=path + (" with the --lora flags" if lora else ""))
 
 
+def with_facts_of(spec: ModelSpec, args: DriverArguments) -> DriverArguments:
+    """The flags with what the model config says where they leave it open: length of samples, layers of stages."""
+    length = args.seq_length or spec.text_decoder.language_max_sequence_length
+    return with_virtual_stages(dataclasses.replace(args, seq_length=length), spec.text_decoder.num_layers)
+
+
 def runtime_of(args: DriverArguments) -> Runtime:
     """Layout and precision that the flags ask for."""
     return Runtime(
@@ -139,14 +153,20 @@ def check_flags(args: DriverArguments, spec: ModelSpec, runtime: Runtime) -> Non
     problems = []
     for flag, value in args.model_flags().items():
         if flag == "seq_length":
-            limit = spec.text_decoder.max_position_embeddings
+            limit = spec.text_decoder.language_max_sequence_length
             if value > limit:
-                problems.append(f"--seq-length {value} exceeds text_decoder.max_position_embeddings {limit}")
+                problems.append(
+                    f"--seq-length {value} exceeds text_decoder.language_max_sequence_length {limit}: make them equal, "
+                    "or leave the flag out"
+                )
             continue
         kind, key = MODEL_KEYS_OF_FLAGS.get(flag, ("text_decoder", flag))
         found = getattr(spec.part_specs()[kind], key)
         if found != value:
-            problems.append(f"--{flag.replace('_', '-')} is {value}, but {kind}.{key} is {found}: make them equal")
+            problems.append(
+                f"--{flag.replace('_', '-')} is {value}, but {kind}.{key} is {found}: make them equal, or leave the "
+                "flag out"
+            )
     problems += layout_problems(spec, runtime)
     if problems:
         raise ConfigError("the command line does not fit the model:\n  " + "\n  ".join(problems))

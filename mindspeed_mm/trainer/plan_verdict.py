@@ -6,7 +6,8 @@ import logging
 import os
 
 from megatron.driver.initialize import is_rank_0
-from mindspeed_mm.planning.memory import host_memory, peak_memory
+from mindspeed_mm.planning.memory import host_memory, on_one_rank, peak_memory, state_bytes
+from mindspeed_mm.planning.parameters import part_parameters
 from mindspeed_mm.planning.planner import job_of
 from mindspeed_mm.trainer.inputs import RunInputs
 from mindspeed_mm.trainer.out_of_memory import described, longest_row, remedies
@@ -21,8 +22,22 @@ GB = 1e9
 def tell_verdict(inputs: RunInputs) -> None:
     """Log on rank 0 the predicted memory of a rank beside what its device has. A warning where it will not fit."""
     if is_rank_0():
+        logger.info("%s", trained_table(inputs))
         fits, text = verdict(inputs)
         logger.log(logging.INFO if fits else logging.WARNING, "%s", text)
+
+
+def trained_table(inputs: RunInputs) -> str:
+    """What is trained: parameters of each part, their highest learning rates, bytes of optimizer state of all ranks."""
+    job = on_one_rank(job_of(inputs.args, inputs.spec, longest_row(inputs), inputs.platform.name))
+    lines = [f"{'part':18}{'parameters':>16}{'trained':>16}{'optimizer':>14}  learning rate"]
+    for slot, part in inputs.spec.part_specs().items():
+        count = part_parameters(job, slot, 0)
+        own = {inputs.args.lr if part.lr is None else part.lr, *(rule.lr for rule in part.parameters if rule.lr)}
+        rates = ", ".join(f"{rate:g}" for rate in sorted(own)) if count.trained else "-"
+        state = f"{count.trained * state_bytes(job) / 1e9:.3f} GB"
+        lines.append(f"{slot:18}{count.total:>16,}{count.trained:>16,}{state:>14}  {rates}")
+    return "\n  ".join(lines)
 
 
 def verdict(inputs: RunInputs) -> tuple[bool, str]:

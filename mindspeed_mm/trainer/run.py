@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template_check import describe_sample
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.inference.locate import TOKENIZER_FOLDER
+from mindspeed_mm.models.adapters.targets import ADAPTER
 from mindspeed_mm.models.build import build_vlm
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.trainer.architecture import compare_architectures, starting_checkpoint
+from mindspeed_mm.trainer.curves import leave_loss_curve
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import batch_flops
 from mindspeed_mm.trainer.inputs import RunInputs
@@ -30,10 +35,6 @@ from mindspeed_mm.trainer.validation import Validation, gather_counts
 from mindspeed_mm.weights.loading import table
 
 logger = logging.getLogger(__name__)
-
-NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16", "pipeline_num_layers"}
-NOT_ARCHITECTURE |= {"dropout", "load", "init_seed"}  # of a lora block
-"""Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
 
 
 class TrainingRun:
@@ -71,7 +72,7 @@ class TrainingRun:
             "first sample, supervised tokens in [[ ]]:\n%s",
             describe_sample(first.input_ids, first.labels, self.inputs.tokenizer),
         )
-        with forward_steps(self.inputs, state, self.feature_cache) as forward_step:
+        with self._leaving_a_curve(), forward_steps(self.inputs, state, self.feature_cache) as forward_step:
             report = loop.train(state, self.inputs.args, forward_step, self._batches(state), hooks)
         checkpoint = report.checkpoint or (find_checkpoint(self.inputs.args.save) if self.inputs.args.save else None)
         result = {
@@ -83,17 +84,31 @@ class TrainingRun:
             raise stopped(report, self.inputs.args, result)
         return result
 
+    @contextlib.contextmanager
+    def _leaving_a_curve(self) -> Iterator[None]:
+        """However training ends, what there is of it is drawn into the save folder."""
+        try:
+            yield
+        finally:
+            if self.inputs.args.save and initialize.is_rank_0():
+                leave_loss_curve(self.inputs.args.save)
+
     def _hooks(self) -> Hooks:
-        return Hooks(self._describe, self._extra, self._compare, self.inputs.pad_to_one_length, self._after_step)
+        return Hooks(
+            describe=self._describe,
+            extra=self._extra,
+            compare=self._compare,
+            added=lambda name: ADAPTER in name,
+            pad_to_one_length=self.inputs.pad_to_one_length,
+            after_step=self._after_step,
+        )
 
     def _after_step(self, state: TrainState) -> None:
         gather_counts(self.counts, state, self.inputs.args)
         self.validation.after_step(state)
 
     def _model_provider(self, pre_process: bool, post_process: bool, vp_stage: int | None = None) -> VLM:
-        # --ckpt-step is about --load alone.
-        places = ((self.inputs.args.load, self.inputs.args.ckpt_step), (self.inputs.args.pretrained_checkpoint, None))
-        in_checkpoint = any(find_checkpoint(folder, step) for folder, step in places if folder)
+        in_checkpoint = starting_checkpoint(self.inputs.args) is not None
         vlm, reports = build_vlm(
             self.inputs.spec,
             self.inputs.runtime,
@@ -130,7 +145,7 @@ class TrainingRun:
     def _describe(self, batch: Batch) -> BatchFacts:
         self._check_ids(batch)
         flops = batch_flops(self.inputs.spec, batch)
-        trained = not self.inputs.spec.text_decoder.freeze or batch.num_images > 0
+        trained = self.inputs.spec.text_decoder.trains or batch.num_images > 0
         return BatchFacts(
             batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(), flops, gradient_expected=trained
         )
@@ -200,17 +215,3 @@ def order_facts(inputs: RunInputs) -> dict[str, Any]:
     if loading.group_by_modality_length:  # batches are formed by length; else the order is that of single samples
         facts["--global-batch-size"] = args.global_batch_size
     return facts
-
-
-def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> list[str]:
-    """One line for each field in which two model specs (as JSON) differ, settings of the run left out."""
-    lines = []
-    for key in sorted(set(saved) | set(current)):
-        if key in NOT_ARCHITECTURE or key.startswith("recompute_"):
-            continue
-        ours, theirs = current.get(key), saved.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            lines += compare_architectures(theirs, ours, f"{path}{key}.")
-        elif ours != theirs:
-            lines.append(f"{path}{key}: the checkpoint has {theirs!r}, the model config {ours!r}")
-    return lines

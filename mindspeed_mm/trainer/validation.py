@@ -11,6 +11,7 @@ import torch
 from megatron.driver import validation
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.log_lines import validation_line
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.config import DataloaderParam
@@ -47,10 +48,8 @@ class Validation:
             state, args, self._inputs.objective.forward_step, self._batches(state, batches), batches, hooks
         )
         if is_rank_0():
-            logger.info(
-                "validation loss at iteration %d | lm loss value: %.6E | lm loss PPL: %.6E | samples: %d |",
-                *(state.iteration, loss, math.exp(min(loss, 700.0)), batches * args.global_batch_size),
-            )
+            perplexity, samples = math.exp(min(loss, 700.0)), batches * args.global_batch_size
+            logger.info("%s", validation_line(state, args, loss, perplexity, samples))
 
     def _batches(self, state: TrainState, batches: int):
         """The first micro-batches of the set in the order of the file; read in this process."""

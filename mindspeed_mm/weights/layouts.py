@@ -91,11 +91,11 @@ OUR_FILES = {
 
 HF_DECODER = Layout(
     "hf",
-    (r"^(model\.)?((embed_tokens|tok_embeddings)\.weight$|layers\.[0-9]+\.(self_attn|attention)\.)",),
+    (r"^(model\.)?(decoder\.)?((embed_tokens|tok_embeddings)\.weight$|layers\.[0-9]+\.(self_attn|attention)\.)",),
     (
         Prefix("", TEXT),
         *(
-            Prefix(name, TEXT, "model." + name) for name in ("embed_tokens.", "layers.", "norm.")
+            Prefix(name, TEXT, "model." + name) for name in ("embed_tokens.", "layers.", "norm.", "decoder.")
         ),  # of a bare base model
     ),
     {TEXT: "hf"},

@@ -3,9 +3,9 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ _LAYER = re.compile(r"^decoder\.layers\.(\d+)(?=\.)")
 class LoadReport:
     """What became of one part: tensors this rank expected, loaded and left at random init, and source tensors dropped.
 
-    `config` says whether the source's config confirmed what shapes cannot show.
+    `config` says whether the source's config confirmed what shapes cannot show; `example` is a dropped tensor.
     """
 
     part: str
@@ -38,6 +38,7 @@ class LoadReport:
     fresh: int
     dropped: int
     config: str
+    example: str | None = None
 
 
 def load_part(
@@ -71,14 +72,11 @@ def load_part(
     state = {name: tensor for name, tensor in content.items() if not name.endswith("_extra_state")}
     if source is None:
         return _fresh_report(part, spec, state)
-    part_source = source.part(part.kind)
-    found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
-    confirmed = "none there" if found is None else _check_config(part, spec, part_source, found)
-    rules, geometry = _rules_of(part, part_source), spec.geometry
-    match = rules.match(part_source.names, geometry, where=f"{part_source.path} ({part.kind})")
-    steps = {step.target: step for step in match.steps if not step.unused}
+    part_source, found, confirmed, rules, steps = _matched(part, spec, source)
+    geometry = spec.geometry
     check_tied_copy(rules, geometry, part_source)
-    local = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    named = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
+    local = {name: tensor for name, tensor in named.items() if not name.startswith(spec.fresh_names)}
     whole = num_local_layers is None
     _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
     stored = found.geometry if part_source.assumed else geometry
@@ -88,18 +86,78 @@ def load_part(
             value = local_tensor(step, part_source, geometry, tp_rank, tp_size, stored=stored)
             check_finite(value, f"{part_source.path}: {' + '.join(step.sources)}", allowed=allow_nonfinite)
             _copy(parameter, name, value, step, part_source)
-    dropped = len(part_source.names) - sum(len(step.sources) for step in steps.values())
-    return LoadReport(part.kind, source.layout, str(part_source.path), len(local), len(local), 0, dropped, confirmed)
+    read = {name for step in steps.values() for name in step.sources}
+    dropped = [part_source.stored_name(name) for name in part_source.names if name not in read]
+    return LoadReport(
+        part.kind,
+        source.layout,
+        str(part_source.path),
+        expected=len(named),
+        loaded=len(local),
+        fresh=len(named) - len(local),
+        dropped=len(dropped),
+        config=confirmed,
+        example=dropped[0] if dropped else None,
+    )
+
+
+def check_part(part: Any, spec: Any, source: Source | None) -> None:
+    """Compare a part's weights with its spec before anything is built: names, shapes and types from the headers, and
+    what the config beside them says. No value is read.
+
+    Raises WeightError as `load_part` does, but for what only values show.
+    """
+    if source is None:
+        _fresh_report(part, spec, {})
+        return
+    part_source, _, _, _, steps = _matched(part, spec, source)
+    shapes = part.shapes(spec)
+    for step in steps.values():
+        full = check_step(step, part_source, spec.geometry)
+        _check_shape(step, part_source, tuple(full.shape), shapes.get(step.target) or shapes[step.rule.target])
+
+
+class _Matched(NamedTuple):
+    """A source whose names and config fit a spec."""
+
+    source: PartSource
+    found: Any
+    """The Spec of the config beside the weights; None where there is none."""
+    confirmed: str
+    rules: RuleSet
+    steps: dict[str, Step]
+    """By our name; those that are not built are left out."""
+
+
+def _matched(part: Any, spec: Any, source: Source) -> _Matched:
+    part_source = source.part(part.kind)
+    found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
+    confirmed = "none there" if found is None else _check_config(part, spec, part_source, found)
+    rules = _rules_of(part, part_source)
+    match = rules.match(part_source.names, spec.geometry, where=f"{part_source.path} ({part.kind})")
+    return _Matched(
+        part_source, found, confirmed, rules, {step.target: step for step in match.steps if not step.unused}
+    )
 
 
 def table(reports: Iterable[LoadReport]) -> str:
-    """A plain text table of reports, one line per part."""
-    header = ("part", "layout", "expected", "loaded", "fresh", "dropped", "config", "path")
-    rows = [header] + [tuple(str(getattr(report, key)) for key in header) for report in reports]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    """What became of each part, in words, one line per part."""
+    reports = list(reports)
+    width = max((len(report.part) for report in reports), default=0)
+    return "\n".join(f"  {report.part.ljust(width)}  {_in_words(report)}" for report in reports)
+
+
+def _in_words(report: LoadReport) -> str:
+    if report.layout == "-":
+        return f"random values ({report.fresh} tensors), since the model config gives no ckpt_path"
+    text = f"loaded from {report.path} ({report.loaded} tensors, layout {report.layout}); "
+    if report.config == "equal":
+        text += "the config beside them says the same as the model config"
+    else:
+        text += "no config lies beside them, so that only names and shapes were compared"
+    if report.dropped:
+        text += f"; tensors stored there that are not needed: {report.dropped}, such as {report.example}"
+    return text
 
 
 def _fresh_report(part: Any, spec: Any, state: Mapping[str, Tensor]) -> LoadReport:
@@ -253,12 +311,18 @@ def check_finite(tensor: Tensor, what: str, *, allowed: bool, advice: str = "") 
 
 
 def _copy(parameter: Tensor, name: str, value: Tensor, step: Step, source: PartSource) -> None:
-    if value.shape != parameter.shape:
-        raise WeightError(
-            f"{source.path}: {', '.join(step.sources)} gives {name} the shape {list(value.shape)}; expected "
-            f"{list(parameter.shape)}. The spec describes another model than these weights."
-        )
+    _check_shape(step, source, value.shape, parameter.shape, name)
     parameter.copy_(value)
+
+
+def _check_shape(
+    step: Step, source: PartSource, found: Sequence[int], expected: Sequence[int], name: str | None = None
+) -> None:
+    if tuple(found) != tuple(expected):
+        raise WeightError(
+            f"{source.path}: {', '.join(step.sources)} gives {name or step.target} the shape {list(found)}; expected "
+            f"{list(expected)}. The spec describes another model than these weights."
+        )
 
 
 def global_name(name: str, layer_offset: int) -> str:

@@ -8,8 +8,6 @@ Functions here are pure and know nothing of files or of process groups.
 Letters in shapes: G query groups, R = heads / G query heads per group, D channels per head, H hidden size, F MLP size.
 """
 
-import difflib
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,9 +16,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
-
-MAX_LISTED_NAMES = 8
-"""Names shown per list in an error; the rest is counted."""
+from mindspeed_mm.weights.rule_names import fill, is_layered, mismatch
 
 
 @dataclass(frozen=True)
@@ -276,9 +272,7 @@ class RuleSet:
             first, step = rule.layer_stride
             for layer in range(first, source_layers, step) if is_layered(rule.target) else (None,):
                 unused = rule.unused or (layer is not None and layer >= geometry.num_layers)
-                steps.append(
-                    Step(_fill(rule.target, layer), tuple(_fill(n, layer) for n in rule.sources), rule, unused)
-                )
+                steps.append(Step(fill(rule.target, layer), tuple(fill(n, layer) for n in rule.sources), rule, unused))
         return steps
 
     def expected(self, geometry: Geometry) -> list[str]:
@@ -306,7 +300,7 @@ class RuleSet:
         dropped = [name for name in left if any(drop.matches(name) for drop in drops)]
         unknown = [name for name in left if name not in set(dropped)]
         if missing or unknown:
-            raise WeightError(_mismatch(where, missing, unknown, self._hints(missing, unknown)))
+            raise WeightError(mismatch(where, missing, unknown, self._hints(missing, unknown)))
         return Match(tuple(used), tuple(dropped))
 
     def import_(self, names: Iterable[str], get: Callable[[str], Tensor], geometry: Geometry) -> dict[str, Tensor]:
@@ -320,7 +314,7 @@ class RuleSet:
         missing = [step.target for step in steps if step.target not in state and not step.unused]
         unknown = sorted(set(state) - {step.target for step in steps})
         if missing or unknown:
-            raise WeightError(_mismatch("state to export", missing, unknown))
+            raise WeightError(mismatch("state to export", missing, unknown))
         result: dict[str, Tensor] = {}
         for step in steps:
             if step.target in state:
@@ -364,39 +358,6 @@ class RuleSet:
         return hints
 
 
-def is_layered(name: str) -> bool:
-    """Whether a name of a rule holds a layer number."""
-    return any(text in name for text in _NUMBERS)
-
-
-def layer_of(pattern: str, name: str) -> int | None:
-    """The layer whose number makes `name` of a rule's `pattern`, None where no number does."""
-    found = _matcher(pattern).fullmatch(name)
-    if found is None:
-        return None
-    first, step = next(numbers for text, numbers in _NUMBERS.items() if text in pattern)
-    layer, rest = divmod(int(found[1]) - first, step)
-    return layer if layer >= 0 and not rest else None
-
-
-_NUMBERS = {"{}": (0, 1), "{layer+1}": (1, 1), "{2*layer}": (0, 2)}
-"""What stands for the number of a layer, which is written as first + step * layer."""
-
-
-@functools.lru_cache(maxsize=256)
-def _matcher(pattern: str) -> re.Pattern[str]:
-    text = re.escape(pattern)
-    for number in _NUMBERS:
-        text = text.replace(re.escape(number), "([0-9]+)")
-    return re.compile(text)
-
-
-def _fill(name: str, layer: int | None) -> str:
-    for text, (first, step) in _NUMBERS.items() if layer is not None else ():
-        name = name.replace(text, str(first + step * layer))
-    return name
-
-
 def _cat(target: str, tensors: list[Tensor], dim: int = 0) -> Tensor:
     """torch.cat. Shapes alone (meta tensors) are joined here: torch would import its compiler, which takes seconds."""
     others = {(*tensor.shape[:dim], *tensor.shape[dim + 1 :]) for tensor in tensors}
@@ -419,23 +380,3 @@ def _check_rows(target: str, what: str, tensor: Tensor, rows: int, geometry: Geo
             f"{geometry.num_attention_heads} heads in {geometry.num_query_groups} query groups of "
             f"{geometry.kv_channels} channels. Correct num_attention_heads, num_query_groups or kv_channels."
         )
-
-
-def _mismatch(where: str, missing: list[str], unknown: list[str], hints: Iterable[str] = ()) -> str:
-    lines = [f"{where}: the tensors are not those that the model needs."]
-    if missing:
-        lines.append(f"missing ({len(missing)}): {_shorten(missing)}")
-    if unknown:
-        shown = []
-        for name in unknown[:MAX_LISTED_NAMES]:
-            close = difflib.get_close_matches(name, missing, n=1, cutoff=0.6)
-            shown.append(f"{name} (nearest missing: {close[0]})" if close else name)
-        rest = f" and {len(unknown) - len(shown)} more" if len(unknown) > len(shown) else ""
-        lines.append(f"unknown ({len(unknown)}): {', '.join(shown)}{rest}")
-    lines += hints or ["Correct the model spec (layers, biases, tied head) or give the weights of this model."]
-    return "\n  ".join(lines)
-
-
-def _shorten(names: list[str]) -> str:
-    shown = ", ".join(names[:MAX_LISTED_NAMES])
-    return shown if len(names) <= MAX_LISTED_NAMES else f"{shown} and {len(names) - MAX_LISTED_NAMES} more"

@@ -331,6 +331,8 @@ def _rebuild(storage: tuple[str, torch.dtype, int], offset: int, shape: Any, str
 def _flat_tensors(path: Path, content: Any) -> dict[str, _TensorRecord]:
     if not isinstance(content, dict):
         raise WeightError(f"{path}: found a pickled {type(content).__name__}; expected a dict from names to tensors.")
+    if isinstance(content.get("model"), dict):  # LAVIS and MiniGPT-4 put optimizer, epoch and the like beside
+        content = content["model"]
     tensors = {}
     for name, value in content.items():
         if isinstance(name, str) and name.endswith("_extra_state"):

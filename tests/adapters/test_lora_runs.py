@@ -1,6 +1,9 @@
 """`mindspeed-mm train` with LoRA: checkpoints, resuming, other layouts, what they become."""
 
+import contextlib
+import io
 import json
+import re
 
 import peft
 import pytest
@@ -75,6 +78,38 @@ def decoder_alone(folder, capsys):  # noqa: F811
         mm.load(folder / "model.json", device="cpu", adapter=folder / "vlm"),
     ):
         torch.testing.assert_close(vlm.logits(ids), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer --bf16"], ids=["one rank", "DP2 bf16"])
+def test_adapters_begin_beside_the_weights_of_a_run(ranks, golden, folder, flags):  # noqa: F811
+    """A checkpoint without adapters gives its weights, and is no run that goes on with adapters."""
+    describe_data(golden, folder)
+    place, count = str(folder), 2 if flags else 1
+    plain = "--train-iters 2 --lr 1e-2"
+    assert ranks(count).run(train, place, "stage1", f"{plain} {flags}") == [0] * count
+    begin = f"{SIZES} --pretrained-checkpoint {folder}/stage1 {flags}"
+    assert ranks(count).run(train, place, "tuned", f"{begin} --exit-interval 2") == [0] * count
+    assert ranks(count).run(train, place, "tuned", f"{begin} --load {folder}/tuned") == [0] * count
+    before, after = full_tensors(folder / "stage1"), full_tensors(folder / "tuned")
+    assert {name for name in after if ".lora." in name} == after.keys() - before.keys()
+    decoder = [name for name in before if name.startswith("text_decoder")]
+    assert decoder and all(torch.equal(before[name], after[name]) for name in decoder)
+    assert any(after[name].any() for name in after if name.endswith(".b"))
+
+
+def said(*arguments):
+    """(exit code, what `train` says) on this rank."""
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text):
+        return train(*arguments), text.getvalue()
+
+
+def test_a_run_without_adapters_does_not_go_on_with_some(ranks, golden, folder):  # noqa: F811
+    describe_data(golden, folder)
+    assert ranks(1).run(train, str(folder), "plain", "--train-iters 2 --lr 1e-2") == [0]
+    ((code, text),) = ranks(1).run(said, str(folder), "plain", f"{SIZES} --load {folder}/plain")
+    assert code == 1
+    assert re.search(r"has no .*lora.*Give the folder as --pretrained-checkpoint", text, re.DOTALL)
 
 
 @pytest.mark.parametrize(

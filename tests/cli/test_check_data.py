@@ -88,7 +88,7 @@ def test_nothing_in_the_data_becomes_part_of_the_page(check, tmp_path):
     assert opened == {name: closed[name] for name in opened} and opened["svg"] == 2
 
 
-def test_everything_that_is_wrong_is_found(check):
+def test_letter_c_everything_that_is_wrong_is_found(check):
     lines = [json.dumps(item) for item in [
         record(0, "good.jpg"), record(0, "good.jpg"), record(2, "gone.jpg"), record(3, "empty.jpg"),
         record(4, answer=""), record(5, answer="word " * 900), {"id": "x"}, record(7, "wrong.gif"),
@@ -141,7 +141,7 @@ def test_keys_that_nothing_reads(check):
     assert code == 0 and report["sets"][0]["problems"] == {"unused key": 3}
 
 
-def test_added_tokens_are_tokens_and_need_rows(check, golden, tmp_path):
+def test_letter_c_added_tokens_are_tokens_and_need_rows(check, golden, tmp_path):
     folder = shutil.copytree(golden / "tokenizer", tmp_path / "tok")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["added_tokens_decoder"] |= {"1000": {"content": "<region>", "special": False}}

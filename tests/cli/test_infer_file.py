@@ -28,7 +28,7 @@ def answers(tmp_path):
     return [json.loads(line) for line in (tmp_path / "answers.jsonl").open(encoding="utf-8")]
 
 
-def test_answers_stand_in_order_and_bad_lines_fail_alone(golden, command, tmp_path, capsys):
+def test_letter_g_answers_stand_in_order_and_bad_lines_fail_alone(golden, command, tmp_path, capsys):
     image = str(golden / "images" / "src" / "gray.png")
     (tmp_path / "bad.png").write_text("x")
     lines = [

@@ -164,7 +164,7 @@ def test_flags_must_agree_with_the_model(train):
     code, _, err = train("--train-iters", "1", "--vocab-size", "32000", "--seq-length", "4096")
     assert code == 1
     assert "--vocab-size is 32000, but text_decoder.language_vocab_size is 1000" in err
-    assert "--seq-length 4096 exceeds text_decoder.max_position_embeddings 2048" in err
+    assert "--seq-length 4096 exceeds text_decoder.language_max_sequence_length 2048: make them equal" in err
 
 
 def test_image_size_must_agree(train, tmp_path):

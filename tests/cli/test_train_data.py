@@ -63,10 +63,22 @@ def test_weights_and_bad_images(train):
 
 def test_validation(train, capsys):
     held_out = train.records("held_out.json", 4, "red.png")
-    code, _ = train("--eval-interval", "2", validation_parameters=[held_out])
+    code, _ = train("--eval-interval", "2", "--log-format", "megatron", validation_parameters=[held_out])
     lines = [line for line in capsys.readouterr().err.splitlines() if "validation loss at iteration" in line]
     assert code == 0 and len(lines) == 1 and "iteration 2 | lm loss value: " in lines[0]
     assert "samples: 4" in lines[0]
+
+
+def test_the_screen_and_the_curve_of_a_run(train, tmp_path, capsys):
+    """Letter P: short lines, what the weights are in words, and loss_curve.png."""
+    held_out = train.records("held_out.json", 4, "red.png")
+    code, _ = train("--eval-interval", "2", "--log-interval", "1", "--use-flash-attn", validation_parameters=[held_out])
+    said = capsys.readouterr().err
+    assert code == 0 and "step 1/3 | loss " in said and " left" in said
+    assert "step 2/3 | validation loss " in said and "lm loss" not in said
+    assert said.count("without an effect") == 1 and "from scratch" not in said
+    assert "loaded from " in said and "none there" not in said
+    assert (tmp_path / "save" / "loss_curve.png").stat().st_size > 10_000
 
 
 def test_validation_changes_nothing(train, tmp_path):

@@ -21,6 +21,14 @@ CONFIGS = {
     "LlavaConfig": config_keys.LLAVA_HF,
     "LlavaNextConfig": config_keys.LLAVA_NEXT_HF,
     "Qwen2_5_VLConfig": config_keys.QWEN2_5_VL,
+    "Blip2Config": config_keys.BLIP2,
+    "InstructBlipConfig": config_keys.BLIP2,
+    "Blip2QFormerConfig": config_keys.QFORMER,
+    "InstructBlipQFormerConfig": config_keys.QFORMER,
+    "Blip2VisionConfig": all_parts("vision_encoder")["eva_vit"].keys,
+    "InstructBlipVisionConfig": all_parts("vision_encoder")["eva_vit"].keys,
+    "OPTConfig": all_parts("text_decoder")["opt"].keys,
+    "BlipImageProcessor": processor_keys.FIXED_SIZE,
     "CLIPConfig": all_parts("vision_encoder")["clip"].keys,
     "CLIPVisionConfig": all_parts("vision_encoder")["clip"].keys,
     "SiglipConfig": all_parts("vision_encoder")["siglip"].keys,
@@ -63,7 +71,7 @@ def test_letter_b_every_key_of_a_tokenizer_is_known(name, tmp_path):
     assert roles <= tokenizer_keys.SPECIAL_TOKENS_MAP.known
 
 
-@pytest.mark.parametrize("name", ["LlavaProcessor", "LlavaNextProcessor", "Qwen2_5_VLProcessor"])
+@pytest.mark.parametrize("name", ["LlavaProcessor", "LlavaNextProcessor", "Qwen2_5_VLProcessor", "Blip2Processor"])
 def test_letter_b_every_key_of_a_processor_is_known(name):
     names = set(inspect.signature(getattr(transformers, name).__init__).parameters) - {"self", "kwargs"}
     assert names <= processor_keys.PROCESSOR_CONFIG.known

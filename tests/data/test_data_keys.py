@@ -50,7 +50,7 @@ def source(make_config):
         ("weight", 0.5, "a mark belongs on the turn"),
     ],
 )
-def test_keys_that_change_training_are_refused(source, kind, key, value, message):
+def test_letter_a_keys_that_change_training_are_refused(source, kind, key, value, message):
     with pytest.raises(UnknownKeyError, match=r"records.json: record 1, line 1: .*" + message):
         source(kind, [RECORDS[kind], RECORDS[kind] | {key: value}])
     found = source(kind, [RECORDS[kind], RECORDS[kind] | {key: value}], unknown_keys="warn")
@@ -117,7 +117,7 @@ def test_other_keys_are_told_once_with_their_number(make_config, tokenizer, capl
 @pytest.mark.parametrize(
     "mark", [{"loss": False}, {"weight": 0}, {"train": False}, {"learnable": False, "weight": 0.0}]
 )
-def test_marked_answers_are_not_learned(make_config, tokenizer, kind, turns, mark):
+def test_letter_a_marked_answers_are_not_learned(make_config, tokenizer, kind, turns, mark):
     key = "messages" if kind == "messages" else "conversations"
     pair = [*turns, turns[0], turns[1] | mark]
     marked, plain = (

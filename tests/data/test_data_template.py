@@ -10,6 +10,7 @@ from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data import template as template_module
 from mindspeed_mm.data.encode import encode, encode_prompt
 from mindspeed_mm.data.rendering import generation_prompt, render
+from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.data.template import get_template, template_names
 from mindspeed_mm.data.template_check import check_template, describe_sample, supervised_runs
 from mindspeed_mm.data.template_form import Template
@@ -312,8 +313,7 @@ RENDERED["qwen"] = RENDERED["internlm2_chat"]
 @pytest.mark.parametrize("name", sorted(RENDERED))
 def test_rendering_with_a_system_text(name):
     from mindspeed_mm.data.rendering import render_turns
-    from mindspeed_mm.data.sample import Turn
-
+    
     turns = [Turn("system", "S"), Turn("human", "Q"), Turn("gpt", "A"), Turn("human", "R"), Turn("gpt", "B")]
     assert render_turns(turns, name) == RENDERED[name]
 
@@ -327,8 +327,7 @@ def test_an_answer_without_text_teaches_nothing(marked, name):
 
 def test_a_system_text_needs_a_place():
     from mindspeed_mm.data.rendering import render_turns
-    from mindspeed_mm.data.sample import Turn
-
+    
     turns = [Turn("system", "S"), Turn("human", "<image>"), Turn("gpt", "A")]
     with pytest.raises(TemplateError, match="a caption template takes|no place for a system text"):
         render_turns(turns, "plain")

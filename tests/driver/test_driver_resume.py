@@ -353,7 +353,7 @@ def test_load_without_a_checkpoint_starts_from_scratch(tmp_path, caplog):
 def test_a_fresh_run_into_a_used_folder_warns(tmp_path, caplog):
     run("--save", tmp_path)
     run("--save", tmp_path)
-    assert "this run starts from scratch and replaces" in caplog.text
+    assert "this run begins at step 0 with the model config's weights and replaces" in caplog.text
     assert [record["iteration"] for record in tiny.records(tmp_path)] == [1, 2, 3, 4]
 
 

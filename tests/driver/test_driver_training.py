@@ -142,7 +142,7 @@ def test_fp16_overflow_at_the_smallest_scale_stops(tmp_path):
 def test_the_log_line_has_megatrons_form(caplog):
     hooks = Hooks(describe=lambda b: BatchFacts(b.sample_ids, b.tokens - 4, b.supervised, b.tokens, flops=1e9))
     with caplog.at_level("INFO", logger="megatron.driver"):
-        tiny.run(tiny.arguments(train_iters=1), hooks=hooks)
+        tiny.run(tiny.arguments("--log-format", "megatron", train_iters=1), hooks=hooks)
     line = next(r.getMessage() for r in caplog.records if "consumed samples" in r.getMessage())
     for part in (
         "iteration        1/       1 | consumed samples:            4 | elapsed time per iteration (ms): ",
@@ -275,3 +275,15 @@ def test_a_run_that_has_ended_is_freed(distributed):
     gc.collect()
     gc.collect()
     assert model() is None
+
+
+def test_stages_need_a_length_of_samples():
+    """`train` fills it in from the model config; others who use the driver give it."""
+    import dataclasses
+
+    from megatron.driver.setup import setup
+    from mindspeed_mm.errors import ConfigError
+
+    args = tiny.arguments("--pipeline-model-parallel-size", "2", world_size=2)
+    with pytest.raises(ConfigError, match="--pipeline-model-parallel-size above 1 needs --seq-length"):
+        setup(dataclasses.replace(args, seq_length=None), None, None)

@@ -105,7 +105,7 @@ def check_training(cases, lines):
         assert re.search(SAID[case["cause"]], told), (case, told)
 
 
-def test_every_way_out_of_training(folder):
+def test_letter_j_every_way_out_of_training(folder):
     cases = [training(folder, *case) for case in TRAINED]
     cases.append(training(folder, "full disk", 1, 2, "--async-save"))
     check_training(cases, ended(folder, cases))
@@ -113,7 +113,7 @@ def test_every_way_out_of_training(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--async-save",)], ids=["saved at once", "saved in the background"])
-def test_every_way_out_of_training_at_every_size(folder, flags):
+def test_letter_j_every_way_out_of_training_at_every_size(folder, flags):
     cases = [
         training(folder, cause, workers, ranks, *flags)
         for cause, workers, ranks in product(SAID, (0, 1, 4), (1, 2))
@@ -145,7 +145,7 @@ def answering(golden, folder, command, cause, ranks):
     return {"cause": cause, "ranks": ranks, "command": [command, *common, *own]}
 
 
-def test_every_way_out_of_infer_and_evaluate(golden, folder):
+def test_letter_j_every_way_out_of_infer_and_evaluate(golden, folder):
     causes = (("bad image", 1), ("bad image", 2), ("SIGINT", 1), ("SIGTERM", 2), ("lost 1", 2))
     cases = [answering(golden, folder, name, *cause) for name in ("infer", "evaluate") for cause in causes]
     for case, found in zip(cases, ended(folder, cases), strict=True):

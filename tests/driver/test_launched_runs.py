@@ -33,6 +33,8 @@ def launch(place, *flags):
         "cpu",
         "--seq-length",
         "192",
+        "--log-format",
+        "megatron",
         *flags,
     ]
     return subprocess.Popen(

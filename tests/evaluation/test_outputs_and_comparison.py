@@ -60,7 +60,7 @@ def test_json_submissions(tmp_path, name, columns, expected):
     assert json.loads(result.files["submission"].read_text()) == [expected]
 
 
-def test_the_page_stands_alone_and_escapes(tmp_path):
+def test_letter_s_the_page_stands_alone_and_escapes(tmp_path):
     rows = choice_rows(3)
     rows[1]["question"] = "<script>alert(1)</script>"
     result = evaluate(write_table(tmp_path / "t.tsv", rows), tmp_path / "out")

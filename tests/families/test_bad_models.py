@@ -61,7 +61,7 @@ def changed(folder, target, file="config.json", **changes):
         ({"text_config__max_position_embeddings": 16}, "expected more than the 16 tokens of one image"),
     ],
 )
-def test_configs_that_would_change_numbers_are_refused(folder, tmp_path, changes, message):
+def test_letter_b_configs_that_would_change_numbers_are_refused(folder, tmp_path, changes, message):
     with pytest.raises((ConfigError, WeightError), match=message):
         mm.load(changed(folder, tmp_path / "changed", **changes), device="cpu")
 

@@ -86,9 +86,9 @@ def validate_golden(golden: Path, layout: GoldenLayout, batches: int) -> float:
 
 def begin(golden: Path, layout: GoldenLayout, flags: str, steps: int) -> tuple:
     """(state, args, micro-batches of this rank from the state's step on, hooks)."""
-    from mindspeed_mm.platform import get_platform
+    from mindspeed_mm.platform import current_platform
 
-    platform = get_platform("cpu")
+    platform = current_platform()  # of the pool that this rank belongs to
     from megatron.driver import initialize, setup
     from megatron.driver.state import Hooks
     from mindspeed_mm.models.build import build_vlm

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import sys
 import tempfile
 import time
 import traceback
@@ -30,8 +31,9 @@ class RankError(AssertionError):
 class RankPool:
     """`size` processes; `run` calls one function on all of them."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, device: str = "cpu", folders: tuple[str, ...] = ()) -> None:
+        """`device` is the platform of the processes; `folders` come first on their path of modules."""
+        self.size, self._device, self._folders = size, device, folders
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
@@ -58,7 +60,7 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         for _ in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, self._device, self._folders), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -93,14 +95,15 @@ class RankPool:
         self._workers = []
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, device: str, folders: tuple[str, ...]) -> None:
     """Life of a worker: one call after the other until the pipe closes."""
+    sys.path[:0] = folders
     import torch
 
     from mindspeed_mm.platform import get_platform
 
     torch.set_num_threads(1)
-    get_platform("cpu")
+    platform = get_platform(device)
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     from megatron.driver.checkpoint import locks
@@ -113,7 +116,9 @@ def _serve(pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+            torch.distributed.init_process_group(
+                platform.backend, init_method=f"file://{store}", rank=rank, world_size=size
+            )
             result, error = function(*args), None
             if torch.distributed.is_initialized():  # a whole command ends its process group itself
                 torch.distributed.barrier()

@@ -11,7 +11,8 @@ import torch
 
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.sample import Encoded
-from tests.helpers import tiny_llava, tiny_qwen
+from mindspeed_mm.models.spec import find_family
+from tests.helpers import tiny_blip, tiny_llava, tiny_minigpt4, tiny_qwen
 from tests.helpers.tiny_llava import image, sample
 
 SHOWN = [image(30, 50), image(60, 20), image(40, 41)]
@@ -27,6 +28,8 @@ class TinyFamily:
     media: Any
     inputs: Callable[..., dict[str, torch.Tensor]]
     """How transformers takes a sample."""
+    untouched: str = "$^"
+    """Regular expression of tensors that no loss depends on."""
 
     @property
     def family(self):
@@ -34,8 +37,8 @@ class TinyFamily:
 
     @property
     def names(self):
-        """The layout that transformers writes."""
-        return self.family.layouts[0]
+        """The layout of the names that `theirs` has."""
+        return find_family(THEIR_NAMES.get(self.family.name, self.family.name)).layouts[0]
 
     def rows(self, counts: tuple[int, ...]) -> list[Encoded]:
         """A sample for each number of images."""
@@ -47,6 +50,8 @@ class TinyFamily:
                 grids = [self.media.plan(each.height, each.width).grid for each in shown]
                 ids, grids = torch.tensor(encoded.input_ids), torch.tensor(grids).view(-1, 3)
                 encoded = replace(encoded, positions=self.family.positions(self.spec, ids, grids))
+            if self.media.reads_instructions:
+                encoded = asked(encoded)
             found.append(encoded)
         return found
 
@@ -56,9 +61,19 @@ class TinyFamily:
         for encoded in samples:
             own = sum(label != IGNORE_INDEX for label in encoded.labels[1:])
             given = self.inputs(self.family, self.spec, encoded)
-            total = total + self.theirs(**given, labels=torch.tensor([encoded.labels])).loss * own
+            # BLIP's classes take no text without an image.
+            alone = hasattr(self.theirs, "query_tokens") and not encoded.media
+            model = self.theirs.language_model if alone else self.theirs
+            total = total + model(**given, labels=torch.tensor([encoded.labels])).loss * own
             count += own
         return total / count
+
+
+def asked(encoded: Encoded) -> Encoded:
+    """The same with a question about each image, each of another length."""
+    questions = [tuple(range(4, 6 + number)) for number in range(len(encoded.media))]
+    media = zip(encoded.media, questions, strict=True)
+    return replace(encoded, media=tuple(replace(item, instructions=(question,)) for item, question in media))
 
 
 def _llava(folder: Path):
@@ -76,8 +91,35 @@ def _qwen(folder: Path):
     return theirs, tiny_qwen.save(theirs, folder), tiny_qwen.inputs
 
 
-MAKERS = {"llava": _llava, "llava_next": _llava_next, "qwen2_5_vl": _qwen}
+def _blip2(folder: Path):
+    theirs = tiny_blip.blip2()
+    return theirs, tiny_blip.save(theirs, folder), tiny_llava.inputs
+
+
+def _instructblip(folder: Path):
+    theirs = tiny_blip.instructblip()
+    return theirs, tiny_blip.save(theirs, folder), tiny_llava.inputs
+
+
+def _minigpt4(folder: Path):
+    return *tiny_minigpt4.with_qformer(folder), tiny_llava.inputs
+
+
+MAKERS = {
+    "blip2": _blip2,
+    "instructblip": _instructblip,
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "minigpt4": _minigpt4,
+    "qwen2_5_vl": _qwen,
+}
 """By model_id; a new family adds its own."""
+
+THEIR_NAMES = {"minigpt4": "blip2"}
+"""Families that transformers has no class of, and the one whose class computes the same."""
+
+UNTOUCHED = {"instructblip": r"qformer\.encoder\.layer\.2\.(intermediate|output)\."}
+"""Words behind the last layer of the Q-Former are not looked at."""
 
 
 def make_family(model_id: str, folder: Path) -> TinyFamily:
@@ -88,4 +130,5 @@ def make_family(model_id: str, folder: Path) -> TinyFamily:
     theirs, folder, inputs = MAKERS[model_id](folder)
     spec = describe_model(open_source(folder))
     assert spec.model_id == model_id
-    return TinyFamily(theirs, folder, spec, spec.family.media_processor(spec, folder), inputs)
+    media = spec.family.media_processor(spec, folder)
+    return TinyFamily(theirs, folder, spec, media, inputs, UNTOUCHED.get(model_id, "$^"))

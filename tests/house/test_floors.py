@@ -9,7 +9,7 @@ from house import LIBRARY, ROOT, imported_modules, module_name, python_files, wh
 # never import each other. A unit below another one's name (trainer.out_of_memory) stands on its own floor.
 FLOORS = (
     ("mindspeed_mm.constants", "mindspeed_mm.errors", "mindspeed_mm.logging_utils", "mindspeed_mm.ending"),
-    ("mindspeed_mm.registry",),
+    ("mindspeed_mm.registry", "mindspeed_mm.host"),
     ("mindspeed_mm.platform", "mindspeed_mm.weights"),
     ("mindspeed_mm.config",),
     ("mindspeed_mm.models",),
@@ -23,7 +23,7 @@ FLOORS = (
     ("mindspeed_mm.planning",),
     ("mindspeed_mm.trainer.out_of_memory",),  # its remedies are plans
     ("mindspeed_mm.trainer.plan_verdict",),  # it shows those remedies
-    ("mindspeed_mm.serving", "evaluation"),
+    ("mindspeed_mm.serving", "mindspeed_mm.doctor", "evaluation"),
     ("mindspeed_mm.cli",),
     ("mindspeed_mm",),
 )
@@ -34,12 +34,14 @@ LIGHT = (
     "mindspeed_mm.ending",
     "mindspeed_mm.errors",
     "mindspeed_mm.registry",
+    "mindspeed_mm.host",
     "mindspeed_mm.config",
 )
 HEAVY = ("torch", "transformers", "megatron")
 DRIVER_MAY = ("mindspeed_mm.platform", "mindspeed_mm.errors", "megatron.core", "megatron.driver")
 GLUE = (
     "mindspeed_mm.cli",
+    "mindspeed_mm.doctor",
     "mindspeed_mm.trainer",
     "mindspeed_mm.trainer.out_of_memory",
     "mindspeed_mm.trainer.plan_verdict",

@@ -32,13 +32,13 @@ def python(code: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_all_modules_in_any_order(seed):
+def test_letter_e_all_modules_in_any_order(seed):
     modules = random.Random(seed).sample(MODULES, len(MODULES))
     python("import sys, importlib\nfor name in sys.argv[1:]: importlib.import_module(name)", *modules)
 
 
 @pytest.mark.slow
-def test_each_module_first():
+def test_letter_e_each_module_first():
     assert python(EACH_FIRST, *MODULES) == ""
 
 

@@ -63,7 +63,9 @@ def test_constraints_fit_the_requirements(setup_arguments):
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     versions = {canonical(pin.name): next(iter(pin.specifier)).version for pin in pins}
     extras = setup_arguments["extras_require"]
-    wanted = setup_arguments["install_requires"] + extras["evaluate"] + extras["quickstart"] + extras["dev"]
+    wanted = (
+        setup_arguments["install_requires"] + extras["evaluate"] + extras["quickstart"] + extras["dev"] + extras["docs"]
+    )
     for requirement in map(Requirement, wanted):
         assert canonical(requirement.name) in versions, f"{requirement.name} is not in constraints.txt"
         assert versions[canonical(requirement.name)] in requirement.specifier, requirement

@@ -176,6 +176,7 @@ def test_letter_b_the_order_of_templates(chat):
     assert str(choose_template("v0", "v1", words, "qwen")) == "v0 (as asked for)"
     assert choose_template(None, "mpt", words, "qwen").name == "mpt"
     assert choose_template(None, "plain", words, "qwen").name == "tokenizer"  # captions answer nothing
+    assert choose_template(None, None, words, "blip2", chats=False).name == "blip2"  # it is the decoder's alone
     assert str(choose_template(None, None, words)) == "tokenizer (the tokenizer's own chat template)"
     assert str(choose_template(None, None, None, "qwen")) == "qwen (the usual one of the model's family)"
     with pytest.raises(TemplateError, match="no template is known for this model: the tokenizer has no chat template"):

@@ -35,7 +35,7 @@ def kept(tmp_path):
     return path
 
 
-def test_measured_once_for_a_machine(unmeasured, tmp_path):
+def test_letter_h_measured_once_for_a_machine(unmeasured, tmp_path):
     first = host_products.table(torch.bfloat16)
     assert host_products.table(torch.bfloat16) is first
     forget()

@@ -132,6 +132,19 @@ def test_more_processes_than_gpus(monkeypatch):
         CudaPlatform()
 
 
+def test_float32_is_kept_whole_on_a_gpu():
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    kept = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        CudaPlatform.__new__(CudaPlatform).keep_float32_whole()
+        assert [switch.allow_tf32 for switch in switches] == [False, False]
+    finally:
+        for switch, value in zip(switches, kept, strict=True):
+            switch.allow_tf32 = value
+
+
 def test_gpu_peaks(monkeypatch):
     platform = CudaPlatform.__new__(CudaPlatform)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
@@ -139,22 +152,6 @@ def test_gpu_peaks(monkeypatch):
     assert platform.peak_flops(torch.float32) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some other card")
     assert platform.peak_flops(torch.bfloat16) is None
-
-
-def test_npu_masks_say_what_is_hidden():
-    calls = []
-    platform = NpuPlatform.__new__(NpuPlatform)
-    platform._causal_mask = None
-    platform._torch_npu = SimpleNamespace(npu_fusion_attention=lambda *a, **k: calls.append(k) or ["out"])
-    tensor = torch.zeros(1, 2, 3, 4)
-    mask = torch.tensor([[[[True, False, True]] * 3]])
-    common = {"scale": 0.5, "dropout": 0.25}
-    assert platform.attention(tensor, tensor, tensor, mask=mask, causal=False, **common) == "out"
-    assert torch.equal(calls[0]["atten_mask"], ~mask)
-    assert (calls[0]["sparse_mode"], calls[0]["keep_prob"], calls[0]["input_layout"]) == (0, 0.75, "BNSD")
-    platform.attention(tensor, tensor, tensor, mask=None, causal=True, **common)
-    assert calls[1]["sparse_mode"] == 2
-    assert calls[1]["atten_mask"][0, 1] and not calls[1]["atten_mask"][1, 0]
 
 
 def test_npu_is_absent_without_its_package():

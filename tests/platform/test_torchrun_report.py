@@ -27,7 +27,7 @@ def launch(tmp_path, program, port, monkeypatch):
     return done.returncode, done.stderr
 
 
-def test_the_ranks_words_come_before_one_line(tmp_path, monkeypatch):
+def test_letter_k_the_ranks_words_come_before_one_line(tmp_path, monkeypatch):
     program = "import sys; sys.exit(print('what went wrong', file=sys.stderr) or 3)"
     code, said = launch(tmp_path, program, free_port(), monkeypatch)
     report = tmp_path / "report.log"

@@ -409,7 +409,7 @@ def test_lora_adapters_are_refused(tmp_path):
         open_source(tmp_path)
 
 
-def test_files_of_several_layouts_in_one_folder_are_ambiguous(golden_models):
+def test_letter_d_files_of_several_layouts_in_one_folder_are_ambiguous(golden_models):
     with pytest.raises(WeightError, match=r"several layouts: clip_openai.pt \(openai-clip\), mm_projector.bin"):
         open_source(golden_models)
 

@@ -54,10 +54,11 @@ def prepare_folders(args: DriverArguments) -> None:
         locks.acquire(save)
         storage.clean(save)
         if (save / storage.TRACKER).exists() and args.load is None:
+            begins = "the model config's weights" if args.pretrained_checkpoint is None else args.pretrained_checkpoint
             logger.warning(
-                "--save %s holds checkpoints already and --load is not given: this run starts from scratch and "
+                "--save %s holds checkpoints already and --load is not given: this run begins at step 0 with %s and "
                 "replaces those of the same iterations",
-                save,
+                *(save, begins),
             )
 
     agree(prepare)

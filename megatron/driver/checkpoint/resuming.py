@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 LISTED = 10
 """Problems that an error message shows at most."""
 
-_GROUP_SETTINGS = ("max_lr", "min_lr", "betas", "eps", "lr_mult")
+_GROUP_SETTINGS = ("max_lr", "min_lr", "start_wd", "end_wd", "betas", "eps", "lr_mult")
 """Settings of a parameter group that the flags decide on resume; `lr` and `weight_decay` follow from the schedule."""
 
 
@@ -48,7 +48,7 @@ def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
     --load resumes. With --finetune, or from --pretrained-checkpoint while --load holds none, only weights are taken.
 
     Returns:
-        The checkpoint's folder, None where the run starts from scratch.
+        The checkpoint's folder, None where no checkpoint is loaded.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, unsafe, or does not fit the model or the flags.
@@ -61,7 +61,7 @@ def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
     agree(lambda: _refuse_differences(path, hooks.compare(run["extra"])))
     integrity.check(agree(lambda: folders(path, run)), together=True)
     agree(lambda: open_checkpoint(path, run).names)
-    _load_model(state, args, open_checkpoint(path, run))
+    _load_model(state, args, open_checkpoint(path, run), hooks.added, weights_only)
     if weights_only or args.no_load_optim:
         state.optimizer.reload_model_params()
     else:
@@ -117,9 +117,23 @@ def _refuse_differences(path: Path, differences: list[str]) -> None:
         )
 
 
-def _load_model(state: TrainState, args: DriverArguments, checkpoint: Checkpoint) -> None:
-    """Fill parameters and buffers from the iteration's folder and its frozen folder, whatever is frozen now."""
+def _load_model(
+    state: TrainState,
+    args: DriverArguments,
+    checkpoint: Checkpoint,
+    added: Callable[[str], bool],
+    weights_only: bool,
+) -> None:
+    """Fill parameters and buffers from the iteration's folder and its frozen folder, whatever is frozen now. With
+    `weights_only` what is `added` to the model may be missing there, and stays as it is."""
     tensors = model_tensors(state.modules)
+    beside = {item.key for item in built(tensors) if added(item.key) and item.key not in checkpoint.sources}
+    if beside and not weights_only:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.path} has no {_some(sorted(beside))}: the run that saved it did not train that. "
+            "Give the folder as --pretrained-checkpoint, which takes its weights alone"
+        )
+    tensors = {name: item for name, item in tensors.items() if item.key not in beside}
     _check_model(args, checkpoint, built(tensors))
     places = {}
     for chunk, module in enumerate(state.modules):
@@ -248,7 +262,8 @@ def _resume_schedule(state: TrainState, args: DriverArguments, saved: dict[str, 
         for name in differing:
             setattr(scheduler, name, saved[name])
         for group in state.optimizer.param_groups:
-            group.update(max_lr=saved["max_lr"], min_lr=saved["min_lr"])
+            if group.get("default_config", True):  # others have a learning rate of their own
+                group.update(max_lr=saved["max_lr"], min_lr=saved["min_lr"])
     elif differing and not args.override_opt_param_scheduler and is_rank_0():
         changes = ", ".join(f"{name} {saved[name]} -> {current[name]}" for name in differing)
         logger.warning(

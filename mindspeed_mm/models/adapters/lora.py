@@ -25,6 +25,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.adapters.quantized_base import QuantizedColumnLinear, QuantizedRowLinear
 from mindspeed_mm.models.adapters.spec import LoraSpec
 from mindspeed_mm.models.adapters.splits import local_a, local_b, local_geometry, places
 from mindspeed_mm.models.adapters.targets import Site, sites
@@ -88,8 +89,8 @@ class _Adapted(torch.nn.Module):
         state = self.state_dict(prefix="", keep_vars=True)
         tensors = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
         if self.blocks == 2:
-            for name in self.lora:
-                key = f"{prefix}lora.{name}.b"
+            stored = [name for name in ("codes", "scales") if name in self.axes]
+            for key in (prefix + name for name in (*stored, *(f"lora.{pair}.b" for pair in self.lora))):
                 tensors[key] = apply_swiglu_sharded_factory(tensors[key], sharded_offsets)
         return tensors
 
@@ -121,6 +122,27 @@ class LoraRowLinear(_Adapted, RowParallelLinear):
         else:
             inner = tensor_parallel.reduce_from_tensor_model_parallel_region(inner)
         return F.linear(inner, pair.b)
+
+
+class LoraQuantizedColumnLinear(LoraColumnLinear, QuantizedColumnLinear):
+    """Beside a stored base."""
+
+    axes = QuantizedColumnLinear.axes
+
+
+class LoraQuantizedRowLinear(LoraRowLinear, QuantizedRowLinear):
+    """Beside a stored base."""
+
+    axes = QuantizedRowLinear.axes
+
+
+ADAPTED = {
+    QuantizedColumnLinear: LoraQuantizedColumnLinear,
+    QuantizedRowLinear: LoraQuantizedRowLinear,
+    ColumnParallelLinear: LoraColumnLinear,
+    RowParallelLinear: LoraRowLinear,
+}
+"""The adapted kind of each linear; kinds come before those that they are made of."""
 
 
 def attach_lora(
@@ -186,14 +208,14 @@ def _adapt(linear: torch.nn.Module, site: Site, whole: Pair, spec: Any, tp_rank:
     """Turn a linear into the adapted kind of it, in place, so that its own tensors keep their names."""
     geometry, rule = spec.geometry, site.step.rule
     if not isinstance(linear, _Adapted):
-        linear.__class__ = LoraColumnLinear if isinstance(linear, ColumnParallelLinear) else LoraRowLinear
+        linear.__class__ = next(adapted for kind, adapted in ADAPTED.items() if isinstance(linear, kind))
         linear.lora = torch.nn.ModuleDict()
         linear.blocks = rule.blocks(geometry) if len(site.step.sources) == 1 else 1
-    like = linear.weight
-    a = local_a(site, whole[0], tp_rank, tp_size).to(like.device, like.dtype, copy=True).contiguous()
-    b = local_b(site, whole[1], geometry, tp_rank, tp_size).to(like.device, like.dtype, copy=True).contiguous()
-    rows = places(site, like.shape[0], local_geometry(site, geometry, tp_size))
-    pair = LoraPair(a, b, None if rows is None else rows.to(like.device), spec.lora)
+    device, dtype = linear.weight.device, linear.config.params_dtype
+    a = local_a(site, whole[0], tp_rank, tp_size).to(device, dtype, copy=True).contiguous()
+    b = local_b(site, whole[1], geometry, tp_rank, tp_size).to(device, dtype, copy=True).contiguous()
+    rows = places(site, linear.weight.shape[0], local_geometry(site, geometry, tp_size))
+    pair = LoraPair(a, b, None if rows is None else rows.to(device), spec.lora)
     if rule.axis == 0:
         tensor_parallel.set_tensor_model_parallel_attributes(pair.b, True, 0, 1)
         pair.a.sequence_parallel = linear.sequence_parallel

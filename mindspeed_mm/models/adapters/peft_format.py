@@ -220,14 +220,17 @@ def with_adapter(spec: ModelSpec, folder: str | Path) -> ModelSpec:
 
 def own_adapters(spec: ModelSpec, *, merged: bool) -> ModelSpec:
     """The spec for inference: of its `lora` blocks those stay that name an adapter to load. With `merged` none stays:
-    the weights are those of a LoRA run, and its adapters are merged into them as they are read."""
+    the weights are those of a LoRA run, and its adapters are merged into them as they are read, whole ones also where
+    the run stored them in fewer bits."""
     blocks = {slot: part.lora for slot, part in spec.part_specs().items() if part.lora and part.lora.load}
-    return _with_blocks(spec, {} if merged else blocks)
+    return _with_blocks(spec, {}, quantize=None) if merged else _with_blocks(spec, blocks)
 
 
-def _with_blocks(spec: ModelSpec, blocks: dict[str, LoraSpec]) -> ModelSpec:
+def _with_blocks(spec: ModelSpec, blocks: dict[str, LoraSpec], **others: Any) -> ModelSpec:
     parts = {
-        slot: part.model_copy(update={"lora": blocks.get(slot)} | ({"freeze": False} if slot in blocks else {}))
+        slot: part.model_copy(
+            update={"lora": blocks.get(slot), **others} | ({"freeze": False} if slot in blocks else {})
+        )
         for slot, part in spec.part_specs().items()
     }
     encoder = spec.image_encoder.model_copy(

@@ -14,6 +14,8 @@ DIALECT = "hf"
 """Names that targets are given in."""
 
 WEIGHT = ".weight"
+ADAPTER = ".lora."
+"""What is in the name of every A and B of ours."""
 _LINEAR = re.compile(r"(^|\.)linear_\w+\.weight$")
 _PATTERN_SIGNS = set("*+?|()[]\\^$")
 

@@ -53,6 +53,11 @@ class TextDecoder(LanguageModule):
         self.share_embeddings_and_output_weights = spec.share_embeddings_and_output_weights
         self.vocab_size = spec.language_vocab_size
         self.padded_vocab_size = padded_vocab_size(self.vocab_size, runtime.tensor_model_parallel_size)
+        self.position_embeddings = None
+        if pre_process and traits.position_offset is not None:
+            rows = spec.max_position_embeddings + traits.position_offset
+            self.position_embeddings = torch.nn.Embedding(rows, config.hidden_size)
+            torch.nn.init.normal_(self.position_embeddings.weight, std=config.init_method_std)
         self.rotary = RotaryEmbedding(
             traits.rotary_channels or config.kv_channels,
             spec.rotary_base,
@@ -138,7 +143,7 @@ class TextDecoder(LanguageModule):
             tensor-parallel ranks.
         """
         if hidden is not None:
-            hidden = sequence_slice(hidden, 0)
+            hidden = sequence_slice(self._placed(hidden, position_ids), 0)
         if hidden is not None and self.config.sequence_parallel:
             hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden)
         return self.decoder(
@@ -148,8 +153,18 @@ class TextDecoder(LanguageModule):
             packed_seq_params=segments,
         )
 
-    def _cos_sin(self, position_ids: torch.Tensor, segments: Segments | None) -> torch.Tensor:
-        """Rotation of this rank's slice of the sequence."""
+    def _placed(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of words and features [S, B, H] with those of their positions, where these are learned."""
+        if self.position_embeddings is None:
+            return hidden
+        table = self.position_embeddings
+        places = position_ids.to(table.weight.device, non_blocking=True) + self.traits.position_offset
+        return hidden + table(places).transpose(0, 1)
+
+    def _cos_sin(self, position_ids: torch.Tensor, segments: Segments | None) -> torch.Tensor | None:
+        """Rotation of this rank's slice of the sequence; None where positions are learned."""
+        if self.traits.position_offset is not None:
+            return None
         long = self.rotary.long_positions(position_ids.shape[-1], segments)
         if isinstance(long, torch.Tensor):
             long = sequence_slice(long, 0)

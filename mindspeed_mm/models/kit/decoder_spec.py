@@ -35,6 +35,7 @@ class DecoderTraits:
     embedding_scale: factor on word embeddings (not on image features).
     rotary_channels: channels of a head that are rotated, the first ones; None: all.
     mrope_section: pairs of channels that turn by time, height and width; None: by one position.
+    position_offset: rows of a table of learned positions before that of position 0; None: positions are rotary.
     """
 
     windows: tuple[int | None, ...] = ()
@@ -47,6 +48,7 @@ class DecoderTraits:
     embedding_scale: float | None = None
     rotary_channels: int | None = None
     mrope_section: tuple[int, ...] | None = None
+    position_offset: int | None = None
 
     def window(self, layer: int) -> int | None:
         """Window of a layer, counted over the whole model."""
@@ -205,6 +207,8 @@ class DecoderSpec(PartSpec):
     def _rotation_fits(self) -> DecoderSpec:
         traits = self.traits
         channels = traits.rotary_channels or self.kv_channels
+        if traits.position_offset is not None:
+            return self
         if channels % 2:
             what = "kv_channels" if traits.rotary_channels is None else "rotated channels"
             raise ValueError(f"{what} {channels} is odd; rotary positions rotate pairs of channels")
@@ -235,6 +239,7 @@ class DecoderSpec(PartSpec):
             norms=4 if traits.post_norms else 2,
             qk_norm=traits.qk_norm,
             soft_cap=traits.attention_soft_cap is not None,
+            rotary=traits.position_offset is None,
         )
 
     @property

@@ -1,0 +1,70 @@
+"""Which values the flags of the driver may have, and what the flags of trackers need."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def option(name: str) -> str:
+    """The flag of a field: micro_batch_size -> --micro-batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+_AT_LEAST_ONE = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size"),
+    *("global_batch_size", "train_iters", "lr_decay_iters", "save_interval", "exit_interval", "log_interval"),
+    *("keep_last", "keep_every"),
+    *("loss_scale_window", "hysteresis", "seq_length"),
+    *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
+)
+_AT_LEAST_ZERO = (
+    *("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers", "seed", "ckpt_step"),
+    *("adam_beta1", "adam_beta2"),
+)
+_ABOVE_ZERO = (
+    "save_interval_minutes",
+    "preflight_timeout_seconds",
+    "adam_eps",
+    "distributed_timeout_minutes",
+    "loss_scale",
+    "initial_loss_scale",
+    "min_loss_scale",
+)
+
+
+def range_problems(args: Any) -> list[str]:
+    """One line for each flag of arguments.DriverArguments whose value is out of its range."""
+    problems = []
+    for names, fits, expected in (
+        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (_AT_LEAST_ZERO, lambda value: value >= 0, "at least 0"),
+        (_ABOVE_ZERO, lambda value: value > 0, "above 0"),
+    ):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not (math.isfinite(value) and fits(value)):
+                problems.append(f"{option(name)} is {value}: expected {expected}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            problems.append(f"{option(name)} is {getattr(args, name)}: expected a value below 1")
+    return problems
+
+
+def tracking_problems(args: Any) -> list[str]:
+    """What is missing beside the flags of W&B and SwanLab."""
+    problems = []
+    for library in ("wandb", "swanlab"):
+        project, name, folder = (getattr(args, f"{library}_{part}") for part in ("project", "exp_name", "save_dir"))
+        if project is None:
+            given = {"exp-name": name, "save-dir": folder}
+            problems += [
+                f"--{library}-{part} is given without --{library}-project"
+                for part, value in given.items()
+                if value is not None
+            ]
+        elif folder is None and args.save is None:
+            problems.append(f"--{library}-project needs a folder: give --save or --{library}-save-dir")
+    if args.online and args.wandb_project is None and args.swanlab_project is None:
+        problems.append("--online is given without --wandb-project or --swanlab-project")
+    return problems

@@ -1,0 +1,1 @@
+"""What a host must bring: versions and environment variables. Nothing here imports torch."""

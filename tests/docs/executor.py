@@ -1,0 +1,185 @@
+"""Does what a page of the documentation says, in a folder of stand-ins, and fails where a command fails."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from tests.docs.pages import ROOT, Block, ShellCommand, commands
+
+SHORT = {
+    "train": (
+        "--device cpu --num-workers 0 --train-iters 2 --micro-batch-size 1 --global-batch-size 4 --seq-length 256 "
+        "--save-interval 2 --lr-decay-style constant --log-interval 1 --lr 1e-3"
+    ),
+    "infer": "--device cpu --max-new-tokens 3 --dtype fp32",
+    "chat": "--device cpu --max-new-tokens 3",
+    "evaluate": "--device cpu --max-new-tokens 3 --dtype fp32 --accept-table",
+    "doctor": "--device cpu",
+}
+"""Flags put behind a command's own: the small model has little to learn and to say, and tables are short."""
+
+LONG = {"--parity": "tests/doctor/test_parity.py"}
+"""Flags that take minutes, and the test that runs what they ask for; they are read, and then left out."""
+
+CI = {"examples/quickstart/run.sh", "scripts/test.sh"}
+"""Scripts that .ci/run runs: the whole job and the whole test suite."""
+
+SETTING_UP = {"git", "cd", "source", "export", "conda", "sbatch", "apt-get"}
+"""What a reader does before: nothing of ours to try."""
+
+INSTALLED = re.compile(r"\.\[([\w,]+)\]")
+
+
+class PageReader:
+    """Runs the blocks of one page, one after the other, in one folder.
+
+    `ranks` is the fixture of that name: it stands in for torchrun.
+    """
+
+    def __init__(self, folder: Path, ranks: Callable) -> None:
+        self.folder, self.ranks = folder, ranks
+
+    def run(self, block: Block) -> None:
+        """Raises AssertionError with the place and what was printed when something fails."""
+        with inside(self.folder):
+            if block.language == "json" and block.text.startswith('{"dataset_param"'):
+                Path("data.json").write_text(block.text)  # the page's commands take it
+            if block.language == "python":
+                self.python(block)
+                as_after_the_process()
+            for command in commands(block) if block.language == "bash" else ():
+                self.command(command)
+                as_after_the_process()
+
+    def python(self, block: Block) -> None:
+        code = compile(block.text, block.place, "exec")
+        with redirect_stdout(io.StringIO()):
+            exec(code, {"__name__": "__page__"})
+
+    def command(self, command: ShellCommand) -> None:
+        words = list(command.words)
+        first = words[0]
+        if first == "mindspeed-mm":
+            self.ours(command.place, words[1:])
+        elif first == "torchrun":
+            self.torchrun(command.place, words[1:])
+        elif first == "bash":
+            self.script(command)
+        elif first in ("python", "python3.11") and words[1].endswith(".py"):
+            self.python_script(command.place, words[1:])
+        elif first == "pip" or words[1:3] == ["-m", "venv"]:
+            self.installation(command.place, words)
+        else:
+            assert first in SETTING_UP, f"{command.place}: nobody can run {first!r} in a test; see docs/README.md"
+
+    def ours(self, place: str, words: list[str]) -> None:
+        """A command of mindspeed-mm in this process; `> FILE` at its end is followed."""
+        words, target = (words[:-2], words[-1]) if ">" in words else (words, os.devnull)
+        code, printed, log = told(words)
+        assert code == 0, f"{place}: mindspeed-mm {' '.join(words)} ended with {code}:\n{log[-3000:]}"
+        Path(target).write_text(printed)
+
+    def torchrun(self, place: str, words: list[str]) -> None:
+        """The same on ranks of the test pool, two at most."""
+        size = min(2, int(words[words.index("--nproc_per_node") + 1]))
+        start = words.index("mindspeed_mm") if words[-1:] != ["mindspeed_mm"] else len(words)
+        while words[start - 1] != "-m":  # --logs-specs names the package, too
+            start = words.index("mindspeed_mm", start + 1)
+        found = self.ranks(size).run(on_this_rank, str(self.folder), words[start + 1 :])
+        assert not any(code for code, *_ in found), f"{place}: {found}"
+
+    def script(self, command: ShellCommand) -> None:
+        """A launcher with a torchrun that notes what it is asked; the note is followed in this process."""
+        name, *flags = command.words[1:]
+        if name in CI:
+            assert f"bash {name}" in (ROOT / ".ci/run").read_text(), f"{command.place}: .ci/run does not run {name}"
+            return
+        note = self.folder / "asked of torchrun"
+        environment = os.environ | dict(command.variables) | {"ASKED_OF_TORCHRUN": str(note)}
+        environment["PATH"] = f"{self.folder / 'bin'}:{environment['PATH']}"
+        done = subprocess.run(["bash", name, *flags], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command.place}: {name} ended with {done.returncode}:\n{done.stderr}"
+        asked = note.read_text().splitlines()
+        self.ours(command.place, asked[asked.index("-m") + 2 :])
+
+    def python_script(self, place: str, words: list[str]) -> None:
+        before = sys.argv, list(sys.path)
+        sys.argv = words
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, f"{place}: {words} ended with {end.code}:\n{said.getvalue()}"
+        finally:
+            sys.argv, sys.path[:] = before
+
+    def installation(self, place: str, words: list[str]) -> None:
+        """Not done; the extras must exist."""
+        setup = (ROOT / "setup.py").read_text()
+        for extras in INSTALLED.findall(" ".join(words)):
+            for extra in extras.split(","):
+                assert f'"{extra}": ' in setup, f"{place}: setup.py has no extra {extra!r}"
+
+
+def as_after_the_process() -> None:
+    """Takes down what a command's own process would take with it."""
+    if "megatron.driver.initialize" in sys.modules:
+        sys.modules["megatron.driver.initialize"].shutdown()
+
+
+def told(words: list[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command of ours, made short."""
+    from mindspeed_mm.cli.main import main
+
+    words = [word for word in words if word not in LONG]
+    line = [*words, *SHORT.get(words[0], "").split()]
+    if {"--help", "--compare", "--predictions"} & set(words):
+        line = words
+    before = sys.stdin
+    sys.stdin = io.StringIO("What is it?\n")
+    try:
+        with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as log:
+            try:
+                code = main(line)
+            except SystemExit as end:
+                code = end.code or 0
+    finally:
+        sys.stdin = before
+    return code, said.getvalue(), log.getvalue()
+
+
+def on_this_rank(folder: str, words: list[str]) -> tuple[int, str, str]:
+    """`told` on a rank of the pool, with the variables that torchrun sets."""
+    import torch
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    with inside(Path(folder)):
+        os.environ |= variables
+        try:
+            return told(words)
+        finally:
+            for name in variables:
+                os.environ.pop(name, None)
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """The working folder for a while; processes that are started there find this checkout."""
+    before, paths = Path.cwd(), os.environ.get("PYTHONPATH")
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([paths] if paths else [])])
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        del os.environ["PYTHONPATH"]
+        os.environ |= {"PYTHONPATH": paths} if paths else {}

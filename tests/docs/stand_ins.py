@@ -1,0 +1,116 @@
+"""Small things under the names that the documentation uses: weights, data, tables, requests, the examples' JSONs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import openpyxl
+from PIL import Image
+
+from tests.docs.pages import ROOT
+from tests.evaluation.evaluation_helpers import choice_rows, image_cell, write_table
+from tests.helpers.golden_model import PROJECTOR, TEXT, VISION
+
+WEIGHTS = {
+    "llava_hf": ("llava-1.5-7b-hf",),
+    "llava_original": ("llava-v1.5-7b",),
+    "vicuna": ("vicuna-7b-v1.5", "vicuna-7b", "vicuna-13b-v1.5", "internlm2-chat-7b"),
+    "clip_hf": ("clip-vit-large-patch14-336", "clip_hf"),  # llava_original names it ../clip_hf
+    "clip_openai.pt": ("ViT-L-14-336px.pt",),
+    "mm_projector.bin": ("mm_projector.bin", "llava-v1.5-7b/mm_projector.bin", "non_lora_trainables.bin"),
+}
+"""A model of tests/data/golden, and the public names it stands in for."""
+
+TORCHRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" >"$ASKED_OF_TORCHRUN"
+"""
+"""A torchrun that only notes what it was asked to do."""
+
+
+def make_stand_ins(golden: Path, folder: Path) -> Path:
+    """A folder in which the commands of the documentation find what they name."""
+    for name, aliases in WEIGHTS.items():
+        for alias in aliases:
+            copy(golden / "models" / name, folder / alias)
+    copy(folder / "llava-1.5-7b-hf", folder / "path/to/llava-1.5-7b-hf")
+    Image.new("RGB", (60, 40), "red").save(folder / "view.jpg")
+    make_data(folder)
+    make_examples(folder)
+    make_tables(folder)
+    lines = [{"prompt": "What is it?", "image": "view.jpg"}, {"prompt": "Hi"}]
+    (folder / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "your_run.log").write_text("step 1/2 | loss 0.5\n")
+    (folder / "bin").mkdir()
+    (folder / "bin/torchrun").write_text(TORCHRUN)
+    (folder / "bin/torchrun").chmod(0o755)
+    return folder
+
+
+def copy(source: Path, target: Path) -> None:
+    """A file or a folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+
+def make_data(folder: Path) -> None:
+    """Captions and conversations where the examples' data.json look for them, and a data.json of their kind."""
+    for name, images in {
+        "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json": "LLaVA-Pretrain/images",
+        "LLaVA-Instruct/llava_v1_5_mix665k.json": "LLaVA-Instruct",
+    }.items():
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 60), "red").save(folder / images / "red.jpg")
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "It is red."}]
+        records = [{"id": str(number), "image": "red.jpg", "conversations": turns} for number in range(8)]
+        (folder / name).write_text(json.dumps(records))
+
+
+def make_examples(folder: Path) -> None:
+    """The examples' scripts as they are, their JSONs with the sizes of the small model."""
+    target = folder / "examples/llava1.5"
+    shutil.copytree(ROOT / "examples/llava1.5", target, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in target.glob("*.json"):
+        path.write_text(json.dumps(smaller(json.loads(path.read_text())), indent=1))
+    for name, own in {"model_finetune.json": "model.json", "data_finetune.json": "data.json"}.items():
+        shutil.copyfile(target / name, folder / own)
+
+
+def smaller(values: dict) -> dict:
+    """A model's or data set's JSON at the small model's sizes; everything else stays."""
+    if "text_decoder" in values:
+        encoder = values["image_encoder"]
+        values["text_decoder"] |= TEXT | {"num_query_groups": TEXT["num_attention_heads"]}
+        values["text_decoder"] |= {"language_max_sequence_length": TEXT["max_position_embeddings"]}
+        if "recompute_num_layers" in values["text_decoder"]:
+            values["text_decoder"]["recompute_num_layers"] = TEXT["num_layers"]
+        heads = {"num_query_groups": VISION["num_attention_heads"], "kv_channels": 16}
+        encoder["vision_encoder"] |= VISION | heads
+        encoder["vision_projector"] |= PROJECTOR | {"ffn_hidden_size": PROJECTOR["hidden_size"]}
+    if "dataset_param" in values:
+        pipeline = values["dataset_param"]["preprocess_parameters"]["train_pipeline"]
+        pipeline |= {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    return values
+
+
+def make_tables(folder: Path) -> None:
+    """Benchmarks of a few questions, and a sheet of answers as VLMEvalKit writes it."""
+    write_table(folder / "AI2D_TEST.tsv", choice_rows(4))
+    write_table(folder / "my_questions.tsv", choice_rows(4))
+    rows = [
+        {
+            "index": str(number),
+            "image": image_cell(),
+            "question": "Is there a dog?",
+            "answer": "Yes" if number % 2 else "No",
+            "category": ("random", "popular", "adversarial")[number // 2],
+        }
+        for number in range(6)
+    ]
+    write_table(folder / "POPE.tsv", rows)
+    sheet = openpyxl.Workbook()
+    sheet.active.append(["index", "question", "answer", "category", "prediction"])
+    for row in rows:
+        sheet.active.append([int(row["index"]), row["question"], row["answer"], row["category"], "Yes"])
+    sheet.save(folder / "llava_v1.5_7b_POPE.xlsx")

@@ -1,0 +1,75 @@
+"""Letter M: a table is compared with the benchmark that was named; another one's is refused, with the right name."""
+
+import pytest
+from evaluation_helpers import choice_rows, image_cell, write_table
+
+import mindspeed_mm as mm
+from mindspeed_mm.errors import DataError
+
+
+def open_rows(answer: str, count: int = 3) -> list[dict[str, str]]:
+    return [
+        {"index": str(number), "image": image_cell(), "question": f"What is number {number}?", "answer": answer}
+        for number in range(count)
+    ]
+
+
+def yes_no_rows(category: str) -> list[dict[str, str]]:
+    return [row | {"answer": "Yes", "category": category} for row in open_rows("")]
+
+
+def rotated_rows() -> list[dict[str, str]]:
+    rows = choice_rows(2)
+    return rows + [row | {"index": str(1_000_000 + int(row["index"])), "image": image_cell()} for row in rows]
+
+
+TEN = str(["cat"] * 10)
+WRONG = [
+    ("chartqa_test", choice_rows(), "it is multiple choice .* and that benchmark asks open questions"),
+    (
+        "mme",
+        [row | {"image_path": "a.png"} for row in yes_no_rows("random")],
+        "its categories .random. are those of POPE.*pope",
+    ),
+    (
+        "docvqa_val",
+        [row | {"split": "test_human"} for row in open_rows("4")],
+        "its splits .* are those of ChartQA_TEST",
+    ),
+    ("textvqa_val", open_rows("cat"), "each row has one accepted answer"),
+    ("chartqa_test", open_rows(TEN), "each row has the answers of 10 people"),
+    ("ai2d_test", rotated_rows(), "asks each question in rotated forms"),
+    ("mmbench_dev_en", choice_rows(), "no question is asked in rotated forms"),
+    (
+        "mmbench_dev_en",
+        [row | {"question": "这是什么?"} for row in rotated_rows()],
+        "most of its questions are Chinese.*mmbench_dev_cn",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"), WRONG, ids=[f"{name} {message[:20]}" for name, _, message in WRONG]
+)
+def test_letter_m_a_table_of_another_benchmark_is_refused(tmp_path, name, rows, message):
+    table = write_table(tmp_path / "table.tsv", rows)
+    answers = {int(row["index"]): "A" for row in rows}
+    for accept_table in (False, True):  # these are proofs, which nobody can overrule
+        with pytest.raises(DataError, match=f"is no table of (?i:{name}): .*{message}"):
+            mm.score(name, answers, table, accept_table=accept_table)
+
+
+def test_letter_m_a_file_name_is_a_sign_that_can_be_overruled(tmp_path):
+    table = write_table(tmp_path / "MMStar.tsv", choice_rows(2))
+    answers = {0: "A", 1: "B"}
+    with pytest.raises(DataError, match="the name of the file says MMStar.*--accept-table"):
+        mm.score("ai2d_test", answers, table)
+    report = mm.score("ai2d_test", answers, table, accept_table=True)
+    assert [row["hit"] for row in report.rows.values()] == [1, 1]
+
+
+def test_letter_m_a_part_of_a_public_table_and_a_table_of_ones_own_are_scored(tmp_path):
+    answers = {0: "A", 1: "B"}
+    for name, file in (("ai2d_test", "AI2D_TEST_part2.tsv"), ("my_questions", "my_questions.tsv")):
+        report = mm.score(name, answers, write_table(tmp_path / file, choice_rows(2)))
+        assert [row["hit"] for row in report.rows.values()] == [1, 1]

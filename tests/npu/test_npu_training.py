@@ -1,0 +1,55 @@
+"""The golden model on the stand-in for an NPU, through NpuPlatform's own path, equals itself on the CPU."""
+
+import pytest
+
+from tests.helpers.golden_training import GoldenLayout
+from tests.npu import runs
+from tests.parallel.comparison import relative
+
+RUNS = {
+    "one rank": GoldenLayout(),
+    "frozen parts, clipped": GoldenLayout(trained="c"),
+    "grouped heads": GoldenLayout(grouped=True),
+    "packed": GoldenLayout(packed=True),
+    "two tensor-parallel ranks": GoldenLayout(tensor=2, flags="--sequence-parallel"),
+    "two data-parallel ranks": GoldenLayout(data=2, flags="--use-distributed-optimizer"),
+    "two pipeline stages": GoldenLayout(pipeline=2),
+    "two context-parallel ranks": GoldenLayout(context=2),
+}
+
+
+def equal(found, wanted):
+    """Losses, norms and final weights."""
+    for own, theirs in zip(found["records"], wanted["records"], strict=True):
+        for key in ("loss", "grad_norm"):
+            assert own[key] == pytest.approx(theirs[key], rel=1e-5)
+    assert found["weights"].keys() == wanted["weights"].keys()
+    for name, tensor in wanted["weights"].items():
+        assert relative(name, found["weights"][name], tensor) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trajectories_equal_the_cpus(ranks, npu_ranks, golden, tmp_path, name):
+    layout = RUNS[name]
+    wanted = ranks(layout.ranks).run(runs.trained, golden, layout, str(tmp_path / "cpu"))[0]
+    found = npu_ranks(layout.ranks).run(runs.trained, golden, layout, str(tmp_path / "npu"))[0]
+    equal(found, wanted)
+    used = {"npu_fusion_attention", "npu_rms_norm", "npu_swiglu", "npu_rotary_mul", "npu_apply_adam_w.out"}
+    assert used <= found["calls"].keys() and not wanted["calls"]
+
+
+def test_a_run_that_is_resumed(npu_ranks, golden, tmp_path):
+    pool, layout = npu_ranks(1), GoldenLayout()
+    whole = pool.run(runs.trained, golden, layout, str(tmp_path / "whole"), "", 4)[0]
+    cut = str(tmp_path / "cut")
+    pool.run(runs.trained, golden, layout, cut, "--exit-interval 2", 4)
+    found = pool.run(runs.trained, golden, layout, cut, f"--load {cut}", 4)[0]
+    equal(found, whole)
+
+
+def test_bf16_stays_close_to_the_cpus(ranks, npu_ranks, golden, tmp_path):
+    layout = GoldenLayout(trained="c")
+    wanted = ranks(1).run(runs.trained, golden, layout, str(tmp_path / "cpu"), "--bf16")[0]
+    found = npu_ranks(1).run(runs.trained, golden, layout, str(tmp_path / "npu"), "--bf16")[0]
+    for own, theirs in zip(found["records"], wanted["records"], strict=True):
+        assert own["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
