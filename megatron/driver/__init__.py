@@ -27,7 +27,8 @@ What the caller brings
         Takes next(data_iterator) itself. loss_func(output) -> (loss_sum, num_tokens, {"lm loss": (loss_sum.detach(),
         num_tokens)}): loss_sum 0-d float tensor, the sum of this micro-batch's token losses; num_tokens 0-d int tensor,
         its supervised tokens. The driver divides by the tokens of the whole global batch.
-    hooks: state.Hooks(describe, extra, compare, added, pad_to_one_length, after_step), each with a default
+    hooks: state.Hooks(describe, extra, compare, added, pad_to_one_length, prepare, loss_name, metrics, after_step)
+        each with a default
         describe(batch) -> state.BatchFacts(sample_ids, tokens, supervised, positions, flops, gradient_expected)
             default reads batch.sample_ids, batch.tokens, batch.supervised, batch.input_ids.numel(); flops is forward +
             backward of this micro-batch over the whole model (TFLOP/s and MFU are logged where it is not 0);
@@ -35,6 +36,8 @@ What the caller brings
         extra() -> dict                     JSON-able; run.json["extra"] of every checkpoint (specs, versions, sampler)
         compare(saved_extra) -> list[str]   one line per field in which the checkpoint's architecture differs
         pad_to_one_length(batches) -> batches   micro-batches of a step, asked for with virtual stages
+        prepare(state, batches) -> batches  micro-batches of a step before they go through the model, on every rank
+        loss_name, metrics                  what the log calls the loss; further keys of what loss_func reports
         after_step(state)                   on every rank, before a checkpoint of the step is written
 
 Functions

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.state import TrainState
-from megatron.driver.steps import MFU, TERAFLOPS, StepMetrics, mean_loss, rates
+from megatron.driver.steps import MFU, TERAFLOPS, StepMetrics, mean_figures, mean_loss, rates
 
 RECENT = 1000
 """Steps from which the time left is judged."""
@@ -61,6 +61,7 @@ def figures(
         _named("lr", f"{last.learning_rate:.2e}"),
         _named("grad norm", "skipped" if last.grad_norm is None else f"{last.grad_norm:.3g}"),
     ]
+    found += [Figure("", "", f"{name} {value:.4g}") for name, value in mean_figures(steps).items()]
     if args.fp16:
         found.append(_named("loss scale", f"{last.loss_scale:.0f}"))
     skipped = sum(step.skipped for step in steps)
@@ -139,21 +140,29 @@ def megatron_line(state: TrainState, args: DriverArguments, steps: Sequence[Step
     parts += [
         f"learning rate: {last.learning_rate:.6E}",
         f"global batch size: {args.global_batch_size:5d}",
-        f"lm loss: {mean_loss(steps):.6E}",
+        f"{last.loss_name}: {mean_loss(steps):.6E}",
         f"loss scale: {last.loss_scale:.1f}",
         f"grad norm: {'skipped' if last.grad_norm is None else format(last.grad_norm, '.3f')}",
         f"number of skipped iterations: {sum(step.skipped for step in steps):3d}",
         "number of nan iterations:   0",  # a step that is not a number stops the run
         *(f"{name}: {value:.1f}" for name, value in speed.items()),
+        *(f"{name}: {value:.4f}" for name, value in mean_figures(steps).items()),
     ]
     return " | ".join(parts) + " |"
 
 
-def validation_line(state: TrainState, args: DriverArguments, loss: float, perplexity: float, samples: int) -> str:
-    """The loss on the validation set, in the form that --log-format asks for."""
+def validation_line(
+    state: TrainState,
+    args: DriverArguments,
+    loss: float,
+    perplexity: float | None,
+    samples: int,
+    loss_name: str = "lm loss",
+) -> str:
+    """The loss on the validation set, in the form that --log-format asks for; perplexity where the loss has one."""
     if args.log_format == "megatron":
-        return (
-            f"validation loss at iteration {state.iteration} | lm loss value: {loss:.6E} | "
-            f"lm loss PPL: {perplexity:.6E} | samples: {samples} |"
-        )
-    return f"{place(state, args)} | validation loss {loss:#.4g} | perplexity {perplexity:.4g} | {samples} samples"
+        told = "" if perplexity is None else f" | {loss_name} PPL: {perplexity:.6E}"
+        start = f"validation loss at iteration {state.iteration} | {loss_name} value: {loss:.6E}"
+        return f"{start}{told} | samples: {samples} |"
+    told = "" if perplexity is None else f" | perplexity {perplexity:.4g}"
+    return f"{place(state, args)} | validation loss {loss:#.4g}{told} | {samples} samples"

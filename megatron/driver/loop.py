@@ -6,7 +6,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,13 +130,18 @@ def forward_backward(
         What loss_func reported for each micro-batch, on the last stage.
     """
     iterators = [iter(batches) for _ in state.model]
+    rows, length = args.micro_batch_size, args.seq_length
+    if interleaved():
+        rows, length = batches[0].input_ids.shape
+        if getattr(batches[0], "segment_ids", None) is not None:  # packed rows go through the model as one
+            rows, length = 1, rows * length
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if interleaved() else iterators[0],
         model=state.model,
         num_microbatches=len(batches),
-        seq_length=batches[0].input_ids.shape[1] if interleaved() else args.seq_length,
-        micro_batch_size=args.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
 
@@ -173,7 +178,7 @@ def train(
     ):
         while state.iteration < args.train_iters:
             with profiler.step(state.iteration + 1):
-                step, totals = train_step(state, args, forward_step, data, stop, saver)
+                step, totals = train_step(state, args, forward_step, data, stop, saver, hooks)
             recorder.add(step, totals.memory)
             hooks.after_step(state)
             if totals.save_failed:
@@ -211,21 +216,23 @@ def train_step(
     data: MeteredIterator,
     stop: StopRequest,
     saver: Saver,
+    hooks: Hooks | None = None,
 ) -> tuple[StepMetrics, _Totals]:
     """One optimizer step over one global batch.
 
     Returns:
         The step's metrics; and sums over the ranks, which also say whether one was asked to stop or failed to save.
     """
-    start = time.perf_counter()
+    start, hooks = time.perf_counter(), hooks or Hooks()
     with region("data wait"):
         data.fetch(get_num_microbatches(), state.platform.device())
+    batches = hooks.prepare(state, data.batches)
     for chunk in state.model:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     with region("backward"):  # what the model does not name inside
-        reported = forward_backward(state, args, forward_step, data.batches)
-    totals = _reduce(state, args, reported, data, stop, saver)
+        reported = forward_backward(state, args, forward_step, batches)
+    totals, means = _reduce(state, args, reported, data, stop, saver, hooks.metrics)
     if totals.supervised == 0:
         _refuse(
             state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels"
@@ -261,6 +268,8 @@ def train_step(
         learning_rate=learning_rate,
         loss_scale=loss_scale,
         grad_norm=grad_norm,
+        means=means,
+        loss_name=hooks.loss_name,
     )
     return metrics, totals
 
@@ -287,15 +296,18 @@ def _reduce(
     data: MeteredIterator,
     stop: StopRequest,
     saver: Saver,
-) -> _Totals:
-    """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it.
+    names: Sequence[str],
+) -> tuple[_Totals, dict[str, float]]:
+    """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it. With them
+    the means of what loss_func reports under `names`.
 
     The losses of all micro-batches are read here at once. megatron.core has waited for the end of the backward pass
     just before (finalize_model_grads looks at the number of tokens), so reading them later would save nothing.
     """
     sums = len(_Totals._fields) - 1
-    # Behind the sums each rank has a place for its memory, so that the largest can be told.
-    values = [0.0] * (sums + torch.distributed.get_world_size())
+    # Behind the sums each rank has a place for its memory, so that the largest can be told; then come the means.
+    known = sums + torch.distributed.get_world_size()
+    values = [0.0] * (known + 2 * len(names))
     if (state.iteration + 1) % args.log_interval == 0:
         values[sums + torch.distributed.get_rank()] = state.platform.memory().peak
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -313,12 +325,16 @@ def _reduce(
     dtype = torch.float32 if state.platform.name == "npu" else torch.float64
     tensor = torch.tensor(values, dtype=dtype, device=state.platform.device())
     if first_of_tensor_parallel and parallel_state.is_pipeline_last_stage():
+        places = {LOSS: 0} | {name: known + 2 * number for number, name in enumerate(names)}
         for micro_batch in reported:
-            tensor[0] += micro_batch[LOSS][0]
-            tensor[1] += micro_batch[LOSS][1]
+            for name, place in places.items():
+                tensor[place] += micro_batch[name][0]
+                tensor[place + 1] += micro_batch[name][1]
     torch.distributed.all_reduce(tensor)
     figures = tensor.tolist()
-    return _Totals(*figures[:sums], memory=max(figures[sums:]))
+    pairs = zip(names, figures[known::2], figures[known + 1 :: 2], strict=True)
+    means = {name: total / number if number else math.nan for name, total, number in pairs}
+    return _Totals(*figures[:sums], memory=max(figures[sums:known])), means
 
 
 def _check_gradient(state: TrainState, data: MeteredIterator, grad_norm: float, expected: bool) -> None:

@@ -66,10 +66,10 @@ class Recorder:
     def _write_record(self, step: StepMetrics) -> None:
         iteration = self._state.iteration
         if self._file is not None:
-            record = {"iteration": iteration, "consumed_samples": self._state.consumed_samples} | vars(step)
+            record = {"iteration": iteration, "consumed_samples": self._state.consumed_samples} | step.record
             self._file.write(json.dumps(record) + "\n")
         if self._boards:
-            known = {**vars(step), **rates([step], self._state, self._args)}
+            known = {**step.record, **rates([step], self._state, self._args)}
             values = {name: value for name, value in known.items() if value is not None}
             for board in self._boards:
                 board.add(values, iteration)

@@ -52,6 +52,13 @@ class Hooks:
     lack it."""
     pad_to_one_length: Callable[[list[Any]], list[Any]] = lambda batches: batches
     """Micro-batches of one step -> the same, padded to one length: asked for where the run has virtual stages."""
+    prepare: Callable[[TrainState, list[Any]], list[Any]] = lambda state, batches: batches
+    """Micro-batches of a step (or of a validation pass) -> what goes through the model; called on every rank before
+    the step's forward pass, so that it may run one of its own."""
+    loss_name: str = "lm loss"
+    """What the log calls the loss."""
+    metrics: Sequence[str] = ()
+    """Further keys that loss_func reports, each as (sum, number); logged as the mean over the global batch."""
     after_step: Callable[[TrainState], None] = lambda state: None
     """Called on every rank when a step has been counted, before a checkpoint of it is written."""
 

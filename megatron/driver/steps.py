@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.state import TrainState, compute_dtype
@@ -31,9 +32,24 @@ class StepMetrics:
     grad_norm: float | None
     """L2 norm before clipping; None where the step was skipped for overflow."""
 
+    means: dict[str, float] = field(default_factory=dict)
+    """What else is logged (Hooks.metrics), by its key."""
+    loss_name: str = "lm loss"
+
+    @property
+    def record(self) -> dict[str, float | None]:
+        """All figures by their keys; those that are no number, for want of anything to average, are None."""
+        own = {name: value for name, value in vars(self).items() if name not in ("means", "loss_name")}
+        return own | {name: None if math.isnan(value) else value for name, value in self.means.items()}
+
     @property
     def skipped(self) -> bool:
         return self.grad_norm is None
+
+
+def mean_figures(steps: Sequence[StepMetrics]) -> dict[str, float]:
+    """Means of what else is logged, over the steps."""
+    return {name: sum(step.means[name] for step in steps) / len(steps) for name in steps[-1].means}
 
 
 def mean_loss(steps: Sequence[StepMetrics]) -> float:

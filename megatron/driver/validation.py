@@ -38,6 +38,7 @@ def evaluate(
                 micro_batches = list(islice(data_iterator, get_num_microbatches()))
                 if interleaved():
                     micro_batches = hooks.pad_to_one_length(micro_batches)
+                micro_batches = hooks.prepare(state, micro_batches)
                 reported = forward_backward(state, args, forward_step, micro_batches, forward_only=True)
                 # As in training, ranks that share a micro-batch report it once.
                 if parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage():

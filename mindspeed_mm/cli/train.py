@@ -8,6 +8,7 @@ from typing import Any
 
 from mindspeed_mm import ending
 from mindspeed_mm.cli.flags.lora import add_lora_arguments, given_lora
+from mindspeed_mm.cli.flags.preference import add_preference_arguments, given_preferences
 from mindspeed_mm.cli.plan import size
 
 HELP = "pretrain or fine-tune from --mm-model, --mm-data and Megatron's flags"
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("multimodal")
     group.add_argument("--mm-model", required=True, metavar="JSON", help="architecture, freezing and weights")
     group.add_argument("--mm-data", required=True, metavar="JSON", help="data sets, template, tokenizer")
-    group.add_argument("--objective", default="sft", metavar="NAME", help="what is minimised (default: sft)")
+    group.add_argument(
+        "--objective", metavar="NAME", help='what is minimised: sft, dpo (default: "objective" of --mm-data, else sft)'
+    )
     group.add_argument("--mm-tool", metavar="JSON", help="tools.json of the ancestor: its profile block")
     group.add_argument("--allow-nonfinite", action="store_true", help="also start from weights with NaN or Inf")
     group.add_argument(
@@ -38,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--feature-cache-size", type=size, metavar="SIZE", help="at most so much in that folder (default 50GB)"
     )
     add_lora_arguments(parser)
+    add_preference_arguments(parser)
     group.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
     arguments.add_arguments(parser)
 
@@ -58,8 +62,12 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         apply_tools(namespace, namespace.mm_tool)
     args = arguments.from_namespace(namespace)
     files = namespace.mm_model, namespace.mm_data
-    training = TrainingRun(args, platform, *files, namespace.objective, given_lora(namespace))
+    training = TrainingRun(
+        args, platform, *files, namespace.objective, given_lora(namespace), given_preferences(namespace)
+    )
     training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
+    if namespace.pref_cache is not None:
+        training.keep_reference(namespace.pref_cache)
     with ending.closing():
         ending.at_end(initialize.shutdown)
         initialize.initialize(training.inputs.args, platform)

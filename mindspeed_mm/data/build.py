@@ -69,13 +69,14 @@ def build_dataset(
     *,
     positions: Positions | None = None,
     validation: bool = False,
+    preferences: bool = False,
 ) -> MultimodalDataset:
     """Map-style dataset of Encoded from a data config; with `validation` of its validation sets.
 
-    `max_length` counts expanded tokens; `positions` gives the positions of a family that has multimodal ones. Every
-    record and its length are checked here (images are opened later, or their headers where sizes decide). Raises
-    DataError for bad records, TemplateError when the tokenizer does not round-trip the template, ConfigError for
-    settings that do not fit.
+    `max_length` counts expanded tokens; `positions` gives the positions of a family that has multimodal ones;
+    `preferences` asks for pairs of answers instead of conversations. Every record and its length are checked here
+    (images are opened later, or their headers where sizes decide). Raises DataError for bad records, TemplateError when
+    the tokenizer does not round-trip the template, ConfigError for settings that do not fit.
     """
     parameters = config.dataset_param
     template = template_of(config, tokenizer)
@@ -85,13 +86,9 @@ def build_dataset(
     sets = []
     for basic in chosen:
         kind = parameters.kind_of(basic)
-        if kind == "preference":
-            raise ConfigError(
-                f"{basic.data_path} holds preference records, which `train` does not train on; "
-                '`check-data` reads them. Give the "dataset_type" of conversations.'
-            )
         source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
         sets.append(DataSet(source, basic.repeat_time, basic.data_path))
+        _check_pairs(sets[-1], kind, preferences)
     loading = config.dataloader_param
     return MultimodalDataset(
         sets,
@@ -106,6 +103,20 @@ def build_dataset(
         ),
         measured=(loading.packing or loading.group_by_modality_length) and not validation,
     )
+
+
+def _check_pairs(data_set: DataSet, kind: str, preferences: bool) -> None:
+    """Raise ConfigError where a set has pairs and the objective wants conversations, or the other way round."""
+    if data_set.pairs and not preferences:
+        raise ConfigError(
+            f"{data_set.name} holds preference records (dataset_type {kind}), which this objective does not train on; "
+            'give --objective dpo, or the "dataset_type" of conversations'
+        )
+    if preferences and not data_set.pairs:
+        raise ConfigError(
+            f"{data_set.name} holds conversations (dataset_type {kind}), but the objective trains on preference "
+            'records, each with a chosen and a rejected answer; give "dataset_type": "preference", or --objective sft'
+        )
 
 
 def check_user_tokens(tokenizer: Tokenizer, rows: int, where: str) -> None:
@@ -161,7 +172,7 @@ def build_order(
 
 
 def _row_length(dataset: MultimodalDataset, options: DataloaderParam) -> int:
-    length = options.packing_length or dataset.max_length
+    length = options.packing_length or dataset.longest
     if length < dataset.max_length:
         raise ConfigError(
             f"data config: packing_length is {length}, less than the maximum length of a sample, {dataset.max_length}; "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mindspeed_mm.constants import IGNORE_INDEX
+from mindspeed_mm.data.pairs import pair_positions
 from mindspeed_mm.data.sample import Batch, CachedImages, Encoded
 from mindspeed_mm.models.media import Media
 
@@ -24,8 +25,9 @@ class Collator:
 
     def __call__(self, rows: Sequence[Encoded] | Sequence[Sequence[Encoded]]) -> Batch:
         """B rows -> Batch; see there for shapes and dtypes."""
-        packed = self.row_length is not None
-        filled = [list(row) if isinstance(row, Sequence) else [row] for row in rows]
+        pairs = any(sample.branches is not None for row in rows for sample in _members(row))
+        packed = self.row_length is not None or pairs
+        filled = [_members(row) for row in rows]
         longest = self.row_length or max(sum(len(sample.input_ids) for sample in row) for row in filled)
         length = -(-longest // self.pad_multiple) * self.pad_multiple
         shape = (len(filled), length)
@@ -45,7 +47,9 @@ class Collator:
                 segment_ids[row, start:end] = segment
                 if packed:
                     position_ids[..., row, start:] = torch.arange(length - start)
-                if sample.positions is not None:
+                if sample.branches is not None:
+                    position_ids[..., row, start:end] = pair_positions(sample.branches, sample.positions)
+                elif sample.positions is not None:
                     position_ids[:, row, start:end] = sample.positions
                 start = end
             if packed:  # the padding behind the last sample is a sequence of its own
@@ -64,7 +68,20 @@ class Collator:
             skipped=tuple(reason for sample in samples for reason in sample.skipped),
             segment_ids=segment_ids if packed else None,
             cached=_cached(samples),
+            branches=tuple(sample.branches for sample in used if sample.branches is not None) if pairs else None,
+            pair_keys=_pair_keys(used),
         )
+
+
+def _members(row: Encoded | Sequence[Encoded]) -> list[Encoded]:
+    """The samples of a row."""
+    return list(row) if isinstance(row, Sequence) else [row]
+
+
+def _pair_keys(samples: Sequence[Encoded]) -> tuple[bytes, ...] | None:
+    """Names of all pairs; None where they have none."""
+    keys = tuple(sample.pair_key for sample in samples if sample.pair_key is not None)
+    return keys if keys and len(keys) == len(samples) else None
 
 
 def _cached(samples: Sequence[Encoded]) -> CachedImages | None:

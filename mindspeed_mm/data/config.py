@@ -60,6 +60,12 @@ class BasicParameters(StrictModel):
     dataset_type: str | None = None
     """The format of this set where it is not the one of dataset_param."""
 
+    image_data: str | None = None
+    """Of ha_dpo: Visual Genome's image_data.json; default: the one in data_folder."""
+
+    sampling_seed: pydantic.NonNegativeInt | None = None
+    """Of ha_dpo: which of several answers are drawn; default 42."""
+
     return_type: Annotated[str | None, _only(None, "list", reason="records are read one by one")] = None
     data_storage_mode: Annotated[str, _only("standard", reason="JSON and JSONL files are read")] = "standard"
 
@@ -217,6 +223,15 @@ class DatasetParam(StrictModel):
     def _known_dataset(cls, value: str) -> str:
         return known_dataset(value)
 
+    @pydantic.model_validator(mode="after")
+    def _own_keys(self) -> "DatasetParam":
+        """Keys of one format are refused in sets of another, which would not read them."""
+        for basic in (*self.basic_parameters, *self.validation_parameters):
+            given = [name for name in ("image_data", "sampling_seed") if getattr(basic, name) is not None]
+            if given and self.kind_of(basic) != "ha_dpo":
+                raise ValueError(f'{basic.data_path} has "{given[0]}", which only the dataset_type "ha_dpo" reads')
+        return self
+
     @property
     def weights(self) -> list[float] | None:
         """Weights of the sets, or None where repeat_time decides."""
@@ -308,6 +323,8 @@ class DataConfig(StrictModel):
 
     dataset_param: DatasetParam
     dataloader_param: DataloaderParam = DataloaderParam()
+    objective: str | dict[str, Any] | None = None
+    """What is minimised where --objective does not say it: a name, or {"name": ..} with the objective's options."""
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any]) -> "DataConfig":

@@ -15,7 +15,10 @@ from mindspeed_mm.data.facts import unanswered
 from mindspeed_mm.data.feature_cache import FeatureCache
 from mindspeed_mm.data.image import ImageError, load_image
 from mindspeed_mm.data.lengths import UNUSABLE, usable_length
+from mindspeed_mm.data.media import ItemPlan
+from mindspeed_mm.data.pairs import Branches, longer_side, pair_tokens
 from mindspeed_mm.data.parallel import count_all
+from mindspeed_mm.data.reference_store import pair_key
 from mindspeed_mm.data.rendering import questions_of
 from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample
 from mindspeed_mm.errors import DataError
@@ -49,6 +52,8 @@ class DataSet:
         self._kept: np.ndarray | None = None
         self.lengths: np.ndarray | None = None
         """[n] int32 by record number, before truncation, negative without images; known after `measure`."""
+        self.pairs = bool(getattr(source, "pairs", False))
+        """Whether its records have a rejected answer, too."""
         self._max_length = 0
         self.dropped = self.truncated = 0
         """Records that are too long: left out, or cut."""
@@ -99,11 +104,12 @@ class DataSet:
             max_length=max_length,
             policy=policy,
         )
-        self._max_length = max_length
+        self._max_length = 2 * max_length if self.pairs else max_length
         is_dropped = self.lengths == UNUSABLE
         unusable = np.flatnonzero(is_dropped)
         self.dropped = len(unusable)
-        self.truncated = int((((self.lengths > max_length) | (self.lengths < -max_length)) & ~is_dropped).sum())
+        over = (self.lengths > self._max_length) | (self.lengths < -self._max_length)
+        self.truncated = int((over & ~is_dropped).sum())
         if self.dropped or self.truncated:
             logger.warning(
                 "%s: of %d records, %d are over %d tokens and left out, %d are cut to that length (overlong: %s)",
@@ -191,9 +197,13 @@ class MultimodalDataset(Dataset[Encoded]):
         self.media = encoding.media
         self.policies = policies
         self.max_length = max_length
+        self.longest = 2 * max_length if any(data_set.pairs for data_set in self.sets) else max_length
+        """Positions that a sample has at most; the two answers of a preference record each may be `max_length` long."""
         self._positions = positions
         self.feature_cache: FeatureCache | None = None
         """Where features of images are looked up, once the vision encoder is there."""
+        self.names_pairs = False
+        """Whether preference records get the name under which a store keeps their log-probabilities."""
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
             data_set.tell_unused_keys()
@@ -263,8 +273,7 @@ class MultimodalDataset(Dataset[Encoded]):
     def _encode(self, sample: Sample, skipped: tuple[str, ...]) -> Encoded:
         plans = self.encoding.plans(sample)
         try:
-            ids, labels = expand_images(*self.encoding.tokens(sample), plans)
-            ids, labels = fit_length(ids, labels, self.max_length, self.policies.overlong)
+            ids, labels, branches = self._tokens(sample, plans)
             asked = self.media.reads_instructions
             questions = [self.media.instruction(text) for text in questions_of(sample.turns)] if asked else []
         except DataError as error:
@@ -274,8 +283,19 @@ class MultimodalDataset(Dataset[Encoded]):
         media = tuple(self.media.item(image) for image in unknown)
         if asked:
             media = tuple(replace(item, instructions=(q,)) for item, q in zip(media, questions, strict=True))
-        positions = self._positions(ids, [plan.grid for plan in plans]) if self._positions else None
-        return Encoded(sample.id, ids, labels, media, skipped, features, positions)
+        positions = None
+        if self._positions:
+            whole = ids if branches is None else longer_side(ids, branches)
+            positions = self._positions(whole, [plan.grid for plan in plans])
+        key = pair_key(ids, labels, branches, media) if self.names_pairs and branches is not None else None
+        return Encoded(sample.id, ids, labels, media, skipped, features, positions, branches, key)
+
+    def _tokens(self, sample: Sample, plans: list[ItemPlan]) -> tuple[list[int], list[int], Branches | None]:
+        """Expanded ids and labels within the maximum length; of a preference record also the parts of its sides."""
+        if sample.rejected is not None:
+            return pair_tokens(sample, plans, self.encoding, self.max_length, self.policies.overlong)
+        ids, labels = expand_images(*self.encoding.tokens(sample), plans)
+        return *fit_length(ids, labels, self.max_length, self.policies.overlong), None
 
     def _known_features(self, image: str | EncodedImage) -> CachedImage:
         """What the feature cache has of an image. Raises ImageError where its bytes cannot be read."""

@@ -28,7 +28,8 @@ def sample_facts(sample: Sample, template: Template) -> tuple[int, ...]:
     A token covers a byte of the text at least, up to the ones without width at the start of each piece.
     """
     pieces = 4 * (1 + len(sample.turns) + len(sample.images))
-    bound = len(render_turns(sample.turns, template).encode()) + pieces
+    sides = [sample.turns] if sample.rejected is None else [sample.turns, sample.rejected]
+    bound = max(len(render_turns(turns, template).encode()) for turns in sides) + pieces
     answers = [turn.text for turn in sample.turns if turn.role == "gpt"]
     empty = sum(not answer.strip() for answer in answers) if answers else 1
     return bound, len(sample.images), empty, digest(sample.ignored)

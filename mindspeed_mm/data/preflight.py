@@ -19,6 +19,7 @@ from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from mindspeed_mm.data.expand import Encoding
 from mindspeed_mm.data.facts import longest_text, unanswered
 from mindspeed_mm.data.image import FORMATS, ImageError, load_image, other_suffix
+from mindspeed_mm.data.pairs import pair_tokens
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.sample import EncodedImage, Sample
@@ -44,6 +45,7 @@ KINDS = {
     "too long": (ERROR, "a sample is longer than the maximum"),
     "no supervision": (ERROR, "nothing of a sample is supervised"),
     "empty answer": (ERROR, "an answer is empty"),
+    "pair": (ERROR, "the two answers of a preference record cannot be compared"),
     "unused key": (WARNING, "nothing reads a key of a record"),
     "control token": (WARNING, "a text holds a control token, which stays text (special_text)"),
     "suffix": (WARNING, "an image is named with the suffix of another format (it is read by content)"),
@@ -214,6 +216,10 @@ class Check:
                 other, _ = encoding.of(replace(sample, turns=sample.rejected))
                 found.lengths.setdefault(f"{template}, rejected", []).append(len(other))
                 ids = max(ids, other, key=len)
+                try:
+                    pair_tokens(sample, encoding.plans(sample), encoding)
+                except DataError as error:
+                    found.problem("pair", f"{sample.where}: {error}")
             if len(ids) > self.max_length and self.overlong == "error":
                 found.problem(
                     "too long",

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from mindspeed_mm.models.media import Media
+from mindspeed_mm.models.media import Features, Media
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,12 @@ class Encoded:
     positions: torch.Tensor | None = None
     """[3, length] int64 of a family with multimodal positions; None: 0, 1, 2, ..."""
 
+    branches: tuple[int, int, int] | None = None
+    """Of a preference record (data/pairs.py): lengths of the shared beginning, the chosen and the rejected end."""
+
+    pair_key: bytes | None = None
+    """Name of a preference record in a store of log-probabilities (data/reference_store.py), where one is used."""
+
 
 @dataclass(frozen=True)
 class CachedImages:
@@ -185,6 +191,18 @@ class Batch:
     cached: CachedImages | None = None
     """Which features of the images are known; None: no feature cache, or no images."""
 
+    branches: tuple[tuple[int, int, int], ...] | None = None
+    """Of preference records: as in Encoded, for each sample; None: conversations."""
+
+    reference: torch.Tensor | None = None
+    """[samples, 2] float32: log-probabilities of the chosen and the rejected answers under the reference model."""
+
+    pair_keys: tuple[bytes, ...] | None = None
+    """[samples] as in Encoded; None: no store is used."""
+
+    encoded: Features | None = None
+    """Of all images, on the device, where several passes share what the vision encoder gives."""
+
     @property
     def num_images(self) -> int:
         """Images of the batch, with features or pixels."""
@@ -198,7 +216,7 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory (DataLoader calls this under pin_memory)."""
         names = ["input_ids", "labels", "position_ids"]
-        names += [name for name in ("segment_ids", "media") if getattr(self, name) is not None]
+        names += [name for name in ("segment_ids", "media", "reference") if getattr(self, name) is not None]
         pinned = {name: getattr(self, name).pin_memory() for name in names}
         if self.cached is not None:
             pinned["cached"] = replace(self.cached, features=self.cached.features.pin_memory())

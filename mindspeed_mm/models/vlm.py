@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm.models.fusion import image_positions, scatter_features
 from mindspeed_mm.models.kit.context import sequence_slice
-from mindspeed_mm.models.loss import token_losses
+from mindspeed_mm.models.loss import Head, token_losses
 from mindspeed_mm.models.media import Features, Media
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
@@ -141,6 +141,7 @@ class VLM(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         image_features: Features | None = None,
         segments: Segments | None = None,
+        head: Head = token_losses,
     ) -> torch.Tensor:
         """One pass over this pipeline stage.
 
@@ -157,11 +158,12 @@ class VLM(MegatronModule):
             image_features: the encoder's features of all items where they are known already (a feature cache); `media`
                 is not looked at then.
             segments: the sequences of a single row (B is 1): causal attention inside each of them.
+            head: what is asked of the supervised positions.
 
         Returns:
-            Last stage: with labels the token losses [n] float32 of the n supervised positions; without, the logits
-            [B, S, V] float32. Other stages: hidden states [S, B, H]. Under context parallelism all of them are those of
-            this rank's slice of the sequence, while the arguments are whole.
+            Last stage: with labels what `head` gives, by default the token losses [n] float32 of the n supervised
+            positions; without, the logits [B, S, V] float32. Other stages: hidden states [S, B, H]. Under context
+            parallelism all of them are those of this rank's slice of the sequence, while the arguments are whole.
         """
         with region("embedding"):
             hidden = self.embed(input_ids, media, image_features) if self.pre_process else None
@@ -171,7 +173,7 @@ class VLM(MegatronModule):
             return hidden
         if labels is not None:
             with region("head and loss"):
-                return token_losses(self.text_decoder, hidden, sequence_slice(labels, 1))
+                return head(self.text_decoder, hidden, sequence_slice(labels, 1))
         return self.logits(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.media import Features
 from mindspeed_mm.registry import find
 
@@ -20,6 +22,28 @@ class Objective(ABC):
 
     name: str
     """As --objective says it."""
+
+    loss_name = "lm loss"
+    """What the log calls the loss."""
+
+    metrics: tuple[str, ...] = ()
+    """Further log keys that its loss functions report, besides "lm loss"."""
+
+    preferences = False
+    """Whether it trains on pairs of a chosen and a rejected answer, instead of conversations."""
+
+    reference = False
+    """Whether batches bring the log-probabilities of a reference model along (Batch.reference)."""
+
+    def configured(self, options: Mapping[str, Any]) -> Objective:
+        """The objective with options of data.json or of flags, by their keys. Raises ConfigError for unknown ones."""
+        if options:
+            raise ConfigError(f"the objective {self.name} has no options, found {', '.join(options)}: remove them")
+        return self
+
+    def check(self, spec: Any) -> None:
+        """Raises ConfigError where a ModelSpec cannot be trained with it."""
+        return None
 
     @abstractmethod
     def forward(
@@ -39,7 +63,8 @@ class Objective(ABC):
 
     def forward_step(self, data_iterator: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
         """The next micro-batch through the model (megatron.core's forward_step_func)."""
-        return self.forward(next(data_iterator), model)
+        batch = next(data_iterator)
+        return self.forward(batch, model, batch.encoded)
 
 
 def find_objective(name: str) -> Objective:

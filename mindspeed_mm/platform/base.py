@@ -21,7 +21,7 @@ from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.host import versions
 from mindspeed_mm.platform import fused
 from mindspeed_mm.platform.capped import CappedAttention, band
-from mindspeed_mm.platform.segments import Segments
+from mindspeed_mm.platform.segments import BranchedSegments, Segments
 
 PLATFORM_ORDER = ("npu", "cuda", "cpu")
 """Order of choice when no device is named: the accelerators first, then the CPU that is always there."""
@@ -211,6 +211,39 @@ class Platform(abc.ABC):
             output = self.attention(*rows, mask=None, causal=causal, **options)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def branch_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: BranchedSegments,
+        *,
+        scale: float,
+        dropout: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """Causal attention inside sequences that part into branches; arguments and result as for `segment_attention`.
+
+        A sequence's beginning and its first branch go together, as one causal sequence; each other branch looks back
+        at the beginning's keys, which are computed once.
+        """
+        outputs, start = [], 0
+        options = {"scale": scale, "dropout": dropout, "soft_cap": soft_cap}
+        for shared, first, *others in segments.branches:
+            own = slice(start, start + shared + first)
+            rows = (x[own].transpose(0, 1)[None] for x in (query, key, value))
+            outputs.append(self.attention(*rows, mask=None, causal=True, window=window, **options))
+            beginning = slice(start, start + shared)
+            for length in others:
+                own = slice(own.stop, own.stop + length)
+                seen = band(range(shared, shared + length), range(shared + length), window, query.device)
+                keys, values = (torch.cat((x[beginning], x[own])).transpose(0, 1)[None] for x in (key, value))
+                row = query[own].transpose(0, 1)[None]
+                outputs.append(self.attention(row, keys, values, mask=seen[None, None], causal=False, **options))
+            start = own.stop
+        return torch.cat([output[0].transpose(0, 1) for output in outputs])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., H] and [H] -> [..., H]."""

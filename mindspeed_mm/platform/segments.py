@@ -43,3 +43,19 @@ class Segments:
     def slices(self) -> list[slice]:
         """One for each sequence."""
         return [slice(start, end) for start, end in itertools.pairwise((0, *self.ends))]
+
+
+@dataclass(frozen=True)
+class BranchedSegments(Segments):
+    """Sequences that may part into branches: all of a sequence's branches continue what it begins with, and a branch
+    attends to that beginning and to itself."""
+
+    branches: tuple[tuple[int, ...], ...]
+    """Lengths of each sequence: of its shared beginning (it may be 0), then of each branch, at least one."""
+
+    @classmethod
+    def of_branches(cls, branches: Sequence[Sequence[int]], device: torch.device) -> BranchedSegments:
+        """Sequences of the given lengths one behind the other. `longest` is the longest beginning with one branch."""
+        plain = Segments.of_lengths([sum(lengths) for lengths in branches], device)
+        longest = max(lengths[0] + max(lengths[1:]) for lengths in branches)
+        return cls(plain.ends, plain.offsets, longest, tuple(tuple(lengths) for lengths in branches))

@@ -57,6 +57,11 @@ def forward_steps(inputs: RunInputs, state: TrainState, options: CacheOptions | 
     if options is None:
         yield inputs.objective.forward_step
         return
+    if inputs.objective.reference:
+        raise ConfigError(
+            f"--feature-cache does not go with the objective {inputs.objective.name}, whose passes share the features "
+            "of a step already: leave it out"
+        )
     check_cachable(inputs.spec, inputs.runtime, inputs.media)
     used = {host: size for host, size in gather((socket.gethostname(), _used(options.folder))) if size is not None}
     room = max(0.0, options.limit - max(used.values()))

@@ -23,7 +23,7 @@ from mindspeed_mm.models.family import media_of_data
 from mindspeed_mm.models.parallel import layout_problems
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
-from mindspeed_mm.objectives import find_objective
+from mindspeed_mm.objectives import Objective, find_objective
 from mindspeed_mm.objectives._batches import pad_to_one_length
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.trainer.architecture import check_start
@@ -48,13 +48,15 @@ class RunInputs:
         platform: Platform,
         model_path: str,
         data_path: str,
-        objective: str = "sft",
+        objective: str | None = None,
         lora: dict[str, Any] | None = None,
+        objective_options: dict[str, Any] | None = None,
         *,
         weights: bool = True,
     ) -> None:
-        """Reads the files. `lora`: keys of the text_decoder's lora block that flags give; they win over the file's.
-        `weights`: compare what the run begins with with the model config; False for a plan, which needs none.
+        """Reads the files. `lora`: keys of the text_decoder's lora block that flags give; they win over the file's, and
+        so do `objective` and its options over data.json's. `weights`: compare what the run begins with with the model
+        config; False for a plan, which needs none.
 
         Raises:
             ConfigError: a file is wrong, or flags, model and data do not fit together.
@@ -62,10 +64,11 @@ class RunInputs:
             DataError: the data cannot be read.
         """
         register_checkpoints()
-        self.objective = find_objective(objective)
         self.spec = _model_spec(model_path, lora or {})
         self.args, self.platform = with_facts_of(self.spec, args), platform
         self.data_config = DataConfig.load(data_path)
+        self.objective = _objective(self.data_config, objective, objective_options or {})
+        self.objective.check(self.spec)
         self.runtime = runtime_of(self.args)
         check_flags(args, self.spec, self.runtime)
         if weights:
@@ -87,6 +90,7 @@ class RunInputs:
             self.args.seq_length,
             positions=self.positions,
             validation=validation,
+            preferences=self.objective.preferences,
         )
 
     @property
@@ -108,6 +112,18 @@ class RunInputs:
     def pad_to_one_length(self, batches: list[Batch]) -> list[Batch]:
         """Micro-batches of one step, padded to one length."""
         return pad_to_one_length(batches, self.pad_token_id)
+
+
+def _objective(config: DataConfig, name: str | None, options: dict[str, Any]) -> Objective:
+    """The objective that flags or data.json name; options of the file count where it names the same one."""
+    written = {"name": config.objective} if isinstance(config.objective, str) else dict(config.objective or {})
+    given = written.pop("name", None)
+    if given is not None and not isinstance(given, str):
+        raise ConfigError(f'objective.name of the data config is {given!r}; expected a name, such as "dpo"')
+    if written and given is None:
+        raise ConfigError('the data config has an "objective" without a name: add one, such as "name": "dpo"')
+    chosen = name or given or "sft"
+    return find_objective(chosen).configured({**(written if chosen == given else {}), **options})
 
 
 def _model_spec(path: str, lora: dict[str, Any]) -> ModelSpec:

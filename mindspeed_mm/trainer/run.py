@@ -18,7 +18,7 @@ from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template_check import describe_sample
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.inference.locate import TOKENIZER_FOLDER
 from mindspeed_mm.models.adapters.targets import ADAPTER
 from mindspeed_mm.models.build import build_vlm
@@ -29,6 +29,7 @@ from mindspeed_mm.trainer.curves import leave_loss_curve
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import batch_flops
 from mindspeed_mm.trainer.inputs import RunInputs
+from mindspeed_mm.trainer.reference import ReferenceModel
 from mindspeed_mm.trainer.start_checks import check_images
 from mindspeed_mm.trainer.stopped import stopped
 from mindspeed_mm.trainer.validation import Validation, gather_counts
@@ -51,12 +52,26 @@ class TrainingRun:
         platform: Platform,
         model_path: str,
         data_path: str,
-        objective: str = "sft",
+        objective: str | None = None,
         lora: dict[str, Any] | None = None,
+        objective_options: dict[str, Any] | None = None,
     ) -> None:
-        self.inputs = RunInputs(args, platform, model_path, data_path, objective, lora)
-        self.validation = Validation(self.inputs)
+        self.inputs = RunInputs(args, platform, model_path, data_path, objective, lora, objective_options)
+        self.reference = ReferenceModel(self.inputs) if self.inputs.objective.reference else None
+        self.validation = Validation(self.inputs, self._prepare)
         self.counts, self._saved_counts = DataCounts(), {}
+
+    def keep_reference(self, folder: str) -> None:
+        """Keep the reference's log-probabilities in a folder. Raises ConfigError without a reference, or for a file."""
+        if self.reference is None:
+            raise ConfigError(
+                f"--pref-cache is given, but the objective {self.inputs.objective.name} with these options has no "
+                "reference model: leave it out"
+            )
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise ConfigError(f"--pref-cache {folder} is not a folder: name one, or a path that does not exist yet")
+        self.reference.folder = Path(folder)
+        self.inputs.dataset.names_pairs = True
 
     def run(self) -> dict[str, Any]:
         """Train to the end and say where the result is."""
@@ -100,8 +115,14 @@ class TrainingRun:
             compare=self._compare,
             added=lambda name: ADAPTER in name,
             pad_to_one_length=self.inputs.pad_to_one_length,
+            prepare=self._prepare,
+            loss_name=self.inputs.objective.loss_name,
+            metrics=self.inputs.objective.metrics,
             after_step=self._after_step,
         )
+
+    def _prepare(self, state: TrainState, batches: list[Batch]) -> list[Batch]:
+        return batches if self.reference is None else self.reference.prepare(state, batches)
 
     def _after_step(self, state: TrainState) -> None:
         gather_counts(self.counts, state, self.inputs.args)
@@ -187,12 +208,16 @@ class TrainingRun:
                 "pad": self.inputs.data_config.dataset_param.preprocess_parameters.pad,
             },
             "data_counts": self.counts.as_saved(self.inputs.dataset.sets),
+            "objective": self.inputs.objective.name,
+            "reference": None if self.reference is None else self.reference.kind,
             "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
         }
 
     def _compare(self, saved: dict[str, Any]) -> list[str]:
         self._saved_counts = saved.get("data_counts", {})
         self._warn_about_order(saved.get("order", {}))
+        if self.reference is not None:
+            self.reference.resume_from(saved.get("reference"))
         return compare_architectures(saved.get("model", {}), self.inputs.spec.model_dump(mode="json"))
 
 
@@ -200,7 +225,10 @@ def order_facts(inputs: RunInputs) -> dict[str, Any]:
     """Everything that the order of samples is made of; each is named as the user changes it."""
     args, config, dataset = inputs.args, inputs.data_config, inputs.dataset
     loading = config.dataloader_param
-    sets = [basic.model_dump(mode="json", exclude={"data_folder"}) for basic in config.dataset_param.basic_parameters]
+    sets = []
+    for basic in config.dataset_param.basic_parameters:
+        unset = {name for name in ("image_data", "sampling_seed") if getattr(basic, name) is None}
+        sets.append(basic.model_dump(mode="json", exclude={"data_folder", *unset}))
     facts = {
         "--seed": args.seed,
         "samples": len(dataset),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -15,18 +16,21 @@ from megatron.driver.log_lines import validation_line
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.config import DataloaderParam
+from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.trainer.inputs import RunInputs
 
 logger = logging.getLogger(__name__)
 
+Prepare = Callable[[TrainState, list[Batch]], list[Batch]]
+
 
 class Validation:
     """Measures the loss on data.json's validation_parameters at --eval-interval, on the same samples each time."""
 
-    def __init__(self, inputs: RunInputs) -> None:
-        """Checks the sets. Raises ConfigError where there are sets but no interval."""
-        self._inputs, self._dataset = inputs, None
+    def __init__(self, inputs: RunInputs, prepare: Prepare = lambda state, batches: batches) -> None:
+        """Checks the sets. `prepare` as in Hooks. Raises ConfigError where there are sets but no interval."""
+        self._inputs, self._dataset, self._prepare = inputs, None, prepare
         args, parameters = inputs.args, inputs.data_config.dataset_param
         if not parameters.validation_parameters:
             return
@@ -43,13 +47,15 @@ class Validation:
             return
         whole = max(1, len(self._dataset) // args.global_batch_size)
         batches = min(args.eval_iters or whole, whole)
-        hooks = Hooks(pad_to_one_length=self._inputs.pad_to_one_length)
+        hooks = Hooks(pad_to_one_length=self._inputs.pad_to_one_length, prepare=self._prepare)
         loss = validation.evaluate(
             state, args, self._inputs.objective.forward_step, self._batches(state, batches), batches, hooks
         )
         if is_rank_0():
-            perplexity, samples = math.exp(min(loss, 700.0)), batches * args.global_batch_size
-            logger.info("%s", validation_line(state, args, loss, perplexity, samples))
+            name = self._inputs.objective.loss_name
+            perplexity = math.exp(min(loss, 700.0)) if name == "lm loss" else None
+            samples = batches * args.global_batch_size
+            logger.info("%s", validation_line(state, args, loss, perplexity, samples, name))
 
     def _batches(self, state: TrainState, batches: int):
         """The first micro-batches of the set in the order of the file; read in this process."""

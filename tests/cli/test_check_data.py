@@ -118,6 +118,7 @@ def test_letter_c_everything_that_is_wrong_is_found(check):
         "unused key",
         "unknown id",
         "control token",
+        "pair",
     } == set(KINDS)
     assert "problems and 4 warnings in 12 records" in output.err and "Traceback" not in output.err
     examples = report["sets"][0]["examples"]
@@ -253,6 +254,19 @@ def test_preference_records_are_checked(check):
         [{"prompt": "a", "chosen": "b", "rejected": "c " * 900}], "--seq-length", "300", dataset_type="preference"
     )
     assert code == 1 and report["sets"][0]["problems"] == {"too long": 1}
+    pair = {"prompt": "<image>\na", "chosen": "b", "rejected": "c", "images": ["good.jpg"]}
+    code, report, _ = check([pair], dataset_type="preference", template_name="plain")
+    assert code == 1 and report["sets"][0]["problems"] == {"pair": 1}
+
+
+def test_ha_dpo_files_are_checked(check, tmp_path):
+    rows = {str(number): {"chosen": ["A dog."], "rejected": ["A cat."]} for number in (1, 2, 3)}
+    files = [{"image_id": 1, "url": "x/images/good.jpg"}, {"image_id": 2, "url": "x/images/gone.jpg"}]
+    (tmp_path / "image_data.json").write_text(json.dumps(files))
+    sets = {"data_path": str(tmp_path / "records.jsonl"), "data_folder": str(tmp_path)}
+    code, report, _ = check(json.dumps(rows), dataset_type="ha_dpo", basic_parameters=sets)
+    assert code == 1 and report["sets"][0]["problems"] == {"missing image": 1, "record": 1}
+    assert "image_id 3 is not in" in report["sets"][0]["examples"]["record"][0]
 
 
 def test_what_cannot_be_checked(check, tmp_path, golden, capsys):

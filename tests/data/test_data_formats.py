@@ -34,6 +34,7 @@ def read(tmp_path, image_folder):
 
 
 USER, ASSISTANT = {"role": "user", "content": "Hi <image>"}, {"role": "assistant", "content": "Ho"}
+WITH_IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}
 
 
 def test_messages(read):
@@ -114,9 +115,10 @@ def test_preference_records(read):
     assert samples[2].rejected == samples[3].rejected == samples[4].rejected
 
 
-def test_preference_records_are_not_trained(make_config, tokenizer):
-    with pytest.raises(ConfigError, match="holds preference records, which `train` does not train on"):
-        dataset_of(make_config([make_record(0)], dataset_type="preference"), tokenizer, 4, 100)
+def test_preference_records_need_their_objective(make_config, tokenizer):
+    record = {"prompt": "Hi", "chosen": "Ho", "rejected": "No"}
+    with pytest.raises(ConfigError, match="holds preference records .* which this objective does not train on"):
+        dataset_of(make_config([record], dataset_type="preference"), tokenizer, 4, 100)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,12 @@ def test_preference_records_are_not_trained(make_config, tokenizer):
         ("preference", {"prompt": "a", "chosen": [USER], "rejected": "b"}, "\"chosen\" is from 'user'"),
         ("preference", {"prompt": [USER, ASSISTANT], "chosen": "c", "rejected": "b"}, "must end with a question"),
         ("preference", {"chosen": [USER, ASSISTANT], "rejected": [USER | {"content": ""}, ASSISTANT]}, "differ"),
+        (
+            "preference",
+            {"image": "a", "chosen": [WITH_IMAGE, ASSISTANT], "rejected": [USER | {"content": "Hi"}, ASSISTANT]},
+            '"chosen" shows 1 images and "rejected" 0; expected the same images on both sides',
+        ),
+        ("preference", {"prompt": "a", "chosen": " ", "rejected": "b"}, '"chosen" is empty'),
         ("llava", {"conversations": [{"from": "human", "value": "\udc00"}]}, r"conversations\[0\].value holds half"),
         ("messages", {"image": "a", "messages": [USER | {"content": [{"type": "image", "index": 1}]}, ASSISTANT]},
          r'"index" of the image parts is \[1\] in turn; expected each of 0 to 0 once, such as'),

@@ -313,7 +313,7 @@ RENDERED["qwen"] = RENDERED["internlm2_chat"]
 @pytest.mark.parametrize("name", sorted(RENDERED))
 def test_rendering_with_a_system_text(name):
     from mindspeed_mm.data.rendering import render_turns
-    
+
     turns = [Turn("system", "S"), Turn("human", "Q"), Turn("gpt", "A"), Turn("human", "R"), Turn("gpt", "B")]
     assert render_turns(turns, name) == RENDERED[name]
 
@@ -327,7 +327,7 @@ def test_an_answer_without_text_teaches_nothing(marked, name):
 
 def test_a_system_text_needs_a_place():
     from mindspeed_mm.data.rendering import render_turns
-    
+
     turns = [Turn("system", "S"), Turn("human", "<image>"), Turn("gpt", "A")]
     with pytest.raises(TemplateError, match="a caption template takes|no place for a system text"):
         render_turns(turns, "plain")

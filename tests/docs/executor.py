@@ -26,13 +26,16 @@ SHORT = {
 }
 """Flags put behind a command's own: the small model has little to learn and to say, and tables are short."""
 
-LONG = {"--parity": "tests/doctor/test_parity.py"}
-"""Flags that take minutes, and the test that runs what they ask for; they are read, and then left out."""
+ELSEWHERE = {
+    "--parity": (0, "tests/doctor/test_parity.py"),  # takes minutes
+    "--wandb-project": (1, "tests/driver/test_boards.py"),  # needs an extra
+}
+"""Flags that are read, and then left out with so many values, and the test that runs what they ask for."""
 
 CI = {"examples/quickstart/run.sh", "scripts/test.sh"}
 """Scripts that .ci/run runs: the whole job and the whole test suite."""
 
-SETTING_UP = {"git", "cd", "source", "export", "conda", "sbatch", "apt-get"}
+SETTING_UP = {"git", "cd", "source", "export", "conda", "sbatch", "apt-get", "wandb", "swanlab"}
 """What a reader does before: nothing of ours to try."""
 
 INSTALLED = re.compile(r"\.\[([\w,]+)\]")
@@ -139,7 +142,7 @@ def told(words: list[str]) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command of ours, made short."""
     from mindspeed_mm.cli.main import main
 
-    words = [word for word in words if word not in LONG]
+    words = without(words, ELSEWHERE)
     line = [*words, *SHORT.get(words[0], "").split()]
     if {"--help", "--compare", "--predictions"} & set(words):
         line = words
@@ -154,6 +157,16 @@ def told(words: list[str]) -> tuple[int, str, str]:
     finally:
         sys.stdin = before
     return code, said.getvalue(), log.getvalue()
+
+
+def without(words: list[str], flags: dict[str, tuple[int, str]]) -> list[str]:
+    """The words without these flags and their values."""
+    left, skip = [], 0
+    for word in words:
+        skip = 1 + flags[word][0] if word in flags else skip
+        left += [word] if skip == 0 else []
+        skip = max(0, skip - 1)
+    return left
 
 
 def on_this_rank(folder: str, words: list[str]) -> tuple[int, str, str]:

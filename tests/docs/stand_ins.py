@@ -41,6 +41,9 @@ def make_stand_ins(golden: Path, folder: Path) -> Path:
     make_tables(folder)
     lines = [{"prompt": "What is it?", "image": "view.jpg"}, {"prompt": "Hi"}]
     (folder / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "other_dir").mkdir()
+    steps = [{"iteration": step, "loss": 1 / step} for step in range(1, 9)]
+    (folder / "other_dir/metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     (folder / "your_run.log").write_text("step 1/2 | loss 0.5\n")
     (folder / "bin").mkdir()
     (folder / "bin/torchrun").write_text(TORCHRUN)

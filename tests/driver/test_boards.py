@@ -67,7 +67,7 @@ def swanlab(monkeypatch):
     return asked
 
 
-def test_wandb_gets_the_figures_of_every_step(wandb, tmp_path, caplog):
+def test_letter_q_wandb_gets_the_figures_of_every_step(wandb, tmp_path, caplog):
     with caplog.at_level("INFO", logger="megatron.driver"):
         tiny.whole_run("--wandb-project", "toy", "--save", tmp_path / "run", "--log-interval", "2", train_iters=3)
     asked = wandb["init"]

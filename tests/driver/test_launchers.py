@@ -16,6 +16,7 @@ from mindspeed_mm.cli.main import main
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("pretrain", "finetune", "finetune_lora", "finetune_qlora")
 SCRIPTS = {name: ROOT / "examples" / "llava1.5" / f"{name}_llava1_5.sh" for name in NAMES}
+SCRIPTS["dpo"] = ROOT / "examples" / "hallucination" / "dpo_llava1_5.sh"
 TORCHRUN = """#!/usr/bin/env python3
 import json, os, signal, sys
 told = {"arguments": sys.argv[1:], "folder": os.getcwd(), "process": os.getpid()}
@@ -79,6 +80,25 @@ def test_fine_tuning_of_llava_1_5(launch):
     assert args.pretrained_checkpoint is None
     _, args = train_flags(launch("finetune", PRETRAINED_PATH="stage 1"), 8)
     assert args.pretrained_checkpoint == "stage 1"
+
+
+def test_preference_training_of_ha_dpo(launch):
+    """Hyper-parameters of its log: 39 steps of 128 pairs, half the rate in the first."""
+    from mindspeed_mm.data.config import DataConfig
+    from mindspeed_mm.models.spec import load_model_spec
+    from mindspeed_mm.objectives import find_objective
+
+    namespace, args = train_flags(launch("dpo"), 8)
+    assert (args.lr, args.global_batch_size, args.weight_decay, args.clip_grad) == (2e-6, 128, 0.0, 1.0)
+    assert (args.train_iters, args.warmup_steps, args.lr_decay_style) == (39, 2, "cosine")
+    spec, data = load_model_spec(ROOT / namespace.mm_model), DataConfig.load(ROOT / namespace.mm_data)
+    lora = spec.text_decoder.lora
+    assert (lora.r, lora.alpha, lora.target_modules, spec.vision_projector.freeze) == (128, 256, "all-linear", False)
+    options = dict(data.objective)
+    objective = find_objective(options.pop("name")).configured(options)
+    objective.check(spec)
+    assert objective.reference and objective.options.beta == 0.1
+    assert [basic.repeat_time for basic in data.dataset_param.basic_parameters] == [1, 2]
 
 
 def test_lora_of_llava_1_5(launch):

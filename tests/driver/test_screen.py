@@ -139,7 +139,7 @@ def test_metrics_keep_their_form(tmp_path):
     """What is shown goes into no file: metrics.jsonl has the keys that it always had."""
     tiny.whole_run("--save", tmp_path, train_iters=1)
     (record,) = tiny.records(tmp_path)
-    assert list(record) == ["iteration", "consumed_samples", *vars(STEP)]
+    assert list(record) == ["iteration", "consumed_samples", *STEP.record]
 
 
 def console(width=120):

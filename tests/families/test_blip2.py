@@ -1,5 +1,6 @@
 """BLIP-2 with OPT and Llama against transformers' classes: logits, text, export, training; and what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from mindspeed_mm.models.describe import describe_model, describe_part
 from mindspeed_mm.models.families.blip2 import BLIP2
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import find_family, load_model_spec, model_block
+from mindspeed_mm.models.vision_encoder import eva_vit
 from tests.helpers.golden_training import GoldenLayout
 from tests.helpers.tiny_blip import QUERIES, blip2, save, square_processor
 from tests.helpers.tiny_llava import SIZES, close, image, inputs, sample, their_loss
@@ -188,6 +190,7 @@ def test_parts_that_do_not_fit_are_refused(base):
             load_model_spec(block)
 
     refused("found a text branch; expected none", projector={"text_vocab_size": 9, "text_positions": 4})
+    refused('vision_encoder.model_id: found "siglip", expected "eva_vit"', encoder={"model_id": "siglip"})
     refused("needs both", projector={"text_vocab_size": 9})
     refused("input_size: found 40, expected 32", projector={"input_size": 40})
     refused("one number in transformers' config", encoder={"layernorm_epsilon": 1e-5})
@@ -206,3 +209,34 @@ def test_images_that_do_not_fit_are_refused(base):
         FAMILY.media_of_inputs(spec, {"pixel_values": torch.zeros(1, 3, 7, 7)})
     with pytest.raises(ConfigError, match="found qformer_input_ids"):
         FAMILY.media_of_inputs(spec, {"qformer_input_ids": torch.zeros(1, 3)})
+
+
+def test_configs_of_other_encoders_are_refused():
+    with pytest.raises(ConfigError, match='found model_type "clip"; expected blip_2_vision_model'):
+        eva_vit.from_hf({"model_type": "clip"})
+
+
+def test_positions_that_are_no_square_are_refused(base):
+    rule = next(rule for rule in eva_vit.HF_RULES.rules if rule.target == "position_embeddings.weight")
+    with pytest.raises(WeightError, match="has 12 positions; expected a class token and a square of patches"):
+        rule.to_ours([torch.zeros(1, 12, 32)], base[2].vision_encoder.geometry)
+
+
+def test_adapters(base, tmp_path):
+    """PEFT's adapters on decoder, encoder and Q-Former: what peft computes with the same folder."""
+    theirs, folder, _ = base
+    import peft
+
+    torch.manual_seed(3)
+    names = ["q_proj", "fc2", "projection", "query", "dense"]
+    adapted = peft.get_peft_model(copy.deepcopy(theirs), peft.LoraConfig(r=3, lora_alpha=5, target_modules=names))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path)
+    ours = mm.load(folder, device="cpu", adapter=tmp_path)
+    own = inputs(FAMILY, ours.spec, sample(ours.media, [image(30, 50)], (5, 6)))
+    with torch.no_grad():
+        close(ours.logits(**own), adapted.eval()(**own).logits)
+        with ours.disable_adapter():
+            close(ours.logits(**own), theirs(**own).logits)

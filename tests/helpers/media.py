@@ -16,9 +16,9 @@ def media_of(config, count):
     return FixedSizeImages(processor, count, pad=parameters.pad, fast_resize=parameters.fast_resize)
 
 
-def dataset_of(config, tokenizer, count, max_length):
+def dataset_of(config, tokenizer, count, max_length, **options):
     """build_dataset with `count` features an image."""
-    return build_dataset(config, tokenizer, media_of(config, count), max_length)
+    return build_dataset(config, tokenizer, media_of(config, count), max_length, **options)
 
 
 def items(images):

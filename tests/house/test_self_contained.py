@@ -9,6 +9,7 @@ from house import ROOT, python_files, tree, where
 SKIPS = {
     "tests/driver/test_boards.py": "wandb and swanlab, extras",
     "tests/driver/test_two_hosts.py": "network namespaces: iproute2 and the rights to make them",
+    "tests/adapters/test_qlora.py": "bitsandbytes, an extra",
     "tests/generation/test_quantized.py": "bitsandbytes, an extra",
     "tests/platform/test_platform.py": "a machine without the NPU stack",
 }

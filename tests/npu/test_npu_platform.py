@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import subprocess
@@ -172,3 +173,15 @@ def test_the_npu_comes_first_and_the_doctor_sees_it(tmp_path):
     code = "from mindspeed_mm.cli.main import main\nimport sys\nsys.exit(main(['doctor', '--json']))"
     done = in_a_process(code)
     assert "npu:7" in done.stdout and "Ascend910B3, 64.0 GiB" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_comparison_on_the_stand_in(tmp_path):
+    """Processes of its own for the CPU, the card, and two ranks of cards."""
+    report = tmp_path / "parity.json"
+    line = f"['doctor', '--parity', '--device', 'npu', '--report', {str(report)!r}]"
+    done = in_a_process(f"from mindspeed_mm.cli.main import main\nimport sys\nsys.exit(main({line}))")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(report.read_text())["parity"]
+    assert (told["device"], told["verdict"]) == ("npu", "equal")
+    assert {"collective", "operator", "trajectory"} <= {row["kind"] for row in told["rows"]}

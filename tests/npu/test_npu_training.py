@@ -4,7 +4,7 @@ import pytest
 
 from tests.helpers.golden_training import GoldenLayout
 from tests.npu import runs
-from tests.parallel.comparison import relative
+from tests.parallel.comparison import names, relative
 
 RUNS = {
     "one rank": GoldenLayout(),
@@ -28,7 +28,7 @@ def equal(found, wanted):
         assert relative(name, found["weights"][name], tensor) < 1e-5, name
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", names(RUNS, slow=("frozen parts, clipped", "two pipeline stages")))
 def test_trajectories_equal_the_cpus(ranks, npu_ranks, golden, tmp_path, name):
     layout = RUNS[name]
     wanted = ranks(layout.ranks).run(runs.trained, golden, layout, str(tmp_path / "cpu"))[0]

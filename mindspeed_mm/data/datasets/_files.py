@@ -66,9 +66,19 @@ class FileRecords:
     All records are checked when the file is seen for the first time, and `facts` are kept of them.
     """
 
-    def __init__(self, parameters: BasicParameters, options: ReadOptions, parse: Parser):
-        """`parse` knows the format. Raises DataError naming file and record for the first that cannot be used."""
-        path = parameters.data_path
+    def __init__(
+        self,
+        parameters: BasicParameters,
+        options: ReadOptions,
+        parse: Parser,
+        pairs: bool = False,
+        reader: Callable[..., Any] | None = None,
+        key: dict[str, Any] | None = None,
+    ):
+        """`parse` knows the format, `pairs` says that its records have a rejected answer. `reader` opens a file of
+        another form than RecordFile's, and `key` says what its records depend on besides the file. Raises DataError
+        naming file and record for the first that cannot be used."""
+        path, self.pairs = parameters.data_path, pairs
         self._folder = os.path.abspath(parameters.data_folder)
         self._shown_folder = parameters.data_folder
         self._options = options
@@ -77,8 +87,11 @@ class FileRecords:
         # Where records are depends on the file alone; whether they can be used depends on more.
         # What is found of a damaged file is not stored.
         places = Index(path, options.index_folder if is_parquet or options.problems is None else None)
-        self.records = (ParquetFile if is_parquet else RecordFile)(path, index=places, problems=options.problems)
-        key = {"format": parse.__module__, "images_first": options.images_first, "folder": parameters.data_folder}
+        open_file = reader or (ParquetFile if is_parquet else RecordFile)
+        self.records = open_file(path, index=places, problems=options.problems)
+        key = {"format": parse.__module__, "images_first": options.images_first, "folder": parameters.data_folder} | (
+            key or {}
+        )
         key |= {"template": options.template.digest, "unknown_keys": options.unknown_keys}
         self.index = Index(path, options.index_folder, key)
         if options.problems is None:

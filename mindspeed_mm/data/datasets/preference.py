@@ -1,4 +1,4 @@
-"""Preference records for DPO: {"prompt", "chosen", "rejected", "images"}; read and checked here, trained elsewhere.
+"""Preference records for DPO: {"prompt", "chosen", "rejected", "images"}; what `--objective dpo` trains on.
 
 `prompt` is a text or a list of messages (also under "question"; LLaMA-Factory's "conversations" turns are taken, too);
 `chosen` and `rejected` (HA-DPO's "reject") are a text, a turn, or a list whose last message is the answer. Without a
@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from mindspeed_mm.constants import IMAGE_TOKEN
-from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn
+from mindspeed_mm.data.conversation import alternating, checked_text, count_images, literal_turn
 from mindspeed_mm.data.datasets import sharegpt
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
 from mindspeed_mm.data.datasets.messages import Named, listed_images, merged_images, parse_messages
@@ -35,6 +35,11 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
         whole, named = parse_messages(chosen, "chosen", bool(listed))
         other, _ = parse_messages(rejected, "rejected", bool(listed))
         prompt, good, bad = whole[:-1], whole[-1], other[-1]
+        shown = [count_images(turns) for turns in (whole, other)]
+        if shown[0] != shown[1]:
+            raise DataError(
+                f'"chosen" shows {shown[0]} images and "rejected" {shown[1]}; expected the same images on both sides.'
+            )
         if other[:-1] != prompt:
             raise DataError(
                 '"chosen" and "rejected" differ before their last answer; expected the same prompt in both.'
@@ -44,7 +49,7 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
     if good.role != "gpt" or bad.role != "gpt" or not prompt or prompt[-1].role != "human":
         raise DataError(f"the prompt must end with a question and both sides with an answer, as in {EXAMPLE}.")
     for key, turn in (("chosen", good), ("rejected", bad)):
-        if not turn.text:
+        if not turn.text.strip():
             raise DataError(f'"{key}" is empty; expected an answer, as in {EXAMPLE}.')
     if good.text == bad.text:
         raise DataError('"chosen" and "rejected" are the same text; there is nothing to prefer. Remove the record.')
@@ -97,4 +102,4 @@ def _answer(value: Any, key: str) -> Turn:
     return literal_turn("gpt", checked_text(value, key))
 
 
-DATASET = partial(FileRecords, parse=parse)
+DATASET = partial(FileRecords, parse=parse, pairs=True)

@@ -18,7 +18,7 @@ from mindspeed_mm.models.kit.context import heads_to_sequence, repeat_groups, se
 from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.platform import current_platform
 from mindspeed_mm.platform.capped import band
-from mindspeed_mm.platform.segments import Segments
+from mindspeed_mm.platform.segments import BranchedSegments, Segments
 
 Scope = Literal["items", "windows"]
 """Which of an encoder's ScopedSegments a layer attends inside of."""
@@ -102,7 +102,10 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is not None:
             rows = (x.squeeze(1) for x in (query, key, value))
             segments = packed_seq_params if self.scope is None else getattr(packed_seq_params, self.scope)
-            output = self.platform.segment_attention(*rows, segments, causal=self.causal, **options)
+            if isinstance(segments, BranchedSegments):
+                output = self.platform.branch_attention(*rows, segments, **options)
+            else:
+                output = self.platform.segment_attention(*rows, segments, causal=self.causal, **options)
             output = output.unsqueeze(1)
             return (output if group is None else sequence_to_heads(output, group)).flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))

@@ -10,7 +10,7 @@ import math
 import torch
 
 from mindspeed_mm.errors import DataError
-from mindspeed_mm.platform.segments import Segments
+from mindspeed_mm.platform.segments import BranchedSegments, Segments
 
 
 def inverse_frequencies(channels: int, base: float, scaling: dict | None) -> torch.Tensor:
@@ -138,6 +138,11 @@ class RotaryEmbedding:
             )
         if segments is None:
             return True
+        if isinstance(segments, BranchedSegments):
+            raise DataError(
+                f"a pair has an answer that ends beyond position {limit}, from where on the model's rope_scaling "
+                "longrope rotates the shared prompt in another way than before: shorten its answers or its prompt"
+            )
         ends = (0, *segments.ends)
         lengths = [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
         return torch.tensor([size > limit for size in lengths]).repeat_interleave(torch.tensor(lengths))
