@@ -12,6 +12,7 @@ import torch
 
 from evaluation.engine import EvaluationRequest
 from mindspeed_mm.data.image import image_size
+from mindspeed_mm.data.template_choice import template_fact
 from mindspeed_mm.errors import ContextError, DataError
 from mindspeed_mm.generation import engine as generation
 from mindspeed_mm.generation.images import DIGEST_BYTES, FoundImage
@@ -45,7 +46,7 @@ class ModelEngine:
             "dtype": str(next(vlm.model.parameters()).dtype).removeprefix("torch."),
             "tokenizer": _digest(vlm.tokenizer.encode(PROBE)),
             "media": vlm.media.settings,
-            "template": template or vlm.template,
+            "template": template_fact(template or vlm.template, vlm.tokenizer),
             "decoding": options.model_dump(mode="json") | {"method": "greedy" if options.greedy else "sampling"},
         }
 

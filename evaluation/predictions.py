@@ -74,8 +74,9 @@ def _pairs(predictions: Predictions, source: str, order: Sequence[str]) -> tuple
         index_key = next((key for key in INDEX_KEYS if key in keys), None)
         answer_key = next((key for key in ANSWER_KEYS if key in keys), None)
         if answer_key is None or (index_key is None and number >= len(order)):
+            own = f" (index {record[index_key]!s:.80})" if index_key is not None else ""
             problems.append(
-                f"{source}, record {number}: found {record!r:.200}; expected an object with index and prediction."
+                f"{source}, record {number}{own}: found {record!r:.200}; expected an object with index and prediction."
             )
             continue
         pairs.append((str(record[index_key]) if index_key else order[number], record[answer_key]))

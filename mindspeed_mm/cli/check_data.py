@@ -113,16 +113,18 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
     from mindspeed_mm.data.preflight import Check
     from mindspeed_mm.data.template import get_template
     from mindspeed_mm.data.template_check import check_template
+    from mindspeed_mm.data.template_choice import DEFAULT_TEMPLATE, with_template
     from mindspeed_mm.data.tokenizer import load_tokenizer
 
     parameters = config.dataset_param
-    media, seq_length, weights, rows = None, SEQUENCE, None, None
+    media, seq_length, weights, rows, usual = None, SEQUENCE, None, None, (DEFAULT_TEMPLATE, True)
     if model is not None:
         from mindspeed_mm.models.complete import read_model
         from mindspeed_mm.models.family import media_of_data
 
         spec = read_model(namespace.mm_model)
         media = media_of_data(spec, config)
+        usual = spec.family.usual_template(spec)
         rows = spec.text_decoder.language_vocab_size
         seq_length, weights = spec.text_decoder.language_max_sequence_length, spec.text_decoder.ckpt_path
     if media is None or namespace.tokens_per_image:
@@ -133,6 +135,7 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
     if path is None:
         raise ConfigError("no tokenizer: give --tokenizer, --mm-model, or dataset_param.tokenizer_config")
     tokenizer = load_tokenizer(path)
+    parameters = with_template(config, tokenizer, *usual).dataset_param
     names = [parameters.template_name, *(namespace.templates or "").split(",")]
     encodings = {}
     for name in dict.fromkeys(name.strip() for name in names if name.strip()):

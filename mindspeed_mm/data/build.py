@@ -22,8 +22,8 @@ from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.data.packing import PackedOrder
 from mindspeed_mm.data.sample import Batch, Encoded
 from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder, GroupedOrder, Order, WeightedOrder
-from mindspeed_mm.data.template import get_template
 from mindspeed_mm.data.template_check import check_template
+from mindspeed_mm.data.template_choice import template_of
 from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
@@ -79,7 +79,7 @@ def build_dataset(
     the tokenizer does not round-trip the template, ConfigError for settings that do not fit.
     """
     parameters = config.dataset_param
-    template = get_template(parameters.template_name, tokenizer)
+    template = template_of(config, tokenizer)
     check_template(template, tokenizer)
     options = read_options(config, template)
     chosen = parameters.validation_parameters if validation else parameters.basic_parameters

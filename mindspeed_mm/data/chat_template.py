@@ -7,6 +7,8 @@ because no mask could be proven for it.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
@@ -17,24 +19,37 @@ from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import TemplateError
 
 MARKS = ("aMARKa", "bMARKb", "cMARKc", "dMARKd")
+_GENERATION = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
+"""transformers' marks around answers, which print nothing."""
+
 ROLES = ("user", "assistant", "user", "assistant")
 
 
 def template_from_tokenizer(tokenizer: Tokenizer) -> Template:
     """Raises TemplateError where there is no chat template, or none that is made of turns of one form."""
-    source = tokenizer.chat_template
-    if not isinstance(source, str):
+    sources = tokenizer.chat_templates
+    if not sources:
         raise TemplateError(
             "the tokenizer has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); name "
             "one of the templates instead."
         )
-    program = _Program(source, tokenizer)
+    errors: list[TemplateError] = []
+    for source in sources:
+        for content in (_as_text, _as_parts):  # those of processors take a list of parts
+            try:
+                return _read(_Program(source, tokenizer, content))
+            except TemplateError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _read(program: _Program) -> Template:
     one, two = program.run(1), program.run(3)
     opening, before = program.run(0, generation=True), program.run(0)
     first, tail = opening[0], one[2]
     close = before[1]
     header = opening[1].removeprefix(close)
-    end = tail.rstrip("\n")
+    end = tail.rstrip()
     later = two[2].removeprefix(tail)
     fits = (
         opening[1].startswith(close)
@@ -66,12 +81,13 @@ def template_from_tokenizer(tokenizer: Tokenizer) -> Template:
 class _Program:
     """A chat template that can be run on marks."""
 
-    def __init__(self, source: str, tokenizer: Tokenizer):
+    def __init__(self, source: str, tokenizer: Tokenizer, content: Callable[[str], Any]):
+        self._content = content
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         # strftime_now stays undefined: prompts must not depend on the day.
         environment.globals["raise_exception"] = _refuse
         try:
-            self._template = environment.from_string(source)
+            self._template = environment.from_string(_GENERATION.sub(_as_condition, source))
         except jinja2.TemplateError as error:
             raise TemplateError(f"the tokenizer's chat template is no valid Jinja: {error}.") from error
         bos = tokenizer.bos_token_id
@@ -81,12 +97,13 @@ class _Program:
 
     def run(self, last: int, generation: bool = False) -> list[str]:
         """What stands before, between and behind the marks of the turns 0 to `last`."""
-        messages = [{"role": ROLES[index], "content": MARKS[index]} for index in range(last + 1)]
+        messages = [{"role": ROLES[index], "content": self._content(MARKS[index])} for index in range(last + 1)]
         return self._between(self._render(messages, generation), MARKS[: last + 1])
 
     def with_system(self, close: str) -> str | None:
         """The form of a system text and the first question; None where the template has no place for it."""
-        messages = [{"role": "system", "content": MARKS[1]}, {"role": "user", "content": MARKS[0]}]
+        system, user = self._content(MARKS[1]), self._content(MARKS[0])
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         try:
             before, between, behind = self._between(self._render(messages, False), (MARKS[1], MARKS[0]))
         except TemplateError:
@@ -114,6 +131,19 @@ class _Program:
             before, text = text.split(mark)
             pieces.append(before)
         return [*pieces, text]
+
+
+def _as_condition(mark: re.Match[str]) -> str:
+    """A statement without effect in the place of a mark, which takes away the same blanks."""
+    return f"{mark[1]}{'endif' if mark[2] else 'if true'}{mark[3]}"
+
+
+def _as_text(text: str) -> str:
+    return text
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _refuse(message: str) -> None:

@@ -14,7 +14,7 @@ import pydantic
 from mindspeed_mm import registry
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.data.image import FAST_FILTERS, PROCESSOR_TYPES, ImageProcessor
-from mindspeed_mm.data.template import get_template
+from mindspeed_mm.data.template import OWN_TEMPLATE, get_template
 
 DATASETS = "mindspeed_mm.data.datasets"
 """The package whose modules are the dataset kinds."""
@@ -153,7 +153,9 @@ class DatasetParam(StrictModel):
     basic_parameters: tuple[BasicParameters, ...]
     preprocess_parameters: PreprocessParameters
     tokenizer_config: TokenizerConfig | None = None
-    template_name: str = "v1"
+    template_name: str | None = None
+    """None: as data/template_choice.py chooses: the tokenizer's own chat template, else that of the model's family."""
+
     use_text_processer: Annotated[bool, _only(True, reason="text is always tokenised")] = True
     mm_use_im_start_end: Annotated[
         bool, _only(False, reason="LLaVA-1.5 has no tokens around an image; they are not in its vocabulary")
@@ -211,8 +213,9 @@ class DatasetParam(StrictModel):
 
     @pydantic.field_validator("template_name")
     @classmethod
-    def _known_template(cls, value: str) -> str:
-        get_template(value)
+    def _known_template(cls, value: str | None) -> str | None:
+        if value not in (None, OWN_TEMPLATE):
+            get_template(value)
         return value
 
     @pydantic.field_validator("dataset_type")

@@ -144,6 +144,8 @@ class ImageProcessor(StrictModel):
                     f'image processor ({context or "given fields"}): {key} is "{kind}"; expected one of '
                     f"{', '.join(PROCESSOR_TYPES)}. Only CLIP's, SigLIP's and ViT's ways are known."
                 )
+        if isinstance(fields.get("size"), dict):  # it says what a single number would mean
+            fields.pop("default_to_square", None)
         for key, value in FIXED_KEYS.items():
             if fields.pop(key, value) not in (value, None):
                 raise ConfigError(f"image processor: {key} is {source[key]!r}; expected {value!r}, or leave it out.")

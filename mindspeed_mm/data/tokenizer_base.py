@@ -10,6 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.config.load import read_json
+from mindspeed_mm.data.tokenizer_keys import (
+    LISTS,
+    NAMED,
+    OTHER_ROLES,
+    ROLES,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    EndIds,
+)
 from mindspeed_mm.errors import DataError
 
 SPACE = "\u2581"
@@ -22,6 +31,7 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 """What a tokenizer folder may hold, by the names of the Hugging Face hub."""
 
@@ -50,6 +60,7 @@ class Tokenizer(ABC):
 
     def __init__(self, folder: Path):
         self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        self._ends = EndIds.read(folder)
 
     def encode(self, text: str, add_bos: bool = True, *, special_text: bool = True) -> list[int]:
         """Ids of a text; with `add_bos` the begin-of-sequence id comes first where the checkpoint uses one.
@@ -69,6 +80,16 @@ class Tokenizer(ABC):
         """
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: EOS, and those that generation_config.json (else config.json) beside it names."""
+        return tuple(dict.fromkeys((self.eos_token_id, *self._ends.ids)))
+
+    @property
+    def asked_options(self) -> tuple[str, ...]:
+        """Decoding options that generation_config.json beside it asks for and that are left to the user."""
+        return self._ends.asked
+
+    @property
     def digest(self) -> str:
         """Changes with any of the tokenizer's files."""
         digest = hashlib.sha256()
@@ -77,16 +98,15 @@ class Tokenizer(ABC):
         return digest.hexdigest()
 
     @property
-    def chat_template(self) -> str | None:
-        """The Jinja chat template that lies beside the tokenizer, or None."""
-        if "chat_template.jinja" in self._files:
-            return self._files["chat_template.jinja"].decode()
-        config = json.loads(self._files.get("tokenizer_config.json", b"{}").decode("utf-8-sig"))
-        template = config.get("chat_template")
-        if isinstance(template, list):  # several, each with a name
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-        return template
+    def chat_templates(self) -> tuple[str, ...]:
+        """The Jinja chat templates that lie beside the tokenizer, the one that transformers takes first."""
+        found = [self._files["chat_template.jinja"].decode()] if "chat_template.jinja" in self._files else []
+        for name in ("chat_template.json", "tokenizer_config.json"):  # the former is an older processor's
+            template = json.loads(self._files.get(name, b"{}").decode("utf-8-sig")).get("chat_template")
+            if isinstance(template, list):  # several, each with a name
+                template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            found += [template] if isinstance(template, str) else []
+        return tuple(dict.fromkeys(found))
 
     @abstractmethod
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -108,11 +128,12 @@ class Tokenizer(ABC):
         return [self._piece(token_id) for token_id in ids]
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer files as they were read into `folder` (created if missing)."""
+        """Write the tokenizer files as they were read, and the ids that end an answer, into `folder` (made if none)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
+        self._ends.save(folder)
 
 
 CONTROL = re.compile(r"<\|.*\|>|<image>")
@@ -159,14 +180,20 @@ class TokenizerSettings:
             return read_json(folder / name) if (folder / name).is_file() else {}
 
         config, special_map = optional("tokenizer_config.json"), optional("special_tokens_map.json")
+        TOKENIZER_CONFIG.check(config, where=str(folder))
+        SPECIAL_TOKENS_MAP.check(special_map, where=str(folder))
         special, additional = {}, []
-        for role in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        for role in ROLES:
             content = _content(config.get(role), role, folder) or _content(special_map.get(role), role, folder)
             if content:
                 special[role] = content
         for source in (config, special_map):
-            for entry in source.get("additional_special_tokens") or []:
-                additional.append(_content(entry, "additional_special_tokens", folder))
+            for role in (*OTHER_ROLES, *NAMED):
+                additional += [content] if (content := _content(source.get(role), role, folder)) else []
+            for key in LISTS:
+                entries = source.get(key) or []  # transformers 5 also writes {"image_token": "<image>"}
+                for entry in entries.values() if isinstance(entries, dict) else entries:
+                    additional.append(_content(entry, key, folder))
         added: dict[int, dict[str, Any]] = {}
         for content, token_id in optional("added_tokens.json").items():
             entry = {"content": content, "special": content in {*special.values(), *additional}}

@@ -10,6 +10,9 @@ import tokenizers
 from mindspeed_mm.data.tokenizer_base import LLAMA_CLASSES, SPACE, Tokenizer, TokenizerSettings, is_control, outside
 from mindspeed_mm.errors import DataError
 
+BOS_CLASSES = (*LLAMA_CLASSES, "GemmaTokenizer", "GemmaTokenizerFast")
+"""`tokenizer_class` values whose add_bos_token decides, whatever tokenizer.json says."""
+
 
 class FastTokenizer(Tokenizer):
     """tokenizer.json of any model, run by the `tokenizers` library."""
@@ -58,6 +61,12 @@ class FastTokenizer(Tokenizer):
         sample = self._model.encode("a")
         body = sample.special_tokens_mask.index(0) if 0 in sample.special_tokens_mask else len(sample.ids)
         self._prefix = sample.ids[:body]
+        adds_bos = settings.config.get("add_bos_token")
+        decides = settings.config.get("tokenizer_class") in BOS_CLASSES and self.bos_token_id is not None
+        if decides and adds_bos is not None:  # transformers makes the post-processor anew from it
+            others = [token_id for token_id in self._prefix if token_id != self.bos_token_id]
+            self._prefix = [self.bos_token_id, *others] if adds_bos else others
+        _check_prefix_space(self._model, settings.config.get("add_prefix_space"), folder)
 
     def encode_with_starts(
         self, text: str, add_bos: bool = True, *, special_text: bool = True, plain: Sequence[tuple[int, int]] = ()
@@ -112,6 +121,17 @@ def _without(model: tokenizers.Tokenizer, contents: Container[str]) -> tokenizer
     copy = tokenizers.Tokenizer.from_str(json.dumps(content))
     copy.encode_special_tokens = True
     return copy
+
+
+def _check_prefix_space(model: tokenizers.Tokenizer, asked: bool | None, folder: Path) -> None:
+    """Raise DataError where tokenizer_config.json asks for another space in front of a text than tokenizer.json has."""
+    parts = [model.pre_tokenizer, *(model.pre_tokenizer if hasattr(model.pre_tokenizer, "__getitem__") else ())]
+    own = next((part.add_prefix_space for part in parts if hasattr(part, "add_prefix_space")), None)
+    if asked is not None and own is not None and asked != own:
+        raise DataError(
+            f"{folder}: tokenizer_config.json has add_prefix_space {str(asked).lower()}, tokenizer.json "
+            f"{str(own).lower()}; expected one value, since each gives other ids. Correct the file that is wrong."
+        )
 
 
 def _restore_legacy_prefix(model: tokenizers.Tokenizer) -> None:

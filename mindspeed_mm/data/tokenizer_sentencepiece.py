@@ -53,6 +53,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_token_id = by_content[special["pad_token"]] if "pad_token" in special else self.unk_token_id
         self.special_ids = frozenset(token.id for token in self._added.values() if token.special)
         self.vocab_size = max(self._model.get_piece_size(), max(self._added) + 1)
+        if settings.config.get("add_prefix_space") is False:
+            raise DataError(
+                f"{folder}: tokenizer_config.json has add_prefix_space false; expected true or none: tokenizer.model "
+                "is run with the space that it was made with. Give the folder a tokenizer.json."
+            )
         self._adds_bos = settings.config.get("add_bos_token", True) is not False
         size = self._model.get_piece_size()
         self.user_tokens = {

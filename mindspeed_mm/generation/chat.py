@@ -47,7 +47,7 @@ class ChatSession:
     def ask(self, question: str) -> Iterator[str]:
         """Pieces of the answer. The turn is kept once the answer is complete, or as far as it came when the iterator is
         closed or cancelled early; a question that fails (DataError, ConfigError) leaves the conversation as it was."""
-        asked = f"{IMAGE_TOKEN}\n" * self._pending + question
+        asked = f"{IMAGE_TOKEN}{self._engine.vlm.spec.family.after_image}" * self._pending + question
         request = GenerationRequest(
             "chat",
             turns=(*self.turns, (asked, None)),

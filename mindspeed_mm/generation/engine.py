@@ -256,7 +256,8 @@ class GenerationEngine:
         return [fixed] * len(images) if fixed else [image.plan for image in images]
 
     def _prepare(self, request: GenerationRequest, plans: Sequence[ItemPlan]) -> list[int]:
-        ids = expand(prompt_ids(request, self.tokenizer, self.template), plans)
+        after = self.vlm.spec.family.after_image
+        ids = expand(prompt_ids(request, self.tokenizer, self.template, after_image=after), plans)
         size = self.vlm.spec.text_decoder.language_vocab_size
         if ids and max(ids) >= size:
             raise DataError(
@@ -274,7 +275,7 @@ class GenerationEngine:
         positions = prompt_positions(self.vlm.spec, prompt, plans)
         self._decoder.check_length(len(prompt), options.max_new_tokens)
         ids, texts = self._template_stops
-        stop_ids = (*(options.eos_token_ids or (self.tokenizer.eos_token_id,)), *ids)
+        stop_ids = (*(options.eos_token_ids or self.tokenizer.end_ids), *ids)
         history = [self._image_token_id if i == IMAGE_TOKEN_INDEX else i for i in prompt]
         history = [i for i in history if i is not None]
         streams = [TextStream(self.tokenizer, (*texts, *options.stops)) for _ in range(options.num_return_sequences)]

@@ -39,8 +39,10 @@ class GenerationRequest:
     """Takes the place of the template's system text."""
 
 
-def prompt_ids(request: GenerationRequest, tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Ids with one IMAGE_TOKEN_INDEX an image.
+def prompt_ids(
+    request: GenerationRequest, tokenizer: Tokenizer, template: Template, *, after_image: str = "\n"
+) -> list[int]:
+    """Ids with one IMAGE_TOKEN_INDEX an image; `after_image` follows images that have no place.
 
     Raises:
         DataError: an empty prompt, or another number of images than of placeholders.
@@ -50,7 +52,7 @@ def prompt_ids(request: GenerationRequest, tokenizer: Tokenizer, template: Templ
     if request.prompt is not None:
         if not request.prompt.strip():
             raise DataError(f"request {request.id}: the prompt is empty; give it a text")
-        ids = _encode_text(_with_images(request.prompt, images), tokenizer)
+        ids = _encode_text(_with_images(request.prompt, images, after=after_image), tokenizer)
     else:
         if not request.turns:
             raise DataError(f"request {request.id}: there are neither turns nor a prompt; give it a question")
@@ -59,7 +61,7 @@ def prompt_ids(request: GenerationRequest, tokenizer: Tokenizer, template: Templ
             raise DataError(
                 f"request {request.id}: the prompt is empty; give it a text ({IMAGE_TOKEN} alone for an image alone)"
             )
-        turns = [(_with_images(question, images, request.turns), answer), *rest]
+        turns = [(_with_images(question, images, request.turns, after=after_image), answer), *rest]
         ids = encode_prompt(turns, tokenizer, template, system=request.system, special_text="text")
     found = ids.count(IMAGE_TOKEN_INDEX)
     if found != images:
@@ -91,9 +93,9 @@ def questions(request: GenerationRequest) -> list[str]:
     return found
 
 
-def _with_images(text: str, images: int, turns: Sequence[tuple[str, str | None]] = ()) -> str:
+def _with_images(text: str, images: int, turns: Sequence[tuple[str, str | None]] = (), *, after: str = "\n") -> str:
     placed = text.count(IMAGE_TOKEN) + sum((question or "").count(IMAGE_TOKEN) for question, _ in turns[1:])
-    return f"{IMAGE_TOKEN}\n" * images + text if images and not placed else text
+    return f"{IMAGE_TOKEN}{after}" * images + text if images and not placed else text
 
 
 def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:

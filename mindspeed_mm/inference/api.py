@@ -12,7 +12,7 @@ import torch
 
 from checkpoint_converters.convert import convert
 from mindspeed_mm.data.media import MediaProcessor
-from mindspeed_mm.data.tokenizer import load_tokenizer
+from mindspeed_mm.data.tokenizer import Tokenizer, load_tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.inference.locate import Located, locate
 from mindspeed_mm.models.adapters.peft_format import own_adapters, with_adapter
@@ -70,7 +70,7 @@ def load(
     located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
     spec = own_adapters(located.spec, merged=located.sources is not None)
     spec = spec if adapter is None else with_adapter(spec, adapter)
-    words = load_tokenizer(located.tokenizer) if located.tokenizer else None
+    words = _words(located.tokenizer) if located.tokenizer else None
     if not located.placeholder_ids and words is not None:  # our own layouts, whose files hold no ids of HF's keys
         located = _with_token_ids(located, located.spec.family.token_ids(words.token_to_id))
     media = _media_of(located)
@@ -108,6 +108,18 @@ def load(
 
         quantize_decoder(vlm.text_decoder, quantize)
     return LoadedVLM(vlm, located, words, media)
+
+
+def _words(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder; decoding options that lie beside it are told."""
+    words = load_tokenizer(folder)
+    if words.asked_options:
+        logger.info(
+            "%s: generation_config.json asks for %s; answers are greedy unless an option says otherwise",
+            folder,
+            ", ".join(words.asked_options),
+        )
+    return words
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -6,6 +6,7 @@ Legend: B rows, S tokens, V vocabulary, N images, P tokens an image, Hv vision e
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.media import FixedSizeImages, MediaProcessor
+from mindspeed_mm.data.template_choice import choose_template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.generation.decode import Decoder
@@ -29,6 +31,8 @@ from mindspeed_mm.models.masks import complete_mask
 from mindspeed_mm.models.media import Features, Media
 from mindspeed_mm.models.vlm import VLM
 
+logger = logging.getLogger(__name__)
+
 
 class LoadedVLM:
     """A model ready for inference. Made by `mindspeed_mm.inference.api.load`."""
@@ -37,7 +41,9 @@ class LoadedVLM:
         self.model = vlm.eval().requires_grad_(False)
         self.spec = vlm.spec
         self.image_token_id: int | None = located.image_token_id
-        self.template, self.pad = located.template, located.pad
+        self.pad = located.pad
+        chosen = choose_template(None, located.template, tokenizer, *vlm.spec.family.usual_template(vlm.spec))
+        self.template, self._chosen, self._told = chosen.name, chosen, ""
         self._placeholders = located.placeholder_ids
         self._tokenizer, self._media = tokenizer, media
         self._where = located.path
@@ -163,8 +169,12 @@ class LoadedVLM:
         return self.model.image_encoder.projector(flat).values.view(images, count, -1)
 
     def engine(self, template: str | None = None, *, batch_size: int = 16) -> GenerationEngine:
-        """Engine that answers requests with this model, in `template` (default: the checkpoint's, else v1), up to
-        `batch_size` sequences at a time."""
+        """Engine that answers requests with this model, in `template` (default: the model's own, `self.template`, see
+        data/template_choice.py), up to `batch_size` sequences at a time."""
+        chosen = str(self._chosen if template is None else choose_template(template))
+        if chosen != self._told:
+            logger.info("template: %s", chosen)
+            self._told = chosen
         return GenerationEngine(
             self.model,
             self.tokenizer,
@@ -187,7 +197,7 @@ class LoadedVLM:
         """Answer prompts, or continue ids.
 
         Args:
-            prompts: one question or several; each is put into the template (`template`, default v1).
+            prompts: one question or several; each is put into the template (`template`, default: the model's own).
             images: of one prompt: a list of PIL images or paths; of several prompts: a list with one such list for
                 each. With input_ids: one flat list, or a tensor [N, 3, h, w] of preprocessed images.
             input_ids: [S], [B, S] or a list of lists; image positions as in `logits`, either one an image or expanded.
@@ -227,7 +237,7 @@ class LoadedVLM:
         shown = [] if images is None else list(images)
         found = image_features.find(shown, self._instructions(instructions, len(shown)))
         prompts = as_prompts(rows, [image.plan for image in found])
-        stop_ids = options.eos_token_ids if options.eos_token_id is not None else (self.tokenizer.eos_token_id,)
+        stop_ids = options.eos_token_ids if options.eos_token_id is not None else self.tokenizer.end_ids
         return continue_ids(
             decoder,
             prompts,

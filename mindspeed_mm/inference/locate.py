@@ -10,7 +10,6 @@ from typing import Any
 from checkpoint_converters.checkpoint import register_checkpoints
 from checkpoint_converters.companions import SAVED_TOKENIZER
 from mindspeed_mm.config.load import read_json
-from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.complete import read_model
 from mindspeed_mm.models.describe import describe_model
@@ -25,9 +24,6 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FOLDER = SAVED_TOKENIZER
 
-DEFAULT_TEMPLATE = "v1"
-"""The template that LLaVA-1.5 is tuned with."""
-
 
 @dataclass(frozen=True)
 class Located:
@@ -41,7 +37,8 @@ class Located:
     """All ids that stand for features in given input ids."""
     tokenizer: Path | None = None
     image_processor: Path | dict[str, Any] | None = None
-    template: str = DEFAULT_TEMPLATE
+    template: str | None = None
+    """The one that a training checkpoint says it was trained with."""
     pad: bool = True
     """Pad images to squares, as LLaVA-1.5 does (its image_aspect_ratio "pad")."""
 
@@ -77,7 +74,6 @@ def _from_model_json(path: Path) -> Located:
         tokenizer=_beside(spec.text_decoder.ckpt_path, TOKENIZER_FILES) or _holding(path.parent, TOKENIZER_FILES),
         image_processor=_beside(spec.vision_encoder.ckpt_path, PROCESSOR_FILES)
         or _holding(path.parent, PROCESSOR_FILES),
-        template=spec.family.default_template(spec),
         pad=spec.family.pads({}),
     )
 
@@ -102,7 +98,6 @@ def _from_source(path: Path, source: Source) -> Located:
             sources,
             tokenizer=_holding(path, TOKENIZER_FILES),
             image_processor=_holding(path, PROCESSOR_FILES),
-            template=spec.family.default_template(spec),
             pad=spec.family.pads({}),
         )
     raise WeightError(
@@ -125,7 +120,6 @@ def _of_family(family: Any, path: Path, source: Source, sources: dict[str, Sourc
         placeholder_ids=family.placeholder_ids(config),
         tokenizer=_holding(path, TOKENIZER_FILES),
         image_processor=processor,
-        template=family.default_template(spec),
         pad=family.pads(config),
     )
 
@@ -139,7 +133,7 @@ def _checkpoint(path: Path, source: Source, sources: dict[str, Source]) -> Locat
         sources,
         tokenizer=_holding(source.path.parent / TOKENIZER_FOLDER, TOKENIZER_FILES) or _path(data.get("tokenizer")),
         image_processor=data.get("image_processor"),
-        template=_chat_template(data.get("template"), spec.family.default_template(spec)),
+        template=data.get("template"),
         pad=bool(data.get("pad", spec.family.pads({}))),
     )
 
@@ -163,10 +157,3 @@ def _beside(weights: str | None, names: tuple[str, ...]) -> Path | None:
     if weights is None:
         return None
     return _holding(Path(weights), names) or _holding(Path(weights).parent, names)
-
-
-def _chat_template(trained: str | None, default: str) -> str:
-    """Template of the answers: the one of training, unless that knows captions only (stage 1)."""
-    if trained is None or get_template(trained).captions_only:
-        return default
-    return trained

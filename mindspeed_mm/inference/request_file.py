@@ -20,12 +20,15 @@ MAX_BYTES = 2**30
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".distcp", ".model")
 WEIGHT_NAMES = (
+    "chat_template.jinja",
     "config.json",
+    "generation_config.json",
     "latest_checkpointed_iteration.txt",
     "model.json",
     "preprocessor_config.json",
     "run.json",
     "tokenizer.json",
+    "tokenizer_config.json",
 )
 """What decides a model's answers; other files may lie in its folder."""
 

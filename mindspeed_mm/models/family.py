@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mindspeed_mm.config.file_keys import FileKeys
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.models.media import Media
@@ -45,8 +46,19 @@ class Family(ABC):
     slots: tuple[str, ...] = SLOTS
     """The slots that a model of the family has."""
 
+    config_keys: dict[str, FileKeys] = {}
+    """What is known of the keys of the whole model's config.json, by layout; `split_config` checks it."""
+
     template = "v1"
-    """Conversation template of the family's models where nothing else names one."""
+    """Conversation template of the family's models where neither the user nor the checkpoint nor its tokenizer gives
+    one."""
+
+    chats_by_tokenizer = True
+    """Whether a chat template of the tokenizer is the model's; else it is that of the decoder alone, before it learned
+    to see."""
+
+    after_image = "\n"
+    """What stands between an image and the question, where the user places none."""
 
     adds_image_token = True
     """Whether folders of transformers add `<image>` and `<pad>` to the decoder's vocabulary; else it has all tokens."""
@@ -57,6 +69,10 @@ class Family(ABC):
     def default_template(self, spec: ModelSpec) -> str:
         """The template of one model of the family."""
         return self.template
+
+    def usual_template(self, spec: ModelSpec) -> tuple[str, bool]:
+        """(`default_template`, `chats_by_tokenizer`): what choose_template asks of a family."""
+        return self.default_template(spec), self.chats_by_tokenizer
 
     # Weights and configs
 
@@ -88,6 +104,11 @@ class Family(ABC):
     def complete(self, source: Source, slots: dict[str, PartSource]) -> dict[str, PartSource]:
         """The parts of an opened source with those that lie elsewhere, named by its config."""
         return slots
+
+    def check_keys(self, config: dict[str, Any], layout: str) -> None:
+        """Refuse keys of a config.json that ask for what is not done here. Raises ConfigError."""
+        if layout in self.config_keys:
+            self.config_keys[layout].check(config)
 
     def stated(self, source: Source) -> dict[str, dict[str, Any]]:
         """Fields of the specs that the whole model's config states, by slot, where a part has no config of its own."""

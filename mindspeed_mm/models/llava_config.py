@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.config_keys import is_of_llava
 from mindspeed_mm.models.part import PartSpec, find_part, part_of
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION
 
@@ -36,19 +37,6 @@ LLAVA_DEFAULTS = {
 """What LLaVA-1.5's released config.json says beside the architecture; a source's own values take their place."""
 
 
-OWN_KEYS = (
-    "delay_load",
-    "image_crop_resolution",
-    "image_grid_pinpoints",
-    "image_split_resolution",
-    "max_length",
-    "max_sequence_length",
-    "tokenizer_model_max_length",
-    "use_pos_skipping",
-)
-"""Further keys of an original config.json that do not describe the decoder, beside those with mm_ in their names."""
-
-
 def is_original(config: dict[str, Any]) -> bool:
     """Whether a config.json is the original code's."""
     return "mm_vision_tower" in config or "mm_projector_type" in config or "mm_hidden_size" in config
@@ -56,7 +44,7 @@ def is_original(config: dict[str, Any]) -> bool:
 
 def is_tiled(config: dict[str, Any]) -> bool:
     """Whether an original config.json is of LLaVA-1.6, whose images become tiles."""
-    merge, aspect = str(config.get("mm_patch_merge_type", "flat")), str(config.get("image_aspect_ratio", "square"))
+    merge, aspect = str(config.get("mm_patch_merge_type") or "flat"), str(config.get("image_aspect_ratio") or "square")
     return is_original(config) and (merge != "flat" or "anyres" in aspect or "highres" in aspect)
 
 
@@ -94,8 +82,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 def original_text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The decoder's config inside an original one, whose top level is the decoder's with LLaVA's keys among it."""
     kind = str(config.get("model_type", "llava"))
-    own = {*LLAVA_DEFAULTS, *OWN_KEYS}
-    kept = {key: value for key, value in config.items() if key not in own and "mm_" not in key}
+    kept = {key: value for key, value in config.items() if not is_of_llava(key)}
     return {**kept, "model_type": DECODER_TYPES.get(kind, kind.removeprefix("llava_"))}
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 import torch
 
+from mindspeed_mm.config.file_keys import FileKeys
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.adapters.spec import LoraSpec
@@ -243,6 +244,7 @@ class Part:
     kind: the slot that it fills.
     from_hf: the part's HF config -> Spec.
     model_types: HF model_type values of the configs that `from_hf` reads.
+    keys: what is known of the keys of such a config, which `from_hf` checks.
     layouts: public layouts that hold this part alone, the one that is written first.
     image_processor: of an encoder, the preprocessor_config.json of all its releases at the size of a Spec.
     rules: dialect (see weights/sources.py) -> rules.
@@ -266,6 +268,7 @@ class Part:
     from_shapes: Callable[..., PartSpec] | None = None
     build: Callable[..., torch.nn.Module] | None = None
     model_types: tuple[str, ...] = ()
+    keys: FileKeys | None = None
     layouts: tuple[Layout, ...] = ()
     image_processor: Callable[[Any], dict[str, Any]] | None = None
 

@@ -159,7 +159,7 @@ def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> 
     if unknown:
         raise WeightError(
             f"{path}: found {len(unknown)} tensors that layout {layout.name} does not have, such as {unknown[0]}. "
-            "Remove them or give weights of a supported model."
+            "A model without them would be another one: give weights of a supported model."
         )
     configs = _configs(layout, family, config)
     parts = {

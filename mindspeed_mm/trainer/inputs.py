@@ -15,6 +15,7 @@ from mindspeed_mm.data.build import build_dataset, check_user_tokens
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.dataset import Positions
 from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.data.template_choice import with_template
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.complete import read_model
@@ -75,6 +76,7 @@ class RunInputs:
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
         check_user_tokens(self.tokenizer, self.spec.text_decoder.language_vocab_size, str(self.tokenizer_path))
+        self.data_config = with_template(self.data_config, self.tokenizer, *self.spec.family.usual_template(self.spec))
         self.media = media_of_data(self.spec, self.data_config)
         self.dataset = self.build_dataset()
         _tell_precision(self.spec, self.runtime)

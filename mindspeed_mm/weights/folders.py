@@ -1,5 +1,6 @@
 """Which files of a path hold the weights, and the union of their tensors."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ STANDARD_FILES = (
 """Weights of a Hugging Face folder, the first that exists; others beside it are copies in another format."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+SHARD = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})(?P<suffix>\.[a-z]+)")
+"""Name of one of several files that hold one model."""
 
 NO_WEIGHTS = ("training_args.bin", "optimizer.", "optimizer_", "scheduler.", "rng_state", "scaler.", "tokenizer.")
 """Beginnings of files that trainers leave beside the weights."""
@@ -99,7 +103,8 @@ def open_file(path: Path) -> TensorFile:
 
 
 def find_groups(folder: Path) -> list[TensorFiles]:
-    """The weights of a folder: one group for a standard Hugging Face folder, else one group per file.
+    """The weights of a folder: one group for a standard Hugging Face folder, else one for each set of shards and for
+    each other file.
 
     Raises WeightError when there are none, for a missing or unlisted shard and for a LoRA adapter.
     """
@@ -126,7 +131,46 @@ def find_groups(folder: Path) -> list[TensorFiles]:
             f"{folder}: found {found}; expected one of {', '.join(STANDARD_FILES)}, or files ending in "
             f"{', '.join(WEIGHT_SUFFIXES)}. Give the folder or file that holds the weights."
         )
+    shards, others = _sets_of_shards(folder, paths)
+    if shards:
+        return [TensorFiles(folder, [open_file(path) for path in shards]), *_alone(others)]
+    return _alone(others)
+
+
+def _alone(paths: list[Path]) -> list[TensorFiles]:
     return [TensorFiles(path, [open_file(path)]) for path in paths]
+
+
+def _sets_of_shards(folder: Path, paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    """(the shards of one model whose index is not there, the other files). Of two copies in different formats the first
+    one of WEIGHT_SUFFIXES counts, as where there are indexes.
+
+    Raises WeightError for a set with a missing shard, and for several sets of one format.
+    """
+    sets: dict[tuple[str, str, int], dict[int, Path]] = {}
+    for path in paths:
+        if found := SHARD.fullmatch(path.name):
+            key = (found["suffix"], found["name"], int(found["count"]))
+            sets.setdefault(key, {})[int(found["number"])] = path
+    if not sets:
+        return [], paths
+    suffix = min((key[0] for key in sets), key=WEIGHT_SUFFIXES.index)
+    chosen = [key for key in sets if key[0] == suffix]
+    if len(chosen) > 1:
+        listed = ", ".join(f"{name}-*-of-{count:05d}{suffix}" for _, name, count in sorted(chosen))
+        raise WeightError(
+            f"{folder}: found shards of several models: {listed}; expected one. Give each its own folder."
+        )
+    (_, name, count), numbered = chosen[0], sets[chosen[0]]
+    absent = [number for number in range(1, count + 1) if number not in numbered]
+    if absent:
+        shown = ", ".join(f"{name}-{number:05d}-of-{count:05d}{suffix}" for number in absent[:4])
+        raise WeightError(
+            f"{folder}: found {len(numbered)} of {count} shards and no index; missing are {shown}"
+            f"{', ...' if len(absent) > 4 else ''}. Download the missing ones."
+        )
+    members = {path for own in sets.values() for path in own.values()}
+    return [numbered[number] for number in sorted(numbered)], [path for path in paths if path not in members]
 
 
 def _indexed(index: Path) -> TensorFiles:

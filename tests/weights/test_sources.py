@@ -110,6 +110,45 @@ def test_shards_without_an_index_are_read_together(tiny_llama):
     assert source.layout == "hf" and sorted(source.part("text_decoder").names) == names
 
 
+@pytest.fixture
+def original_shards(golden_models, tmp_path):
+    """The original code's folder, whose shards would each pass for another layout, without their index."""
+    shutil.copytree(golden_models / "llava_original", tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin.index.json").unlink()
+    return tmp_path / "model"
+
+
+def test_letter_d_shards_are_recognised_together(golden_models, original_shards):
+    found, wanted = open_source(original_shards), open_source(golden_models / "llava_original")
+    assert found.layout == wanted.layout == "llava"
+    assert {slot: sorted(part.names) for slot, part in found.part_sources.items() if slot != "vision_encoder"} == {
+        slot: sorted(part.names) for slot, part in wanted.part_sources.items() if slot != "vision_encoder"
+    }
+
+
+def test_letter_d_a_missing_shard_is_named(original_shards):
+    (original_shards / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(WeightError, match="1 of 2 shards and no index; missing are pytorch_model-00002-of-00002.bin"):
+        open_source(original_shards)
+
+
+def test_letter_d_shards_of_two_models_are_refused(original_shards):
+    for number in (1, 2):
+        name = f"-0000{number}-of-00002.bin"
+        shutil.copy(original_shards / f"pytorch_model{name}", original_shards / f"other{name}")
+    with pytest.raises(WeightError, match=r"several models: other-\*-of-00002.bin, pytorch_model-\*-of-00002.bin"):
+        open_source(original_shards)
+
+
+def test_letter_d_a_copy_in_another_format_is_no_second_model(tiny_llama):
+    """As where there are indexes: safetensors come first."""
+    folder, _, state = tiny_llama
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    torch.save(state, folder / "pytorch_model-00001-of-00001.bin")
+    source = open_source(folder)
+    assert source.layout == "hf" and sorted(source.part("text_decoder").names) == sorted(state)
+
+
 def test_legacy_torch_files_are_read(tmp_path):
     state = {"mm_projector.0.weight": torch.randn(2, 3)}
     torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)

@@ -17,7 +17,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
     weights.add_argument("--load", metavar="DIR", help="training checkpoint to answer with (as --model)")
-    parser.add_argument("--template", help="conversation template (default: the checkpoint's, else v1)")
+    parser.add_argument("--template", help="conversation template (default: the checkpoint's or its tokenizer's own)")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the tokenizer that comes with the weights")
     parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16")

@@ -15,6 +15,7 @@ from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.media import FixedSizeImages, ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.families.llava import fit_problems, refuse_inputs
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.media import Media
@@ -56,6 +57,8 @@ class Blip2(Family):
     layouts = (BLIP2,)
     model_ids = {VISION: "eva_vit", PROJECTOR: "qformer"}
     template = "blip2"
+    config_keys = {NAME: config_keys.BLIP2}
+    chats_by_tokenizer = False
     architecture = "Blip2ForConditionalGeneration"
     processor_class = "Blip2Processor"
     inputs: tuple[str, ...] = ("pixel_values",)
@@ -70,6 +73,7 @@ class Blip2(Family):
                 f'config.json: found model_type "{kind}" with tensors of layout {layout}; expected '
                 f"{' or '.join(self.model_types)}. Give weights of a supported model."
             )
+        self.check_keys(config, layout)
         text = config.get("text_config") or {}
         if text.get("model_type") in ENCODER_DECODERS or text.get("is_encoder_decoder"):
             raise ConfigError(

@@ -22,6 +22,7 @@ from mindspeed_mm.data.instructed_images import (
 )
 from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.families.blip2 import Blip2, folder_layout
 from mindspeed_mm.models.media import Media
 
@@ -44,6 +45,7 @@ class InstructBlip(Blip2):
     model_types = ("instructblip",)
     layouts = (INSTRUCTBLIP,)
     template = "instructblip"
+    config_keys = {NAME: config_keys.BLIP2}
     architecture = "InstructBlipForConditionalGeneration"
     processor_class = "InstructBlipProcessor"
     inputs = ("pixel_values", "qformer_input_ids", "qformer_attention_mask")

@@ -17,6 +17,7 @@ from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.media import FixedSizeImages, ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.describe import part_of_source
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.llava_config import (
@@ -97,6 +98,7 @@ class Llava(Family):
     name = "llava"
     model_types = ("llava",)
     layouts = (LLAVA_HF, LLAVA)
+    config_keys = {HF: config_keys.LLAVA_HF, ORIGINAL: config_keys.ORIGINAL}
     model_ids = {PROJECTOR: "mlp"}
     processor_class = "LlavaProcessor"
 
@@ -116,11 +118,16 @@ class Llava(Family):
             refuse_start_end(config)
             if is_tiled(config) != (self.name != "llava"):
                 raise _two_kinds(config)
-        elif config.get("model_type", self.name) not in self.model_types:
+            self.check_keys(config_keys.own_part(config), layout)
+            _check_aspect(config)
+            return
+        if config.get("model_type", self.name) not in self.model_types:
             raise ConfigError(
                 f'config.json: found model_type "{config["model_type"]}" with tensors of layout {layout}; expected '
-                f"{' or '.join(self.model_types)}. Give weights of a supported model."
+                f"{' or '.join(self.model_types)}. Give all tensors of the model that config.json describes, if "
+                "some are missing, or weights of a supported model."
             )
+        self.check_keys(config, layout)
 
     def complete(self, source: Source, slots: dict[str, PartSource]) -> dict[str, PartSource]:
         """An original folder names its vision encoder by path, relative to the folder; tensors inside come first."""
@@ -250,6 +257,16 @@ class Llava(Family):
 
     def default_image_processor(self, spec: ModelSpec) -> dict[str, Any] | None:
         return part_of(VISION, spec.vision_encoder).image_processor(spec.vision_encoder)
+
+
+def _check_aspect(config: dict[str, Any]) -> None:
+    """Raise ConfigError for a way of preparing images that is not done here."""
+    aspect = config.get("image_aspect_ratio")
+    if not is_tiled(config) and aspect not in ("pad", "square", None):
+        raise ConfigError(
+            f"config.json: found image_aspect_ratio {aspect!r}; expected pad or square, or anyres with "
+            "mm_patch_merge_type spatial_unpad. Use weights of a supported model."
+        )
 
 
 def _two_kinds(config: dict[str, Any]) -> ConfigError:

@@ -16,6 +16,7 @@ import torch
 from mindspeed_mm.data.image_tiles import TiledImages
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.families.llava import (
     DECODER_PREFIXES,
     LLAVA,
@@ -72,6 +73,7 @@ class LlavaNext(Llava):
     name = "llava_next"
     model_types = ("llava_next",)
     layouts = (LLAVA_NEXT_HF, LLAVA_NEXT)
+    config_keys = {HF: config_keys.LLAVA_NEXT_HF, ORIGINAL: config_keys.ORIGINAL}
     model_ids = {PROJECTOR: "llava_next"}
     processor_class = "LlavaNextProcessor"
 

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.families.blip2 import Blip2
 from mindspeed_mm.models.families.llava import fit_problems
 from mindspeed_mm.models.part import part_of
@@ -53,6 +54,7 @@ class MiniGpt4(Blip2):
     model_types = (NAME,)
     layouts = (MINIGPT4,)
     template = "minigpt4_vicuna"
+    config_keys = {NAME: config_keys.MINIGPT4}
     architecture = "MiniGPT4"
     adds_image_token = False
 

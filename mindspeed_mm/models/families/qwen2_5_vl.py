@@ -17,6 +17,7 @@ from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.data.patch_images import PATCH_KEYS, PATCH_TYPES, SIZE, PatchImages
 from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.families.llava import fit_problems, refuse_inputs
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.media import Media
@@ -69,7 +70,10 @@ class Qwen25VL(Family):
     name = NAME
     model_types = ("qwen2_5_vl",)
     layouts = (QWEN2_5_VL,)
+    config_keys = {NAME: config_keys.QWEN2_5_VL}
     model_ids = {VISION: "qwen2_5_vl", PROJECTOR: "patch_merger"}
+    template = "qwen"
+    after_image = ""
     adds_image_token = False
     multimodal_positions = True
 
@@ -87,6 +91,8 @@ class Qwen25VL(Family):
             key: value for key, value in config.items() if key not in ("vision_config", "text_config", *TOKEN_KEYS)
         }
         inner = config.get("text_config")
+        if inner is not None:
+            self.check_keys(config, layout)
         text = dict(outer if inner is None else inner)
         text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
         tokens = {key: config[key] for key in TOKEN_KEYS if key in config}

@@ -6,16 +6,14 @@ not have a value that changes nothing), harmless (it changes no number).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mindspeed_mm.config.file_keys import COMMON, OLD_OPTIONS, FileKeys, file_keys
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.decoder_spec import DecoderSpec, WindowedSpec
-
-logger = logging.getLogger(__name__)
 
 FIELDS = {
     "num_hidden_layers": "num_layers",
@@ -80,23 +78,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, None),
     "sliding_window": (None,),
     "use_bidirectional_attention": (False, None),
-    "use_cache": (True, False, None),
     "use_qk_norm": (False, None),
     "use_sliding_window": (False, None),
 }
 """Keys that change numbers in some family, and the values with which they change none. Those that a decoder honours do
 not count."""
 
-HARMLESS = (
-    *("architectures", "model_type", "transformers_version", "_name_or_path", "name_or_path", "auto_map"),
-    *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "pretraining_tp", "use_cache"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "unk_token_id"),
-    *("chunk_size_feed_forward", "return_dict", "output_attentions", "output_hidden_states", "torchscript"),
-    *("is_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "pruned_heads"),
-    *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task"),
-    *("tokenizer_class", "prefix", "use_bfloat16", "tf_legacy_loss", "max_window_layers"),
-    *("original_max_position_embeddings", "cache_implementation", "unsloth_version", "unsloth_fixed"),
-)
+HARMLESS = (*COMMON, *OLD_OPTIONS, "pretraining_tp", "max_window_layers", "original_max_position_embeddings")
 """Keys that change no number here: names, ids, what transformers returns and how it computes."""
 
 
@@ -123,6 +111,12 @@ class HfFormat:
         """Keys that become part of the Spec."""
         return frozenset({**DEFAULTS, **self.defaults, **dict.fromkeys((*ROPE_KEYS, *TYPE_KEYS))})
 
+    @property
+    def keys(self) -> FileKeys:
+        """What is known of the config's keys."""
+        supported = f"{self.architecture} without that"
+        return file_keys(self.name, self.honoured, NEUTRAL, HARMLESS, supported)
+
     def fill(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config with its documented defaults.
 
@@ -133,24 +127,10 @@ class HfFormat:
             raise ConfigError(
                 f'text decoder config: found model_type "{kind}"; expected one of {", ".join(self.model_types)}.'
             )
-        self._check(config)
+        layers = config.get("layer_types") if "layer_types" not in self.honoured else None
+        plain = layers is not None and set(layers) <= {"full_attention"}
+        self.keys.check(config | {"layer_types": None} if plain else config)
         return {**DEFAULTS, **self.defaults, **config}
-
-    def _check(self, config: dict[str, Any]) -> None:
-        problems = [
-            f"{key} {_show(config[key])}"
-            for key, allowed in NEUTRAL.items()
-            if key in config and key not in self.honoured and not _is_neutral(key, config[key], allowed)
-        ]
-        if problems:
-            raise ConfigError(
-                f"{self.name}: found {' and '.join(problems)}; {self.architecture} without that is supported. Use "
-                "weights of a supported model."
-            )
-        known = {*self.honoured, *NEUTRAL, *HARMLESS}
-        unknown = [key for key, value in config.items() if key not in known and value not in (None, False, "", [], {})]
-        if unknown:
-            logger.warning("%s: keys that are not known here change nothing: %s", self.name, ", ".join(unknown))
 
     def spec_of(self, full: dict[str, Any], **options: Any) -> DecoderSpec:
         """The Spec of a filled config; `options` are further fields, or other values of the common ones.
@@ -248,13 +228,3 @@ def written_windows(spec: WindowedSpec) -> dict[str, Any]:
         "max_window_layers": full,
         "layer_types": kinds,
     }
-
-
-def _is_neutral(key: str, value: Any, allowed: tuple[Any, ...]) -> bool:
-    if key == "layer_types":
-        return value is None or set(value) <= {"full_attention"}
-    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed)
-
-
-def _show(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -61,6 +61,7 @@ PART = Part(
     name="gemma",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=GemmaSpec,
     from_hf=from_hf,
     to_hf=to_hf,

@@ -106,6 +106,7 @@ PART = Part(
     name="gemma2",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=Gemma2Spec,
     from_hf=from_hf,
     to_hf=to_hf,

@@ -88,6 +88,7 @@ PART = Part(
     name="internlm2",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=InternLM2Spec,
     from_hf=from_hf,
     to_hf=to_hf,

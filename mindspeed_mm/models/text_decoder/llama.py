@@ -34,6 +34,7 @@ PART = Part(
     name="llama",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=LlamaSpec,
     from_hf=from_hf,
     to_hf=to_hf,

@@ -51,6 +51,7 @@ PART = Part(
     name="mistral",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=MistralSpec,
     from_hf=from_hf,
     to_hf=to_hf,

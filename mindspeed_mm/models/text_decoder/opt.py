@@ -170,6 +170,7 @@ PART = Part(
     name="opt",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=OptSpec,
     from_hf=from_hf,
     to_hf=to_hf,

@@ -93,6 +93,7 @@ PART = Part(
     name="phi3",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=Phi3Spec,
     from_hf=from_hf,
     to_hf=to_hf,

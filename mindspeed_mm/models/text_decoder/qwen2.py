@@ -67,6 +67,7 @@ PART = Part(
     name="qwen2",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=Qwen2Spec,
     from_hf=from_hf,
     to_hf=to_hf,

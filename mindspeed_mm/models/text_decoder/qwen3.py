@@ -50,6 +50,7 @@ PART = Part(
     name="qwen3",
     kind="text_decoder",
     model_types=FORMAT.model_types,
+    keys=FORMAT.keys,
     Spec=Qwen3Spec,
     from_hf=from_hf,
     to_hf=to_hf,

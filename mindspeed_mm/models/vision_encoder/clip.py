@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from mindspeed_mm.config.file_keys import COMMON, NO_CONFIG, OLD_OPTIONS, file_keys
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.encoder_spec import (
@@ -43,6 +44,14 @@ HF_DEFAULTS = {
 LlavaConfig for the two vision_feature keys."""
 
 MODEL_TYPES = ("clip_vision_model", "clip")
+
+KEYS = file_keys(
+    "CLIP vision encoder config",
+    (*HF_DEFAULTS, "dtype", "torch_dtype", "vision_config", "vision_config_dict"),
+    {**NO_CONFIG, "attention_dropout": (0,), "dropout": (0,)},
+    (*COMMON, *OLD_OPTIONS, "text_config", "text_config_dict", "projection_dim", "logit_scale_init_value"),
+)
+"""Of a CLIPVisionConfig, and of a CLIPConfig with its vision_config; the text model is not used."""
 
 HEAD_CHANNELS = 64
 """Channels per head of every released CLIP vision encoder (OpenAI's loader: heads = width / 64)."""
@@ -137,6 +146,7 @@ def from_hf(config: dict[str, Any]) -> ClipSpec:
     inner = (config.get("vision_config") or {}) | (
         config.get("vision_config_dict") or {}
     )  # the latter is the older key
+    KEYS.check({**config, **inner})
     full = {**HF_DEFAULTS, **config, **inner}
     strategy = full["vision_feature_select_strategy"]
     if strategy not in SELECT_FEATURES:
@@ -318,6 +328,7 @@ PART = Part(
     kind="vision_encoder",
     Spec=ClipSpec,
     model_types=MODEL_TYPES,
+    keys=KEYS,
     layouts=(CLIP, OPENAI_CLIP),
     image_processor=image_processor,
     from_hf=from_hf,

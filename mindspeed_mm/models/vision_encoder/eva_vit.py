@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from mindspeed_mm.config.file_keys import COMMON, NO_CONFIG, OLD_OPTIONS, file_keys
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.kit.encoder_spec import LAYER as _LAYER
@@ -40,6 +41,14 @@ KEYS = {
     "attention_dropout": ("attention_dropout", 0.0),
 }
 """Our keys, HF's, and the value where a config.json has none (transformers' Blip2VisionConfig)."""
+
+CONFIG_KEYS = file_keys(
+    "EVA-ViT vision encoder config",
+    (*(theirs for theirs, _ in KEYS.values()), "qkv_bias", "dtype", "torch_dtype"),
+    {**NO_CONFIG, "dropout": (0,)},
+    (*COMMON, *OLD_OPTIONS, "projection_dim", "num_channels"),
+)
+"""Of a Blip2VisionConfig or InstructBlipVisionConfig."""
 
 MODEL_TYPES = ("blip_2_vision_model", "instructblip_vision_model")
 
@@ -117,6 +126,7 @@ def from_hf(config: dict[str, Any]) -> EvaSpec:
     kind = config.get("model_type", MODEL_TYPES[0])
     if kind not in MODEL_TYPES:
         raise ConfigError(f'vision encoder config: found model_type "{kind}"; expected {" or ".join(MODEL_TYPES)}.')
+    CONFIG_KEYS.check(config)
     if not config.get("qkv_bias", True):
         raise ConfigError("vision encoder config: found qkv_bias false; expected true, as in the released models.")
     block = {ours: config.get(theirs, default) for ours, (theirs, default) in KEYS.items()}
@@ -284,6 +294,7 @@ PART = Part(
     kind="vision_encoder",
     Spec=EvaSpec,
     model_types=MODEL_TYPES,
+    keys=CONFIG_KEYS,
     layouts=(EVA_FILE,),
     image_processor=image_processor,
     from_hf=from_hf,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import Tensor
 
+from mindspeed_mm.config.file_keys import COMMON, NO_CONFIG, OLD_OPTIONS, file_keys
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.encoder_spec import EncoderSpec
@@ -33,6 +34,16 @@ HF_DEFAULTS = {
     "tokens_per_second": 4,
 }
 """Values of keys that a config.json may omit: transformers' Qwen2_5_VLVisionConfig."""
+
+KEYS = file_keys(
+    "Qwen2.5-VL vision encoder config",
+    (*HF_DEFAULTS, "dtype", "torch_dtype", "rope_parameters", "out_hidden_size"),
+    {**NO_CONFIG, "attention_dropout": (0,), "in_chans": (3,)},
+    (*COMMON, *OLD_OPTIONS, "spatial_patch_size", "image_token_id", "video_token_id", "vision_start_token_id")
+    + ("vision_end_token_id",),
+)
+"""Of the vision_config; out_hidden_size is the projector's. The hub's files repeat in_channels and patch_size under
+older names."""
 
 MODEL_TYPES = ("qwen2_5_vl_vision",)
 OLD_MODEL_TYPE = "qwen2_5_vl"
@@ -175,6 +186,7 @@ def from_hf(config: dict[str, Any]) -> PatchVisionSpec:
     kind = config.get("model_type", MODEL_TYPES[0])
     if kind not in (*MODEL_TYPES, OLD_MODEL_TYPE):
         raise ConfigError(f'vision encoder config: found model_type "{kind}"; expected {MODEL_TYPES[0]}.')
+    KEYS.check(config)
     full = {**HF_DEFAULTS, **config}
     rope = full.get("rope_parameters") or {}
     if rope.get("rope_type", "axial") != "axial":
@@ -268,6 +280,7 @@ PART = Part(
     name="qwen2_5_vl",
     kind="vision_encoder",
     Spec=PatchVisionSpec,
+    keys=KEYS,
     model_types=(*MODEL_TYPES, OLD_MODEL_TYPE),
     from_hf=from_hf,
     to_hf=to_hf,

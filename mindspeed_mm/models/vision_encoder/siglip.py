@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from mindspeed_mm.config.file_keys import COMMON, NO_CONFIG, OLD_OPTIONS, file_keys
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.encoder_spec import (
@@ -43,6 +44,14 @@ HF_DEFAULTS = {
 }
 """Values of keys that a config.json may omit: the documented defaults of transformers' SiglipVisionConfig; without the
 two vision_feature keys the feature is the last hidden state before the final norm."""
+
+KEYS = file_keys(
+    "SigLIP vision encoder config",
+    (*HF_DEFAULTS, "dtype", "torch_dtype", "vision_config"),
+    {**NO_CONFIG, "dropout": (0,)},
+    (*COMMON, *OLD_OPTIONS, "text_config", "projection_dim"),
+)
+"""Of a SiglipVisionConfig, and of a SiglipConfig with its vision_config; the text model is not used."""
 
 MODEL_TYPES = ("siglip_vision_model", "siglip")
 
@@ -133,6 +142,7 @@ def from_hf(config: dict[str, Any]) -> SiglipSpec:
     if kind not in MODEL_TYPES:
         raise ConfigError(f'vision encoder config: found model_type "{kind}"; expected {" or ".join(MODEL_TYPES)}.')
     full = {**HF_DEFAULTS, **config, **(config.get("vision_config") or {})}
+    KEYS.check(full)
     strategy = full["vision_feature_select_strategy"]
     if strategy != "full":
         raise ConfigError(
@@ -280,6 +290,7 @@ PART = Part(
     kind="vision_encoder",
     Spec=SiglipSpec,
     model_types=MODEL_TYPES,
+    keys=KEYS,
     layouts=(SIGLIP,),
     image_processor=image_processor,
     from_hf=from_hf,

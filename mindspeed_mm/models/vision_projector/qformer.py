@@ -12,6 +12,7 @@ import pydantic
 
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.operations import EncoderWork, Product
 from mindspeed_mm.models.part import Part, PartSpec, Size, only
 from mindspeed_mm.weights.layouts import PROJECTOR, Prefix
@@ -148,6 +149,7 @@ def from_hf(config: dict[str, Any]) -> QFormerSpec:
     """QFormerSpec of a Blip2Config or InstructBlipConfig. Raises ConfigError for what is not built here."""
     inner, vision = dict(config.get("qformer_config") or {}), config.get("vision_config") or {}
     text = config.get("text_config") or {}
+    config_keys.QFORMER.check(inner)
     if inner.get("use_qformer_text_input"):
         raise ConfigError(
             "qformer_config: found use_qformer_text_input true; expected false. That Q-Former matches images and "
