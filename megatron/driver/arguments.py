@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.driver.profile_checks import profile_problems
-from megatron.driver.ranges import option, range_problems, tracking_problems
+from megatron.driver.ranges import option, range_problems, schedule_problems, tracking_problems
 from mindspeed_mm.errors import ConfigError
 
 _GROUPS = {
@@ -295,7 +295,7 @@ def from_namespace(namespace: argparse.Namespace, world_size: int | None = None)
     if values["num_virtual_stages_per_pipeline_rank"] == 1:
         values["num_virtual_stages_per_pipeline_rank"] = None  # stages as they are
     args = DriverArguments(**values, world_size=world_size)
-    problems = [*range_problems(args), *_check_schedule(args), *_check_combinations(args)]
+    problems = [*range_problems(args), *schedule_problems(args), *_check_combinations(args)]
     if not problems:
         problems, args = _check_batch(args)
     if problems:
@@ -325,23 +325,6 @@ def with_virtual_stages(args: DriverArguments, num_layers: int) -> DriverArgumen
         num_layers_per_virtual_pipeline_stage=None,
         num_virtual_stages_per_pipeline_rank=chunks if chunks > 1 else None,
     )
-
-
-def _check_schedule(args: DriverArguments) -> list[str]:
-    problems = [f"{option(name)} is required" for name in ("lr", "train_iters") if getattr(args, name) is None]
-    if args.lr is not None and args.min_lr > args.lr:
-        problems.append(f"--min-lr is {args.min_lr}: expected at most --lr, which is {args.lr}")
-    fraction = args.lr_warmup_fraction
-    if fraction is not None and args.lr_warmup_iters:
-        problems.append("--lr-warmup-fraction and --lr-warmup-iters are both given: keep one of them")
-    if fraction is not None and not 0 <= fraction < 1:
-        problems.append(f"--lr-warmup-fraction is {fraction}: expected at least 0 and below 1")
-    elif args.train_iters is not None and args.warmup_steps >= max(args.decay_steps, 1):
-        problems.append(
-            f"the warm-up takes {args.warmup_steps} of {args.decay_steps} decay steps: expected fewer; "
-            "shorten --lr-warmup-iters / --lr-warmup-fraction or raise --lr-decay-iters"
-        )
-    return problems
 
 
 def _check_combinations(args: DriverArguments) -> list[str]:

@@ -68,3 +68,21 @@ def tracking_problems(args: Any) -> list[str]:
     if args.online and args.wandb_project is None and args.swanlab_project is None:
         problems.append("--online is given without --wandb-project or --swanlab-project")
     return problems
+
+
+def schedule_problems(args: Any) -> list[str]:
+    """One line for each flag of the learning-rate schedule that is missing or does not go with the others."""
+    problems = [f"{option(name)} is required" for name in ("lr", "train_iters") if getattr(args, name) is None]
+    if args.lr is not None and args.min_lr > args.lr:
+        problems.append(f"--min-lr is {args.min_lr}: expected at most --lr, which is {args.lr}")
+    fraction = args.lr_warmup_fraction
+    if fraction is not None and args.lr_warmup_iters:
+        problems.append("--lr-warmup-fraction and --lr-warmup-iters are both given: keep one of them")
+    if fraction is not None and not 0 <= fraction < 1:
+        problems.append(f"--lr-warmup-fraction is {fraction}: expected at least 0 and below 1")
+    elif args.train_iters is not None and args.warmup_steps >= max(args.decay_steps, 1):
+        problems.append(
+            f"the warm-up takes {args.warmup_steps} of {args.decay_steps} decay steps: expected fewer; "
+            "shorten --lr-warmup-iters / --lr-warmup-fraction or raise --lr-decay-iters"
+        )
+    return problems
