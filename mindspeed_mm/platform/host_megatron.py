@@ -19,7 +19,7 @@ import types
 import torch
 
 from mindspeed_mm.platform import core_versions
-from mindspeed_mm.platform.core_import import PACKAGE, CoreFinder, rewritten, without_compiler
+from mindspeed_mm.platform.core_import import PACKAGE, CoreFinder, rewritten, use_adam, without_compiler
 from mindspeed_mm.platform.host_linear import linear
 
 TYPE_NAMES = {
@@ -76,7 +76,7 @@ def _adapt_linear(module: types.ModuleType) -> None:
 
 def _adapt_optimizer(module: types.ModuleType) -> None:
     """One pass over memory for each parameter instead of ten."""
-    module.Adam = functools.partial(module.Adam, fused=True)
+    use_adam(module, functools.partial(torch.optim.AdamW, fused=True))
 
 
 _AFTER_IMPORT = {

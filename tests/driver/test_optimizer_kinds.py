@@ -26,4 +26,6 @@ def test_the_run_goes_on_alike(tmp_path, precision, first, second):
         assert [r[key] for r in tiny.records(cut)] == pytest.approx([r[key] for r in tiny.records(whole)], rel=1e-5)
     for name, tensor in kept.items():
         if not name.startswith("optimizer"):
-            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+            # Of equal float32 values one may round to the neighbour, where another order of sums moves it over a tie.
+            step = 1e-5 if tensor.dtype == torch.float32 else torch.finfo(tensor.dtype).eps
+            torch.testing.assert_close(found[name], tensor, rtol=step, atol=1e-6)
