@@ -13,10 +13,8 @@ from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.models.families.instructblip import INSTRUCTBLIP
 from mindspeed_mm.models.media import Media
-from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import find_family
-from mindspeed_mm.trainer.caching_step import check_cachable
 from tests.helpers.golden_training import GoldenLayout
 from tests.helpers.tiny_blip import instructblip, question_words, save, square_processor
 from tests.helpers.tiny_families import asked
@@ -188,6 +186,9 @@ def test_questions_that_do_not_fit_are_refused(base, pair):
 
 
 def test_a_feature_cache_is_refused(pair):
+    from mindspeed_mm.models.runtime import Runtime
+    from mindspeed_mm.trainer.caching_step import check_cachable
+
     with pytest.raises(ConfigError, match="does not know the question about an image"):
         check_cachable(pair[1].spec, Runtime(), pair[1].media)
 
