@@ -8,6 +8,14 @@ import torch
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.objectives import find_objective
 from mindspeed_mm.objectives._preference_losses import LOSSES, LossSettings, PairScores
+from mindspeed_mm.platform import get_platform
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """The objective imports megatron.core."""
+    get_platform("cpu")
+
 
 POLICY = torch.tensor([[-12.0, -20.0], [-7.5, -3.0], [-0.9, -41.0]])
 REFERENCE = torch.tensor([[-13.0, -18.5], [-7.0, -4.0], [-2.0, -40.0]])

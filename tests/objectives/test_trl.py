@@ -60,16 +60,17 @@ def moved(model):
 
 def our_step(folder, adapter, samples, options):
     """Loss, metrics and gradients by PEFT's names of one batch."""
+    from mindspeed_mm.platform import get_platform
+    from mindspeed_mm.platform.distributed import init_single_process
+
+    init_single_process(get_platform("cpu"))
     from mindspeed_mm.models.adapters.lora import adapters_off
     from mindspeed_mm.models.adapters.targets import sites
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.part import find_part
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.objectives import find_objective
-    from mindspeed_mm.platform import get_platform
-    from mindspeed_mm.platform.distributed import init_single_process
 
-    init_single_process(get_platform("cpu"))
     model = json.loads((folder / "model.json").read_text())
     model["text_decoder"]["lora"]["load"] = str(adapter)
     (folder / "moved.json").write_text(json.dumps(model))
