@@ -95,4 +95,6 @@ def test_losses_and_gradients_are_those_of_pack_rows(single_process, trained, mo
     others, other_gradients = run()
     torch.testing.assert_close(losses, others)
     assert len(gradients) == len(other_gradients) > 0
-    torch.testing.assert_close(gradients, other_gradients, rtol=1e-4, atol=1e-5)
+    for own, other in zip(gradients, other_gradients, strict=True):
+        # Sums over all labels: what is small beside the largest of a tensor is rounded by as much as that is.
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=2e-6 * other.abs().max().item())
