@@ -1,5 +1,7 @@
 """The section of docs/weights.md that shows what is known of each file's keys."""
 
+import textwrap
+
 from mindspeed_mm.config.file_keys import COMMON, OLD_OPTIONS, FileKeys
 from mindspeed_mm.data.processor_keys import PROCESSOR_CONFIG, PROCESSOR_TABLES
 from mindspeed_mm.data.tokenizer_keys import GENERATION_CONFIG, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
@@ -29,7 +31,8 @@ def section() -> str:
             _list(table.harmless - common) + (" and the common ones" if "architectures" in table.harmless else ""),
         )
         lines.append(f"| {table.what} | " + " | ".join(cells) + " |")
-    lines += ["", f"The common ones, as far as they are not honoured: {_list(common)}.", "", END]
+    told = f"The common ones, as far as they are not honoured: {_list(common)}."
+    lines += ["", *textwrap.wrap(told, 110, break_long_words=False, break_on_hyphens=False), "", END]
     return "\n".join(lines)
 
 
