@@ -98,7 +98,7 @@ def test_processors_of_stock_exports(kind):
     square = {"default_to_square": True, "size": {"height": 8, "width": 8}}  # asks for nothing: size says it all
     assert ImageProcessor.from_config(square).size == square["size"]
     fast = {"data_format": "channels_first", "default_to_square": False, "device": None, "do_pad": None}
-    size = {"height": 30, "width": 30} if kind.startswith(("Siglip", "ViT")) else {"shortest_edge": 30}
+    size = {"height": 30, "width": 30} if kind.startswith(("Siglip", "ViT", "Blip")) else {"shortest_edge": 30}
     fields = {"image_processor_type": kind, "size": size, "crop_size": 30}
     assert ImageProcessor.from_config(fields | fast).output_size == (30, 30)
 
