@@ -4,13 +4,14 @@ import hashlib
 import logging
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from evaluation.engine import EvaluationRequest
+from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.image import image_size
 from mindspeed_mm.data.template_choice import template_fact
 from mindspeed_mm.errors import ContextError, DataError
@@ -56,7 +57,8 @@ class ModelEngine:
         ended: deque[tuple[EvaluationRequest, generation.GenerationHandle]] = deque()
         open_requests = 0
         for request, images in self._with_images(requests, ahead=batch_size):
-            asked = generation.GenerationRequest(str(request.id), request.turns or (), request.text, images)
+            turns = placed(request.turns or (), self._vlm.spec.family.after_image)
+            asked = generation.GenerationRequest(str(request.id), turns, request.text, images)
             engine.submit(asked, self._options, on_end=lambda handle, request=request: ended.append((request, handle)))
             open_requests += 1
             while open_requests - len(ended) >= IN_FLIGHT * batch_size:
@@ -96,6 +98,11 @@ class ModelEngine:
     def describe(self) -> dict[str, Any]:
         """Weights by their contents (not their path), tokenizer, preprocessing, template and decoding."""
         return self._facts
+
+
+def placed(turns: Iterable[tuple[str, str | None]], after_image: str) -> tuple[tuple[str, str | None], ...]:
+    """Turns in which what a family's models know behind an image takes the place of LLaVA's line feed."""
+    return tuple((text.replace(f"{IMAGE_TOKEN}\n", IMAGE_TOKEN + after_image), answer) for text, answer in turns)
 
 
 def _texts(ended: deque[tuple[EvaluationRequest, generation.GenerationHandle]]) -> Iterator[tuple[int | str, str]]:

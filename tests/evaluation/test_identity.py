@@ -73,3 +73,14 @@ def test_letter_m_a_part_of_a_public_table_and_a_table_of_ones_own_are_scored(tm
     for name, file in (("ai2d_test", "AI2D_TEST_part2.tsv"), ("my_questions", "my_questions.tsv")):
         report = mm.score(name, answers, write_table(tmp_path / file, choice_rows(2)))
         assert [row["hit"] for row in report.rows.values()] == [1, 1]
+
+
+def test_images_are_followed_by_what_the_family_knows():
+    """A question's images stand before it; only LLaVA's models know a line feed behind each."""
+    from evaluation.model_engine import placed
+    from mindspeed_mm.models.spec import find_family
+
+    turns = (("<image>\n<image>\nWhat is it?\nAnswer briefly.", None),)
+    assert placed(turns, find_family("llava").after_image) == turns
+    wanted = (("<image><image>What is it?\nAnswer briefly.", None),)
+    assert placed(turns, find_family("qwen2_5_vl").after_image) == wanted
