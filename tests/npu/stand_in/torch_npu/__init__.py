@@ -18,7 +18,7 @@ torch.utils.rename_privateuse1_backend("npu")
 
 from torch_npu import hccl, npu, profiler, reference  # noqa: E402, F401
 
-SCHEMAS = Path(__file__).resolve().parents[3] / "data" / "torch_npu" / "schemas.txt"
+SCHEMAS = Path(__file__).resolve().parents[3] / "data" / "npu_schemas" / "schemas.txt"
 
 CALLS: collections.Counter[str] = collections.Counter()
 """How often each operator was called."""
