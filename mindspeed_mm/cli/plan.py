@@ -66,7 +66,7 @@ def size(text: str) -> float:
     if match is None or match[2].upper() not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: expected a number with KB, MB, GB or GiB, like 64GB")
     found = float(match[1]) * UNITS[match[2].upper()]
-    if found < 1e6:
+    if not match[2] and found < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r} is {found:g} bytes: give the unit, like {match[1]}GB")
     return found
 

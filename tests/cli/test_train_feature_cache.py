@@ -128,6 +128,7 @@ def test_ranks_that_share_images_are_refused():
         fixed = None
 
     class OneSize:
+        reads_instructions = False
         fixed = fixed_plan(4)
 
     spec = load_model_spec(model())
