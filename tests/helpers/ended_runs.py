@@ -32,6 +32,7 @@ SMALL = 100_000
 
 def main() -> None:
     """Print one JSON line a case: exit code, text and remaining processes of each rank, and how long it took."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background begin without it
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     import torch
 
