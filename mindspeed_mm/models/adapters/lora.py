@@ -19,13 +19,16 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.adapters.quantized_base import QuantizedColumnLinear, QuantizedRowLinear
+from mindspeed_mm.models.adapters.quantized_base import (
+    QuantizedColumnLinear,
+    QuantizedRowLinear,
+    sharded_tensors,
+    stored_pairs,
+)
 from mindspeed_mm.models.adapters.spec import LoraSpec
 from mindspeed_mm.models.adapters.splits import local_a, local_b, local_geometry, places
 from mindspeed_mm.models.adapters.targets import Site, sites
@@ -85,14 +88,8 @@ class _Adapted(torch.nn.Module):
         axes = dict(self.axes)
         for name in self.lora:
             axes |= {f"lora.{name}.{which}": axis for which, axis in self.split.items()}
-        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
-        state = self.state_dict(prefix="", keep_vars=True)
-        tensors = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
-        if self.blocks == 2:
-            stored = [name for name in ("codes", "scales") if name in self.axes]
-            for key in (prefix + name for name in (*stored, *(f"lora.{pair}.b" for pair in self.lora))):
-                tensors[key] = apply_swiglu_sharded_factory(tensors[key], sharded_offsets)
-        return tensors
+        own = tuple(f"lora.{name}.b" for name in self.lora) if self.blocks == 2 else ()
+        return sharded_tensors(self, axes, (*stored_pairs(self), *own), prefix, sharded_offsets, metadata)
 
 
 class LoraColumnLinear(_Adapted, ColumnParallelLinear):

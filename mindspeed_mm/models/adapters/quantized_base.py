@@ -60,8 +60,8 @@ class _QuantizedLinear(torch.nn.Module):
     """What both kinds of parallel linears share."""
 
     kind: str
-    blocks = 1
-    """As of adapters: equal blocks of rows that are each split over the ranks (gate and up)."""
+    stored_blocks = 1
+    """Equal blocks of rows that are each split over the ranks (gate and up)."""
 
     @property
     def weight(self) -> Tensor:
@@ -74,14 +74,30 @@ class _QuantizedLinear(torch.nn.Module):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None) -> ShardedStateDict:
         """Codes, scales and the bias."""
-        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
-        state = self.state_dict(prefix="", keep_vars=True)
-        tensors = make_sharded_tensors_for_checkpoint(state, prefix, self.axes, sharded_offsets, **groups)
-        if self.blocks == 2:
-            for name in ("codes", "scales"):
-                key = prefix + name
-                tensors[key] = apply_swiglu_sharded_factory(tensors[key], sharded_offsets)
-        return tensors
+        return sharded_tensors(self, self.axes, stored_pairs(self), prefix, sharded_offsets, metadata)
+
+
+def stored_pairs(linear: torch.nn.Module) -> tuple[str, ...]:
+    """The stored tensors of a linear that hold gate above up on each rank."""
+    return ("codes", "scales") if getattr(linear, "stored_blocks", 1) == 2 else ()
+
+
+def sharded_tensors(
+    linear: torch.nn.Module,
+    axes: dict[str, int],
+    pairs: tuple[str, ...],
+    prefix: str,
+    sharded_offsets: tuple,
+    metadata: dict[str, Any],
+) -> ShardedStateDict:
+    """The tensors of a parallel linear for a checkpoint: split along `axes`; `pairs` are those whose rows on a rank are
+    its share of two blocks, which a whole tensor has one above the other."""
+    groups = {"tp_group": linear.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+    state = linear.state_dict(prefix="", keep_vars=True)
+    tensors = make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
+    for key in (prefix + name for name in pairs):
+        tensors[key] = apply_swiglu_sharded_factory(tensors[key], sharded_offsets)
+    return tensors
 
 
 class QuantizedColumnLinear(_QuantizedLinear, ColumnParallelLinear):
@@ -151,7 +167,7 @@ def _store(linear: torch.nn.Module, kind: str, name: str, blocks: int) -> None:
     stored = quantize(weight, kind)
     del linear.weight
     linear.__class__ = QuantizedColumnLinear if isinstance(linear, ColumnParallelLinear) else QuantizedRowLinear
-    linear.kind, linear.blocks = kind, blocks
+    linear.kind, linear.stored_blocks = kind, blocks
     # As integers, which no cast of the module to a half precision rounds.
     for key, tensor in (("codes", stored.codes), ("scales", stored.scales.view(torch.int32))):
         linear.register_parameter(key, torch.nn.Parameter(tensor, requires_grad=False))
