@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import multiprocessing
 import os
 import random
 import statistics
@@ -30,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from llava_shapes import IMAGE_SIZE, IMAGE_TOKENS, SHAPES, model_json, save_model, transformers_config
 from report import machine, write
-from training_sides import reset_peak, resident
+from training_sides import Side, reset_peak, resident
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.collate import Collator
@@ -226,29 +225,6 @@ def _serve(pipe: Connection, name: str, job: PairJob) -> None:
         pipe.send(steps)
 
 
-class PairSide:
-    """A side in its own process."""
-
-    def __init__(self, name: str, job: PairJob) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        os.environ["OMP_NUM_THREADS"] = str(job.threads)
-        self._process = context.Process(target=_serve, args=(theirs, name, job), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._pipe.recv()
-
-    def ask(self, order: str) -> Any:
-        """The answer to "round" or "memory"."""
-        self._pipe.send(order)
-        return self._pipe.recv()
-
-    def end(self) -> None:
-        """Give its memory back."""
-        self._pipe.send("end")
-        self._process.join()
-
-
 def save_adapter(job: PairJob) -> None:
     """The fresh adapter that both sides begin with."""
     import peft
@@ -263,7 +239,7 @@ def save_adapter(job: PairJob) -> None:
 
 def measure(job: PairJob, repeats: int) -> dict[str, Any]:
     """Medians of both sides and their ratios."""
-    sides = {name: PairSide(name, job) for name in NAMES}
+    sides = {name: Side(name, job, _serve) for name in NAMES}
     rounds: dict[str, list] = {name: [] for name in NAMES}
     for _ in range(repeats + 1):
         for name, side in sides.items():

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,11 +199,12 @@ def _serve(pipe: Connection, name: str, job: TrainedJob) -> None:
 class Side:
     """A side in its own process."""
 
-    def __init__(self, name: str, job: TrainedJob) -> None:
+    def __init__(self, name: str, job: Any, serve: Callable[..., None] = _serve) -> None:
+        """`serve(pipe, name, job)` runs there: it sends when it is ready, and answers orders until "end"."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         os.environ["OMP_NUM_THREADS"] = str(job.threads)
-        self._process = context.Process(target=_serve, args=(theirs, name, job), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, name, job), daemon=True)
         self._process.start()
         theirs.close()
         self._pipe.recv()
