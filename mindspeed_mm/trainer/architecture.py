@@ -13,7 +13,7 @@ from mindspeed_mm.models.spec import ModelSpec
 
 NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16", "pipeline_num_layers"}
 NOT_ARCHITECTURE |= {"lr", "weight_decay", "parameters"}
-NOT_ARCHITECTURE |= {"dropout", "load", "init_seed"}  # of a lora block
+NOT_ARCHITECTURE |= {"dropout", "load", "init_seed", "loraplus_lr_ratio"}  # of a lora block
 """Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
 
 

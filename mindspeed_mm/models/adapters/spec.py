@@ -19,6 +19,7 @@ class LoraSpec(StrictModel):
     target_modules: "all-linear", a list of names (Hugging Face's, such as q_proj, or ours, such as linear_qkv), or a
         regular expression that fits the whole Hugging Face name of a module.
     use_rslora: the scale is alpha / sqrt(r) (Kalajdzievski 2023) instead of alpha / r.
+    loraplus_lr_ratio: learning rate of B over that of A (LoRA+, Hayou et al. 2024).
     load: folder in PEFT's format whose A and B are where training starts; None: A random, B zero.
     init_seed: of the random A. The same at every parallel layout.
     """
@@ -28,6 +29,7 @@ class LoraSpec(StrictModel):
     dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
     target_modules: str | list[str] = ALL_LINEAR
     use_rslora: bool = False
+    loraplus_lr_ratio: Annotated[float, pydantic.Field(gt=0)] = 1.0
     load: str | None = None
     init_seed: int = 0
 
