@@ -40,6 +40,7 @@ def check_start(args: DriverArguments, spec: ModelSpec) -> None:
         check_weights(spec)
         return
     saved = read_run(path)["extra"].get("model", {})
+    _check_dora(path, saved, spec)
     differences = compare_architectures(saved, spec.model_dump(mode="json"))
     if differences:
         raise CheckpointError(
@@ -47,6 +48,18 @@ def check_start(args: DriverArguments, spec: ModelSpec) -> None:
             + "\n  ".join(differences)
             + "\nUse the model config that it was trained with"
         )
+
+
+def _check_dora(path: Path, saved: dict[str, Any], spec: ModelSpec) -> None:
+    """DoRA begins beside weights that are there when the model is built."""
+    encoder = saved.get("image_encoder") or {}
+    for slot, part in spec.part_specs().items():
+        held = (saved if slot in saved else encoder).get(slot) or {}
+        if part.lora is not None and part.lora.use_dora and held.get("lora") is None:
+            raise CheckpointError(
+                f"{slot}.lora.use_dora begins with the lengths of the weights' rows, and checkpoint {path} has no "
+                f"adapters; expected weights in ckpt_path. Give the checkpoint as ckpt_path of the {slot}"
+            )
 
 
 def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> list[str]:
