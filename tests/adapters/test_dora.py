@@ -1,6 +1,7 @@
 """DoRA: forward and backward pass against PEFT at every layout, runs, merged weights, and PEFT's folders both ways."""
 
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ from checkpoint_converters.merge import merge
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.spec import load_model_spec
+from mindspeed_mm.planning.parameters import _adapter_sizes
 from tests.adapters.test_lora_runs import said
 from tests.adapters.test_lora_training import PACKED, SPREADS, TARGETS, staged, whole, wrapped
 from tests.adapters.test_peft_folders import written_alike
@@ -56,6 +58,13 @@ def test_losses_and_gradients(ranks, pair, layout):
     assert found.keys() == wanted.keys() and any("magnitude" in key for key in wanted)
     for key, gradient in wanted.items():
         assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+
+
+def test_the_plan_counts_lengths(pair):
+    _, model, path, _ = pair
+    job = SimpleNamespace(spec=load_model_spec(path), tensor=1, pipeline=1, runtime=SimpleNamespace(stages=1))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(_adapter_sizes(job, "text_decoder", 0)) == trained
 
 
 def test_folders_of_peft(pair, tmp_path):
