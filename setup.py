@@ -56,7 +56,7 @@ EXTRAS = {
         "pyarrow>=14",
         "pytest>=8",
         "pytest-xdist>=3.5",
-        "trl>=1.16",  # tests of preference training compare with it
+        "trl>=1.16; python_version >= '3.11'",  # tests of preference training compare with it
         "hypothesis>=6.100",
         "ruff>=0.6",
     ],
