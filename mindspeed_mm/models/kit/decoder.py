@@ -108,6 +108,8 @@ class TextDecoder(LanguageModule):
                 scale=traits.attention_scale,
                 window=traits.window(number),
                 soft_cap=traits.attention_soft_cap,
+                alibi_bias_max=traits.alibi_bias_max,
+                norm_bias=traits.norm_bias,
             )
             for number in numbers
         ]
@@ -162,8 +164,8 @@ class TextDecoder(LanguageModule):
         return hidden + table(places).transpose(0, 1)
 
     def _cos_sin(self, position_ids: torch.Tensor, segments: Segments | None) -> torch.Tensor | None:
-        """Rotation of this rank's slice of the sequence; None where positions are learned."""
-        if self.traits.position_offset is not None:
+        """Rotation of this rank's slice of the sequence; None where none rotates."""
+        if not self.traits.rotary:
             return None
         long = self.rotary.long_positions(position_ids.shape[-1], segments)
         if isinstance(long, torch.Tensor):
