@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mindspeed_mm.models.kit.attention import CoreAttention, Scope
+from mindspeed_mm.models.kit.gated_cross import CrossAttention, GatedLayer
 from mindspeed_mm.models.kit.mlp import MLP, PostNormMLP
 from mindspeed_mm.models.kit.norm import Norm, UnbiasedNorm
 from mindspeed_mm.models.kit.self_attention import SelfAttention
@@ -36,6 +37,7 @@ class LayerOptions:
     scope: Scope | None = None
     alibi_bias_max: float | None = None
     norm_bias: bool = True
+    cross: CrossAttention | None = None
 
 
 def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> ModuleSpec:
@@ -61,8 +63,10 @@ def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> Modul
             k_layernorm=head_norm,
         ),
     )
+    crossing = options.cross is not None
     return ModuleSpec(
-        module=TransformerLayer,
+        module=GatedLayer if crossing else TransformerLayer,
+        params={"cross": options.cross} if crossing else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm.config.load import load_config
+from mindspeed_mm.models.kit.cross_rules import KeysValues
 from mindspeed_mm.models.operations import EncoderWork, Product
 from mindspeed_mm.models.part import Part, PartSpec, Size, only
 from mindspeed_mm.weights.rules import Geometry, Rule, RuleSet
@@ -103,17 +104,6 @@ def from_hf(config: dict[str, Any]) -> PerceiverSpec:
     width = (config.get("vision_config") or {}).get("hidden_size", 1024)
     block = {"input_size": width, "hidden_size": width, "max_frames": config.get("max_num_frames")}
     return load_config(PerceiverSpec, block, what="projector config")
-
-
-@dataclass(frozen=True)
-class KeysValues(Rule):
-    """One tensor with the rows of all keys, then those of all values; the ranks share out both."""
-
-    def blocks(self, geometry: Geometry) -> int:
-        return 2
-
-    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
-        return [size // 2] * 2
 
 
 _LAYER = "encoder.layers.{}."
