@@ -12,6 +12,7 @@ from checkpoint_converters.convert import specs_of
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.adapters.merged import MergedFile
 from mindspeed_mm.models.adapters.peft_format import PeftAdapter, read_peft, translation
+from mindspeed_mm.models.adapters.splits import of_length
 from mindspeed_mm.models.adapters.targets import DIALECT
 from mindspeed_mm.models.part import part_of
 from mindspeed_mm.models.spec import all_families
@@ -68,11 +69,12 @@ def _stored(held: PartSource, tensor: str, name: str, adapter: PeftAdapter) -> s
 
 
 def _add(adapter: PeftAdapter, name: str, source: Source, stored: str, weight: Tensor) -> Tensor:
-    """The stored weight [out, in] with scale B A added."""
-    a, b = adapter.pair(name)
+    """The stored weight [out, in] with scale B A added, its rows of DoRA's lengths."""
+    a, b, m = adapter.pair(name)
     if (b.shape[0], a.shape[1]) != tuple(weight.shape):
         raise WeightError(
             f"{adapter.path}: the adapter of {name} is for a weight of shape {[b.shape[0], a.shape[1]]}; {stored} of "
             f"{source.path} has {list(weight.shape)}. Give an adapter of this base model."
         )
-    return weight + adapter.lora().scale * (b.float() @ a.float())
+    weight = weight + adapter.lora().scale * (b.float() @ a.float())
+    return weight if m is None else of_length(weight, m.float())

@@ -12,7 +12,8 @@ from megatron.driver.checkpoint.reading import find_checkpoint, read_checkpoint
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.adapters.merged import MergedFile
 from mindspeed_mm.models.adapters.peft_format import write_peft
-from mindspeed_mm.models.adapters.splits import add_product, their_b
+from mindspeed_mm.models.adapters.spec import WholePair
+from mindspeed_mm.models.adapters.splits import add_product, their_b, with_lengths
 from mindspeed_mm.models.adapters.targets import ADAPTER, WEIGHT, Site, sites
 from mindspeed_mm.models.spec import ModelSpec, load_model_spec
 from mindspeed_mm.weights.files import TensorFile
@@ -55,7 +56,7 @@ def export_adapter(source: str | Path, target: str | Path, *, decoder_only: bool
             logger.warning("%s was trained as well and is not in the adapter: convert it by itself", slot)
     found = {slot: {site.module: site for site in sites(spec.parts()[slot], part)} for slot, part in adapted.items()}
 
-    def pair(slot: str, module: str) -> tuple[Tensor, Tensor]:
+    def pair(slot: str, module: str) -> WholePair:
         return _pair(checkpoint, spec, slot, found[slot][module])
 
     base = spec.text_decoder.ckpt_path or ""
@@ -68,18 +69,24 @@ def _adapted(spec: ModelSpec) -> dict:
     return {slot: part for slot, part in spec.part_specs().items() if part.lora is not None}
 
 
-def _pair(file, spec: ModelSpec, slot: str, site: Site) -> tuple[Tensor, Tensor]:
-    """Whole A and B of one linear, in Hugging Face's order of rows."""
+def _pair(file, spec: ModelSpec, slot: str, site: Site) -> WholePair:
+    """Whole A, B and DoRA's lengths of one linear, in Hugging Face's order of rows."""
     outer = f"{OUR_MODEL.written[slot]}{site.step.target.removesuffix(WEIGHT)}{ADAPTER}{site.short}."
-    return file.get(outer + "a"), their_b(site, file.get(outer + "b"), spec.part(slot).geometry)
+    geometry = spec.part(slot).geometry
+    a, b = file.get(outer + "a"), their_b(site, file.get(outer + "b"), geometry)
+    if not spec.part(slot).lora.use_dora:
+        return WholePair(a, b)
+    return WholePair(a, b, their_b(site, file.get(outer + "m")[:, None], geometry)[:, 0])
 
 
 def _merging(file: TensorFile, spec: ModelSpec, found: list[tuple[str, Site]]) -> Callable[[Tensor], Tensor]:
     def change(weight: Tensor) -> Tensor:
         for slot, site in found:
             part = spec.part(slot)
-            a, b = _pair(file, spec, slot, site)
+            a, b, m = _pair(file, spec, slot, site)
             weight = add_product(site, weight, part.lora.scale * (b.float() @ a.float()), part.geometry)
+            if m is not None:
+                weight = with_lengths(site, weight, m.float(), part.geometry)
         return weight
 
     return change

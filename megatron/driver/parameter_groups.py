@@ -1,7 +1,8 @@
 """Learning rate and weight decay of single parameters, in the form of megatron.core's parameter groups.
 
-A parameter's attribute `optimizer_values` is a dict of `lr` (the highest one of the schedule) and `weight_decay`; what
-it lacks is as the run's flags say. The lowest learning rate keeps its ratio to the highest.
+A parameter's attribute `optimizer_values` is a dict of `lr` (the highest one of the schedule) or `lr_factor` (its ratio
+to the run's), and `weight_decay`; what it lacks is as the run's flags say. The lowest learning rate keeps its ratio to
+the highest.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def _group_values(config: OptimizerConfig, values: dict[str, float]) -> dict[str
     found = {}
     if "lr" in values:
         found |= {"max_lr": values["lr"], "min_lr": values["lr"] * config.min_lr / config.lr}
+    if "lr_factor" in values:
+        found |= {"max_lr": values["lr_factor"] * config.lr, "min_lr": values["lr_factor"] * config.min_lr}
     if "weight_decay" in values:
         found |= {"start_wd": values["weight_decay"], "end_wd": values["weight_decay"]}
     return found

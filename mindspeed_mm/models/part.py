@@ -165,6 +165,15 @@ class PartSpec(StrictModel):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _dora_needs_whole_weights(self) -> "PartSpec":
+        if self.quantize is not None and self.lora is not None and self.lora.use_dora:
+            raise ValueError(
+                f'found quantize "{self.quantize}" with lora.use_dora, which takes lengths of the whole weights at '
+                "each step; expected one of them. Remove one"
+            )
+        return self
+
     @property
     def trains(self) -> bool:
         """Whether anything of the part is trained."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mindspeed_mm.models.adapters.targets import ADAPTER
+from mindspeed_mm.models.adapters.targets import ADAPTER, is_b
 from mindspeed_mm.weights.loading import global_name
 
 
@@ -23,17 +23,25 @@ class Setting(NamedTuple):
     trained: bool
     lr: float | None
     weight_decay: float | None
+    lr_factor: float = 1.0
+    """Of the run's learning rate, where `lr` is None (LoRA+)."""
 
 
 def setting(spec: Any, name: str) -> Setting:
     """The setting of a parameter by its name in a checkpoint."""
     frozen = spec.frozen(name) or (spec.lora is not None and ADAPTER not in name)
     found = {"freeze": frozen, "lr": spec.lr, "weight_decay": spec.weight_decay}
+    ruled = False
     for rule in spec.parameters:
         if fnmatch.fnmatchcase(name, rule.names):
             stated = {key: getattr(rule, key) for key in found}
             found |= {key: value for key, value in stated.items() if value is not None}
-    return Setting(not found["freeze"], found["lr"], found["weight_decay"])
+            ruled = ruled or rule.lr is not None
+    # A rule's learning rate is what it says; the part's and the run's are A's.
+    factor = spec.lora.loraplus_lr_ratio if spec.lora is not None and not ruled and is_b(name) else 1.0
+    if found["lr"] is not None:
+        return Setting(not found["freeze"], factor * found["lr"], found["weight_decay"])
+    return Setting(not found["freeze"], None, found["weight_decay"], factor)
 
 
 def mark(module: torch.nn.Module, spec: Any, layer_offset: int = 0) -> None:
@@ -44,6 +52,8 @@ def mark(module: torch.nn.Module, spec: Any, layer_offset: int = 0) -> None:
         parameter.requires_grad_(own.trained and parameter.is_floating_point())
         values = {"lr": own.lr, "weight_decay": own.weight_decay}
         parameter.optimizer_values = {key: value for key, value in values.items() if value is not None}
+        if own.lr_factor != 1.0:
+            parameter.optimizer_values["lr_factor"] = own.lr_factor
 
 
 def names_of(part: Any, spec: Any) -> Iterator[str]:

@@ -88,6 +88,8 @@ def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
         split = job.tensor if site.step.rule.axis == 0 else 1, job.tensor if site.step.rule.axis == 1 else 1
         yield round(share * spec.lora.r * rows / split[0])
         yield round(share * spec.lora.r * columns / split[1])
+        if spec.lora.use_dora:
+            yield round(share * rows / split[0])
 
 
 def _tensors(job: TrainingJob, kind: str, stage: int) -> Iterator[_HeldTensor]:

@@ -13,7 +13,7 @@ from mindspeed_mm.models.spec import ModelSpec
 
 NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16", "pipeline_num_layers"}
 NOT_ARCHITECTURE |= {"lr", "weight_decay", "parameters"}
-NOT_ARCHITECTURE |= {"dropout", "load", "init_seed"}  # of a lora block
+NOT_ARCHITECTURE |= {"dropout", "load", "init_seed", "loraplus_lr_ratio"}  # of a lora block
 """Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
 
 
@@ -40,6 +40,7 @@ def check_start(args: DriverArguments, spec: ModelSpec) -> None:
         check_weights(spec)
         return
     saved = read_run(path)["extra"].get("model", {})
+    _check_dora(path, saved, spec)
     differences = compare_architectures(saved, spec.model_dump(mode="json"))
     if differences:
         raise CheckpointError(
@@ -47,6 +48,18 @@ def check_start(args: DriverArguments, spec: ModelSpec) -> None:
             + "\n  ".join(differences)
             + "\nUse the model config that it was trained with"
         )
+
+
+def _check_dora(path: Path, saved: dict[str, Any], spec: ModelSpec) -> None:
+    """DoRA begins beside weights that are there when the model is built."""
+    encoder = saved.get("image_encoder") or {}
+    for slot, part in spec.part_specs().items():
+        held = (saved if slot in saved else encoder).get(slot) or {}
+        if part.lora is not None and part.lora.use_dora and held.get("lora") is None:
+            raise CheckpointError(
+                f"{slot}.lora.use_dora begins with the lengths of the weights' rows, and checkpoint {path} has no "
+                f"adapters; expected weights in ckpt_path. Give the checkpoint as ckpt_path of the {slot}"
+            )
 
 
 def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: str = "") -> list[str]:

@@ -44,7 +44,7 @@ def model_fingerprint(
 
 def _bits(module: VLM, adapters: bool) -> torch.Tensor:
     pairs = [pair for pair in module.modules() if isinstance(pair, LoraPair)] if not adapters else []
-    left_out = {id(tensor) for pair in pairs for tensor in (pair.a, pair.b)}
+    left_out = {id(tensor) for pair in pairs for tensor in pair.parameters()}
     stage = known_options(get_transformer_layer_offset, vp_stage=module.vp_stage)
     offset = get_transformer_layer_offset(module.text_decoder.config, **stage)
     tied = module.share_embeddings_and_output_weights and not module.pre_process

@@ -33,7 +33,9 @@ def trained_table(inputs: RunInputs) -> str:
     lines = [f"{'part':18}{'parameters':>16}{'trained':>16}{'optimizer':>14}  learning rate"]
     for slot, part in inputs.spec.part_specs().items():
         count = part_parameters(job, slot, 0)
-        own = {inputs.args.lr if part.lr is None else part.lr, *(rule.lr for rule in part.parameters if rule.lr)}
+        rate = inputs.args.lr if part.lr is None else part.lr
+        own = {rate, *(rule.lr for rule in part.parameters if rule.lr)}
+        own |= {rate * part.lora.loraplus_lr_ratio} if part.lora else set()
         rates = ", ".join(f"{rate:g}" for rate in sorted(own)) if count.trained else "-"
         state = f"{count.trained * state_bytes(job) / 1e9:.3f} GB"
         lines.append(f"{slot:18}{count.total:>16,}{count.trained:>16,}{state:>14}  {rates}")

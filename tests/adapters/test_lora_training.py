@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from peft.optimizers import create_loraplus_optimizer
 
 from mindspeed_mm.models.adapters.splits import their_b
 from mindspeed_mm.models.adapters.targets import sites
@@ -25,6 +26,7 @@ from tests.helpers.tiny_decoders import make, rows, save
 PACKED = {"phi3": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]}
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
+PEFT_NAMES = {"a": "lora_A", "b": "lora_B", "m": "lora_magnitude_vector"}
 SPREADS = {
     "one process": Spread(),
     "TP2": Spread(tensor=2),
@@ -41,7 +43,8 @@ def wrapped(name, folder, **changes):
     if name == "llama" and not changes:
         block["target_modules"] = "all-linear"
     path = save(theirs, name, folder, lora=block | {"load": str(folder / "adapter")}, pipeline_num_layers=None)
-    config = peft.LoraConfig(r=3, lora_alpha=7, use_rslora=block["use_rslora"], target_modules=block["target_modules"])
+    kinds = {key: block.get(key, False) for key in ("use_rslora", "use_dora")}
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=block["target_modules"], **kinds)
     model = peft.get_peft_model(theirs, config)
     torch.manual_seed(11)
     with torch.no_grad():
@@ -74,14 +77,14 @@ def whole(shards, part, spec):
     """Gradients of A and B of the whole part in PEFT's names."""
     found = {}
     for site in sites(part, spec):
-        for which, axis in (("a", 1), ("b", 0)):
+        for which, axis in (("a", 1), ("b", 0), ("m", 0)) if spec.lora.use_dora else (("a", 1), ("b", 0)):
             key = f"{site.owner}.lora.{site.short}.{which}"
             by_rank = {shard.tensor_rank: shard.gradients[key] for shard in shards if key in shard.gradients}
             pieces = [by_rank[rank] for rank in sorted(by_rank)]
             split = (site.step.rule.axis == 1) == (which == "a")
             for other in pieces[1:] if not split else ():
                 torch.testing.assert_close(other, pieces[0])
-            blocks = site.step.rule.blocks(spec.geometry) if which == "b" and len(site.step.sources) == 1 else 1
+            blocks = site.step.rule.blocks(spec.geometry) if which != "a" and len(site.step.sources) == 1 else 1
             if split:
                 pieces = [
                     torch.cat(block, axis) for block in zip(*(p.chunk(blocks, axis) for p in pieces), strict=True)
@@ -89,8 +92,9 @@ def whole(shards, part, spec):
                 full = torch.cat(pieces, axis)
             else:
                 full = pieces[0]
-            full = their_b(site, full, spec.geometry) if which == "b" else full
-            found[f"{site.module}.lora_{which.upper()}.weight"] = full
+            if which != "a":
+                full = their_b(site, full.view(len(full), -1), spec.geometry).view(full.shape)
+            found[f"{site.module}.{PEFT_NAMES[which]}.weight"] = full
     return found
 
 
@@ -116,23 +120,40 @@ def test_losses_and_gradients(ranks, pair, layout):
     assert all(".lora." in key for shard in shards for key in shard.gradients)
 
 
-def test_three_steps_of_adamw(tmp_path):
-    """Ours against PEFT's, each with torch's AdamW on its own adapters."""
+KINDS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora+": {"loraplus_lr_ratio": 8.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_steps_of_adamw(tmp_path, kind):
+    """Ours against PEFT's, each with torch's AdamW on its own adapters; LoRA+ with the optimizer that PEFT makes."""
     from mindspeed_mm.models.build import build_vlm
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.platform import get_platform
     from mindspeed_mm.platform.distributed import init_single_process
 
     init_single_process(get_platform("cpu"))
-    model, path = wrapped("qwen2", tmp_path)
+    model, path = wrapped("qwen2", tmp_path, **KINDS[kind])
     ours, _ = build_vlm(load_model_spec(path), Runtime(), torch.device("cpu"))
     ours.train()
     ids = rows(length=24)
     labels = labels_of(ids)
-    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6}
-    steps = [
-        torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], **options) for module in (ours, model)
+    rate, options = 1e-3 if kind == "lora+" else 1e-2, {"eps": 1e-6, "weight_decay": 0.1}
+    groups = [
+        {"params": [parameter], "lr": rate * parameter.optimizer_values.get("lr_factor", 1.0)}
+        for parameter in ours.parameters()
+        if parameter.requires_grad
     ]
+    steps = [torch.optim.AdamW(groups, **options)]
+    if kind == "lora+":
+        options = {"eps": 1e-6, "loraplus_weight_decay": 0.1, "loraplus_lr_ratio": 8.0}
+        steps.append(create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, **options))
+    else:
+        steps.append(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, **options))
     for _ in range(3):
         logits = model(input_ids=ids).logits
         wanted = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100)
@@ -142,6 +163,11 @@ def test_three_steps_of_adamw(tmp_path):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    with torch.no_grad():
+        wanted = F.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, ignore_index=-100)
+        torch.testing.assert_close(
+            ours(ids, torch.arange(24)[None], labels=labels).mean(), wanted, atol=2e-5, rtol=2e-5
+        )
 
 
 @pytest.mark.parametrize("kind", RECOMPUTED)

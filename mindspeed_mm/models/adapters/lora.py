@@ -29,14 +29,11 @@ from mindspeed_mm.models.adapters.quantized_base import (
     sharded_tensors,
     stored_pairs,
 )
-from mindspeed_mm.models.adapters.spec import LoraSpec
+from mindspeed_mm.models.adapters.spec import LoraSpec, WholePair
 from mindspeed_mm.models.adapters.splits import local_a, local_b, local_geometry, places
 from mindspeed_mm.models.adapters.targets import Site, sites
 from mindspeed_mm.weights.loading import global_name
 from mindspeed_mm.weights.rules import Geometry
-
-Pair = tuple[Tensor, Tensor]
-"""Whole A [r, in] and B [out, r] of one linear, as PEFT has them."""
 
 
 class LoraPair(torch.nn.Module):
@@ -44,15 +41,15 @@ class LoraPair(torch.nn.Module):
 
     active = True
 
-    def __init__(self, a: Tensor, b: Tensor, rows: Tensor | None, lora: LoraSpec) -> None:
+    def __init__(self, own: WholePair, rows: Tensor | None, lora: LoraSpec) -> None:
         super().__init__()
-        self.a, self.b = torch.nn.Parameter(a), torch.nn.Parameter(b)
+        self.a, self.b = torch.nn.Parameter(own.a), torch.nn.Parameter(own.b)
+        self.register_parameter("m", None if own.m is None else torch.nn.Parameter(own.m))
         self.register_buffer("places", rows, persistent=False)
         self.scale, self.dropout = lora.scale, lora.dropout
 
     def add(self, output: Tensor, delta: Tensor) -> Tensor:
         """The output of the whole linear with the adapter's on its rows."""
-        delta = delta * self.scale
         return output + delta if self.places is None else output.index_add(-1, self.places, delta)
 
     def dropped(self, x: Tensor, *, own_stream: bool) -> Tensor:
@@ -76,26 +73,51 @@ class _Adapted(torch.nn.Module):
         output, bias = super().forward(input_, *args, **kwargs)
         for pair in self.lora.values():
             if pair.active:
-                output = pair.add(output, self.delta(pair, input_))
+                delta = self.delta(pair, input_) * pair.scale
+                output = pair.add(output, delta if pair.m is None else self.stretched(pair, output, delta))
         return output, bias
 
     def delta(self, pair: LoraPair, x: Tensor) -> Tensor:
         """B A x in the layout of the linear's output."""
         raise NotImplementedError
 
+    def stretched(self, pair: LoraPair, output: Tensor, delta: Tensor) -> Tensor:
+        """What is added instead of `delta` so that the rows of W + scale B A have the lengths m (DoRA). As its paper
+        says, the lengths that they would have take no part in the gradient."""
+        factor, bias = pair.m.float() / self.lengths(pair), None if self.skip_bias_add else self.bias
+        if getattr(self, "gather_output", False):
+            factor = tensor_parallel.gather_from_tensor_model_parallel_region(factor)
+            bias = None if bias is None else tensor_parallel.gather_from_tensor_model_parallel_region(bias)
+        plain = output if bias is None else output - bias
+        plain = plain if pair.places is None else plain.index_select(-1, pair.places)
+        return plain * (factor - 1).to(plain.dtype) + delta * factor.to(delta.dtype)
+
+    @torch.no_grad()
+    def lengths(self, pair: LoraPair) -> Tensor:
+        """Lengths of this rank's rows of W + scale B A in float32, without making the sum: it is as large as W."""
+        rows = slice(None) if pair.places is None else pair.places
+        a, b = pair.a.float(), pair.scale * pair.b.float()
+        squares = torch.linalg.vector_norm(self.weight, dim=1, dtype=torch.float32)[rows].square()
+        mixed = F.linear(self.weight, pair.a)[rows].float()
+        squares = squares + 2 * (mixed * b).sum(1) + ((b @ (a @ a.t())) * b).sum(1)
+        if self.axes["weight"] == 1:  # each rank has some columns
+            squares = tensor_parallel.reduce_from_tensor_model_parallel_region(squares)
+        return squares.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None) -> ShardedStateDict:
         """The linear's own tensors as before, and those of the adapters beside them."""
         axes = dict(self.axes)
         for name in self.lora:
             axes |= {f"lora.{name}.{which}": axis for which, axis in self.split.items()}
-        own = tuple(f"lora.{name}.b" for name in self.lora) if self.blocks == 2 else ()
+        split = [f"lora.{name}.{key}" for name, pair in self.lora.items() for key in pair.state_dict() if key != "a"]
+        own = tuple(split) if self.blocks == 2 else ()
         return sharded_tensors(self, axes, (*stored_pairs(self), *own), prefix, sharded_offsets, metadata)
 
 
 class LoraColumnLinear(_Adapted, ColumnParallelLinear):
     """Split by rows of the weight."""
 
-    axes, split = {"weight": 0, "bias": 0}, {"b": 0}
+    axes, split = {"weight": 0, "bias": 0}, {"b": 0, "m": 0}
 
     def delta(self, pair: LoraPair, x: Tensor) -> Tensor:
         inner = F.linear(pair.dropped(x, own_stream=self.sequence_parallel), pair.a)
@@ -150,14 +172,15 @@ def attach_lora(
     tp_rank: int,
     tp_size: int,
     layer_offset: int = 0,
-    pairs: dict[str, Pair] | None = None,
+    pairs: dict[str, WholePair] | None = None,
 ) -> int:
     """Freeze a built part and give the linears that spec.lora names their adapters; returns how many this rank has.
 
     Args:
         module: the part on this pipeline stage, its base weights loaded already.
         tp_rank, tp_size, layer_offset: as in weights.loading.load_part.
-        pairs: whole A and B by Hugging Face's name of the module, one for each target; None: A random, B zero.
+        pairs: whole A and B by Hugging Face's name of the module, one for each target; None: A random, B zero, and
+            DoRA's m the lengths of the weight's rows.
 
     Raises:
         ConfigError: a target has no pair or a pair of other shapes, or it is no linear of megatron.core.
@@ -201,7 +224,7 @@ def adapters_off(module: torch.nn.Module) -> Iterator[None]:
             pair.active = active
 
 
-def _adapt(linear: torch.nn.Module, site: Site, whole: Pair, spec: Any, tp_rank: int, tp_size: int) -> None:
+def _adapt(linear: torch.nn.Module, site: Site, whole: WholePair, spec: Any, tp_rank: int, tp_size: int) -> None:
     """Turn a linear into the adapted kind of it, in place, so that its own tensors keep their names."""
     geometry, rule = spec.geometry, site.step.rule
     if not isinstance(linear, _Adapted):
@@ -209,10 +232,20 @@ def _adapt(linear: torch.nn.Module, site: Site, whole: Pair, spec: Any, tp_rank:
         linear.lora = torch.nn.ModuleDict()
         linear.blocks = rule.blocks(geometry) if len(site.step.sources) == 1 else 1
     device, dtype = linear.weight.device, linear.config.params_dtype
-    a = local_a(site, whole[0], tp_rank, tp_size).to(device, dtype, copy=True).contiguous()
-    b = local_b(site, whole[1], geometry, tp_rank, tp_size).to(device, dtype, copy=True).contiguous()
+    a = local_a(site, whole.a, tp_rank, tp_size).to(device, dtype, copy=True).contiguous()
+    b = local_b(site, whole.b, geometry, tp_rank, tp_size).to(device, dtype, copy=True).contiguous()
     rows = places(site, linear.weight.shape[0], local_geometry(site, geometry, tp_size))
-    pair = LoraPair(a, b, None if rows is None else rows.to(device), spec.lora)
+    m = None
+    if spec.lora.use_dora:
+        m = whole.m if whole.m is not None else torch.zeros(len(whole.b))
+        m = local_b(site, m[:, None], geometry, tp_rank, tp_size)[:, 0].to(device, dtype, copy=True).contiguous()
+    pair = LoraPair(WholePair(a, b, m), None if rows is None else rows.to(device), spec.lora)
+    if m is not None and whole.m is None:
+        pair.m.data.copy_(linear.lengths(pair))
+    if m is not None and rule.axis == 0:
+        tensor_parallel.set_tensor_model_parallel_attributes(pair.m, True, 0, 1)
+    elif m is not None:
+        pair.m.sequence_parallel = linear.sequence_parallel
     if rule.axis == 0:
         tensor_parallel.set_tensor_model_parallel_attributes(pair.b, True, 0, 1)
         pair.a.sequence_parallel = linear.sequence_parallel
@@ -228,22 +261,22 @@ def _sizes(site: Site, linear: torch.nn.Module, geometry: Geometry) -> tuple[int
     return linear.output_size if rows is None else len(rows), linear.input_size
 
 
-def _first_pair(site: Site, linear: torch.nn.Module, geometry: Geometry, lora: LoraSpec) -> Pair:
+def _first_pair(site: Site, linear: torch.nn.Module, geometry: Geometry, lora: LoraSpec) -> WholePair:
     """A as PEFT draws it (uniform within 1 / sqrt(in)), from a seed of its own for each name, and B of zeros."""
     outputs, inputs = _sizes(site, linear, geometry)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{lora.init_seed} {site.module}".encode()))
     bound = 1 / math.sqrt(inputs)
     a = torch.empty(lora.r, inputs).uniform_(-bound, bound, generator=generator)
-    return a, torch.zeros(outputs, lora.r)
+    return WholePair(a, torch.zeros(outputs, lora.r))
 
 
-def _given_pair(site: Site, linear: torch.nn.Module, part: Any, spec: Any, pairs: dict[str, Pair]) -> Pair:
+def _given_pair(site: Site, linear: torch.nn.Module, part: Any, spec: Any, pairs: dict[str, WholePair]) -> WholePair:
     if site.module not in pairs:
         raise ConfigError(
             f"{part.kind}.lora: the adapter that is loaded has no A and B of {site.module}, which target_modules "
             "names. Give the target_modules that it was trained with"
         )
-    a, b = pairs[site.module]
+    a, b, _ = pairs[site.module]
     outputs, inputs = _sizes(site, linear, spec.geometry)
     if tuple(a.shape) != (spec.lora.r, inputs) or tuple(b.shape) != (outputs, spec.lora.r):
         raise ConfigError(
@@ -251,7 +284,7 @@ def _given_pair(site: Site, linear: torch.nn.Module, part: Any, spec: Any, pairs
             f"{[spec.lora.r, inputs]} and {[outputs, spec.lora.r]}. The adapter belongs to another base model or has "
             "another r"
         )
-    return a, b
+    return pairs[site.module]
 
 
 def _wake(block: TransformerBlock, args: tuple, kwargs: dict) -> None:

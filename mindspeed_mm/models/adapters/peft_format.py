@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.models.adapters.spec import LoraSpec
+from mindspeed_mm.models.adapters.spec import LoraSpec, WholePair
 from mindspeed_mm.models.adapters.targets import DIALECT, WEIGHT, all_sites
 from mindspeed_mm.models.spec import ModelSpec, find_family
 from mindspeed_mm.weights.files import SafetensorsFile, read_json_object
@@ -29,12 +28,11 @@ BESIDE = "non_lora_trainables.bin"
 OUTER = "base_model.model."
 """What PEFT puts before every name of the model that it wraps."""
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 _MUST_BE = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "use_dora": (False,),
     "lora_bias": (False,),
     "modules_to_save": (None, []),
     "rank_pattern": ({}, None),
@@ -55,13 +53,14 @@ class PeftAdapter:
     alpha: float
     dropout: float
     use_rslora: bool
+    use_dora: bool
     names: tuple[str, ...]
     """Names of the adapted modules in the model that PEFT wrapped."""
 
-    def pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] of a module, on the CPU in their stored type."""
+    def pair(self, name: str) -> WholePair:
+        """A, B and DoRA's lengths of a module, on the CPU in their stored type."""
         file = SafetensorsFile(self.path / TENSORS)
-        return file.get(OUTER + name + _A), file.get(OUTER + name + _B)
+        return WholePair(*(file.get(OUTER + name + end) for end in _ends(self.use_dora)))
 
     def sites(
         self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
@@ -133,8 +132,14 @@ class PeftAdapter:
 
     def lora(self, **changes: Any) -> LoraSpec:
         """The block of a model.json that describes it."""
-        given = {"r": self.r, "alpha": self.alpha, "dropout": self.dropout, "use_rslora": self.use_rslora}
+        given = {"r": self.r, "alpha": self.alpha, "use_rslora": self.use_rslora, "use_dora": self.use_dora}
+        given["dropout"] = 0.0 if self.use_dora else self.dropout
         return LoraSpec(**(given | {"load": str(self.path)} | changes))
+
+
+def _ends(use_dora: bool) -> tuple[str, ...]:
+    """Ends of the names of one module's tensors."""
+    return (_A, _B, _M) if use_dora else (_A, _B)
 
 
 def _is_idle(part: Any, spec: Any, name: str) -> bool:
@@ -179,12 +184,13 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         )
     names = set(SafetensorsFile(folder / TENSORS).names)
     modules = sorted(name.removeprefix(OUTER).removesuffix(_A) for name in names if name.endswith(_A))
-    wanted = {OUTER + name + end for name in modules for end in (_A, _B)}
+    use_dora = bool(config.get("use_dora", False))
+    wanted = {OUTER + name + end for name in modules for end in _ends(use_dora)}
     if names != wanted or not names:
         odd = sorted(names ^ wanted) or ["no tensor"]
         raise WeightError(
             f"{folder / TENSORS}: found {odd[0]} without its partner or of another kind; expected {OUTER}<module>{_A} "
-            f"and {_B} for each module. The file is damaged or no plain LoRA"
+            f"and {' and '.join(_ends(use_dora)[1:])} for each module. The file is damaged or no plain LoRA"
         )
     return PeftAdapter(
         folder,
@@ -192,6 +198,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         float(config["lora_alpha"]),
         float(config.get("lora_dropout", 0.0)),
         bool(config.get("use_rslora", False)),
+        use_dora,
         tuple(modules),
     )
 
@@ -239,8 +246,8 @@ def _with_blocks(spec: ModelSpec, blocks: dict[str, LoraSpec], **others: Any) ->
     return spec.model_copy(update={"text_decoder": parts["text_decoder"], "image_encoder": encoder})
 
 
-def pairs_of(spec: ModelSpec, slot: str) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """A and B that a part's lora.load names, by Hugging Face's names of the modules; None where it names none.
+def pairs_of(spec: ModelSpec, slot: str) -> dict[str, WholePair] | None:
+    """What a part's lora.load names, by Hugging Face's names of the modules; None where it names none.
 
     Raises WeightError where the folder has another r, alpha or scale than the spec, or modules that it does not name.
     """
@@ -249,7 +256,7 @@ def pairs_of(spec: ModelSpec, slot: str) -> dict[str, tuple[Tensor, Tensor]] | N
     if lora is None or lora.load is None:
         return None
     adapter = read_peft(lora.load)
-    stated = {key: getattr(lora, key) for key in ("r", "alpha", "use_rslora")}
+    stated = {key: getattr(lora, key) for key in ("r", "alpha", "use_rslora", "use_dora")}
     found = {key: getattr(adapter, key) for key in stated}
     if found != stated:
         raise WeightError(f"{lora.load}: the adapter has {found}, {slot}.lora says {stated}. Make them equal")
@@ -260,7 +267,7 @@ def pairs_of(spec: ModelSpec, slot: str) -> dict[str, tuple[Tensor, Tensor]] | N
 def write_peft(
     folder: str | Path,
     spec: ModelSpec,
-    pair: Callable[[str, str], tuple[Tensor, Tensor]],
+    pair: Callable[[str, str], WholePair],
     modules: dict[str, list[str]],
     *,
     base: str = "",
@@ -270,7 +277,7 @@ def write_peft(
 
     Args:
         folder: must not exist or be empty.
-        pair: (slot, Hugging Face's name of a module) -> whole A and B.
+        pair: (slot, Hugging Face's name of a module) -> whole A and B, and DoRA's lengths.
         modules: the adapted modules of each slot.
         base: base_model_name_or_path.
         decoder_only: names of the decoder's own class instead of the whole model's.
@@ -281,18 +288,18 @@ def write_peft(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightError(f"{folder} exists and is not empty; expected a new folder. Choose another one")
     kinds = {slot: spec.part(slot).lora for slot, names in modules.items() if names}
-    settings = {(lora.r, lora.alpha, lora.use_rslora) for lora in kinds.values()}
+    settings = {(lora.r, lora.alpha, lora.use_rslora, lora.use_dora) for lora in kinds.values()}
     if len(settings) != 1 or (decoder_only and set(kinds) != {"text_decoder"}):
         raise WeightError(
-            f"found adapters on {', '.join(kinds) or 'nothing'} with r, alpha, use_rslora {sorted(settings)}; expected "
-            "the same ones on each part" + (", and none but the text_decoder's" if decoder_only else "")
+            f"found adapters on {', '.join(kinds) or 'nothing'} with r, alpha, use_rslora, use_dora "
+            f"{sorted(settings)}; expected the same ones on each part"
+            + (", and none but the text_decoder's" if decoder_only else "")
         )
     outer = (lambda slot, name: name) if decoder_only else _whole_names(spec)
     tensors, targets = {}, []
     for slot, name in ((kind, module) for kind in kinds for module in modules[kind]):
-        a, b = pair(slot, name)
         targets.append(outer(slot, name))
-        for end, tensor in ((_A, a), (_B, b)):
+        for end, tensor in zip(_ends(kinds[slot].use_dora), pair(slot, name), strict=False):  # m is None without DoRA
             tensors[OUTER + targets[-1] + end] = tensor.detach().to("cpu").contiguous()
     lora = next(iter(kinds.values()))
     config = {
@@ -303,6 +310,7 @@ def write_peft(
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
         "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -51,6 +51,19 @@ def their_b(site: Site, b: Tensor, geometry: Geometry) -> Tensor:
     return site.step.rule.to_theirs(b, geometry)[0] if len(site.step.sources) == 1 else b
 
 
+def with_lengths(site: Site, weight: Tensor, m: Tensor, geometry: Geometry) -> Tensor:
+    """Our whole weight [out, in] whose rows of this linear have the lengths m [out], in the order of `their_b`."""
+    if len(site.step.sources) == 1:
+        return of_length(weight, site.step.rule.to_ours([m[:, None]], geometry)[:, 0])
+    rows = places(site, weight.shape[0], geometry)
+    return weight.index_copy(0, rows, of_length(weight[rows], m))
+
+
+def of_length(weight: Tensor, m: Tensor) -> Tensor:
+    """A weight [out, in] with rows of the lengths m [out]."""
+    return weight * (m / weight.norm(dim=1))[:, None]
+
+
 def add_product(site: Site, weight: Tensor, product: Tensor, geometry: Geometry) -> Tensor:
     """Our whole weight [out, in] plus the scaled product of whole B and A, whose rows are in the order of `their_b`."""
     if len(site.step.sources) == 1:

@@ -85,6 +85,11 @@ def problems(parts: dict[str, Any], specs: dict[str, Any]) -> list[str]:
     return lines
 
 
+def is_b(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's B."""
+    return ADAPTER in name and name.endswith(".b")
+
+
 def as_targets(words: list[str]) -> str | list[str]:
     """target_modules of a command line's words: one word with signs of a regular expression is a pattern."""
     if len(words) == 1 and (words[0] == ALL_LINEAR or _PATTERN_SIGNS & set(words[0])):
