@@ -19,6 +19,7 @@ SHORT = {
         "--device cpu --num-workers 0 --train-iters 2 --micro-batch-size 1 --global-batch-size 4 --seq-length 256 "
         "--save-interval 2 --lr-decay-style constant --log-interval 1 --lr 1e-3"
     ),
+    "reference": "--device cpu --num-workers 0 --micro-batch-size 1 --global-batch-size 4 --seq-length 256",
     "infer": "--device cpu --max-new-tokens 3 --dtype fp32",
     "chat": "--device cpu --max-new-tokens 3",
     "evaluate": "--device cpu --max-new-tokens 3 --dtype fp32 --accept-table",
