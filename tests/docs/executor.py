@@ -24,6 +24,7 @@ SHORT = {
     "chat": "--device cpu --max-new-tokens 3",
     "evaluate": "--device cpu --max-new-tokens 3 --dtype fp32 --accept-table",
     "doctor": "--device cpu",
+    "serve": "--device cpu --port 0 --check",
 }
 """Flags put behind a command's own: the small model has little to learn and to say, and tables are short."""
 
