@@ -82,18 +82,9 @@ def test_letter_r_the_walk_of_a_new_user(golden, place):
     assert losses(place / "save") == pytest.approx(losses(place / "whole"), rel=1e-6)
 
     table = write_table(place / "mine.tsv", choice_rows(4))
-    common = (
-        "--evaluation-dataset",
-        "mine",
-        "--dataset-path",
-        table,
-        "--result-output-path",
-        place / "results",
-        "--device",
-        "cpu",
-    )
+    common = ("--evaluation-dataset", "mine", "--dataset-path", table, "--result-output-path", place / "results")
     common = (*common, "--tokenizer", golden / "tokenizer", "--image-processor", golden / "models/clip_hf")
-    command("evaluate", "--load", place / "save", *common)
+    command("evaluate", "--load", place / "save", "--device", "cpu", *common)
     assert list((place / "results").glob("*_acc.csv"))
 
 
