@@ -46,23 +46,46 @@ def _changes(source: Source, adapter: PeftAdapter) -> dict[str, Callable[[Tensor
     layouts = all_families()[source.family].layouts if source.family else ()
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     for slot, names in adapter.tensors(parts, specs, layouts).items():
-        held = source.part(slot)
-        if held.path != source.path:
-            raise WeightError(
-                f"{adapter.path}: it adapts the {slot}, which lies in {held.path}; expected it in {source.path}. "
-                "Convert the base to llava-hf and merge into that."
-            )
+        held = _held(source, slot, adapter)
         stored = translation(parts[slot], specs[slot], DIALECT, held.dialect)
         for tensor, name in names.items():
             weight = _stored(held, stored.get(tensor, tensor), name, adapter)
             found[weight] = functools.partial(_add, adapter, name, source, weight)
+    for slot, names in adapter.saved_tensors(parts, specs, layouts).items():
+        held = _held(source, slot, adapter)
+        stored = translation(parts[slot], specs[slot], DIALECT, held.dialect)
+        for tensor, name in names.items():
+            weight = _stored(held, stored.get(tensor, tensor), name, adapter)
+            found[weight] = functools.partial(_replace, adapter, name, source, weight)
     return found
+
+
+def _held(source: Source, slot: str, adapter: PeftAdapter) -> PartSource:
+    """A part of the base. Raises WeightError for one that lies beside it."""
+    held = source.part(slot)
+    if held.path != source.path:
+        raise WeightError(
+            f"{adapter.path}: it adapts the {slot}, which lies in {held.path}; expected it in {source.path}. "
+            "Convert the base to llava-hf and merge into that."
+        )
+    return held
+
+
+def _replace(adapter: PeftAdapter, name: str, source: Source, stored: str, weight: Tensor) -> Tensor:
+    """The whole tensor that goes with the adapter, in float32."""
+    tensor = adapter.tensor(name)
+    if tensor.shape != weight.shape:
+        raise WeightError(
+            f"{adapter.path}: {name} has shape {list(tensor.shape)}; {stored} of {source.path} has "
+            f"{list(weight.shape)}. Give an adapter of this base model."
+        )
+    return tensor.float()
 
 
 def _stored(held: PartSource, tensor: str, name: str, adapter: PeftAdapter) -> str:
     if tensor not in held.names:
         raise WeightError(
-            f"{adapter.path}: it adapts {name}, and {held.path} has no {tensor}; expected it there. Give the base "
+            f"{adapter.path}: it changes {name}, and {held.path} has no {tensor}; expected it there. Give the base "
             "model that it was trained on."
         )
     return held.stored_name(tensor)

@@ -231,7 +231,6 @@ def changed(folder, **values):
         ({"bias": "all"}, "found bias 'all'; expected 'none'"),
         ({"peft_type": "IA3"}, "found peft_type 'IA3'"),
         ({"rank_pattern": {"q_proj": 4}}, "found rank_pattern"),
-        ({"modules_to_save": ["lm_head"]}, "found modules_to_save"),
         ({"r": 5}, "A and B of .* have shapes .* another r"),
     ],
 )
@@ -240,6 +239,37 @@ def test_adapters_of_another_kind(decoder, tmp_path, values, message):
     changed(tmp_path / "adapter", **values)
     with pytest.raises((WeightError, ConfigError), match=message):
         mm.load(decoder[2], device="cpu", adapter=tmp_path / "adapter")
+
+
+def test_whole_modules_beside_an_adapter(tmp_path):
+    """PEFT's modules_to_save: merged, and refused where nothing is merged."""
+    model = llava(clip())
+    base = save_llava(model, tmp_path / "base")
+    kept = ["lm_head", "multi_modal_projector"]
+    targets = r".*language_model.*\.(q_proj|up_proj)"
+    wrapped = adapted(model, tmp_path / "adapter", target_modules=targets, modules_to_save=kept)
+    with torch.no_grad():
+        for key, parameter in wrapped.named_parameters():
+            if "modules_to_save" in key:
+                parameter.add_(0.1)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    ids = rows(1, 30)
+    ids[ids == IMAGE_ID] = 5
+    ids[:, 2:18] = IMAGE_ID
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = wrapped(input_ids=ids, pixel_values=pixels).logits
+    merged = merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    assert len(merged.replaced) == 4 + 4 + 1
+    close(mm.load(tmp_path / "merged", device="cpu").logits(ids, pixel_values=pixels), wanted)
+    with pytest.raises(WeightError, match="found 5 whole tensors beside the adapter"):
+        mm.load(base, device="cpu", adapter=tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("lm_head.weight"))
+    save_file(tensors | {name: tensors[name][1:]}, file)
+    with pytest.raises(WeightError, match=r"lm_head.weight has shape .* Give an adapter of this base model"):
+        merge(base, [tmp_path / "adapter"], tmp_path / "other")
 
 
 def test_damaged_and_foreign_folders(decoder, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.adapters.spec import LoraSpec, WholePair
@@ -34,7 +35,6 @@ _MUST_BE = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
     "lora_bias": (False,),
-    "modules_to_save": (None, []),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
@@ -56,11 +56,27 @@ class PeftAdapter:
     use_dora: bool
     names: tuple[str, ...]
     """Names of the adapted modules in the model that PEFT wrapped."""
+    saved: tuple[str, ...] = ()
+    """Names of whole tensors that go with it (PEFT's modules_to_save)."""
 
     def pair(self, name: str) -> WholePair:
         """A, B and DoRA's lengths of a module, on the CPU in their stored type."""
         file = SafetensorsFile(self.path / TENSORS)
         return WholePair(*(file.get(OUTER + name + end) for end in _ends(self.use_dora)))
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the whole tensors, on the CPU in its stored type."""
+        return SafetensorsFile(self.path / TENSORS).get(OUTER + name)
+
+    def alone(self) -> PeftAdapter:
+        """Itself. Raises WeightError where whole tensors go with it, which only a merge puts in their place."""
+        if self.saved:
+            raise WeightError(
+                f"{self.path}: found {len(self.saved)} whole tensors beside the adapter (modules_to_save), such as "
+                f"{self.saved[0]}; expected an adapter alone. Merge it into the base: mindspeed-mm merge BASE "
+                f"{self.path} --output DIR"
+            )
+        return self
 
     def sites(
         self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
@@ -97,7 +113,27 @@ class PeftAdapter:
 
         Raises WeightError where the adapter names a module that the model does not have, with some that it has.
         """
-        best: list[str] = list(self.names)
+        placed, adapted = self._placed(parts, specs, layouts), {name + WEIGHT for name in self.names}
+        return {
+            slot: {tensor: name.removesuffix(WEIGHT) for tensor, name in names.items() if name in adapted}
+            for slot, names in placed.items()
+        }
+
+    def saved_tensors(
+        self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
+    ) -> dict[str, dict[str, str]]:
+        """Slot -> {Hugging Face's name of a tensor in the part: the adapter's name of its whole tensor}."""
+        placed = self._placed(parts, specs, layouts)
+        return {
+            slot: {tensor: name for tensor, name in names.items() if name in self.saved}
+            for slot, names in placed.items()
+        }
+
+    def _placed(
+        self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
+    ) -> dict[str, dict[str, str]]:
+        """Slot -> {Hugging Face's name of a tensor in the part: the adapter's name of it}, adapted and whole ones."""
+        best: list[str] = [*self.names, *self.saved]
         for layout in (*layouts, HF_DECODER):
             found, unknown = self._split(layout, parts, specs)
             if not unknown:
@@ -112,8 +148,8 @@ class PeftAdapter:
     def _split(
         self, layout: Layout, parts: dict[str, Any], specs: dict[str, Any]
     ) -> tuple[dict[str, dict[str, str]], list[str]]:
-        """(what `tensors` returns, names that fit nothing) where the names are those of a layout."""
-        split, _, unknown = layout.split(name + WEIGHT for name in self.names)
+        """(what `_placed` returns, names that fit nothing) where the names are those of a layout."""
+        split, _, unknown = layout.split([*(name + WEIGHT for name in self.names), *self.saved])
         found: dict[str, dict[str, str]] = {}
         for slot, names in split.items():
             if slot not in specs:
@@ -125,7 +161,7 @@ class PeftAdapter:
             for short, stored in names.items():
                 name = to_ours.get(short, short)
                 if name in known or _is_idle(part, spec, name):
-                    found.setdefault(slot, {})[name] = stored.removesuffix(WEIGHT)
+                    found.setdefault(slot, {})[name] = stored
                 else:
                     unknown.append(stored)
         return found, [name.removesuffix(WEIGHT) for name in unknown]
@@ -183,11 +219,13 @@ def read_peft(folder: str | Path) -> PeftAdapter:
             f"{folder}: found no {TENSORS}{pickle}. Save the adapter with safe_serialization=True (PEFT's default)"
         )
     names = set(SafetensorsFile(folder / TENSORS).names)
+    kept = config.get("modules_to_save") or []
+    saved = {name for name in names if ".lora_" not in name and any(f".{module}." in name for module in kept)}
     modules = sorted(name.removeprefix(OUTER).removesuffix(_A) for name in names if name.endswith(_A))
     use_dora = bool(config.get("use_dora", False))
     wanted = {OUTER + name + end for name in modules for end in _ends(use_dora)}
-    if names != wanted or not names:
-        odd = sorted(names ^ wanted) or ["no tensor"]
+    if names - saved != wanted or not wanted:
+        odd = sorted((names - saved) ^ wanted) or ["no tensor"]
         raise WeightError(
             f"{folder / TENSORS}: found {odd[0]} without its partner or of another kind; expected {OUTER}<module>{_A} "
             f"and {' and '.join(_ends(use_dora)[1:])} for each module. The file is damaged or no plain LoRA"
@@ -200,6 +238,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         bool(config.get("use_rslora", False)),
         use_dora,
         tuple(modules),
+        tuple(sorted(name.removeprefix(OUTER) for name in saved)),
     )
 
 
@@ -220,7 +259,7 @@ def with_adapter(spec: ModelSpec, folder: str | Path) -> ModelSpec:
             f"{folder}: found {BESIDE} beside the adapter, full weights that go with it; expected an adapter alone. "
             f"Merge both into the base: mindspeed-mm merge BASE {folder} --output DIR"
         )
-    adapter = read_peft(folder)
+    adapter = read_peft(folder).alone()
     found = adapter.sites(spec.parts(), spec.part_specs(), spec.family.layouts)
     return _with_blocks(spec, {slot: adapter.lora(target_modules=list(names)) for slot, names in found.items()})
 
@@ -255,7 +294,7 @@ def pairs_of(spec: ModelSpec, slot: str) -> dict[str, WholePair] | None:
     lora = part.lora
     if lora is None or lora.load is None:
         return None
-    adapter = read_peft(lora.load)
+    adapter = read_peft(lora.load).alone()
     stated = {key: getattr(lora, key) for key in ("r", "alpha", "use_rslora", "use_dora")}
     found = {key: getattr(adapter, key) for key in stated}
     if found != stated:
