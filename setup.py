@@ -37,6 +37,7 @@ REQUIRES = [
 
 EVALUATE = ["openpyxl>=3.1"]
 QUICKSTART = [*EVALUATE, "scikit-learn>=1.4"]
+SERVE = ["fastapi>=0.115", "starlette>=0.41", "uvicorn>=0.34", "prometheus_client>=0.20"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 EXTRAS = {
@@ -45,18 +46,21 @@ EXTRAS = {
     "quantize": ["bitsandbytes>=0.45"],
     "quickstart": QUICKSTART,
     "docs": DOCS,  # builds the site; see mkdocs.yml
-    "serve": [],  # reserved for the servers, which need nothing beyond the requirements so far
+    "serve": SERVE,
     "wandb": ["wandb>=0.17"],
     "swanlab": ["swanlab>=0.10"],
     "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN
     "dev": [
         *QUICKSTART,
+        *SERVE,
         "bitsandbytes>=0.45",
+        "httpx>=0.27",  # asks the servers in tests
+        "openai>=1.50",  # the client that the servers are tested with
         "peft>=0.15",  # tests compare with it
         "pyarrow>=14",
         "pytest>=8",
         "pytest-xdist>=3.5",
-        "trl>=1.16",  # tests of preference training compare with it
+        "trl>=1.16; python_version >= '3.11'",  # tests of preference training compare with it
         "hypothesis>=6.100",
         "ruff>=0.6",
     ],

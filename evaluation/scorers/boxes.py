@@ -4,66 +4,49 @@ A box is (left, top, right, bottom), 0..1 of the image padded to a square; in te
 """
 
 import math
-import re
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 
+from mindspeed_mm.data.grounding.geometry import ExpandToSquare, fractions, moved
+from mindspeed_mm.data.grounding.notation import MARKS, PRECISION, BinNotation, BracketNotation, Brackets
+
 Box = Sequence[float]
-Brackets = Literal["square", "round"]
-PRECISION = 3
 IOU_THRESHOLD = 0.5
 PLACEHOLDER = "<boxes>"
 FAILED_BOX = (0.0, 0.0, 0.0, 0.0)
 """Stands for an answer without exactly one readable box; its overlap is 0."""
 
-_MARKS = {"square": ("[", "]"), "round": ("(", ")")}
-_NUMBER = r"\d(?:\.\d*)?"
-
 
 def format_boxes(boxes: Sequence[Box], brackets: Brackets = "square", precision: int = PRECISION) -> str:
     """Text of one or more boxes: fixed decimals, no spaces, joined by ";"."""
-    opening, closing = _MARKS[brackets]
-    return opening + ";".join(",".join(f"{value:.{precision}f}" for value in box) for box in boxes) + closing
+    return BracketNotation(brackets, precision).format(boxes)
 
 
 def extract_boxes(text: str, brackets: Brackets = "square", size: int = 4) -> list[list[list[float]]]:
     """All groups of boxes (size 4) or points (size 2) in the text."""
-    opening, closing = map(re.escape, _MARKS[brackets])
-    item = f"{_NUMBER}(?:,{_NUMBER}){{{size - 1}}}"
-    pattern = f"{opening}({item}(?:;{item})*){closing}"
-    return [[[float(n) for n in box.split(",")] for box in group.split(";")] for group in re.findall(pattern, text)]
+    return BracketNotation(brackets).parse(text, size)
 
 
 def format_token_boxes(boxes: Sequence[Box], bins: int) -> str:
     """Text of boxes as words <bin_0> .. <bin_{bins-1}> between begin, separator and end words."""
-    items = (" ".join(f"<bin_{round(value * (bins - 1))}>" for value in box) for box in boxes)
-    return f"<b_st>{'<b_sep>'.join(items)}<b_ed>"
+    return BinNotation(bins).format(boxes)
 
 
 def extract_token_boxes(text: str, bins: int) -> list[list[list[float]]]:
     """All groups of boxes in the text; spaces between the words do not matter."""
-    item = r"(?:<bin_\d+>){4}"
-    groups = re.findall(f"<b_st>({item}(?:<b_sep>{item})*)<b_ed>", text.replace(" ", ""))
-    return [
-        [[int(n) / (bins - 1) for n in re.findall(r"<bin_(\d+)>", box)] for box in group.split("<b_sep>")]
-        for group in groups
-    ]
+    return BinNotation(bins).parse(text)
 
 
 def norm_box(box: Box, width: float, height: float) -> list[float]:
     """A box in pixels as fractions of the image, clamped to 0..1 and rounded to three decimals."""
-    sizes = (width, height, width, height)
-    return [round(max(0.0, min(value / size, 1.0)), PRECISION) for value, size in zip(box, sizes, strict=True)]
+    return fractions(box, width, height)
 
 
 def pad_box(box: Box, width: int, height: int) -> list[float]:
     """A box in pixels after the shorter side of its image was padded to a square."""
-    longer = max(width, height)
-    x, y = (longer - width) // 2, (longer - height) // 2
-    return [box[0] + x, box[1] + y, box[2] + x, box[3] + y]
+    return list(moved(box, (width, height), (ExpandToSquare(),)))
 
 
 def fill_placeholders(
@@ -91,7 +74,7 @@ def fill_placeholders(
 
 def read_box(text: str, brackets: Brackets | None = None) -> list[float] | None:
     """The one box of an answer, None if there is none or more; without `brackets` either kind is read."""
-    kinds = (brackets,) if brackets else tuple(_MARKS)
+    kinds = (brackets,) if brackets else tuple(MARKS)
     groups = [group for kind in kinds for group in extract_boxes(text, kind)]
     return groups[0][0] if len(groups) == 1 and len(groups[0]) == 1 else None
 

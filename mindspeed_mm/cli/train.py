@@ -46,16 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_arguments(parser)
 
 
-def run(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Train. Returns iteration, loss and checkpoint for --json."""
+def prepared(namespace: argparse.Namespace) -> Any:
+    """The TrainingRun that the flags ask for, checked as far as that goes before processes meet. Raises its errors."""
     from mindspeed_mm.config.tools import apply_tools
     from mindspeed_mm.platform import get_platform
 
     platform = get_platform(namespace.device)
-    from megatron.driver import arguments, initialize, watch
+    from megatron.driver import arguments
     from mindspeed_mm.trainer.feature_cache import options_of
-    from mindspeed_mm.trainer.out_of_memory import explaining_out_of_memory
-    from mindspeed_mm.trainer.plan_verdict import tell_verdict
     from mindspeed_mm.trainer.run import TrainingRun
 
     if namespace.mm_tool is not None:
@@ -68,9 +66,19 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     training.allow_nonfinite, training.feature_cache = namespace.allow_nonfinite, options_of(namespace)
     if namespace.pref_cache is not None:
         training.keep_reference(namespace.pref_cache)
+    return training
+
+
+def run(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Train. Returns iteration, loss and checkpoint for --json."""
+    training = prepared(namespace)
+    from megatron.driver import initialize, watch
+    from mindspeed_mm.trainer.out_of_memory import explaining_out_of_memory
+    from mindspeed_mm.trainer.plan_verdict import tell_verdict
+
     with ending.closing():
         ending.at_end(initialize.shutdown)
-        initialize.initialize(training.inputs.args, platform)
+        initialize.initialize(training.inputs.args, training.inputs.platform)
         tell_verdict(training.inputs)
         with watch.naming_lost_ranks(), explaining_out_of_memory(training.inputs):
             return training.run()

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mindspeed_mm import ending, registry
 from mindspeed_mm.data import loader_workers
+from mindspeed_mm.data.box_steps import image_steps
 from mindspeed_mm.data.collate import Collator
-from mindspeed_mm.data.config import DATASETS, DataConfig, DataloaderParam
+from mindspeed_mm.data.config import DATASETS, READ_BY, DataConfig, DataloaderParam
 from mindspeed_mm.data.dataset import DataSet, MultimodalDataset, Policies, Positions
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.expand import Encoding
@@ -135,7 +136,10 @@ def read_options(config: DataConfig, template: Template) -> ReadOptions:
     """How the config's data files are read."""
     parameters = config.dataset_param
     folder = Path(parameters.index_folder) if parameters.index_folder else default_folder()
-    return ReadOptions(template, folder, parameters.images_first, parameters.unknown_keys)
+    sets = (*parameters.basic_parameters, *parameters.validation_parameters)
+    has_boxes = any(parameters.kind_of(basic) in READ_BY["grounding"] for basic in sets)
+    steps = image_steps(parameters.preprocess_parameters) if has_boxes else ()
+    return ReadOptions(template, folder, parameters.images_first, parameters.unknown_keys, image_steps=steps)
 
 
 def build_order(

@@ -13,6 +13,7 @@ import pydantic
 
 from mindspeed_mm import registry
 from mindspeed_mm.config.load import StrictModel, load_config
+from mindspeed_mm.data.grounding.notation import Notation, notation
 from mindspeed_mm.data.image import FAST_FILTERS, PROCESSOR_TYPES, ImageProcessor
 from mindspeed_mm.data.template import OWN_TEMPLATE, get_template
 
@@ -21,6 +22,10 @@ DATASETS = "mindspeed_mm.data.datasets"
 
 DATASET_TYPES = {"multimodal": "llava", "image": "llava"}
 """MindSpeed-MM's names (2.0 and 1.0) of the dataset kinds here."""
+
+
+READ_BY = {"image_data": ("ha_dpo",), "sampling_seed": ("ha_dpo",), "grounding": ("grounding",)}
+"""Keys of a set that some dataset kinds alone read."""
 
 
 def _only(*allowed: Any, reason: str) -> pydantic.AfterValidator:
@@ -41,6 +46,29 @@ def known_dataset(value: str) -> str:
     if value not in known:
         raise ValueError(f'found "{value}", expected one of: {", ".join(known)}')
     return value
+
+
+class GroundingParameters(StrictModel):
+    """How boxes and points are given and written (docs/grounding.md)."""
+
+    notation: Literal["square", "round", "minigpt_v2", "qwen2_vl", "internvl"] = "square"
+    """The text that a box becomes."""
+
+    precision: pydantic.NonNegativeInt | None = None
+    """Decimals between brackets; default 3."""
+
+    normalised: bool = False
+    """Whether the records' boxes are fractions of the image instead of pixels."""
+
+    @pydantic.model_validator(mode="after")
+    def _known(self) -> "GroundingParameters":
+        notation(self.notation, self.precision)
+        return self
+
+    @property
+    def style(self) -> Notation:
+        """The notation."""
+        return notation(self.notation, self.precision)
 
 
 class BasicParameters(StrictModel):
@@ -65,6 +93,9 @@ class BasicParameters(StrictModel):
 
     sampling_seed: pydantic.NonNegativeInt | None = None
     """Of ha_dpo: which of several answers are drawn; default 42."""
+
+    grounding: GroundingParameters | None = None
+    """Of grounding: how its boxes are given and written."""
 
     return_type: Annotated[str | None, _only(None, "list", reason="records are read one by one")] = None
     data_storage_mode: Annotated[str, _only("standard", reason="JSON and JSONL files are read")] = "standard"
@@ -227,9 +258,10 @@ class DatasetParam(StrictModel):
     def _own_keys(self) -> "DatasetParam":
         """Keys of one format are refused in sets of another, which would not read them."""
         for basic in (*self.basic_parameters, *self.validation_parameters):
-            given = [name for name in ("image_data", "sampling_seed") if getattr(basic, name) is not None]
-            if given and self.kind_of(basic) != "ha_dpo":
-                raise ValueError(f'{basic.data_path} has "{given[0]}", which only the dataset_type "ha_dpo" reads')
+            for name, kinds in READ_BY.items():
+                if getattr(basic, name) is not None and self.kind_of(basic) not in kinds:
+                    readers = " or ".join(f'"{kind}"' for kind in kinds)
+                    raise ValueError(f'{basic.data_path} has "{name}", which only the dataset_type {readers} reads')
         return self
 
     @property

@@ -50,6 +50,8 @@ class ReferenceStore:
             damaged += self._read(path)
         if damaged:
             logger.warning("%s: %d damaged records are left out; those pairs are computed again", self.folder, damaged)
+        self.found = len(self._known)
+        """Pairs that were there when the folder was read."""
 
     def _read(self, path: Path) -> int:
         content, damaged = path.read_bytes(), 0

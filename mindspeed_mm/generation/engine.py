@@ -109,6 +109,16 @@ class GenerationHandle:
             pass
         return self.result
 
+    def so_far(self, index: int) -> Generated:
+        """What sequence `index` holds up to now. Read it in the thread that drives the engine: it goes on changing.
+
+        Raises:
+            ConfigError: the request was refused, so that there is none.
+        """
+        if self._entry is None:
+            raise ConfigError(f"request {self.id} was refused and has no sequences: see its error")
+        return self._entry.job.sequences[index]
+
     def cancel(self) -> None:
         """End the request; what was generated so far becomes its result (finish_reason "cancelled")."""
         if self._entry is not None:
@@ -147,6 +157,11 @@ class GenerationEngine:
     def busy(self) -> bool:
         """True while any request waits or runs."""
         return self._scheduler.busy
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a prompt and its answer together."""
+        return self._decoder.max_length
 
     def submit(
         self,

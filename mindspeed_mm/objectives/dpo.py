@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+HADPO_KEYS = {"logps": "policy_logps", "reference_logps": "referece_logps"}
+"""What HA-DPO's log calls ours; readers of its logs look for the second one as it is spelt there."""
+
+
 class DpoOptions(StrictModel):
     """Options of the objective, as data.json's block "objective" and the flags --pref-* give them."""
 
@@ -40,6 +44,8 @@ class DpoOptions(StrictModel):
     """Compare with a reference that finds both answers equally likely."""
     ftx: NotNegative = 0.0
     """Weight of the chosen answer's own loss, the mean over its tokens."""
+    hadpo_keys: bool = False
+    """Log log-probabilities under HA-DPO's names as well, the misspelt one as it is (HADPO_KEYS)."""
 
     @model_validator(mode="after")
     def _used(self) -> DpoOptions:
@@ -64,7 +70,8 @@ class Dpo(Objective):
         self.options = options or DpoOptions()
         self._loss = LOSSES[self.options.loss]
         self.reference = self._loss.reference and not self.options.reference_free
-        self.metrics = tuple(_metric_names(self.reference, self.options.ftx > 0))
+        names = _metric_names(self.reference, self.options.ftx > 0)
+        self.metrics = (*names, *(_hadpo_keys(names) if self.options.hadpo_keys else ()))
 
     def configured(self, options: Mapping[str, Any]) -> Dpo:
         """With these options; see DpoOptions. Raises ConfigError."""
@@ -175,6 +182,8 @@ class Dpo(Objective):
         if self.reference:
             names = ("reference_logps/chosen", "reference_logps/rejected")
             found |= dict(zip(names, scores.reference.unbind(1), strict=True))
+        if self.options.hadpo_keys:
+            found |= {theirs: found[ours] for theirs, ours in _hadpo_keys(found).items()}
         return found | ({"sft loss": own.detach()} if self.options.ftx else {})
 
 
@@ -183,6 +192,12 @@ def _metric_names(reference: bool, own_loss: bool) -> list[str]:
     names += [f"{what}/{side}" for what in ("logps", "logits") for side in ("chosen", "rejected")]
     names += ["reference_logps/chosen", "reference_logps/rejected"] if reference else []
     return [*names, "sft loss"] if own_loss else names
+
+
+def _hadpo_keys(names: Iterable[str]) -> dict[str, str]:
+    """HA-DPO's name of each of ours that has one there -> ours."""
+    split = [(*name.partition("/"), name) for name in names]
+    return {f"{HADPO_KEYS[what]}/{side}": name for what, _, side, name in split if what in HADPO_KEYS}
 
 
 OBJECTIVE = Dpo()

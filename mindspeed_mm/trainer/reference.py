@@ -128,6 +128,13 @@ class ReferenceModel:
         if is_rank_0():
             logger.info("log-probabilities of the reference: %d pairs are in %s", len(self._store), self._store.folder)
 
+    def on_disk(self) -> dict[str, Any]:
+        """Where the log-probabilities are, how many pairs have one by now, whichever rank wrote it, and how many more
+        that is than at the start. Read anew: each rank knows its own share."""
+        assert self._store is not None
+        now = ReferenceStore(self._store.folder.parent, self._store.folder.name)
+        return {"folder": str(now.folder), "pairs": len(now), "computed": len(now) - self._store.found}
+
     def _encoded(self, state: TrainState, batches: list[Batch]) -> list[Batch]:
         encoder = state.modules[0].image_encoder
         # Context-parallel ranks each encode a share of the images in the pass itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import batch_flops
 from mindspeed_mm.trainer.inputs import RunInputs
 from mindspeed_mm.trainer.reference import ReferenceModel
+from mindspeed_mm.trainer.reference_pass import visit_all
 from mindspeed_mm.trainer.start_checks import check_images
 from mindspeed_mm.trainer.stopped import stopped
 from mindspeed_mm.trainer.validation import Validation, gather_counts
@@ -97,6 +99,22 @@ class TrainingRun:
         }
         if report.stopped_by is not None:
             raise stopped(report, self.inputs.args, result)
+        return result
+
+    def write_reference(self) -> dict[str, Any]:
+        """Compute what the reference's folder (`keep_reference`) lacks of the training set, train nothing and save
+        nothing. What was there when a run was cut short is not computed again. Collective; says what is there now.
+        """
+        assert self.reference is not None and self.reference.folder is not None
+        check_images(self.inputs.dataset)
+        self.inputs.args = dataclasses.replace(self.inputs.args, save=None)
+        hooks = self._hooks()
+        state = setup.setup(self.inputs.args, self._model_provider, self.inputs.platform, hooks)
+        samples = visit_all(self.inputs, state, hooks, self.counts)
+        torch.distributed.barrier()  # all ranks have written
+        result = {**self.reference.on_disk(), "samples": samples}
+        if initialize.is_rank_0():
+            logger.info("%(folder)s: %(pairs)d pairs, %(computed)d of them new, of %(samples)d samples", result)
         return result
 
     @contextlib.contextmanager

@@ -91,12 +91,16 @@ OUR_FILES = {
 
 HF_DECODER = Layout(
     "hf",
-    (r"^(model\.)?(decoder\.)?((embed_tokens|tok_embeddings)\.weight$|layers\.[0-9]+\.(self_attn|attention)\.)",),
+    (
+        r"^(model\.)?(decoder\.)?((embed_tokens|tok_embeddings)\.weight$|layers\.[0-9]+\.(self_attn|attention)\.)"
+        r"|^(transformer\.)?blocks\.[0-9]+\.attn\.Wqkv\.",
+    ),
     (
         Prefix("", TEXT),
         *(
             Prefix(name, TEXT, "model." + name) for name in ("embed_tokens.", "layers.", "norm.", "decoder.")
         ),  # of a bare base model
+        *(Prefix(name, TEXT, "transformer." + name) for name in ("wte.", "blocks.", "norm_f.")),
     ),
     {TEXT: "hf"},
     {TEXT: ""},

@@ -108,7 +108,7 @@ def test_the_smallest_maximum_length_counts():
     [
         ("dataset_param.template_nam", "v1", 'template_nam: unknown key; did you mean "template_name"'),
         ("dataset_param.template_name", "llava-plane", 'unknown template "llava-plane"; did you mean "llava-plain"'),
-        ("dataset_param.dataset_type", "video", 'found "video", expected one of: multimodal, image, ha_dpo, llava'),
+        ("dataset_param.dataset_type", "video", 'found "video", expected one of: multimodal, image, grounding, ha_dpo'),
         ("dataset_param.basic_parameters.data_path", "-", r"basic_parameters\[0\].data_path: missing"),
         ("dataset_param.basic_parameters", [], "is an empty list"),
         ("dataset_param.basic_parameters.repeat_time", 1.5, "found 1.5, expected a share"),

@@ -19,10 +19,12 @@ SHORT = {
         "--device cpu --num-workers 0 --train-iters 2 --micro-batch-size 1 --global-batch-size 4 --seq-length 256 "
         "--save-interval 2 --lr-decay-style constant --log-interval 1 --lr 1e-3"
     ),
+    "reference": "--device cpu --num-workers 0 --micro-batch-size 1 --global-batch-size 4 --seq-length 256",
     "infer": "--device cpu --max-new-tokens 3 --dtype fp32",
     "chat": "--device cpu --max-new-tokens 3",
     "evaluate": "--device cpu --max-new-tokens 3 --dtype fp32 --accept-table",
     "doctor": "--device cpu",
+    "serve": "--device cpu --port 0 --check",
 }
 """Flags put behind a command's own: the small model has little to learn and to say, and tables are short."""
 

@@ -72,6 +72,16 @@ def make_data(folder: Path) -> None:
         records = [{"id": str(number), "image": "red.jpg", "conversations": turns} for number in range(8)]
         (folder / name).write_text(json.dumps(records))
     make_pairs(folder)
+    make_items(folder)
+
+
+def make_items(folder: Path) -> None:
+    """Grounding items: where is the red image?"""
+    (folder / "grounding").mkdir()
+    Image.new("RGB", (60, 40), "red").save(folder / "grounding/red.jpg")
+    turns = [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": "<boxes>", "boxes_seq": [[0]]}]
+    item = {"image": "red.jpg", "target": {"boxes": [[0, 0, 30, 40]]}, "conversations": turns}
+    (folder / "grounding/items.jsonl").write_text("".join(json.dumps(item | {"id": n}) + "\n" for n in range(8)))
 
 
 def make_pairs(folder: Path) -> None:

@@ -47,8 +47,10 @@ ENCODERS = {
 }
 CLIPS = [name for name in ENCODERS if name.startswith("clip")]
 SIGLIPS = [name for name in ENCODERS if name.startswith("siglip")]
-PAIRS = [(decoder, kinds[number % len(kinds)]) for number, decoder in enumerate(FAMILIES) for kinds in (CLIPS, SIGLIPS)]
-"""Every decoder with each kind of encoder; the layers and sizes take turns."""
+DECODERS = [name for name in FAMILIES if name != "mpt"]
+"""transformers' LLaVA asks its decoder for embed_tokens, which MPT has under another name."""
+PAIRS = [(decoder, kinds[number % len(kinds)]) for number, decoder in enumerate(DECODERS) for kinds in (CLIPS, SIGLIPS)]
+"""Every other decoder with each kind of encoder; the layers and sizes take turns."""
 
 UNREAD = "internlm2"
 """transformers has no class for it, so no LLaVA of transformers holds it either."""

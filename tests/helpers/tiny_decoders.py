@@ -64,6 +64,7 @@ FAMILIES = {
     ),
     "phi3": TinyDecoder("Phi3Config", "Phi3ForCausalLM", {"sliding_window": WINDOW, "partial_rotary_factor": 0.75}),
     "internlm2": TinyDecoder("LlamaConfig", "LlamaForCausalLM"),
+    "mpt": TinyDecoder("MptConfig", "MptForCausalLM"),
 }
 """internlm2 is a Llama that is saved under InternLM2's names: transformers has no class for it."""
 
@@ -102,12 +103,23 @@ def make(name: str, *, seed: int = 5, **changes: Any) -> transformers.PreTrained
     """A random model of a family; norms and biases are random, too."""
     family = FAMILIES[name]
     torch.manual_seed(seed)
-    config = getattr(transformers, family.config)(**(TEXT | family.keys | changes))
+    keys = TEXT | family.keys | changes
+    if name == "mpt":
+        keys = _mpt_keys(keys)
+    config = getattr(transformers, family.config)(**keys)
     model = getattr(transformers, family.model)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def _mpt_keys(keys: dict[str, Any]) -> dict[str, Any]:
+    """Those of MPT's config: every head has its own keys, and its class makes MLPs of four times the width."""
+    own = {"hidden_size": "d_model", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
+    own |= {"max_position_embeddings": "max_seq_len", "rms_norm_eps": "layer_norm_epsilon"}
+    dropped = ("num_key_value_heads", "intermediate_size")
+    return {own.get(key, key): value for key, value in keys.items() if key not in dropped}
 
 
 def save(model: transformers.PreTrainedModel, name: str, folder: Path, **decoder: Any) -> Path:

@@ -7,11 +7,11 @@ from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.hf_config import HARMLESS, NEUTRAL
 from mindspeed_mm.models.part import find_part, model_types, part_for_model_type
-from mindspeed_mm.models.text_decoder import gemma, gemma2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3
+from mindspeed_mm.models.text_decoder import gemma, gemma2, internlm2, llama, mistral, mpt, opt, phi3, qwen2, qwen3
 from mindspeed_mm.registry import available
 from mindspeed_mm.trainer.flops import score_flops, stack_score_flops
 
-MODULES = (gemma, gemma2, internlm2, llama, mistral, opt, phi3, qwen2, qwen3)
+MODULES = (gemma, gemma2, internlm2, llama, mistral, mpt, opt, phi3, qwen2, qwen3)
 SIZES = {
     "hidden_size": 48,
     "intermediate_size": 56,
@@ -63,6 +63,7 @@ THEIRS = {
     "gemma2": transformers.Gemma2Config,
     "phi3": transformers.Phi3Config,
     "opt": transformers.OPTConfig,
+    "mpt": transformers.MptConfig,
 }
 
 

@@ -110,6 +110,17 @@ def test_losses_without_a_reference(folder, capsys, single_process):
     assert "reference model" not in log and "dpo loss:" in log and "rewards/margins:" in log
 
 
+def test_the_log_has_the_names_of_ha_dpo_on_request(folder, single_process):
+    assert train_alone(folder, "one", f"{SIZES} {LORA} --pref-hadpo-keys --train-iters 2") == 0
+    for row in records(folder / "one"):
+        for side in ("chosen", "rejected"):
+            assert row[f"policy_logps/{side}"] == row[f"logps/{side}"]
+            assert row[f"referece_logps/{side}"] == row[f"reference_logps/{side}"]
+    assert train_alone(folder, "two", f"{SIZES} {LORA} --pref-hadpo-keys --pref-loss simpo --train-iters 1") == 0
+    (row,) = records(folder / "two")
+    assert "policy_logps/chosen" in row and "referece_logps/chosen" not in row
+
+
 def test_validation_and_an_objective_of_the_file(folder, capsys, single_process):
     data = json.loads((folder / "data.json").read_text())
     data["dataset_param"]["validation_parameters"] = data["dataset_param"]["basic_parameters"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-KEYS = ("loss", "beta", "label_smoothing", "ftx", "gamma", "reference_free", "length_average")
+KEYS = ("loss", "beta", "label_smoothing", "ftx", "gamma", "reference_free", "length_average", "hadpo_keys")
 
 
 def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--pref-length-average", action="store_const", const=True, help="log-probabilities of a token on average"
+    )
+    group.add_argument(
+        "--pref-hadpo-keys",
+        action="store_const",
+        const=True,
+        help="also log policy_logps/* and referece_logps/*, as HA-DPO spells them",
     )
     group.add_argument(
         "--pref-cache", metavar="DIR", help="keep the reference's log-probabilities here for later epochs and runs"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from mindspeed_mm.data.config import BasicParameters
 from mindspeed_mm.data.conversation import EXAMPLE, checked_text, count_images, shown
 from mindspeed_mm.data.facts import facts_of_all, sample_facts
+from mindspeed_mm.data.grounding.geometry import BoxStep
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.parquet import ParquetFile
 from mindspeed_mm.data.records import RecordFile
@@ -44,6 +45,9 @@ class ReadOptions:
     """Check-data: records are not checked when the file is indexed; damage of the file itself is put here, and the
     records around it are read."""
 
+    image_steps: tuple[BoxStep, ...] = ()
+    """What moves boxes on the way from a stored image to the model's, for formats with boxes."""
+
 
 class Parsed(NamedTuple):
     """A record's content, its format understood."""
@@ -74,24 +78,24 @@ class FileRecords:
         pairs: bool = False,
         reader: Callable[..., Any] | None = None,
         key: dict[str, Any] | None = None,
+        lines: bool = False,
     ):
         """`parse` knows the format, `pairs` says that its records have a rejected answer. `reader` opens a file of
-        another form than RecordFile's, and `key` says what its records depend on besides the file. Raises DataError
-        naming file and record for the first that cannot be used."""
+        another form than RecordFile's, and `key` says what its records depend on besides the file. With `lines`, every
+        message names the line. Raises DataError naming file and record for the first that cannot be used."""
         path, self.pairs = parameters.data_path, pairs
         self._folder = os.path.abspath(parameters.data_folder)
         self._shown_folder = parameters.data_folder
         self._options = options
-        self._parse = parse
+        self._parse, self._lines = parse, lines
         is_parquet = path.endswith(".parquet")
         # Where records are depends on the file alone; whether they can be used depends on more.
         # What is found of a damaged file is not stored.
         places = Index(path, options.index_folder if is_parquet or options.problems is None else None)
         open_file = reader or (ParquetFile if is_parquet else RecordFile)
         self.records = open_file(path, index=places, problems=options.problems)
-        key = {"format": parse.__module__, "images_first": options.images_first, "folder": parameters.data_folder} | (
-            key or {}
-        )
+        given = {"format": parse.__module__} if key is None else key
+        key = {"images_first": options.images_first, "folder": parameters.data_folder} | given
         key |= {"template": options.template.digest, "unknown_keys": options.unknown_keys}
         self.index = Index(path, options.index_folder, key)
         if options.problems is None:
@@ -131,7 +135,7 @@ class FileRecords:
                 )
             paths = tuple(self._inside_folder(image) for image in images)
         except DataError as error:
-            if isinstance(error, UnknownKeyError) and isinstance(self.records, RecordFile):
+            if (self._lines or isinstance(error, UnknownKeyError)) and isinstance(self.records, RecordFile):
                 where = f"{where}, line {self.records.line(number)}"
             raise type(error)(f"{where}: {error}") from error
         return Sample(where if identity is None else identity, turns, paths, where, rejected, ignored)

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
+from mindspeed_mm.models.kit.alibi import CHANNELS, Alibi, slopes
 from mindspeed_mm.models.kit.context import heads_to_sequence, repeat_groups, sequence_to_heads
 from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.platform import current_platform
@@ -63,6 +64,18 @@ class CoreAttention(MegatronModule):
         self.context_group = parallel_state.get_context_parallel_group() if parallel else None
         self.cache: KVCache | None = None
         self.cache_layer = 0
+        self.alibi: Alibi | None = None
+
+    def use_alibi(self, bias_max: float) -> None:
+        """Add ALiBi's bias, whose slopes `bias_max` says, to the scores of this rank's heads."""
+        group = self.context_group
+        parts = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        if group is not None:  # whose ranks share out the heads of a tensor-parallel rank
+            parts, rank = parts * group.size(), rank * group.size() + group.rank()
+        heads = self.config.num_attention_heads
+        own = heads // parts
+        self.alibi = Alibi(slopes(heads, bias_max)[rank * own : (rank + 1) * own], self.scale)
 
     def forward(
         self,
@@ -102,11 +115,13 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is not None:
             rows = (x.squeeze(1) for x in (query, key, value))
             segments = packed_seq_params if self.scope is None else getattr(packed_seq_params, self.scope)
+            if self.alibi is not None:
+                rows = self.alibi.extend(*rows, segments)
             if isinstance(segments, BranchedSegments):
                 output = self.platform.branch_attention(*rows, segments, **options)
             else:
                 output = self.platform.segment_attention(*rows, segments, causal=self.causal, **options)
-            output = output.unsqueeze(1)
+            output = self._own_channels(output).unsqueeze(1)
             return (output if group is None else sequence_to_heads(output, group)).flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask, held = attention_mask, 0
@@ -118,6 +133,8 @@ class CoreAttention(MegatronModule):
                 held = key.shape[2] - query.shape[2]
                 # Causal kernels want S = K: some queries go in twice (S >= held), and the first results are dropped.
                 query = torch.cat((query[:, :, :held], query), dim=2)
+        if self.alibi is not None:
+            query, key, value = self.alibi.extend(query, key, value)
         output = self.platform.attention(
             query,
             key,
@@ -127,5 +144,9 @@ class CoreAttention(MegatronModule):
             causal=self.causal and mask is None and query.shape[2] == key.shape[2],
             **options,
         )
-        output = (output[:, :, held:] if held else output).permute(2, 0, 1, 3)
+        output = self._own_channels(output[:, :, held:] if held else output).permute(2, 0, 1, 3)
         return (output if group is None else sequence_to_heads(output, group)).flatten(2)
+
+    def _own_channels(self, output: torch.Tensor) -> torch.Tensor:
+        """[..., D] of what attention returns."""
+        return output if self.alibi is None else output[..., :-CHANNELS]

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, get_nu
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from mindspeed_mm.models.kit.context import sequence_slice
+from mindspeed_mm.models.kit.gated_cross import CrossAttention
 from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.models.kit.rotary import RotaryEmbedding
 from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
@@ -36,7 +37,9 @@ class TextDecoder(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        cross: CrossAttention | None = None,
     ) -> None:
+        """`cross`: gated cross-attention to the features that `forward` gets as `memory`; None: there is none."""
         traits = spec.traits
         config = transformer_config(
             spec,
@@ -48,7 +51,7 @@ class TextDecoder(LanguageModule):
             **attention_fields(spec),
         )
         super().__init__(config=config)
-        self.spec, self.traits = spec, traits
+        self.spec, self.traits, self.cross = spec, traits, cross
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = spec.share_embeddings_and_output_weights
         self.vocab_size = spec.language_vocab_size
@@ -108,6 +111,9 @@ class TextDecoder(LanguageModule):
                 scale=traits.attention_scale,
                 window=traits.window(number),
                 soft_cap=traits.attention_soft_cap,
+                alibi_bias_max=traits.alibi_bias_max,
+                norm_bias=traits.norm_bias,
+                cross=self.cross if self.cross is not None and self.cross.before(number) else None,
             )
             for number in numbers
         ]
@@ -128,6 +134,8 @@ class TextDecoder(LanguageModule):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         segments: Segments | None = None,
+        memory: torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Transformer layers of this stage.
 
@@ -137,6 +145,8 @@ class TextDecoder(LanguageModule):
                 height and width where the decoder's rotary positions have sections.
             attention_mask: complete bool mask [B or 1, 1, S, S], True = may attend; None = causal.
             segments: the sequences of a single row (B is 1), instead of a mask.
+            memory, memory_mask: features [K, B, W] for gated cross-attention, the same on every rank and stage, and
+                bool [B, 1, S, K] of gated_cross.media_mask.
 
         Returns:
             [S, B, H], split along S over the context-parallel ranks and, under sequence parallelism, over the
@@ -151,6 +161,8 @@ class TextDecoder(LanguageModule):
             attention_mask=attention_mask,
             rotary_pos_emb=self._cos_sin(position_ids, segments),
             packed_seq_params=segments,
+            context=memory,
+            context_mask=memory_mask,
         )
 
     def _placed(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -162,8 +174,8 @@ class TextDecoder(LanguageModule):
         return hidden + table(places).transpose(0, 1)
 
     def _cos_sin(self, position_ids: torch.Tensor, segments: Segments | None) -> torch.Tensor | None:
-        """Rotation of this rank's slice of the sequence; None where positions are learned."""
-        if self.traits.position_offset is not None:
+        """Rotation of this rank's slice of the sequence; None where none rotates."""
+        if not self.traits.rotary:
             return None
         long = self.rotary.long_positions(position_ids.shape[-1], segments)
         if isinstance(long, torch.Tensor):

@@ -35,7 +35,9 @@ class DecoderTraits:
     embedding_scale: factor on word embeddings (not on image features).
     rotary_channels: channels of a head that are rotated, the first ones; None: all.
     mrope_section: pairs of channels that turn by time, height and width; None: by one position.
-    position_offset: rows of a table of learned positions before that of position 0; None: positions are rotary.
+    position_offset: rows of a table of learned positions before that of position 0; None: there is no such table.
+    alibi_bias_max: ALiBi's, see kit/alibi.py; None: no ALiBi. With neither, positions are rotary.
+    norm_bias: whether LayerNorms have biases.
     """
 
     windows: tuple[int | None, ...] = ()
@@ -49,6 +51,13 @@ class DecoderTraits:
     rotary_channels: int | None = None
     mrope_section: tuple[int, ...] | None = None
     position_offset: int | None = None
+    alibi_bias_max: float | None = None
+    norm_bias: bool = True
+
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.position_offset is None and self.alibi_bias_max is None
 
     def window(self, layer: int) -> int | None:
         """Window of a layer, counted over the whole model."""
@@ -207,7 +216,7 @@ class DecoderSpec(PartSpec):
     def _rotation_fits(self) -> DecoderSpec:
         traits = self.traits
         channels = traits.rotary_channels or self.kv_channels
-        if traits.position_offset is not None:
+        if not traits.rotary:
             return self
         if channels % 2:
             what = "kv_channels" if traits.rotary_channels is None else "rotated channels"
@@ -239,7 +248,7 @@ class DecoderSpec(PartSpec):
             norms=4 if traits.post_norms else 2,
             qk_norm=traits.qk_norm,
             soft_cap=traits.attention_soft_cap is not None,
-            rotary=traits.position_offset is None,
+            rotary=traits.rotary,
         )
 
     @property

@@ -50,3 +50,12 @@ class Norm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class UnbiasedNorm:
+    """Spec entry: builds a LayerNorm without bias (MPT)."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused) -> torch.nn.Module:
+        norm = torch.nn.LayerNorm(hidden_size, eps=eps, bias=False)
+        norm.weight.sequence_parallel = config.sequence_parallel
+        return norm

@@ -26,15 +26,18 @@ class SelfAttention(attention.SelfAttention):
         window: int | None = None,
         soft_cap: float | None = None,
         scope: Scope | None = None,
+        alibi_bias_max: float | None = None,
         **kwargs,
     ) -> None:
         """`scale` (None: D ** -0.5), `window` and `soft_cap` are those of Platform.attention, `scope` that of
-        CoreAttention."""
+        CoreAttention, `alibi_bias_max` that of its `use_alibi` (None: no ALiBi)."""
         super().__init__(*args, **kwargs)
         self.platform = current_platform()
         config, core = self.config, self.core_attention
         core.scale = core.scale if scale is None else scale
         core.window, core.soft_cap, core.scope = window, soft_cap, scope
+        if alibi_bias_max is not None:
+            core.use_alibi(alibi_bias_max)
         self.post_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon) if post_norm else None
 
     def forward(

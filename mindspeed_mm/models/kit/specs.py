@@ -19,8 +19,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from mindspeed_mm.models.kit.attention import CoreAttention, Scope
+from mindspeed_mm.models.kit.gated_cross import CrossAttention, GatedLayer
 from mindspeed_mm.models.kit.mlp import MLP, PostNormMLP
-from mindspeed_mm.models.kit.norm import Norm
+from mindspeed_mm.models.kit.norm import Norm, UnbiasedNorm
 from mindspeed_mm.models.kit.self_attention import SelfAttention
 
 
@@ -34,10 +35,14 @@ class LayerOptions:
     window: int | None = None
     soft_cap: float | None = None
     scope: Scope | None = None
+    alibi_bias_max: float | None = None
+    norm_bias: bool = True
+    cross: CrossAttention | None = None
 
 
 def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> ModuleSpec:
     """Pre-norm transformer layer: norm, attention, add, norm, MLP, add."""
+    norm = Norm if options.norm_bias else UnbiasedNorm
     head_norm = Norm if options.qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
@@ -48,6 +53,7 @@ def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> Modul
             "window": options.window,
             "soft_cap": options.soft_cap,
             "scope": options.scope,
+            "alibi_bias_max": options.alibi_bias_max,
         },
         submodules=SelfAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
@@ -57,13 +63,15 @@ def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> Modul
             k_layernorm=head_norm,
         ),
     )
+    crossing = options.cross is not None
     return ModuleSpec(
-        module=TransformerLayer,
+        module=GatedLayer if crossing else TransformerLayer,
+        params={"cross": options.cross} if crossing else {},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=norm,
             mlp=PostNormMLP if options.post_norms else MLP,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -73,4 +81,5 @@ def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> Modul
 def block_spec(layers: Sequence[LayerOptions], *, causal: bool) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and a final norm."""
     specs = {options: layer_spec(causal=causal, options=options) for options in layers}
-    return TransformerBlockSubmodules(layer_specs=[specs[options] for options in layers], layer_norm=Norm)
+    norm = Norm if all(options.norm_bias for options in layers) else UnbiasedNorm
+    return TransformerBlockSubmodules(layer_specs=[specs[options] for options in layers], layer_norm=norm)

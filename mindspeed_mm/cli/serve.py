@@ -1,0 +1,106 @@
+"""`mindspeed-mm serve`: a model behind the OpenAI protocol."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.cli.flags.model import add_model_arguments, load_model, model_path
+from mindspeed_mm.errors import ConfigError
+
+HELP = "answer chat completions of the OpenAI protocol over HTTP"
+EXAMPLE = "mindspeed-mm serve --model llava-1.5-7b-hf --port 8000"
+
+LIMITS = {
+    "batch_size": (int, "sequences that run together (default 16)"),
+    "queue": (int, "requests that may wait for a place in the batch (default 64)"),
+    "new_tokens": (int, "most tokens of an answer (default 4096)"),
+    "images": (int, "most images of a request (default 16)"),
+    "pixels": (int, "most pixels of an image (default 33554432)"),
+    "body_bytes": (int, "most bytes of a request (default 67108864)"),
+    "seconds": (float, "from a request's arrival to the end of its answer (default 600)"),
+    "shutdown_seconds": (int, "for requests in flight when the server is told to end (default 30)"),
+}
+"""Limits that have a flag, `--limit-images` and so on, but for the first two."""
+
+PLAIN = ("batch_size", "queue")
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--served-model-name", metavar="NAME", help="default: the name of the weights' folder or file")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
+    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0: any free one")
+    parser.add_argument("--token-file", metavar="FILE", help="file with the bearer token that requests must send")
+    parser.add_argument(
+        "--media-root", metavar="DIR", help="folder whose images requests may name by file:// addresses"
+    )
+    for name, (kind, text) in LIMITS.items():
+        parser.add_argument(_flag(name), dest=f"limit_{name}", type=kind, metavar="N", help=text)
+    parser.add_argument("--check", action="store_true", help="load the model, open the address, and leave")
+
+
+def run(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Answer until SIGINT or SIGTERM."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("serve runs in one process: start it without torchrun")
+    try:
+        from mindspeed_mm.serving.app import make_app
+        from mindspeed_mm.serving.guard import is_loopback
+        from mindspeed_mm.serving.server import AddressServer, listen
+        from mindspeed_mm.serving.service import ChatService
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve needs {error.name}: pip install 'mindspeed-mm[serve]'") from error
+    limits, token = given_limits(namespace), read_token(namespace.token_file)
+    path = model_path(namespace)
+    vlm = load_model(namespace, path, device=None, dtype=None, tokenizer=None, image_processor=None)
+    name = namespace.served_model_name or Path(path).resolve().name
+    service = ChatService(name, lambda: vlm.engine(namespace.template, batch_size=limits.batch_size), limits)
+    local = is_loopback(namespace.host)
+    if not local and token is None:
+        logger.warning("everybody who reaches %s may ask: --token-file FILE asks for a token", namespace.host)
+    with listen(namespace.host, namespace.port) as listening:
+        app = make_app(service, token=token, loopback_only=local)
+        server = AddressServer(app, listening, shutdown_seconds=limits.shutdown_seconds, leave=namespace.check)
+        server.serve_until_told()
+    return {"model": name, "address": server.address}
+
+
+def given_limits(namespace: argparse.Namespace):
+    """The ServingLimits of the flags. Raises ConfigError for a wrong value, or a media root that is not there."""
+    import pydantic
+
+    from mindspeed_mm.serving.limits import ServingLimits
+
+    given = {name: getattr(namespace, f"limit_{name}") for name in LIMITS}
+    given = {name: value for name, value in given.items() if value is not None}
+    root = None if namespace.media_root is None else Path(namespace.media_root)
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"--media-root {root} is no folder: give the one that holds the images")
+    try:
+        return ServingLimits(**given, media_root=root)
+    except pydantic.ValidationError as error:
+        lines = [f"{_flag(str(e['loc'][0]))} {e['input']}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def read_token(path: str | None) -> str | None:
+    """The token in a file, white space around it left out. Raises ConfigError where there is none."""
+    if path is None:
+        return None
+    try:
+        token = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {path} cannot be read: {error}") from error
+    if not token or not token.isascii() or any(map(str.isspace, token)):
+        raise ConfigError(f"--token-file {path}: expected one word of ASCII in it, and nothing else")
+    return token
+
+
+def _flag(name: str) -> str:
+    return f"--{name if name in PLAIN else f'limit-{name}'}".replace("_", "-")

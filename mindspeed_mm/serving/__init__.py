@@ -1,0 +1,1 @@
+"""Servers: the OpenAI protocol over HTTP in front of the generation engine."""

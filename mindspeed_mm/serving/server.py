@@ -1,0 +1,73 @@
+"""An application on an address, until a signal ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from mindspeed_mm.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0: any free one. Raises ConfigError where the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
+
+
+class AddressServer(uvicorn.Server):
+    """uvicorn on a socket of ours. SIGINT and SIGTERM end it in order, and end no more than it: the caller goes on.
+    A second one does not wait for what runs."""
+
+    def __init__(self, app: FastAPI, listening: socket.socket, *, shutdown_seconds: int, leave: bool = False) -> None:
+        """`leave`: end as soon as it could answer."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=shutdown_seconds,
+            )
+        )
+        self._listening, self._leave = listening, leave
+        self.ready = threading.Event()
+        host, port = listening.getsockname()[:2]
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def serve_until_told(self) -> None:
+        """Answer until `should_exit` is set or a signal comes."""
+        self.run(sockets=[self._listening])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        await super().startup(sockets)
+        logger.info("serving on %s", self.address)
+        self.should_exit = self.should_exit or self._leave
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """See uvicorn, which would raise the signals again at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,89 @@
+"""`mindspeed-mm serve`: what it refuses before it loads anything, its address, and its end by a signal."""
+
+import json
+import os
+import signal
+import socket
+import threading
+
+import httpx
+import pytest
+
+from mindspeed_mm.cli.main import main
+from mindspeed_mm.errors import ConfigError
+
+
+@pytest.fixture
+def run(golden, capsys):
+    def run(*words):
+        code = main(["serve", "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_check_loads_opens_and_leaves(run):
+    code, out, err = run("--port", 0, "--check", "--json", "--served-model-name", "mine")
+    told = json.loads(out)
+    assert code == 0 and told["model"] == "mine" and told["address"].startswith("http://127.0.0.1:")
+    assert f"serving on {told['address']}" in err
+
+
+def test_an_open_address_without_a_token_is_warned_of(run):
+    code, _, err = run("--port", 0, "--check", "--host", "0.0.0.0")
+    assert code == 0 and "everybody who reaches 0.0.0.0 may ask" in err
+
+
+def test_what_is_refused(run, tmp_path, monkeypatch):
+    (tmp_path / "empty").write_text(" \n")
+    assert "expected one word of ASCII" in run("--token-file", tmp_path / "empty")[2]
+    assert "cannot be read" in run("--token-file", tmp_path / "none")[2]
+    assert "is no folder" in run("--media-root", tmp_path / "none")[2]
+    assert "--limit-new-tokens 0: Input should be greater than 0" in run("--limit-new-tokens", 0)[2]
+    assert "--batch-size -1: " in run("--batch-size", -1)[2]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in run()[2]
+
+
+def test_a_missing_extra_is_named(run, monkeypatch):
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith("mindspeed_mm.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "serve needs uvicorn: pip install 'mindspeed-mm[serve]'" in run()[2]
+
+
+def test_an_address_that_is_taken():
+    from mindspeed_mm.serving.server import listen
+
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another --host"):
+        listen("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(ConfigError, match="cannot listen on 127.0.0.1 port 70000"):
+        listen("127.0.0.1", 70000)
+
+
+def test_a_signal_ends_the_server_and_nothing_else():
+    from fastapi import FastAPI
+
+    from mindspeed_mm.serving.server import AddressServer, listen
+
+    app, answers = FastAPI(), []
+    app.get("/")(lambda: "here")
+
+    def ask_and_end():
+        if server.ready.wait(60):
+            answers.append(httpx.get(server.address).json())
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should the server not listen to it, the test fails alone
+    try:
+        with listen("127.0.0.1", 0) as listening:
+            server = AddressServer(app, listening, shutdown_seconds=5)
+            asking = threading.Thread(target=ask_and_end)
+            asking.start()
+            server.serve_until_told()
+            asking.join(60)
+        assert answers == ["here"] and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
