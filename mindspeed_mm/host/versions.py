@@ -47,6 +47,8 @@ class VersionSet:
 TESTED = (
     VersionSet("cpu", "3.11", "2.13.0", "0.16.1", "5.23.0", source="every test of this project"),
     VersionSet("cpu", "3.11", "2.13.0", "0.16.0", "5.23.0", source="training, resuming, generation, conversion"),
+    VersionSet("cpu", "3.10", "2.13.0", "0.16.1", "5.20.2", source="training, resuming, generation, conversion"),
+    VersionSet("cpu", "3.10", "2.13.0", "0.16.0", "5.20.2", source="training, resuming, generation, conversion"),
     VersionSet("npu", "3.11", "2.13.0", "0.16.1", "5.23.0", source="a stand-in for torch_npu, on no NPU"),
 )
 """What was run."""
