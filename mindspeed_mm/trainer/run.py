@@ -16,6 +16,7 @@ from megatron.driver import initialize, loop, setup
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
+from mindspeed_mm.config.options import ConfigFile
 from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template_check import describe_sample
@@ -52,8 +53,8 @@ class TrainingRun:
         self,
         args: DriverArguments,
         platform: Platform,
-        model_path: str,
-        data_path: str,
+        model_path: str | ConfigFile,
+        data_path: str | ConfigFile,
         objective: str | None = None,
         lora: dict[str, Any] | None = None,
         objective_options: dict[str, Any] | None = None,
