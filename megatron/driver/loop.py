@@ -176,18 +176,18 @@ def train(
         Saver(state, args, hooks) as saver,
         Profiler(args, state.platform) as profiler,
     ):
-        while state.iteration < args.train_iters:
+        while state.iteration < args.train_iters and not hooks.finished():
             with profiler.step(state.iteration + 1):
                 step, totals = train_step(state, args, forward_step, data, stop, saver, hooks)
             recorder.add(step, totals.memory)
             hooks.after_step(state)
             if totals.save_failed:
                 saver.wait()
-            if _is_save_due(state, args, totals.stop > 0) or clock.is_due():
+            if _is_save_due(state, args, totals.stop > 0 or hooks.finished()) or clock.is_due():
                 recorder.flush()
                 saver.save()
                 clock.restart()
-            if totals.stop and state.iteration < args.train_iters:
+            if totals.stop and state.iteration < args.train_iters and not hooks.finished():
                 # A rank that got none stops because of another one's.
                 stopped_by = stop.signal or signal.SIGTERM
                 break

@@ -62,6 +62,8 @@ class Hooks:
     """Further keys that loss_func reports, each as (sum, number); logged as the mean over the global batch."""
     after_step: Callable[[TrainState], None] = lambda state: None
     """Called on every rank when a step has been counted, before a checkpoint of it is written."""
+    finished: Callable[[], bool] = lambda: False
+    """Whether the run ends before its last step, with a checkpoint; alike on every rank, asked after each step."""
 
 
 @dataclass
