@@ -66,7 +66,9 @@ def answered_with(page, text):
 
 
 def no_sideways_scroll(page):
-    return page.evaluate("document.documentElement.scrollWidth <= innerWidth && document.body.scrollWidth <= innerWidth")
+    return page.evaluate(
+        "document.documentElement.scrollWidth <= innerWidth && document.body.scrollWidth <= innerWidth"
+    )
 
 
 def test_an_answer_streams_stops_and_is_kept(opened):
