@@ -8,7 +8,7 @@ import pytest
 import mindspeed_mm as mm
 from tests.helpers.loopback import SteppedEngine, png, serving
 
-playwright = pytest.importorskip("playwright.sync_api")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
@@ -74,7 +74,7 @@ def no_sideways_scroll(page):
 def test_an_answer_streams_stops_and_is_kept(opened):
     engines, page = opened
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": png(40, 30)})
-    page.wait_for_selector("#pictures img")
+    page.wait_for_selector("#images img")
     ask(page, "What is it?")
     page.wait_for_selector(".answer.busy")
     engines.permits.release(12)
@@ -100,7 +100,7 @@ def test_boxes_are_drawn_and_text_stays_text(opened):
     _, page = opened
     bodies = answered_with(page, "<b>A cat</b> [0.25,0.1,0.5,0.9], not [0.5,0.1,0.2,0.9].")
     page.set_input_files("#file", {"name": "a.png", "mimeType": "image/png", "buffer": png(40, 20)})
-    page.wait_for_selector("#pictures img")
+    page.wait_for_selector("#images img")
     ask(page, "Where?")
     page.wait_for_selector(".drawn i")
     assert page.locator(".drawn i").count() == 1
@@ -113,7 +113,7 @@ def test_boxes_are_drawn_and_text_stays_text(opened):
     playwright.expect(page.locator(".answer:not(.busy)")).to_have_count(2)
     assert [message["role"] for message in bodies[-1]["messages"]] == ["user", "assistant", "user"]
     page.locator("text=Edit").first.click()
-    assert page.input_value("#text") == "Where?" and page.locator("#pictures img").count() == 1
+    assert page.input_value("#text") == "Where?" and page.locator("#images img").count() == 1
 
 
 def test_parameters_are_sent_to_both_models(opened):

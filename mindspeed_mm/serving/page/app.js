@@ -8,7 +8,7 @@ const at = (id) => document.getElementById(id);
 const PARAMETERS = ["temperature", "top_p", "max_tokens", "seed"];
 let talks = [];
 let talk = null;
-let pictures = [];
+let waiting = [];
 let running = null;
 let models = [];
 
@@ -25,7 +25,7 @@ function button(text, action) {
   return node;
 }
 
-function picture(address) {
+function imageAt(address) {
   const node = document.createElement("img");
   node.src = address;
   node.alt = "";
@@ -68,7 +68,7 @@ function showAnswer(answer, turn, index) {
 function showTurn(turn, index) {
   const user = make("div", "user");
   const thumbs = make("div", "thumbs");
-  thumbs.append(...turn.images.map(picture));
+  thumbs.append(...turn.images.map(imageAt));
   user.append(thumbs);
   if (turn.text) user.append(make("div", "bubble text", turn.text));
   const tools = make("div", "tools");
@@ -104,18 +104,18 @@ function showHistory() {
   at("history").replaceChildren(...rows);
 }
 
-function showPictures() {
-  const nodes = pictures.map((address, index) => {
+function showWaiting() {
+  const nodes = waiting.map((address, index) => {
     const node = document.createElement("span");
     const remove = button("\u00d7", () => {
-      pictures.splice(index, 1);
-      showPictures();
+      waiting.splice(index, 1);
+      showWaiting();
     });
     remove.title = word("remove");
-    node.append(picture(address), remove);
+    node.append(imageAt(address), remove);
     return node;
   });
-  at("pictures").replaceChildren(...nodes);
+  at("images").replaceChildren(...nodes);
 }
 
 // ---- asking
@@ -182,14 +182,14 @@ async function keep(own) {
 
 async function send() {
   const text = at("text").value.trim();
-  if (running || (!text && !pictures.length)) return;
+  if (running || (!text && !waiting.length)) return;
   if (!at("model").value) await findModels();
   if (!at("model").value) return;
-  const turn = { text, images: pictures, answers: [] };
+  const turn = { text, images: waiting, answers: [] };
   talk.turns.push(turn);
-  pictures = [];
+  waiting = [];
   at("text").value = "";
-  showPictures();
+  showWaiting();
   fitText();
   await ask(turn);
 }
@@ -197,14 +197,14 @@ async function send() {
 function editTurn(index) {
   const [turn] = talk.turns.splice(index);
   at("text").value = turn.text;
-  pictures = [...turn.images];
-  showPictures();
+  waiting = [...turn.images];
+  showWaiting();
   show();
   fitText();
   at("text").focus();
 }
 
-// ---- history, pictures, models
+// ---- history, images, models
 
 function openTalk(one) {
   if (running) return;
@@ -221,7 +221,7 @@ async function removeTalk(one) {
   show();
 }
 
-async function addPictures(files) {
+async function addImages(files) {
   for (const file of files) {
     if (!file.type.startsWith("image/")) {
       notice(`${file.name} ${word("no_image")}`);
@@ -233,9 +233,9 @@ async function addPictures(files) {
       reader.onerror = () => reject(reader.error);
       reader.readAsDataURL(file);
     });
-    pictures.push(address);
+    waiting.push(address);
   }
-  showPictures();
+  showWaiting();
 }
 
 function askForToken() {
@@ -287,10 +287,10 @@ function listen() {
   at("settings").addEventListener("click", () => { at("panel").hidden = !at("panel").hidden; });
   at("attach").addEventListener("click", () => at("file").click());
   at("file").addEventListener("change", async () => {
-    await addPictures([...at("file").files]);
+    await addImages([...at("file").files]);
     at("file").value = "";
   });
-  at("language").addEventListener("click", () => { switchLanguage(); showModels(); showPictures(); show(); });
+  at("language").addEventListener("click", () => { switchLanguage(); showModels(); showWaiting(); show(); });
   at("theme").addEventListener("click", () => {
     const other = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
     localStorage.setItem("theme", other);
@@ -304,14 +304,14 @@ function listen() {
   });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
   document.addEventListener("paste", (event) => {
-    if (event.clipboardData.files.length) addPictures([...event.clipboardData.files]);
+    if (event.clipboardData.files.length) addImages([...event.clipboardData.files]);
   });
   document.addEventListener("dragover", (event) => { event.preventDefault(); at("composer").classList.add("over"); });
   document.addEventListener("dragleave", () => at("composer").classList.remove("over"));
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     at("composer").classList.remove("over");
-    addPictures([...event.dataTransfer.files]);
+    addImages([...event.dataTransfer.files]);
   });
   at("token").addEventListener("change", findModels);
   for (const name of PARAMETERS) {

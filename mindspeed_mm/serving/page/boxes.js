@@ -1,4 +1,4 @@
-// Boxes [x0,y0,x1,y1] in fractions of the picture, as answers write them.
+// Boxes [x0,y0,x1,y1] in fractions of the image, as answers write them.
 const BOX = /\[\s*([01](?:\.\d+)?|\.\d+)\s*,\s*([01](?:\.\d+)?|\.\d+)\s*,\s*([01](?:\.\d+)?|\.\d+)\s*,\s*([01](?:\.\d+)?|\.\d+)\s*\]/g;
 const COLORS = ["#ef4444", "#22a45d", "#3b82f6", "#eab308", "#a855f7", "#f97316"];
 
@@ -23,7 +23,7 @@ export function writeText(node, text) {
   return boxes;
 }
 
-/** The picture with boxes on it. */
+/** The image with boxes on it. */
 export function drawBoxes(address, boxes) {
   const figure = document.createElement("figure");
   figure.className = "drawn";

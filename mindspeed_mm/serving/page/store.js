@@ -1,4 +1,4 @@
-// Conversations in the browser's own database, pictures included.
+// Conversations in the browser's own database, images included.
 function settled(request) {
   return new Promise((resolve, reject) => {
     request.onsuccess = () => resolve(request.result);

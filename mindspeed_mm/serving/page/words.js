@@ -2,10 +2,10 @@
 const WORDS = {
   en: { new: "New conversation", history: "History", model: "Model", second: "Second model", none: "one model",
     beside: "beside", language: "中文", theme: "Light or dark", parameters: "Parameters", temperature: "Temperature",
-    top_p: "Top p", max_tokens: "Max tokens", seed: "Seed", token: "Bearer token", hint: "Ask about a picture",
-    attach: "Add pictures", keys: "Enter sends, Shift+Enter new line, Esc stops", stop: "Stop", send: "Send",
+    top_p: "Top p", max_tokens: "Max tokens", seed: "Seed", token: "Bearer token", hint: "Ask about an image",
+    attach: "Add images", keys: "Enter sends, Shift+Enter new line, Esc stops", stop: "Stop", send: "Send",
     copy: "Copy", copied: "Copied", again: "Regenerate", edit: "Edit", remove: "Remove", title: "What do you see?",
-    start: "Drop, paste or add pictures, and ask about them.", stopped: "stopped", you: "Picture only",
+    start: "Drop, paste or add images, and ask about them.", stopped: "stopped", you: "Image only",
     needs_token: "This server asks for a bearer token: enter it under Parameters.", no_image: "is not an image",
     not_kept: "The browser does not keep the history" },
   zh: { new: "新对话", history: "历史", model: "模型", second: "第二个模型", none: "单个模型", beside: "对比",
