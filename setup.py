@@ -56,6 +56,7 @@ EXTRAS = {
         "bitsandbytes>=0.45",
         "httpx>=0.27",  # asks the servers in tests
         "openai>=1.50",  # the client that the servers are tested with
+        "playwright>=1.45",  # drives the web page in tests, with a chromium that is on the PATH
         "peft>=0.15",  # tests compare with it
         "pyarrow>=14",
         "pytest>=8",
