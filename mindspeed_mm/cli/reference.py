@@ -11,8 +11,8 @@ from mindspeed_mm.errors import ConfigError
 
 HELP = "compute the reference's log-probabilities of all preference pairs ahead of training (--pref-cache)"
 EXAMPLE = (
-    "torchrun --nproc_per_node 8 -m mindspeed_mm reference --mm-model model.json --mm-data data.json "
-    "--objective dpo --lora-r 128 --lora-alpha 256 --lr 2e-6 --train-iters 1000 --micro-batch-size 4 "
+    "torchrun --nproc_per_node 8 -m mindspeed_mm reference --mm-model examples/hallucination/model.json "
+    "--mm-data examples/hallucination/data.json --lr 2e-6 --train-iters 1000 --micro-batch-size 4 "
     "--global-batch-size 128 --bf16 --pref-cache reference"
 )
 
