@@ -99,8 +99,10 @@ def process_rows(
         )
     if not (options.renormalize_logits and options.greedy):  # sampling does it after its own cuts
         return scores
-    # A beam without a token left stays out of the search: its log-probabilities would be NaN.
-    return torch.where(dead[:, None], scores, scores.log_softmax(-1))
+    # A beam without a token left stays out of the search: its log-probabilities would be NaN. So would those beside a
+    # score that a penalty has driven to infinity.
+    finite = scores.clamp(max=torch.finfo(scores.dtype).max)
+    return torch.where(dead[:, None], scores, finite.log_softmax(-1))
 
 
 def _by_history(
