@@ -169,6 +169,8 @@ class DriverArguments:
         int, None, "run", "steps between losses on the validation set, where there is one"
     )
     eval_iters: int | None = _flag(int, None, "run", "global batches of a validation; at most, and by default, the set")
+    early_stop_patience: int | None = _flag(int, None, "run", "stop after so many validations without a lower loss")
+    early_stop_min_improvement: float = _flag(float, 0.0, "run", "by how much a validation loss must be lower to count")
 
     log_throughput: bool = _switch("kept", "speed is always shown")
     use_pytorch_profiler: bool = _switch("kept", "--profile always is torch's profiler")

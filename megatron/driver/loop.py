@@ -176,18 +176,18 @@ def train(
         Saver(state, args, hooks) as saver,
         Profiler(args, state.platform) as profiler,
     ):
-        while state.iteration < args.train_iters:
+        while state.iteration < args.train_iters and not hooks.finished():
             with profiler.step(state.iteration + 1):
                 step, totals = train_step(state, args, forward_step, data, stop, saver, hooks)
             recorder.add(step, totals.memory)
             hooks.after_step(state)
             if totals.save_failed:
                 saver.wait()
-            if _is_save_due(state, args, totals.stop > 0) or clock.is_due():
+            if _is_save_due(state, args, totals.stop > 0 or hooks.finished()) or clock.is_due():
                 recorder.flush()
                 saver.save()
                 clock.restart()
-            if totals.stop and state.iteration < args.train_iters:
+            if totals.stop and state.iteration < args.train_iters and not hooks.finished():
                 # A rank that got none stops because of another one's.
                 stopped_by = stop.signal or signal.SIGTERM
                 break
@@ -232,7 +232,7 @@ def train_step(
     state.optimizer.zero_grad()
     with region("backward"):  # what the model does not name inside
         reported = forward_backward(state, args, forward_step, batches)
-    totals, means = _reduce(state, args, reported, data, stop, saver, hooks.metrics)
+    totals, means, part_norms = _reduce(state, args, reported, data, stop, saver, hooks.metrics)
     if totals.supervised == 0:
         _refuse(
             state, data, "no token of the global batch is supervised, so there is nothing to learn from: check labels"
@@ -252,7 +252,7 @@ def train_step(
             _refuse(
                 state, data, f"gradients overflow at the smallest loss scale {loss_scale:g}: use --bf16 or lower --lr"
             )
-        grad_norm = None
+        grad_norm, part_norms = None, dict.fromkeys(part_norms)
         state.skipped_iterations += 1
     state.iteration += 1
     state.consumed_samples += args.global_batch_size
@@ -270,6 +270,7 @@ def train_step(
         grad_norm=grad_norm,
         means=means,
         loss_name=hooks.loss_name,
+        part_norms=part_norms,
     )
     return metrics, totals
 
@@ -297,17 +298,20 @@ def _reduce(
     stop: StopRequest,
     saver: Saver,
     names: Sequence[str],
-) -> tuple[_Totals, dict[str, float]]:
+) -> tuple[_Totals, dict[str, float], dict[str, float]]:
     """Sum a step's figures over the whole world in one call; each comes from one rank of those that share it. With them
-    the means of what loss_func reports under `names`.
+    the means of what loss_func reports under `names`, and the gradient norms of the model's parts.
 
     The losses of all micro-batches are read here at once. megatron.core has waited for the end of the backward pass
     just before (finalize_model_grads looks at the number of tokens), so reading them later would save nothing.
     """
     sums = len(_Totals._fields) - 1
-    # Behind the sums each rank has a place for its memory, so that the largest can be told; then come the means.
+    # Behind the sums each rank has a place for its memory, so that the largest can be told; then come the means, and
+    # the squared gradient norms of the parts.
     known = sums + torch.distributed.get_world_size()
-    values = [0.0] * (known + 2 * len(names))
+    parts = [] if state.part_gradients is None else state.part_gradients.names
+    norms = known + 2 * len(names)
+    values = [0.0] * (norms + len(parts))
     if (state.iteration + 1) % args.log_interval == 0:
         values[sums + torch.distributed.get_rank()] = state.platform.memory().peak
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -330,11 +334,15 @@ def _reduce(
             for name, place in places.items():
                 tensor[place] += micro_batch[name][0]
                 tensor[place + 1] += micro_batch[name][1]
+    if state.part_gradients is not None:
+        for place, square in enumerate(state.part_gradients.squares(state.optimizer.get_loss_scale()), norms):
+            tensor[place] = square
     torch.distributed.all_reduce(tensor)
     figures = tensor.tolist()
-    pairs = zip(names, figures[known::2], figures[known + 1 :: 2], strict=True)
+    pairs = zip(names, figures[known:norms:2], figures[known + 1 : norms : 2], strict=True)
     means = {name: total / number if number else math.nan for name, total, number in pairs}
-    return _Totals(*figures[:sums], memory=max(figures[sums:known])), means
+    part_norms = {f"grad_norm/{name}": math.sqrt(square) for name, square in zip(parts, figures[norms:], strict=True)}
+    return _Totals(*figures[:sums], memory=max(figures[sums:known])), means, part_norms
 
 
 def _check_gradient(state: TrainState, data: MeteredIterator, grad_norm: float, expected: bool) -> None:

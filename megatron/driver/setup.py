@@ -19,6 +19,7 @@ from megatron.driver.checkpoint.optimizer_state import begin_state
 from megatron.driver.checkpoint.resuming import load_checkpoint
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.parameter_groups import own_values
+from megatron.driver.part_gradients import PartGradients
 from megatron.driver.state import Hooks, TrainState, compute_dtype
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
@@ -69,6 +70,7 @@ def setup(
     )
     _connect(args, model, optimizer)
     state = TrainState(model, optimizer, scheduler, platform)
+    state.part_gradients = PartGradients(state.modules, optimizer)
     load_checkpoint(state, args, hooks)
     return state
 

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.driver.arguments import DriverArguments
+from megatron.driver.part_gradients import PartGradients
 from mindspeed_mm.platform import Platform
 
 
@@ -61,6 +62,8 @@ class Hooks:
     """Further keys that loss_func reports, each as (sum, number); logged as the mean over the global batch."""
     after_step: Callable[[TrainState], None] = lambda state: None
     """Called on every rank when a step has been counted, before a checkpoint of it is written."""
+    finished: Callable[[], bool] = lambda: False
+    """Whether the run ends before its last step, with a checkpoint; alike on every rank, asked after each step."""
 
 
 @dataclass
@@ -76,6 +79,8 @@ class TrainState:
     skipped_iterations: int = 0
     frozen_id: str | None = field(default=None)
     """Hash of the frozen parameters once it is known; they do not change during a run."""
+    part_gradients: PartGradients | None = field(default=None)
+    """Gradient norms of the model's parts are logged where it is there."""
 
     @property
     def modules(self) -> list[MegatronModule]:

@@ -35,12 +35,16 @@ class StepMetrics:
     means: dict[str, float] = field(default_factory=dict)
     """What else is logged (Hooks.metrics), by its key."""
     loss_name: str = "lm loss"
+    part_norms: dict[str, float | None] = field(default_factory=dict)
+    """L2 norms of the gradients of each part that trains, before clipping, by their keys; None as grad_norm."""
 
     @property
     def record(self) -> dict[str, float | None]:
         """All figures by their keys; those that are no number, for want of anything to average, are None."""
-        own = {name: value for name, value in vars(self).items() if name not in ("means", "loss_name")}
-        return own | {name: None if math.isnan(value) else value for name, value in self.means.items()}
+        own = {name: value for name, value in vars(self).items() if name not in ("means", "loss_name", "part_norms")}
+        return (
+            own | self.part_norms | {name: None if math.isnan(value) else value for name, value in self.means.items()}
+        )
 
     @property
     def skipped(self) -> bool:

@@ -73,12 +73,13 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         return _compare(namespace)
 
     from mindspeed_mm.config.evaluation import EvaluationConfig
-    from mindspeed_mm.config.load import load_config, read_json
+    from mindspeed_mm.config.inherit import read_config
+    from mindspeed_mm.config.load import load_config
     from mindspeed_mm.generation.options import generation_options
     from mindspeed_mm.models.spec import MODEL_KEYS
 
     check_launcher_flags(namespace)
-    values = read_json(namespace.mm_model) if namespace.mm_model else {}
+    values = read_config(namespace.mm_model) if namespace.mm_model else {}
     own = {key: value for key, value in values.items() if key not in MODEL_KEYS}
     config = load_config(
         EvaluationConfig, own | _flags(namespace), what="evaluation config", context=namespace.mm_model

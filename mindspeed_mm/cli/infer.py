@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
     """Answer. Prints each answer on stdout, or writes them to --output; returns them for --json."""
     from mindspeed_mm.config.inference import InferenceConfig, InferenceFile
-    from mindspeed_mm.config.load import load_config, read_json
+    from mindspeed_mm.config.inherit import read_config
+    from mindspeed_mm.config.load import load_config
     from mindspeed_mm.generation.options import generation_options
     from mindspeed_mm.models.spec import MODEL_KEYS
 
@@ -65,7 +66,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--batch-size is {namespace.batch_size}; expected at least 1")
     if (namespace.input is None) != (namespace.output is None):
         raise ConfigError("--input and --output go together: the requests' file and the answers' file")
-    values = read_json(namespace.mm_model) if namespace.mm_model else {}
+    values = read_config(namespace.mm_model) if namespace.mm_model else {}
     own = {key: value for key, value in values.items() if key not in MODEL_KEYS}
     if namespace.prompt:
         own["prompts"] = namespace.prompt

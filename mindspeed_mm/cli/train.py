@@ -10,6 +10,7 @@ from mindspeed_mm import ending
 from mindspeed_mm.cli.flags.lora import add_lora_arguments, given_lora
 from mindspeed_mm.cli.flags.preference import add_preference_arguments, given_preferences
 from mindspeed_mm.cli.plan import size
+from mindspeed_mm.config.options import add_option_arguments, take_options
 
 HELP = "pretrain or fine-tune from --mm-model, --mm-data and Megatron's flags"
 EXAMPLE = (
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("multimodal")
     group.add_argument("--mm-model", required=True, metavar="JSON", help="architecture, freezing and weights")
     group.add_argument("--mm-data", required=True, metavar="JSON", help="data sets, template, tokenizer")
+    add_option_arguments(group)
     group.add_argument(
         "--objective", metavar="NAME", help='what is minimised: sft, dpo (default: "objective" of --mm-data, else sft)'
     )
@@ -56,6 +58,7 @@ def prepared(namespace: argparse.Namespace) -> Any:
     from mindspeed_mm.trainer.feature_cache import options_of
     from mindspeed_mm.trainer.run import TrainingRun
 
+    take_options(namespace)
     if namespace.mm_tool is not None:
         apply_tools(namespace, namespace.mm_tool)
     args = arguments.from_namespace(namespace)

@@ -51,7 +51,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}); save the JSON file as UTF-8.") from error
     try:
-        data = json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
+        data = parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}. Correct the file there."
@@ -63,6 +63,11 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {_describe(data)}; expected a JSON object {{...}} at the top.")
     return data
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises JSONDecodeError, and ConfigError for NaN, Infinity and a key given twice."""
+    return json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
 
 
 def load_config(

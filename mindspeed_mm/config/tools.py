@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.load import StrictModel, load_config
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def apply_tools(namespace: argparse.Namespace, path: str | Path) -> None:
     Raises:
         ConfigError: wrong values, or something is switched on that does not exist here.
     """
-    profile = load_config(ToolsConfig, path, what="tools config").profile
+    profile = load_config(ToolsConfig, read_config(path), what="tools config", context=str(path)).profile
     if not profile.enable:
         return
     static = profile.static_param

@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm import registry
+from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.load import StrictModel, load_config
+from mindspeed_mm.config.options import ConfigFile
 from mindspeed_mm.data.grounding.notation import Notation, notation
 from mindspeed_mm.data.image import FAST_FILTERS, PROCESSOR_TYPES, ImageProcessor
 from mindspeed_mm.data.mixing import Mix, check_mix
@@ -376,9 +378,11 @@ class DataConfig(StrictModel):
     """What is minimised where --objective does not say it: a name, or {"name": ..} with the objective's options."""
 
     @classmethod
-    def load(cls, source: str | Path | dict[str, Any]) -> "DataConfig":
+    def load(cls, source: str | Path | ConfigFile | dict[str, Any]) -> "DataConfig":
         """Read and check a data.json (path or parsed). Raises ConfigError with every problem found."""
-        return load_config(cls, source, what="data config")
+        if isinstance(source, dict):
+            return load_config(cls, source, what="data config")
+        return load_config(cls, read_config(source), what="data config", context=str(source))
 
     def max_length(self, seq_length: int) -> int:
         """The smallest of --seq-length and the limits that are set here."""

@@ -12,7 +12,7 @@ import torch
 
 from mindspeed_mm.generation.jobs import Generated, NextTokens
 from mindspeed_mm.generation.options import GenerationOptions
-from mindspeed_mm.generation.sampling import process
+from mindspeed_mm.generation.rules import AllowedTokens, process_rows
 from mindspeed_mm.generation.text import TextStream
 
 OUT = -1.0e9
@@ -57,8 +57,11 @@ class BeamJob:
         options: GenerationOptions,
         stop_ids: Sequence[int],
         stream: TextStream | None = None,
+        allowed: AllowedTokens | None = None,
     ) -> None:
-        """`stream` knows the stop strings and is needed for them only."""
+        """`stream` knows the stop strings and is needed for them only; `allowed` says which tokens may follow the ids
+        of prompt and answer."""
+        self._allowed = allowed
         self._prompt, self._options, self._stop_ids = list(prompt), options, sorted(set(stop_ids))
         self.width = options.num_beams
         self._running = [_Beam(stream=stream)] * self.width
@@ -106,11 +109,11 @@ class BeamJob:
 
     def _candidates(self, logprobs: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
         """Scores, beams and tokens of the likeliest continuations, enough that stop ids cannot end all of them."""
-        rows = []
-        for index, beam in enumerate(self._running):
-            row = logprobs[0 if len(logprobs) == 1 else index]
-            rows.append(process(row, [*self._prompt, *beam.ids], len(beam.ids), self._options, self._stop_ids))
-        total = (torch.stack(rows) + self._running_scores[:, None]).flatten()
+        rows = logprobs if len(logprobs) > 1 else logprobs.expand(self.width, -1)
+        said = [[*self._prompt, *beam.ids] for beam in self._running]
+        generated = len(self._running[0].ids)
+        rows = process_rows(rows, said, generated, self._options, self._stop_ids, self._allowed)
+        total = (rows + self._running_scores[:, None]).flatten()
         keep = min(max(2, 1 + len(self._stop_ids)) * self.width, total.numel())
         best = total.topk(keep)
         vocabulary = logprobs.shape[-1]

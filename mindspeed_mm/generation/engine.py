@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.data.template import get_template
 from mindspeed_mm.data.template_form import Template
@@ -30,7 +29,9 @@ from mindspeed_mm.generation.prompts import (
     prompt_positions,
     questions,
     stop_rules,
+    with_image_ids,
 )
+from mindspeed_mm.generation.rules import AllowedTokens, PrefixAllowedTokens, bound, check_ids
 from mindspeed_mm.generation.scheduler import Entry, Scheduler
 from mindspeed_mm.generation.text import TextStream
 from mindspeed_mm.models.vlm import VLM
@@ -143,7 +144,7 @@ class GenerationEngine:
         image_token_id: int | None = None,
     ) -> None:
         """`batch_size` is the number of sequences that run together; `image_token_id` stands for image positions in
-        the rules that look back at the prompt (None: they are passed over)."""
+        the rules that look back at the prompt (None: -200, which is no token to them)."""
         self.vlm, self.tokenizer, self.media = vlm, tokenizer, media
         self.template = get_template(template, tokenizer)
         self._image_token_id = image_token_id
@@ -170,6 +171,7 @@ class GenerationEngine:
         *,
         on_text: Callable[[str, int], None] | None = None,
         on_end: Callable[[GenerationHandle], None] | None = None,
+        allowed_tokens_fn: AllowedTokens | None = None,
     ) -> GenerationHandle:
         """Queue a request. Whatever is wrong with it or its options ends up in the handle, not here.
 
@@ -177,6 +179,8 @@ class GenerationEngine:
             options: a mapping is checked as `generation_options` does; None: greedy.
             on_text: called from `step` with each piece of text and the number of its sequence.
             on_end: called once when the request has ended.
+            allowed_tokens_fn: called from `step` with the ids of prompt and answer [S] int64 before each token; gives
+                the tokens that may follow. Every rank of a model that is spread must give the same.
         """
         handle = GenerationHandle(self, request.id)
 
@@ -198,7 +202,7 @@ class GenerationEngine:
                 on_text(piece, index)
 
         try:
-            entry = self._entry(request, options, text, end)
+            entry = self._entry(request, options, text, end, allowed_tokens_fn)
         except (DataError, ConfigError) as error:
             end(error)
             return handle
@@ -220,6 +224,7 @@ class GenerationEngine:
         *,
         on_error: Literal["raise", "return"] = "raise",
         ordered: bool = True,
+        prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
     ) -> Iterator[GenerationResult]:
         """Yield one result for each request.
 
@@ -227,17 +232,21 @@ class GenerationEngine:
             batch_size: sequences that run together, for this call.
             on_error: "raise" the first request's error, or "return" a result with `error` and go on.
             ordered: in the order of `requests`, or as they end.
+            prefix_allowed_tokens_fn: called with the number of the request in the list and the ids of its prompt and
+                answer [S] int64 before each token; gives the tokens that may follow, as transformers' does.
         """
         started: deque[GenerationHandle] = deque()
         ended: deque[GenerationHandle] = deque()
         in_flight: set[GenerationHandle] = set()
         before, self._scheduler.max_rows = self._scheduler.max_rows, batch_size
-        ready, left = started if ordered else ended, deque(requests)
+        ready, left = started if ordered else ended, deque(enumerate(requests))
         try:
             for _ in requests:
                 while not ready or ready[0].result is None:
                     while left and self._scheduler.waiting < AHEAD * batch_size:
-                        handle = self.submit(left.popleft(), options, on_end=ended.append)
+                        index, request = left.popleft()
+                        allowed = bound(prefix_allowed_tokens_fn, index)
+                        handle = self.submit(request, options, on_end=ended.append, allowed_tokens_fn=allowed)
                         in_flight.add(handle)
                         if ordered:
                             started.append(handle)
@@ -281,9 +290,10 @@ class GenerationEngine:
             )
         return ids
 
-    def _entry(self, request, options, text, end) -> Entry:
+    def _entry(self, request, options, text, end, allowed) -> Entry:
         if not isinstance(options, GenerationOptions):
             options = generation_options(options or {})
+        check_ids(options, self.vlm.spec.text_decoder.language_vocab_size)
         images = self._images(request)
         plans = self._plans(images)
         prompt = self._prepare(request, plans)
@@ -291,13 +301,12 @@ class GenerationEngine:
         self._decoder.check_length(len(prompt), options.max_new_tokens)
         ids, texts = self._template_stops
         stop_ids = (*(options.eos_token_ids or self.tokenizer.end_ids), *ids)
-        history = [self._image_token_id if i == IMAGE_TOKEN_INDEX else i for i in prompt]
-        history = [i for i in history if i is not None]
+        history = with_image_ids(prompt, self._image_token_id)
         streams = [TextStream(self.tokenizer, (*texts, *options.stops)) for _ in range(options.num_return_sequences)]
         if options.num_beams > 1:
-            job = BeamJob(history, options, stop_ids, streams[0])
+            job = BeamJob(history, options, stop_ids, streams[0], allowed)
         else:
-            job = SampleJob(history, options, stop_ids, streams, text)
+            job = SampleJob(history, options, stop_ids, streams, text, allowed)
         return Entry(job, prompt, len(prompt) + options.max_new_tokens, images, end, positions=positions)
 
     def _result(self, request: GenerationRequest, entry: Entry | None, error: ValueError | None) -> GenerationResult:

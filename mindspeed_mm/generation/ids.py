@@ -12,7 +12,8 @@ from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.images import FoundImage, ImageFeatures
 from mindspeed_mm.generation.jobs import SampleJob
 from mindspeed_mm.generation.options import GenerationOptions
-from mindspeed_mm.generation.prompts import prompt_positions
+from mindspeed_mm.generation.prompts import prompt_positions, with_image_ids
+from mindspeed_mm.generation.rules import PrefixAllowedTokens, bound, check_ids
 from mindspeed_mm.generation.scheduler import Entry, Scheduler
 from mindspeed_mm.generation.text import TextStream
 
@@ -28,6 +29,7 @@ def continue_ids(
     tokenizer: Tokenizer | None = None,
     image_token_id: int | None = None,
     batch_size: int | None = None,
+    prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
 ) -> list[list[int]]:
     """Continue every prompt.
 
@@ -37,6 +39,7 @@ def continue_ids(
         tokenizer: needed for stop strings only.
         image_token_id: stands for image positions in the rules that look back at the prompt.
         batch_size: sequences that run together; None: all.
+        prefix_allowed_tokens_fn: gives the tokens that may follow the ids of prompt number i, as transformers' does.
 
     Returns:
         B * num_return_sequences lists of new ids, each ending with its stop id when one was generated.
@@ -44,25 +47,25 @@ def continue_ids(
     Raises:
         ConfigError: an empty prompt, one that exceeds the model's context with max_new_tokens, or stop strings
             without a tokenizer.
-        DataError: an image cannot be used.
+        DataError: an image cannot be used, or the options leave no token.
     """
     if options.stops and tokenizer is None:
         raise ConfigError("stop_strings need a tokenizer, and the model came with none: load it with tokenizer=FOLDER")
+    check_ids(options, decoder.vlm.spec.text_decoder.language_vocab_size)
     for prompt in prompts:
         decoder.check_length(len(prompt), options.max_new_tokens)
     count = options.num_return_sequences
     scheduler = Scheduler(decoder, image_features, batch_size or len(prompts) * max(count, options.num_beams))
     following = list(images)
     entries, errors = [], []
-    for prompt in prompts:
-        history = [image_token_id if token == IMAGE_TOKEN_INDEX else token for token in prompt]
-        history = [token for token in history if token is not None]
+    for index, prompt in enumerate(prompts):
+        history, allowed = with_image_ids(prompt, image_token_id), bound(prefix_allowed_tokens_fn, index)
         own = take_images(prompt, following)
         streams = [TextStream(tokenizer, options.stops) for _ in range(count)] if options.stops else None
         if options.num_beams > 1:
-            job = BeamJob(history, options, stop_ids, streams[0] if streams else None)
+            job = BeamJob(history, options, stop_ids, streams[0] if streams else None, allowed)
         else:
-            job = SampleJob(history, options, stop_ids, streams)
+            job = SampleJob(history, options, stop_ids, streams, allowed=allowed)
         length = len(prompt) + options.max_new_tokens
         positions = prompt_positions(decoder.vlm.spec, prompt, [image.plan for image in own])
         entries.append(Entry(job, prompt, length, own, errors.append, positions=positions))

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from mindspeed_mm.generation.options import GenerationOptions
-from mindspeed_mm.generation.sampling import is_plain, pick_token, process
+from mindspeed_mm.generation.rules import AllowedTokens, is_plain, process
+from mindspeed_mm.generation.sampling import pick_token
 from mindspeed_mm.generation.text import TextStream
 
 SEED_STEP = 0x9E3779B97F4A7C15
@@ -72,11 +73,14 @@ class SampleJob:
         stop_ids: Sequence[int],
         streams: Sequence[TextStream] | None = None,
         on_text: Callable[[str, int], None] | None = None,
+        allowed: AllowedTokens | None = None,
     ) -> None:
+        """`allowed` says which tokens may follow the ids of prompt and answer."""
+        self._allowed = allowed
         self._prompt, self._options, self._stop_ids = list(prompt), options, frozenset(stop_ids)
         self._on_text = on_text
         self.width = options.num_return_sequences
-        self.needs_logits = not is_plain(options)
+        self.needs_logits = allowed is not None or not is_plain(options)
         self.sequences = [Generated(stream=streams[i] if streams else None) for i in range(self.width)]
         self._live = list(range(self.width))
         self._generators = [torch.Generator().manual_seed(_seed(options.seed, i)) for i in self._live]
@@ -97,7 +101,8 @@ class SampleJob:
     def _choose(self, index: int, logits: torch.Tensor) -> int:
         sequence = self.sequences[index]
         history = [*self._prompt, *sequence.token_ids]
-        scores = process(logits, history, len(sequence.token_ids), self._options, sorted(self._stop_ids))
+        stop_ids, generated = sorted(self._stop_ids), len(sequence.token_ids)
+        scores = process(logits, history, generated, self._options, stop_ids, self._allowed)
         token = pick_token(scores, self._options, self._generators[index])
         if self._options.logprobs is not None:
             logprobs = logits.log_softmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -12,24 +13,11 @@ from mindspeed_mm.errors import ConfigError
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "num_beam_groups": (1,),
-    "encoder_repetition_penalty": (1.0,),
     "diversity_penalty": (0.0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "min_length": (0,),
-    "typical_p": (1.0,),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "bad_words_ids": (),
     "force_words_ids": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "decoder_start_token_id": (),
-    "begin_suppress_tokens": (),
-    "suppress_tokens": (),
     "forced_decoder_ids": (),
     "constraints": (),
-    "exponential_decay_length_penalty": (),
-    "sequence_bias": (),
     "guidance_scale": (),
     "low_memory": (),
     "penalty_alpha": (),
@@ -42,8 +30,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "output_scores": (False,),
     "output_logits": (False,),
     "return_dict_in_generate": (False,),
-    "renormalize_logits": (False,),
-    "remove_invalid_values": (False,),
     "cache_implementation": (),
     "generation_kwargs": ({},),
     "max_length": (20, 2048, 4096),
@@ -51,7 +37,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "use_mtp": (False,),
     "cache_config": (False,),
     "max_cache_len": (False,),
-    "top_h": (False,),
     "token_healing": (False,),
     "watermarking_config": (False,),
     "is_assistant": (False,),
@@ -72,17 +57,48 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 does).
 `max_length` is always superseded by max_new_tokens, and the cache is always used: it changes no token."""
 
+MOVED = "transformers 5 has it no more either, it loads it as code from a model hub, which is never run here"
+"""Why a way of decoding that older transformers had is left out."""
+
+REASONS = {
+    "num_beam_groups": f"diverse beam search: {MOVED}. Use num_beams, or do_sample with num_return_sequences",
+    "diversity_penalty": f"it belongs to diverse beam search: {MOVED}. Use do_sample with num_return_sequences",
+    "force_words_ids": f"constrained beam search: {MOVED}. Use prefix_allowed_tokens_fn in Python, or sequence_bias",
+    "constraints": f"constrained beam search: {MOVED}. Use prefix_allowed_tokens_fn in Python, or sequence_bias",
+    "penalty_alpha": f"contrastive search: {MOVED}. Use repetition_penalty",
+    "dola_layers": f"DoLa: {MOVED}. Leave it out",
+}
+"""Why an option is not supported and what to use, where there is more to say."""
+
 SAMPLING: dict[str, tuple[Any, ...]] = {
     "temperature": (None, 0, 1),
     "top_k": (None, 0, 50),
     "top_p": (None, 1),
     "min_p": (None, 0),
+    "top_h": (None,),
+    "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
 }
 """Options that are for sampling only, with the values that greedy decoding may carry: those that change nothing, and
 transformers' defaults, which many files state."""
 
+RULES = (
+    *("sequence_bias", "encoder_repetition_penalty", "repetition_penalty", "no_repeat_ngram_size"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id"),
+    *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
+    "begin_suppress_tokens",
+)
+"""Options that change what the likeliest token is, in the order in which they do it."""
+
 NOTES = ("_from_model_config", "transformers_version")
 """Keys that say where a GenerationConfig comes from; any value."""
+
+
+TokenId = Annotated[int, pydantic.Field(ge=0)]
+TokenIds = Annotated[list[TokenId], pydantic.Field(min_length=1)]
+ARRAY = pydantic.Field(strict=False)
+"""JSON knows no tuples, and the values of options have passed through a validator that sees Python's lists."""
 
 
 class GenerationOptions(StrictModel):
@@ -100,6 +116,40 @@ class GenerationOptions(StrictModel):
     """Sample among the likeliest tokens that together reach this probability; None: all."""
     min_p: Annotated[float, pydantic.Field(ge=0, le=1)] | None = None
     """Sample among the tokens at least this share as likely as the likeliest; None: all."""
+    top_h: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
+    """Sample among the likeliest of 100 tokens that together hold this share of their entropy; None: all."""
+    typical_p: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
+    """Sample among the tokens nearest to the expected information that together reach this probability."""
+    epsilon_cutoff: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
+    """Sample among the tokens at least so likely; 0 or None: all."""
+    eta_cutoff: Annotated[float, pydantic.Field(ge=0, lt=1)] | None = None
+    """As epsilon_cutoff, and less where the entropy is high; 0 or None: all."""
+    min_length: Annotated[int, pydantic.Field(ge=0)] = 0
+    """Stop ids cannot be chosen before prompt and answer have so many tokens, those of images included."""
+    sequence_bias: list[Annotated[tuple[TokenIds, float], ARRAY]] | None = None
+    """What is added to the logit of the token that would complete a sequence: [[[id, ...], bias], ...]."""
+    bad_words_ids: Annotated[list[TokenIds], pydantic.Field(min_length=1)] | None = None
+    """Sequences that never occur in an answer; a stop id by itself is passed over."""
+    suppress_tokens: list[TokenId] | None = None
+    """Tokens that are never chosen."""
+    begin_suppress_tokens: list[TokenId] | None = None
+    """Tokens that are not chosen first."""
+    forced_bos_token_id: TokenId | None = None
+    """The first token after a prompt of one token, as transformers takes it; no other prompt is changed."""
+    forced_eos_token_id: TokenId | TokenIds | None = None
+    """What the last token of an answer that reaches max_new_tokens is."""
+    exponential_decay_length_penalty: (
+        Annotated[tuple[Annotated[int, pydantic.Field(ge=0)], Annotated[float, pydantic.Field(gt=0)]], ARRAY] | None
+    ) = None
+    """[start, factor]: behind so many new tokens, stop ids become likelier by a growing power of the factor."""
+    renormalize_logits: bool = False
+    """Make the scores log-probabilities again after all rules; decides among beams."""
+    remove_invalid_values: bool = False
+    """Replace NaN by 0 and infinities by the largest numbers before exponential_decay_length_penalty."""
+    encoder_repetition_penalty: Annotated[float, pydantic.Field(gt=0)] = 1.0
+    """Multiplies positive and divides negative logits of tokens that stand in the prompt."""
+    encoder_no_repeat_ngram_size: Annotated[int, pydantic.Field(ge=0)] = 0
+    """No run of so many tokens of the prompt occurs in the answer; 0: no such rule."""
     repetition_penalty: Annotated[float, pydantic.Field(gt=0)] = 1.0
     """Divides positive and multiplies negative logits of tokens that stand in the prompt or the answer."""
     no_repeat_ngram_size: Annotated[int, pydantic.Field(ge=0)] = 0
@@ -136,13 +186,20 @@ class GenerationOptions(StrictModel):
                 kept[key] = value
             elif value not in NEUTRAL_VALUES[key]:
                 expected = " or ".join(map(repr, NEUTRAL_VALUES[key] or (None,)))
-                raise ValueError(f"{key}: found {value!r}, expected {expected}: this option is not supported")
+                why = f" ({REASONS[key]})" if key in REASONS else ""
+                raise ValueError(f"{key}: found {value!r}, expected {expected}: this option is not supported{why}")
         return kept
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> GenerationOptions:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}")
+        if self.min_length and self.min_new_tokens:
+            raise ValueError(
+                f"min_length {self.min_length} and min_new_tokens {self.min_new_tokens} both say how short an answer "
+                "may be: keep one of them (min_length counts the prompt, too)"
+            )
+        self._check_forced()
         if not self.do_sample:
             for name, neutral in SAMPLING.items():
                 value = getattr(self, name)
@@ -169,10 +226,25 @@ class GenerationOptions(StrictModel):
             )
         return self
 
+    def _check_forced(self) -> None:
+        """A token that must come and must not leaves none to choose."""
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            value = getattr(self, name)
+            forced = [] if value is None else value if isinstance(value, list) else [value]
+            if forced and set(forced) <= set(self.suppress_tokens or ()):
+                raise ValueError(
+                    f"{name} {value} is also among suppress_tokens, so that no token is left: take it out of one"
+                )
+
     @property
     def greedy(self) -> bool:
         """True where the likeliest token is taken."""
         return not self.do_sample or self.temperature == 0
+
+    @functools.cached_property
+    def ruled(self) -> bool:
+        """True where a rule may make another token the likeliest."""
+        return any(getattr(self, name) != type(self).model_fields[name].default for name in RULES)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -192,4 +264,12 @@ def generation_options(values: Mapping[str, Any], *, context: str | None = None)
         raise ConfigError(
             f"generation options: found a {type(values).__name__}; expected an object of names and values"
         )
-    return load_config(GenerationOptions, dict(values), what="generation options", context=context)
+    values = dict(values)
+    bias = values.get("sequence_bias")
+    if isinstance(bias, Mapping):  # transformers' older form, whose keys are tuples
+        values["sequence_bias"] = [[_listed(ids), value] for ids, value in bias.items()]
+    return load_config(GenerationOptions, values, what="generation options", context=context)
+
+
+def _listed(ids: Any) -> Any:
+    return list(ids) if isinstance(ids, tuple) else ids

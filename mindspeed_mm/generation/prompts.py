@@ -132,6 +132,12 @@ def prompt_positions(spec: ModelSpec, prompt: Sequence[int], plans: Sequence[Ite
     return spec.family.positions(spec, torch.tensor(prompt), grids)
 
 
+def with_image_ids(prompt: Sequence[int], image_token_id: int | None) -> list[int]:
+    """The ids that rules see which look back at an expanded prompt: image positions as the model's own id, where it has
+    one."""
+    return [image_token_id if i == IMAGE_TOKEN_INDEX and image_token_id is not None else i for i in prompt]
+
+
 def as_prompts(input_ids: Sequence[Sequence[int]], plans: Sequence[ItemPlan]) -> list[list[int]]:
     """Prompts given as ids, with one placeholder an image or already expanded, in expanded form. Tags around an image
     are what the ids hold.

@@ -1,73 +1,25 @@
-"""From logits to a token: the rules of transformers' logits processors, in transformers' order, for one sequence.
+"""From processed scores to a token: transformers' warpers, in transformers' order, for one sequence.
 
-Legend: V vocabulary, R rows.
+Legend: V vocabulary.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation.options import GenerationOptions
 
-
-def is_plain(options: GenerationOptions) -> bool:
-    """True where the likeliest token is always right, whatever was generated before, and nothing else is asked for."""
-    return (
-        options.greedy
-        and options.num_beams == 1
-        and options.repetition_penalty == 1.0
-        and options.no_repeat_ngram_size == 0
-        and options.min_new_tokens == 0
-        and options.logprobs is None
-    )
-
-
-def process(
-    scores: torch.Tensor, history: Sequence[int], generated: int, options: GenerationOptions, stop_ids: Sequence[int]
-) -> torch.Tensor:
-    """Apply the rules that look at what was said before.
-
-    Args:
-        scores: [V] float32 logits (log-probabilities in beam search).
-        history: ids of prompt and answer; ids outside 0..V-1 are passed over.
-        generated: how many of them are the answer's.
-
-    Returns:
-        [V] float32, a new tensor where anything changed.
-    """
-    if options.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({i for i in history if 0 <= i < scores.numel()}), dtype=torch.int64)
-        values = scores[seen]
-        penalty = options.repetition_penalty
-        scores = scores.index_put((seen,), torch.where(values < 0, values * penalty, values / penalty))
-    if options.no_repeat_ngram_size:
-        scores = _forbid(scores, repeating_tokens(history, options.no_repeat_ngram_size))
-    if generated < options.min_new_tokens:
-        scores = _forbid(scores, stop_ids)
-    return scores
-
-
-def repeating_tokens(history: Sequence[int], size: int) -> set[int]:
-    """Tokens that would complete a run of `size` tokens that `history` already holds."""
-    if len(history) + 1 < size:
-        return set()
-    tail = list(history[len(history) - size + 1 :])
-    starts = range(len(history) - size + 1)
-    return {history[start + size - 1] for start in starts if list(history[start : start + size - 1]) == tail}
-
-
-def _forbid(scores: torch.Tensor, ids: Sequence[int] | set[int]) -> torch.Tensor:
-    index = torch.tensor(sorted(i for i in ids if 0 <= i < scores.numel()), dtype=torch.int64)
-    return scores.index_fill(0, index, -torch.inf)
+TOP_H_TOKENS = 100
+"""Tokens whose entropy top_h looks at (transformers' constant)."""
 
 
 def warp(scores: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
-    """Temperature, then top-k, then top-p, then min-p: [V] float32 -> [V] with -inf where a token is out."""
+    """Temperature and the options that cut off unlikely tokens: [V] float32 -> [V] with -inf where a token is out."""
     if options.temperature is not None and options.temperature != 1.0:
         scores = scores / options.temperature
+    if options.top_h is not None:
+        scores = _top_h(scores, options.top_h)
     if options.top_k:
         kth = scores.topk(min(options.top_k, scores.numel())).values[-1]
         scores = scores.masked_fill(scores < kth, -torch.inf)
@@ -79,7 +31,43 @@ def warp(scores: torch.Tensor, options: GenerationOptions) -> torch.Tensor:
     if options.min_p:
         probabilities = scores.softmax(-1)
         scores = scores.masked_fill(probabilities < options.min_p * probabilities.max(), -torch.inf)
-    return scores
+    if options.typical_p is not None and options.typical_p < 1.0:
+        scores = _typical(scores, options.typical_p)
+    if options.epsilon_cutoff:
+        scores = _at_least(scores, torch.tensor(options.epsilon_cutoff))
+    if options.eta_cutoff:
+        epsilon = torch.tensor(options.eta_cutoff)
+        logprobs = scores.log_softmax(-1)
+        # A token that is out has no share in the entropy; the clamp keeps 0 * inf from becoming NaN.
+        entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(scores.dtype).min)).sum()
+        scores = _at_least(scores, torch.minimum(epsilon, epsilon.sqrt() * torch.exp(-entropy)))
+    return scores.log_softmax(-1) if options.renormalize_logits else scores
+
+
+def _at_least(scores: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """Tokens of at least this probability, and always the likeliest."""
+    return scores.masked_fill((scores.softmax(-1) < least) & (scores < scores.max()), -torch.inf)
+
+
+def _typical(scores: torch.Tensor, mass: float) -> torch.Tensor:
+    """The tokens whose information is nearest to the entropy, until they hold this much probability."""
+    logprobs = scores.log_softmax(-1)
+    entropy = -(logprobs * logprobs.exp()).nansum(-1)
+    distance = (-logprobs - entropy).abs()
+    ordered, order = distance.sort()
+    reached = scores[order].softmax(-1).cumsum(-1) < mass
+    last = min(int(reached.sum()), scores.numel() - 1)
+    return scores.masked_fill(distance > ordered[last], -torch.inf)
+
+
+def _top_h(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """The likeliest tokens that hold this share of the entropy of the first hundred, and always the likeliest."""
+    best = scores.topk(min(TOP_H_TOKENS, scores.numel()))
+    spread = torch.distributions.Categorical(logits=best.values)
+    held = (-spread.probs * spread.probs.log()).cumsum(-1)
+    kept = held <= spread.entropy() * share
+    kept[0] = True
+    return torch.full_like(scores, -torch.inf).index_copy(0, best.indices[kept], scores[best.indices[kept]])
 
 
 def pick_token(scores: torch.Tensor, options: GenerationOptions, generator: torch.Generator) -> int:

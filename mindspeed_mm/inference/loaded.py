@@ -24,6 +24,7 @@ from mindspeed_mm.generation.ids import continue_ids
 from mindspeed_mm.generation.images import ImageFeatures
 from mindspeed_mm.generation.options import generation_options
 from mindspeed_mm.generation.prompts import as_prompts
+from mindspeed_mm.generation.rules import PrefixAllowedTokens
 from mindspeed_mm.inference.locate import Located
 from mindspeed_mm.models.adapters.lora import adapters_off
 from mindspeed_mm.models.fusion import image_positions
@@ -192,6 +193,7 @@ class LoadedVLM:
         input_ids: torch.Tensor | Sequence | None = None,
         template: str | None = None,
         qformer_input_ids: Sequence[Sequence[int]] | torch.Tensor | None = None,
+        prefix_allowed_tokens_fn: PrefixAllowedTokens | None = None,
         **options: Any,
     ) -> list[str] | list[list[int]]:
         """Answer prompts, or continue ids.
@@ -203,6 +205,8 @@ class LoadedVLM:
             input_ids: [S], [B, S] or a list of lists; image positions as in `logits`, either one an image or expanded.
             qformer_input_ids: with input_ids, of a model whose projector reads questions (InstructBLIP): the one about
                 each image in the projector's tokens, [N, L] or N lists without padding.
+            prefix_allowed_tokens_fn: called before each token with the number of the prompt and the ids of it and its
+                answer [S] int64; gives the tokens that may follow.
             options: names of transformers' GenerationConfig; greedy by default.
 
         Returns:
@@ -216,7 +220,7 @@ class LoadedVLM:
         if (prompts is None) == (input_ids is None):
             raise ConfigError("generate takes either prompts or input_ids")
         if input_ids is not None:
-            return self._continue(input_ids, images, chosen, qformer_input_ids)
+            return self._continue(input_ids, images, chosen, qformer_input_ids, prefix_allowed_tokens_fn)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [images or ()] if isinstance(prompts, str) else list(images or [()] * len(texts))
         if len(rows) != len(texts):
@@ -225,10 +229,15 @@ class LoadedVLM:
             GenerationRequest(str(i), turns=((text, None),), images=tuple(row))
             for i, (text, row) in enumerate(zip(texts, rows, strict=True))
         ]
-        results = self.engine(template).generate(requests, chosen, max(1, len(requests)) * chosen.num_return_sequences)
+        results = self.engine(template).generate(
+            requests,
+            chosen,
+            max(1, len(requests)) * chosen.num_return_sequences,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        )
         return [sequence.text for result in results for sequence in result.sequences]
 
-    def _continue(self, input_ids, images, options, instructions) -> list[list[int]]:
+    def _continue(self, input_ids, images, options, instructions, prefix_allowed_tokens_fn) -> list[list[int]]:
         rows = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
         rows = [rows] if rows and isinstance(rows[0], int) else rows
         rows = [[IMAGE_TOKEN_INDEX if token in self._placeholders else token for token in row] for row in rows]
@@ -247,6 +256,7 @@ class LoadedVLM:
             stop_ids=stop_ids,
             tokenizer=self._tokenizer,
             image_token_id=self.image_token_id,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         )
 
     def _instructions(self, given, images: int) -> list[tuple[int, ...]] | None:

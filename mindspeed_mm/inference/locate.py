@@ -9,7 +9,7 @@ from typing import Any
 
 from checkpoint_converters.checkpoint import register_checkpoints
 from checkpoint_converters.companions import SAVED_TOKENIZER
-from mindspeed_mm.config.load import read_json
+from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.complete import read_model
 from mindspeed_mm.models.describe import describe_model
@@ -65,7 +65,7 @@ def locate(path: Path, *, tokenizer: str | Path | None = None, image_processor: 
 
 
 def _from_model_json(path: Path) -> Located:
-    values = {key: value for key, value in read_json(path).items() if key in MODEL_KEYS}
+    values = {key: value for key, value in read_config(path).items() if key in MODEL_KEYS}
     spec = read_model(values, context=str(path))
     return Located(
         path,

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 import pydantic
 
+from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
 from mindspeed_mm.errors import ConfigError, DataError
 
@@ -97,8 +98,10 @@ def weights_stamp(path: Path) -> str:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES or file.name in WEIGHT_NAMES)
         return _hash([(str(file.relative_to(path)), _stamp(file)) for file in files])
-    named = [] if path.suffix != ".json" else [weights_stamp(Path(text)) for text in _paths(read_json(path))]
-    return _hash([_stamp(path), named])
+    if path.suffix != ".json":
+        return _hash([_stamp(path), []])
+    values = read_config(path)  # of the bases, too
+    return _hash([_stamp(path), [weights_stamp(Path(text)) for text in _paths(values)], values])
 
 
 def _paths(value: Any) -> Iterator[str]:

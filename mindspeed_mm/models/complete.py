@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.config.load import read_json
+from mindspeed_mm.config.inherit import read_config
+from mindspeed_mm.config.options import ConfigFile
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.describe import describe_part
 from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, part_block
@@ -14,7 +15,7 @@ from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, find_family, loa
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION
 
 
-def read_model(source: str | Path | dict[str, Any], *, context: str | None = None) -> ModelSpec:
+def read_model(source: str | Path | ConfigFile | dict[str, Any], *, context: str | None = None) -> ModelSpec:
     """The ModelSpec of a model.json, as `load_model_spec` gives it, its blocks completed first.
 
     A text_decoder or vision_encoder with a ckpt_path and without num_layers takes all that it leaves out from the
@@ -25,7 +26,7 @@ def read_model(source: str | Path | dict[str, Any], *, context: str | None = Non
         WeightError: weights that cannot be read, or that do not say what is left out.
     """
     if not isinstance(source, dict):
-        source, context = read_json(source), context or str(source)
+        source, context = read_config(source), context or str(source)
     model, encoder = dict(source), source.get("image_encoder")
     if _is_short(model.get(TEXT)):
         model[TEXT] = _completed(TEXT, model[TEXT], context)

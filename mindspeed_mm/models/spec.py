@@ -6,7 +6,8 @@ from typing import Any
 
 import pydantic
 
-from mindspeed_mm.config.load import StrictModel, load_config, read_json
+from mindspeed_mm.config.inherit import read_config
+from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.models import trainable
 from mindspeed_mm.models.adapters import targets
 from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, SLOTS, Part, PartSpec, find_part, part_block, part_of
@@ -101,7 +102,7 @@ def load_model_spec(source: str | Path | dict[str, Any], *, context: str | None 
     `context` names the file that a parsed object came from. Raises ConfigError with all problems and their JSON paths.
     """
     if not isinstance(source, dict):
-        source, context = read_json(source), context or str(source)
+        source, context = read_config(source), context or str(source)
     if isinstance(source.get("model_id"), str):
         find_family(source["model_id"])
     encoder = source.get("image_encoder")

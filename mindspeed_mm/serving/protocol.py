@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.generation.options import GenerationOptions, generation_options
+from mindspeed_mm.generation.options import SAMPLING, GenerationOptions, generation_options
 from mindspeed_mm.serving.limits import ServingLimits
 from mindspeed_mm.serving.refusal import RequestRefused, refusal_of
 
@@ -195,7 +195,7 @@ def options_of(request: ChatRequest, limits: ServingLimits) -> dict[str, Any]:
         "seed": secrets.randbelow(MAX_SEED) if request.seed is None else request.seed % MAX_SEED,
     }
     if not sampling:  # they change nothing where nothing is drawn
-        options = {name: value for name, value in options.items() if name not in ("top_k", "min_p")}
+        options = {name: value for name, value in options.items() if name not in SAMPLING}
     if request.logprobs:
         chosen["logprobs"] = request.top_logprobs or 0
         if options.get("num_beams", 1) != 1:

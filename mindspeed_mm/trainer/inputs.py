@@ -10,7 +10,8 @@ import torch
 
 from checkpoint_converters.checkpoint import register_checkpoints
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
-from mindspeed_mm.config.load import read_json
+from mindspeed_mm.config.inherit import read_config
+from mindspeed_mm.config.options import ConfigFile
 from mindspeed_mm.data.build import build_dataset, check_user_tokens
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.dataset import Positions
@@ -46,8 +47,8 @@ class RunInputs:
         self,
         args: DriverArguments,
         platform: Platform,
-        model_path: str,
-        data_path: str,
+        model_path: str | ConfigFile,
+        data_path: str | ConfigFile,
         objective: str | None = None,
         lora: dict[str, Any] | None = None,
         objective_options: dict[str, Any] | None = None,
@@ -126,12 +127,12 @@ def _objective(config: DataConfig, name: str | None, options: dict[str, Any]) ->
     return find_objective(chosen).configured({**(written if chosen == given else {}), **options})
 
 
-def _model_spec(path: str, lora: dict[str, Any]) -> ModelSpec:
-    model = read_json(path)
+def _model_spec(path: str | ConfigFile, lora: dict[str, Any]) -> ModelSpec:
+    model = read_config(path)
     decoder = model.get("text_decoder")
     if lora and isinstance(decoder, dict):
         model = {**model, "text_decoder": {**decoder, "lora": {**(decoder.get("lora") or {}), **lora}}}
-    return read_model(model, context=path + (" with the --lora flags" if lora else ""))
+    return read_model(model, context=str(path) + (" with the --lora flags" if lora else ""))
 
 
 def with_facts_of(spec: ModelSpec, args: DriverArguments) -> DriverArguments:

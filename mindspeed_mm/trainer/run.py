@@ -16,6 +16,7 @@ from megatron.driver import initialize, loop, setup
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
+from mindspeed_mm.config.options import ConfigFile
 from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template_check import describe_sample
@@ -52,8 +53,8 @@ class TrainingRun:
         self,
         args: DriverArguments,
         platform: Platform,
-        model_path: str,
-        data_path: str,
+        model_path: str | ConfigFile,
+        data_path: str | ConfigFile,
         objective: str | None = None,
         lora: dict[str, Any] | None = None,
         objective_options: dict[str, Any] | None = None,
@@ -61,7 +62,7 @@ class TrainingRun:
         self.inputs = RunInputs(args, platform, model_path, data_path, objective, lora, objective_options)
         self.reference = ReferenceModel(self.inputs) if self.inputs.objective.reference else None
         self.validation = Validation(self.inputs, self._prepare)
-        self.counts, self._saved_counts = DataCounts(), {}
+        self.counts, self._saved_counts, self._saved_early_stop = DataCounts(), {}, {}
 
     def keep_reference(self, folder: str) -> None:
         """Keep the reference's log-probabilities in a folder. Raises ConfigError without a reference, or for a file."""
@@ -82,6 +83,7 @@ class TrainingRun:
         state = setup.setup(self.inputs.args, self._model_provider, self.inputs.platform, hooks)
         if state.iteration:
             self.counts.resume_from(self._saved_counts)
+            self.validation.early_stop.resume_from(self._saved_early_stop)
         if self.inputs.args.save and initialize.is_rank_0():
             self.inputs.tokenizer.save(Path(self.inputs.args.save) / TOKENIZER_FOLDER)
         first = self.inputs.dataset[0]
@@ -92,6 +94,8 @@ class TrainingRun:
         with self._leaving_a_curve(), forward_steps(self.inputs, state, self.feature_cache) as forward_step:
             report = loop.train(state, self.inputs.args, forward_step, self._batches(state), hooks)
         checkpoint = report.checkpoint or (find_checkpoint(self.inputs.args.save) if self.inputs.args.save else None)
+        if self.validation.early_stop.is_due() and report.iteration < self.inputs.args.train_iters:
+            self.validation.early_stop.tell(report.iteration, checkpoint)
         result = {
             "iteration": report.iteration,
             "loss": report.loss,
@@ -137,6 +141,7 @@ class TrainingRun:
             loss_name=self.inputs.objective.loss_name,
             metrics=self.inputs.objective.metrics,
             after_step=self._after_step,
+            finished=self.validation.early_stop.is_due,
         )
 
     def _prepare(self, state: TrainState, batches: list[Batch]) -> list[Batch]:
@@ -227,6 +232,7 @@ class TrainingRun:
                 "pad": self.inputs.data_config.dataset_param.preprocess_parameters.pad,
             },
             "data_counts": self.counts.as_saved(self.inputs.dataset.sets),
+            "early_stop": self.validation.early_stop.as_saved(),
             "objective": self.inputs.objective.name,
             "reference": None if self.reference is None else self.reference.kind,
             "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
@@ -234,6 +240,7 @@ class TrainingRun:
 
     def _compare(self, saved: dict[str, Any]) -> list[str]:
         self._saved_counts = saved.get("data_counts", {})
+        self._saved_early_stop = saved.get("early_stop", {})
         self._warn_about_order(saved.get("order", {}))
         if self.reference is not None:
             self.reference.resume_from(saved.get("reference"))

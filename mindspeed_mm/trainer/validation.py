@@ -18,6 +18,7 @@ from mindspeed_mm.data.build import DataCounts, build_loader
 from mindspeed_mm.data.config import DataloaderParam
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.trainer.early_stop import EarlyStop
 from mindspeed_mm.trainer.inputs import RunInputs
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,10 @@ class Validation:
     """Measures the loss on data.json's validation_parameters at --eval-interval, on the same samples each time."""
 
     def __init__(self, inputs: RunInputs, prepare: Prepare = lambda state, batches: batches) -> None:
-        """Checks the sets. `prepare` as in Hooks. Raises ConfigError where there are sets but no interval."""
+        """Checks the sets. `prepare` as in Hooks. Raises ConfigError where there are sets but no interval, or early
+        stopping without sets or with values that it cannot use."""
         self._inputs, self._dataset, self._prepare = inputs, None, prepare
+        self.early_stop = EarlyStop(inputs.args, validates=bool(inputs.data_config.dataset_param.validation_parameters))
         args, parameters = inputs.args, inputs.data_config.dataset_param
         if not parameters.validation_parameters:
             return
@@ -51,6 +54,7 @@ class Validation:
         loss = validation.evaluate(
             state, args, self._inputs.objective.forward_step, self._batches(state, batches), batches, hooks
         )
+        self.early_stop.add(loss, state.iteration)
         if is_rank_0():
             name = self._inputs.objective.loss_name
             perplexity = math.exp(min(loss, 700.0)) if name == "lm loss" else None

@@ -101,3 +101,29 @@ def test_validation_changes_nothing(train, tmp_path):
 def test_a_validation_set_needs_an_interval(train, capsys):
     code, _ = train(validation_parameters=[train.records("held_out.json", 4)])
     assert code == 1 and "when to use them is open: --eval-interval" in capsys.readouterr().err
+
+
+def test_early_stop(train, tmp_path, capsys):
+    """No loss falls by 1000: the first validation is the lowest; a resumed run knows how many followed it."""
+    from megatron.driver.initialize import shutdown
+
+    held_out, save = train.records("held_out.json", 4, "red.png"), str(tmp_path / "save")
+    flags = ["--eval-interval", "1", "--early-stop-min-improvement", "1000", "--early-stop-patience"]
+
+    def steps(*more):
+        code, _ = train(*flags, *more, "--load", save, validation_parameters=[held_out])
+        shutdown()
+        said = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        return code, len((tmp_path / "save" / "metrics.jsonl").read_text().splitlines()), said
+
+    code, done, said = steps("2", "--train-iters", "9", "--exit-interval", "2")
+    assert (code, done) == (0, 2) and "early stop" not in "".join(said)
+    code, done, said = steps("2", "--train-iters", "9")
+    assert (code, done) == (0, 3), "one validation without a lower loss was in the checkpoint"
+    assert (tmp_path / "save" / "iter_0000003" / "run.json").exists()
+    assert "early stop after step 3: 2 validation(s) in a row did not lower the loss by more than 1000" in said[-1]
+    assert "after step 1); saved in " in said[-1] and "iter_0000003" in said[-1]
+    code, done, said = steps("2", "--train-iters", "9")
+    assert (code, done) == (0, 3) and "early stop after step 3" in said[-1], "nothing is left to do"
+    code, done, said = steps("3", "--train-iters", "9")
+    assert (code, done) == (0, 4) and "early stop after step 4: 3 validation(s)" in said[-1]

@@ -39,8 +39,22 @@ def test_guide_file_is_accepted():
 
 
 def test_unsupported_value_says_what_is_possible():
-    with pytest.raises(ConfigError, match=r"typical_p: found 0.4, expected 1.0: this option is not supported"):
-        generation_options({"typical_p": 0.4})
+    with pytest.raises(ConfigError, match=r"guidance_scale: found 1.5, expected None: this option is not supported"):
+        generation_options({"guidance_scale": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"num_beam_groups": 2}, "num_beam_groups: found 2, .*diverse beam search: transformers 5 has it no more"),
+        ({"diversity_penalty": 0.5}, "diversity_penalty: found 0.5, .*diverse beam search"),
+        ({"force_words_ids": [[5]]}, "force_words_ids: .* Use prefix_allowed_tokens_fn in Python"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha: .*contrastive search"),
+    ],
+)
+def test_ways_of_decoding_that_transformers_has_no_more(values, reason):
+    with pytest.raises(ConfigError, match=reason):
+        generation_options(values)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +66,9 @@ def test_unsupported_value_says_what_is_possible():
         ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens 5 exceeds max_new_tokens 4"),
         ({"temperature": 0.7}, "temperature 0.7 asks for sampling, and do_sample is False: set do_sample"),
         ({"top_p": 0.9, "do_sample": False}, "top_p 0.9 asks for sampling"),
+        ({"forced_bos_token_id": 3, "suppress_tokens": [3, 4]}, "forced_bos_token_id 3 is also among suppress_tokens"),
+        ({"typical_p": 0.4}, "typical_p 0.4 asks for sampling"),
+        ({"min_length": 3, "min_new_tokens": 2}, "min_length 3 and min_new_tokens 2 both say"),
         ({"stop_strings": ["a", ""]}, "stop_strings: found an empty text"),
     ],
 )
@@ -79,6 +96,12 @@ def test_unknown_name_gets_the_nearest():
         {"top_k": -1},
         {"length_penalty": 1e300},
         {"num_return_sequences": 10**6},
+        {"eta_cutoff": 1.0, "do_sample": True},
+        {"bad_words_ids": []},
+        {"bad_words_ids": [[]]},
+        {"suppress_tokens": [-1]},
+        {"sequence_bias": [[[1], "much"]]},
+        {"exponential_decay_length_penalty": [3, -1.0]},
     ],
 )
 def test_impossible_values_are_refused(values):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import mindspeed_mm as mm
 from mindspeed_mm.generation.options import GenerationOptions
-from mindspeed_mm.generation.sampling import process, warp
+from mindspeed_mm.generation.rules import process
+from mindspeed_mm.generation.sampling import warp
 from tests.models.test_transformers_parity import batch, save_random_llava
 
 IMAGE = 130

@@ -63,6 +63,8 @@ def add_option_arguments(parser: argparse.ArgumentParser) -> None:
 
 def given_options(namespace: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
     """`values` with the flags on top; those of sampling switch it on, and a temperature of 0 off."""
+    from mindspeed_mm.generation.options import SAMPLING
+
     values = dict(values)
     for text in namespace.option:
         name, equals, value = text.partition("=")
@@ -77,7 +79,7 @@ def given_options(namespace: argparse.Namespace, values: dict[str, Any]) -> dict
     elif namespace.top_p is not None or namespace.top_k is not None:
         values["do_sample"] = True
     if namespace.temperature == 0:  # greedy, whatever a file says of drawing
-        values = {name: value for name, value in values.items() if name not in ("top_p", "top_k", "min_p")}
+        values = {name: value for name, value in values.items() if name == "temperature" or name not in SAMPLING}
     return values
 
 
