@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,9 +21,10 @@ from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.expand import Encoding
 from mindspeed_mm.data.index import default_folder
 from mindspeed_mm.data.media import MediaProcessor
+from mindspeed_mm.data.mixing import mixed_indices
 from mindspeed_mm.data.packing import PackedOrder
 from mindspeed_mm.data.sample import Batch, Encoded
-from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder, GroupedOrder, Order, WeightedOrder
+from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder, GroupedOrder, MixedOrder, Order, WeightedOrder
 from mindspeed_mm.data.template_check import check_template
 from mindspeed_mm.data.template_choice import template_of
 from mindspeed_mm.data.template_form import Template
@@ -91,7 +93,7 @@ def build_dataset(
         sets.append(DataSet(source, basic.repeat_time, basic.data_path))
         _check_pairs(sets[-1], kind, preferences)
     loading = config.dataloader_param
-    return MultimodalDataset(
+    dataset = MultimodalDataset(
         sets,
         encoding=Encoding(tokenizer, template, media, parameters.special_text),
         positions=positions,
@@ -104,6 +106,11 @@ def build_dataset(
         ),
         measured=(loading.packing or loading.group_by_modality_length) and not validation,
     )
+    if parameters.mixing is not None and not validation:
+        sizes = [len(data_set) for data_set in sets]
+        dataset.epoch = mixed_indices(parameters.mixing, sizes, parameters.set_names)
+        logger.info("mixing: an epoch has %d samples, of sets of %s", len(dataset.epoch), sizes)
+    return dataset
 
 
 def _check_pairs(data_set: DataSet, kind: str, preferences: bool) -> None:
@@ -148,21 +155,26 @@ def build_order(
     *,
     seed: int,
     weights: Sequence[float] | None = None,
+    epoch: np.ndarray | None = None,
     global_batch_size: int = 1,
 ) -> Order:
     """The endless sequence of samples (or packed rows) that a run trains on; equal on every rank.
 
+    `epoch` [n] int64 are the samples of an epoch where they are not all, each once; it goes without `weights`.
     Raises ConfigError for what does not go together.
     """
     if options.group_by_modality_length:
         if weights is not None:
             raise ConfigError('data config: "weight" and group_by_modality_length do not go together; use repeat_time.')
-        return GroupedOrder(dataset.lengths, batch=global_batch_size, seed=seed)
+        lengths = dataset.lengths if epoch is None else dataset.lengths[epoch]
+        grouped = GroupedOrder(lengths, batch=global_batch_size, seed=seed)
+        return grouped if epoch is None else MixedOrder(grouped, epoch)
     if weights is not None:
         sizes = [len(data_set) for data_set in dataset.sets]
         order: Order = WeightedOrder(sizes, weights, seed=seed, shuffle=options.shuffle)
     else:
-        order = EpochOrder(len(dataset), seed=seed, shuffle=options.shuffle)
+        order = EpochOrder(len(dataset) if epoch is None else len(epoch), seed=seed, shuffle=options.shuffle)
+        order = order if epoch is None else MixedOrder(order, epoch)
     if not options.packing:
         return order
     length = _row_length(dataset, options)
@@ -198,15 +210,16 @@ def build_loader(
     pad_multiple: int = 1,
     options: DataloaderParam | None = None,
     weights: Sequence[float] | None = None,
+    epoch: np.ndarray | None = None,
     global_batch_size: int | None = None,
     counts: DataCounts | None = None,
 ) -> Iterator[Batch]:
     """Endless iterator of the micro-batches of one data-parallel rank, from `consumed_samples` on.
 
     The order depends on `seed` and the data alone (see sampler.py). `options` are shuffle, packing, pinning and
-    prefetching of data.json, `weights` its weights, `global_batch_size` (default: micro_batch_size * dp_size) is for
-    grouping. `counts` is kept up to date. Errors of workers come out as themselves: DataError naming record and cause.
-    Close the iterator, or leave `ending.closing`, to end the workers.
+    prefetching of data.json, `weights` its weights, `epoch` the dataset's mixed epoch, `global_batch_size` (default:
+    micro_batch_size * dp_size) is for grouping. `counts` is kept up to date. Errors of workers come out as themselves:
+    DataError naming record and cause. Close the iterator, or leave `ending.closing`, to end the workers.
     """
     options = options or DataloaderParam()
     order = build_order(
@@ -214,6 +227,7 @@ def build_loader(
         options,
         seed=seed,
         weights=weights,
+        epoch=epoch,
         global_batch_size=global_batch_size or micro_batch_size * dp_size,
     )
     sampler = EndlessBatchSampler(

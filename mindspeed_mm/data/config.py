@@ -17,6 +17,7 @@ from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.config.options import ConfigFile
 from mindspeed_mm.data.grounding.notation import Notation, notation
 from mindspeed_mm.data.image import FAST_FILTERS, PROCESSOR_TYPES, ImageProcessor
+from mindspeed_mm.data.mixing import Mix, check_mix
 from mindspeed_mm.data.template import OWN_TEMPLATE, get_template
 
 DATASETS = "mindspeed_mm.data.datasets"
@@ -98,6 +99,9 @@ class BasicParameters(StrictModel):
 
     grounding: GroundingParameters | None = None
     """Of grounding: how its boxes are given and written."""
+
+    name: str | None = None
+    """What `mixing` calls the set; its number does as well."""
 
     return_type: Annotated[str | None, _only(None, "list", reason="records are read one by one")] = None
     data_storage_mode: Annotated[str, _only("standard", reason="JSON and JSONL files are read")] = "standard"
@@ -224,6 +228,9 @@ class DatasetParam(StrictModel):
     validation_parameters: tuple[BasicParameters, ...] = ()
     """Sets whose loss is measured at --eval-interval and never trained on."""
 
+    mixing: Mix | None = None
+    """How the sets of basic_parameters make an epoch (data/mixing.py); None: one behind the other, or by weights."""
+
     @pydantic.field_validator("basic_parameters", "validation_parameters", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -265,6 +272,16 @@ class DatasetParam(StrictModel):
                     readers = " or ".join(f'"{kind}"' for kind in kinds)
                     raise ValueError(f'{basic.data_path} has "{name}", which only the dataset_type {readers} reads')
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _known_sets(self) -> "DatasetParam":
+        check_mix(self.mixing, self.set_names, weighted=self.weights is not None)
+        return self
+
+    @property
+    def set_names(self) -> list[str | None]:
+        """Names of the sets, where they have one."""
+        return [basic.name for basic in self.basic_parameters]
 
     @property
     def weights(self) -> list[float] | None:

@@ -204,6 +204,8 @@ class MultimodalDataset(Dataset[Encoded]):
         """Where features of images are looked up, once the vision encoder is there."""
         self.names_pairs = False
         """Whether preference records get the name under which a store keeps their log-probabilities."""
+        self.epoch: np.ndarray | None = None
+        """[n] int64 indices of the samples of an epoch, where data.json mixes the sets; None: all, each once."""
         self._lengths: np.ndarray | None = None
         for data_set in self.sets:
             data_set.tell_unused_keys()
@@ -216,6 +218,11 @@ class MultimodalDataset(Dataset[Encoded]):
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of an epoch."""
+        return len(self) if self.epoch is None else len(self.epoch)
 
     @property
     def lengths(self) -> np.ndarray:

@@ -130,6 +130,17 @@ class GroupedOrder:
         return np.concatenate(by_length).astype(np.int64)
 
 
+class MixedOrder:
+    """An order of the samples of a mixed epoch, as indices of the dataset."""
+
+    def __init__(self, order: Order, epoch: np.ndarray):
+        """`epoch` [n] int64 are indices of the dataset; `order` gives indices of `epoch`, one at a position."""
+        self._order, self._epoch = order, epoch
+
+    def at(self, position: int) -> int:
+        return int(self._epoch[self._order.at(position)])
+
+
 class EndlessBatchSampler(Sampler[list[int]]):
     """Micro-batches of one data-parallel rank.
 

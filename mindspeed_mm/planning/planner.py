@@ -221,12 +221,12 @@ def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: in
     mean = sum(lengths) / len(lengths)
     loading = inputs.data_config.dataloader_param
     if not loading.packing:
-        return samples or len(dataset), PlannedRow(
+        return samples or dataset.epoch_samples, PlannedRow(
             positions=max(lengths), lengths=(mean,), work=work, supervised=supervised
         )
     length = loading.packing_length or dataset.max_length
     together = max(1, int(length / mean))
-    rows = (samples or len(dataset)) // together
+    rows = (samples or dataset.epoch_samples) // together
     logger.info("packing: about %d samples share a row; an epoch has %d rows", together, rows)
     return rows, PlannedRow(
         positions=length, lengths=(mean,) * together, work=work.times(together), supervised=together * supervised

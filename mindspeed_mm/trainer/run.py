@@ -182,6 +182,7 @@ class TrainingRun:
             pad_multiple=self.inputs.runtime.sequence_multiple,
             options=self.inputs.data_config.dataloader_param,
             weights=self.inputs.data_config.dataset_param.weights,
+            epoch=self.inputs.dataset.epoch,
             global_batch_size=self.inputs.args.global_batch_size,
             counts=self.counts,
         )
@@ -249,15 +250,16 @@ class TrainingRun:
 def order_facts(inputs: RunInputs) -> dict[str, Any]:
     """Everything that the order of samples is made of; each is named as the user changes it."""
     args, config, dataset = inputs.args, inputs.data_config, inputs.dataset
-    loading = config.dataloader_param
+    loading, mixing = config.dataloader_param, config.dataset_param.mixing
     sets = []
     for basic in config.dataset_param.basic_parameters:
         unset = {name for name in ("image_data", "sampling_seed") if getattr(basic, name) is None}
-        sets.append(basic.model_dump(mode="json", exclude={"data_folder", *unset}))
+        sets.append(basic.model_dump(mode="json", exclude={"data_folder", "name", *unset}))
     facts = {
         "--seed": args.seed,
         "samples": len(dataset),
         "basic_parameters of the data config": sets,
+        "mixing of the data config": mixing and mixing.model_dump(mode="json", exclude_none=True),
         "shuffle, packing or group_by_modality_length of the data config": [
             *(loading.shuffle, loading.packing, loading.group_by_modality_length),
             *((loading.packing_length, loading.packing_window) if loading.packing else ()),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,17 @@ def test_resuming_with_another_order_is_told(train):
     assert "--seed changed since the checkpoint was written" in err
     _, _, err = train("--train-iters", "4", "--seed", "7")
     assert "changed since the checkpoint" not in err
+
+
+def test_a_mix_is_trained_on_and_another_one_is_told(train):
+    train.dataset_param["mixing"] = {"subset": 0, "portion": 0.5, "shuffle": False}
+    train.dataloader_param = {"shuffle": False}
+    result, err = train("--train-iters", "2")[1:]
+    assert "mixing: an epoch has 3 samples, of sets of [6]" in err
+    facts = json.loads((Path(result["checkpoint"]) / "run.json").read_text())
+    assert "mixing of the data config" in json.dumps(facts)
+    train.dataset_param["mixing"] = {"subset": 0, "portion": 1.0, "shuffle": False}
+    assert "mixing of the data config changed since the checkpoint" in train("--train-iters", "3")[2]
 
 
 def test_letter_n_train_says_plans_verdict_before_it_begins(train):
