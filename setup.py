@@ -38,7 +38,7 @@ REQUIRES = [
 
 EVALUATE = ["openpyxl>=3.1"]
 QUICKSTART = [*EVALUATE, "scikit-learn>=1.4"]
-SERVE = ["fastapi>=0.115", "starlette>=0.41", "uvicorn>=0.34", "prometheus_client>=0.20"]
+SERVE = ["fastapi>=0.115", "starlette>=0.41", "uvicorn>=0.34", "prometheus_client>=0.20", "httpx>=0.27"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 EXTRAS = {
@@ -55,8 +55,8 @@ EXTRAS = {
         *QUICKSTART,
         *SERVE,
         "bitsandbytes>=0.45",
-        "httpx>=0.27",  # asks the servers in tests
         "openai>=1.50",  # the client that the servers are tested with
+        "playwright>=1.45",  # drives the web page in tests, with a chromium that is on the PATH
         "peft>=0.15",  # tests compare with it
         "pyarrow>=14",
         "pytest>=8",

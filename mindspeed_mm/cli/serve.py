@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.cli.flags.model import add_model_arguments, load_model, model_path
+from mindspeed_mm.cli.flags.workers import add_worker_arguments, check_role, heartbeat_of, registered, serve_controller
 from mindspeed_mm.errors import ConfigError
 
 HELP = "answer chat completions of the OpenAI protocol over HTTP"
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_worker_arguments(parser)
     add_model_arguments(parser)
     parser.add_argument("--served-model-name", metavar="NAME", help="default: the name of the weights' folder or file")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
@@ -49,6 +52,10 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     """Answer until SIGINT or SIGTERM."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("serve runs in one process: start it without torchrun")
+    check_role(namespace)
+    if namespace.role == "controller":
+        worker_token = read_token(namespace.worker_token_file, "--worker-token-file")
+        return serve_controller(namespace, given_limits(namespace), read_token(namespace.token_file), worker_token)
     try:
         from mindspeed_mm.serving.app import make_app
         from mindspeed_mm.serving.guard import is_loopback
@@ -57,6 +64,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve needs {error.name}: pip install 'mindspeed-mm[serve]'") from error
     limits, token = given_limits(namespace), read_token(namespace.token_file)
+    if namespace.role == "worker":  # only its controller asks it
+        token = read_token(namespace.worker_token_file, "--worker-token-file")
     path = model_path(namespace)
     vlm = load_model(namespace, path, device=None, dtype=None, tokenizer=None, image_processor=None)
     name = namespace.served_model_name or Path(path).resolve().name
@@ -67,7 +76,9 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     with listen(namespace.host, namespace.port) as listening:
         app = make_app(service, token=token, loopback_only=local)
         server = AddressServer(app, listening, shutdown_seconds=limits.shutdown_seconds, leave=namespace.check)
-        server.serve_until_told()
+        heartbeat = heartbeat_of(namespace, server.address, name, limits.batch_size, token)
+        with contextlib.nullcontext() if heartbeat is None else registered(heartbeat, service.thread, server):
+            server.serve_until_told()
     return {"model": name, "address": server.address}
 
 
@@ -89,16 +100,16 @@ def given_limits(namespace: argparse.Namespace):
         raise ConfigError("\n".join(lines)) from error
 
 
-def read_token(path: str | None) -> str | None:
+def read_token(path: str | None, flag: str = "--token-file") -> str | None:
     """The token in a file, white space around it left out. Raises ConfigError where there is none."""
     if path is None:
         return None
     try:
         token = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {path} cannot be read: {error}") from error
+        raise ConfigError(f"{flag} {path} cannot be read: {error}") from error
     if not token or not token.isascii() or any(map(str.isspace, token)):
-        raise ConfigError(f"--token-file {path}: expected one word of ASCII in it, and nothing else")
+        raise ConfigError(f"{flag} {path}: expected one word of ASCII in it, and nothing else")
     return token
 
 

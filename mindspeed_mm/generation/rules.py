@@ -82,7 +82,7 @@ def process_rows(
         [R, V] float32, a new tensor where anything changed.
 
     Raises:
-        DataError: `allowed` names no token, or one that the model does not have.
+        DataError: `allowed` names no token, or one that the model does not have; no row has a token left.
     """
     if options.ruled:
         pairs = zip(scores, histories, strict=True)
@@ -91,8 +91,16 @@ def process_rows(
         scores = _only_allowed(scores, histories, allowed)
     if options.ruled:
         scores = _by_place(scores, len(histories[0]), generated, options, stop_ids)
-    # Sampling makes them log-probabilities after its own cuts.
-    return scores.log_softmax(-1) if options.renormalize_logits and options.greedy else scores
+    dead = (scores == -torch.inf).all(-1)
+    if bool(dead.all()) and (options.ruled or allowed is not None):
+        raise DataError(
+            "the options forbid every next token: expected at least one that bad_words_ids, suppress_tokens, "
+            "no_repeat_ngram_size, prefix_allowed_tokens_fn and the like leave. Loosen them"
+        )
+    if not (options.renormalize_logits and options.greedy):  # sampling does it after its own cuts
+        return scores
+    # A beam without a token left stays out of the search: its log-probabilities would be NaN.
+    return torch.where(dead[:, None], scores, scores.log_softmax(-1))
 
 
 def _by_history(

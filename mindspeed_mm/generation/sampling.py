@@ -74,13 +74,8 @@ def pick_token(scores: torch.Tensor, options: GenerationOptions, generator: torc
     """Choose a token from processed scores [V] float32 on the CPU; `generator` is the sequence's own.
 
     Raises:
-        DataError: no token is left, or there are no probabilities to draw with.
+        DataError: there are no probabilities to draw with.
     """
-    if bool((scores == -torch.inf).all()):
-        raise DataError(
-            "the options forbid every next token: expected at least one that bad_words_ids, suppress_tokens, "
-            "no_repeat_ngram_size, prefix_allowed_tokens_fn and the like leave. Loosen them"
-        )
     if options.greedy:
         return int(scores.argmax())
     probabilities = warp(scores, options).softmax(-1)

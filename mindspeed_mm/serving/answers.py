@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,8 +10,7 @@ from typing import Any
 from mindspeed_mm.generation.engine import GenerationResult
 from mindspeed_mm.generation.text import REPLACEMENT
 from mindspeed_mm.serving.engine_thread import AnswerEnd, TokenChance
-
-DONE = "data: [DONE]\n\n"
+from mindspeed_mm.serving.events import event
 
 
 class ChatAnswer:
@@ -79,8 +77,3 @@ def usage(result: GenerationResult) -> dict[str, Any]:
         "total_tokens": result.prompt_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": result.cached_tokens},
     }
-
-
-def event(values: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {json.dumps(values, ensure_ascii=False)}\n\n"

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
+from mindspeed_mm.serving.error_forms import add_error_forms
 from mindspeed_mm.serving.guard import AccessGuard
 from mindspeed_mm.serving.page import PAGE, add_page
-from mindspeed_mm.serving.refusal import NOT_FOUND, SERVER_ERROR, UNAVAILABLE, RequestRefused
+from mindspeed_mm.serving.refusal import NOT_FOUND, UNAVAILABLE, RequestRefused
 from mindspeed_mm.serving.service import ChatService
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -43,7 +42,7 @@ def make_app(
 
     app = FastAPI(title="mindspeed-mm", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(AccessGuard, token=token, loopback_only=loopback_only)
-    _add_error_forms(app)
+    add_error_forms(app)
     model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "mindspeed-mm"}
 
     @app.post("/v1/chat/completions")
@@ -73,25 +72,3 @@ def make_app(
 
     add_page(app, page)
     return app
-
-
-def _add_error_forms(app: FastAPI) -> None:
-    """Every error has the protocol's form."""
-
-    @app.exception_handler(RequestRefused)
-    async def refused(_: Request, error: RequestRefused) -> Response:
-        return JSONResponse(error.body(), error.status, headers=error.headers())
-
-    @app.exception_handler(HTTPException)
-    async def of_the_framework(_: Request, error: HTTPException) -> Response:
-        refusal = RequestRefused(str(error.detail), status=error.status_code)
-        return JSONResponse(refusal.body(), refusal.status, headers=error.headers)
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=HTTPStatus.BAD_REQUEST)  # nobody reads it
-
-    @app.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> Response:
-        refusal = RequestRefused("the server has a fault; its log says more", status=SERVER_ERROR)
-        return JSONResponse(refusal.body(), refusal.status)

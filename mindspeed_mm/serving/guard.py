@@ -31,8 +31,7 @@ class AccessGuard:
     def __init__(self, app: ASGIApp, *, token: str | None, loopback_only: bool) -> None:
         """`loopback_only`: the Host header must name this machine, so that no web page reaches the server by a name
         of its own that resolves to loopback."""
-        self._app, self._loopback_only = app, loopback_only
-        self._token = None if token is None else token.encode()
+        self._app, self._loopback_only, self._token = app, loopback_only, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -52,13 +51,18 @@ class AccessGuard:
                 return RequestRefused(f"this server listens on loopback; found the host {host[:100]!r}", status=403)
         if self._token is None or not scope["path"].startswith(GUARDED):
             return None
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        # Both are compared whatever they are, in a time that tells nothing of the token.
-        right = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._token)
-        if kind.lower() == "bearer" and right:
-            return None
-        return RequestRefused(
-            "the bearer token is missing or wrong: send Authorization: Bearer TOKEN",
-            status=UNAUTHORIZED,
-            code="invalid_api_key",
-        )
+        return token_refusal(headers, self._token)
+
+
+def token_refusal(headers: Headers, token: str) -> RequestRefused | None:
+    """What a request is answered that does not bear the token; None where it does."""
+    kind, _, given = headers.get("authorization", "").partition(" ")
+    # Both are compared whatever they are, in a time that tells nothing of the token.
+    right = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), token.encode())
+    if kind.lower() == "bearer" and right:
+        return None
+    return RequestRefused(
+        "the bearer token is missing or wrong: send Authorization: Bearer TOKEN",
+        status=UNAUTHORIZED,
+        code="invalid_api_key",
+    )

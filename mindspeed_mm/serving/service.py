@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from mindspeed_mm.generation.engine import GenerationEngine
-from mindspeed_mm.serving.answers import DONE, ChatAnswer, event
+from mindspeed_mm.serving.answers import ChatAnswer
 from mindspeed_mm.serving.conversation import generation_request
 from mindspeed_mm.serving.engine_thread import AnswerEnd, AnswerPiece, EngineThread, RunningRequest
+from mindspeed_mm.serving.events import DONE, event
 from mindspeed_mm.serving.limits import ServingLimits
 from mindspeed_mm.serving.metrics import ServingMetrics
 from mindspeed_mm.serving.protocol import ChatRequest, options_of, read_chat_request

@@ -25,6 +25,7 @@ SHORT = {
     "evaluate": "--device cpu --max-new-tokens 3 --dtype fp32 --accept-table",
     "doctor": "--device cpu",
     "serve": "--device cpu --port 0 --check",
+    "serve controller": "--port 0 --check",
 }
 """Flags put behind a command's own: the small model has little to learn and to say, and tables are short."""
 
@@ -145,7 +146,7 @@ def told(words: list[str]) -> tuple[int, str, str]:
     from mindspeed_mm.cli.main import main
 
     words = without(words, ELSEWHERE)
-    line = [*words, *SHORT.get(words[0], "").split()]
+    line = [*words, *SHORT.get(" ".join(words[:2]), SHORT.get(words[0], "")).split()]
     if {"--help", "--compare", "--predictions"} & set(words):
         line = words
     before = sys.stdin

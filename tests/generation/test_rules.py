@@ -10,7 +10,7 @@ import mindspeed_mm as mm
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.generation.options import GenerationOptions, generation_options
 from mindspeed_mm.generation.rules import process_rows
-from mindspeed_mm.generation.sampling import pick_token, warp
+from mindspeed_mm.generation.sampling import warp
 from tests.generation.test_transformers_generate import LOGITS, expected, prompts
 from tests.models.test_transformers_parity import save_random_llava
 
@@ -97,6 +97,10 @@ def test_rules_give_transformers_scores(logits, prompt, answer, options, allowed
     theirs = TransformersRules().processors(prompt, options, None if allowed is None else lambda index, ids: allowed)
     wanted = theirs(torch.tensor([history]), scores)
     ours = None if allowed is None else lambda ids: allowed
+    if not wanted.isfinite().any():  # nothing is left, of which log-probabilities are NaN
+        with pytest.raises(DataError, match="the options forbid every next token"):
+            process_rows(scores, [history], len(answer), generation_options(options), STOPS, ours)
+        return
     found = process_rows(scores, [history], len(answer), generation_options(options), STOPS, ours)
     torch.testing.assert_close(found, wanted)
 
@@ -211,7 +215,17 @@ def test_impossible_continuations_are_told(models, allowed, message):
         models[1].generate(input_ids=[[5, 6]], max_new_tokens=3, eos_token_id=2, prefix_allowed_tokens_fn=answer)
 
 
-def test_options_that_leave_no_token_are_told():
-    scores = torch.full((4,), -torch.inf)
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_options_that_leave_no_token_are_told(models, beams, renormalize):
+    options = {"num_beams": beams, "renormalize_logits": renormalize, "suppress_tokens": [7], "eos_token_id": 2}
     with pytest.raises(DataError, match="the options forbid every next token"):
-        pick_token(scores, GenerationOptions(), torch.Generator())
+        models[1].generate(
+            input_ids=[[5, 6]], max_new_tokens=3, prefix_allowed_tokens_fn=lambda index, ids: [7], **options
+        )
+
+
+def test_a_beam_without_a_token_left_stays_out():
+    options = GenerationOptions(num_beams=2, renormalize_logits=True, no_repeat_ngram_size=1)
+    found = process_rows(torch.zeros(2, 3), [[0, 1, 2], [0, 1, 1]], 1, options, STOPS)
+    assert found.tolist() == [[-torch.inf] * 3, [-torch.inf, -torch.inf, 0.0]]

@@ -14,10 +14,18 @@ from PIL import Image
 def serving(service, **options):
     """A server with this service, which ends with the context."""
     from mindspeed_mm.serving.app import make_app
+
+    with app_on_loopback(make_app(service, **options)) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def app_on_loopback(app):
+    """A server of this application, which ends with the context."""
     from mindspeed_mm.serving.server import AddressServer, listen
 
     with listen("127.0.0.1", 0) as listening:
-        server = AddressServer(make_app(service, **options), listening, shutdown_seconds=10)
+        server = AddressServer(app, listening, shutdown_seconds=10)
         thread = threading.Thread(target=server.serve_until_told)
         thread.start()
         try:

@@ -11,6 +11,7 @@ SKIPS = {
     "tests/driver/test_two_hosts.py": "network namespaces: iproute2 and the rights to make them",
     "tests/adapters/test_qlora.py": "bitsandbytes, an extra",
     "tests/generation/test_quantized.py": "bitsandbytes, an extra",
+    "tests/serving/test_web_page.py": "playwright and a chromium",
     "tests/platform/test_platform.py": "a machine without the NPU stack",
 }
 SKIPPING = {"skip", "skipif", "importorskip", "xfail"}

@@ -15,8 +15,11 @@ from mindspeed_mm.errors import ConfigError
 
 @pytest.fixture
 def run(golden, capsys):
-    def run(*words):
-        code = main(["serve", "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", *map(str, words)])
+    def run(*words, role=None):
+        roles = [] if role is None else [role]
+        code = main(
+            ["serve", *roles, "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", *map(str, words)]
+        )
         return code, *capsys.readouterr()
 
     return run
@@ -52,6 +55,27 @@ def test_a_missing_extra_is_named(run, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "serve needs uvicorn: pip install 'mindspeed-mm[serve]'" in run()[2]
+
+
+def test_controller_and_worker(run, capsys, tmp_path):
+    assert main(["serve", "controller", "--port", "0", "--check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["address"].startswith("http://127.0.0.1:")
+    code, out, _ = run("--controller", "http://127.0.0.1:1", "--port", 0, "--check", "--json", role="worker")
+    assert code == 0 and json.loads(out)["model"] == "llava_hf"
+
+
+def test_roles_and_their_flags(run, capsys, tmp_path):
+    (tmp_path / "token").write_text("word")
+    url, token = "http://127.0.0.1:1", tmp_path / "token"
+    assert "serve controller has no model, but found --model" in run(role="controller")[2]
+    assert "--controller is a worker's" in run("--controller", url)[2]
+    assert "--worker-token-file belongs to serve controller" in run("--worker-token-file", token)[2]
+    assert "serve worker needs --controller" in run(role="worker")[2]
+    assert "give --worker-token-file FILE instead" in run("--controller", url, "--token-file", token, role="worker")[2]
+    everywhere = run("--controller", url, "--port", 0, "--host", "0.0.0.0", "--check", role="worker")
+    assert "give --worker-address http://HOST:PORT" in everywhere[2]
+    assert main(["serve", "controller", "--host", "0.0.0.0", "--check", "--port", "0"]) == 1
+    assert "could register as a worker" in capsys.readouterr().err
 
 
 def test_an_address_that_is_taken():
