@@ -174,7 +174,7 @@ def flags_of(*given):
     parser = argparse.ArgumentParser()
     train_command.add_arguments(parser)
     namespace = parser.parse_args([str(word) for word in given])
-    namespace.parser = parser
+    namespace.words = [str(word) for word in given]
     apply_cfg_path(namespace)
     return namespace
 

@@ -58,14 +58,14 @@ def apply_cfg_path(namespace: argparse.Namespace) -> None:
     run = map_run(namespace.cfg_path, namespace.options)
     folder = run.output / FOLDER
     namespace.mm_model, namespace.mm_data = _written(run, folder)
-    default = namespace.parser.get_default
+    given = {word.partition("=")[0] for word in namespace.words if word.startswith("--")}
     kept = []
     for name, value in run.flags.items():
-        both = name == "fp16" and namespace.bf16
-        if getattr(namespace, name) == default(name) and not both:
+        flags = ("--bf16", "--fp16") if name == "fp16" else ("--" + name.replace("_", "-"),)
+        if given.isdisjoint(flags):
             setattr(namespace, name, value)
         else:
-            kept.append("--" + name.replace("_", "-"))
+            kept += [flag for flag in flags if flag in given]
     if kept:
         run.mapped.report.append(f"the command line decides on {', '.join(kept)}")
     tell(namespace.cfg_path, run.mapped)
