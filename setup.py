@@ -28,6 +28,7 @@ REQUIRES = [
     "pillow>=10.1",
     "numpy>=1.26",
     "pydantic>=2.5",
+    "pyyaml>=6",
     "rich>=13",
     "psutil>=5.9",
     "tensorboard>=2.14",

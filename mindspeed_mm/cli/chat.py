@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
+from mindspeed_mm.cli.flags.cfg_path import add_cfg_path_arguments, chat_of_cfg_path
 from mindspeed_mm.cli.flags.model import (
     add_model_arguments,
     add_option_arguments,
@@ -44,6 +45,8 @@ WORD = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|((?:\\.|[^\s'"\\])+))(?=\s|$)"""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_cfg_path_arguments(parser)
+    parser.add_argument("--gpu-id", type=int, metavar="N", help="with --cfg-path, as the original's demo takes it: 0")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="image to begin with; repeatable")
     parser.add_argument("--system", metavar="TEXT", help="system text in place of the template's")
     add_option_arguments(parser)
@@ -55,11 +58,12 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.generation.options import generation_options
 
     refuse_idle_processes(namespace)
-    options = generation_options(given_options(namespace, {}))
-    if options.num_beams > 1 or options.num_return_sequences > 1:
-        raise ConfigError("chat gives one answer as it is written: leave num_beams and num_return_sequences at 1")
-    path = model_path(namespace)
-    vlm = load_model(namespace, path, device=None, dtype=None, tokenizer=None, image_processor=None)
+    with chat_of_cfg_path(namespace) as defaults:
+        options = generation_options(given_options(namespace, defaults))
+        if options.num_beams > 1 or options.num_return_sequences > 1:
+            raise ConfigError("chat gives one answer as it is written: leave num_beams and num_return_sequences at 1")
+        path = model_path(namespace)
+        vlm = load_model(namespace, path, device=None, dtype=None, tokenizer=None, image_processor=None)
     from mindspeed_mm.generation.chat import ChatSession
 
     session = ChatSession(vlm.engine(namespace.template, batch_size=1), options)

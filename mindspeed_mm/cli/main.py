@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _unknown_command(argv[0])
     parser = build_parser(only=command)
     namespace, unknown = parser.parse_known_args(argv)
+    namespace.words = argv
     set_up_logging()
     try:
         if unknown:

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from mindspeed_mm import ending
+from mindspeed_mm.cli.flags.cfg_path import add_cfg_path_arguments, apply_cfg_path
 from mindspeed_mm.cli.flags.lora import add_lora_arguments, given_lora
 from mindspeed_mm.cli.flags.preference import add_preference_arguments, given_preferences
 from mindspeed_mm.cli.plan import size
@@ -26,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from megatron.driver import arguments
 
     group = parser.add_argument_group("multimodal")
-    group.add_argument("--mm-model", required=True, metavar="JSON", help="architecture, freezing and weights")
-    group.add_argument("--mm-data", required=True, metavar="JSON", help="data sets, template, tokenizer")
+    group.add_argument("--mm-model", metavar="JSON", help="architecture, freezing and weights")
+    group.add_argument("--mm-data", metavar="JSON", help="data sets, template, tokenizer")
+    add_cfg_path_arguments(group)
     add_option_arguments(group)
     group.add_argument(
         "--objective", metavar="NAME", help='what is minimised: sft, dpo (default: "objective" of --mm-data, else sft)'
@@ -58,6 +60,7 @@ def prepared(namespace: argparse.Namespace) -> Any:
     from mindspeed_mm.trainer.feature_cache import options_of
     from mindspeed_mm.trainer.run import TrainingRun
 
+    apply_cfg_path(namespace)
     take_options(namespace)
     if namespace.mm_tool is not None:
         apply_tools(namespace, namespace.mm_tool)

@@ -13,6 +13,7 @@ from tests.docs.pages import ROOT
 from tests.evaluation.evaluation_helpers import choice_rows, image_cell, write_table
 from tests.helpers.golden_model import PROJECTOR, TEXT, VISION
 from tests.helpers.tiny_families import MAKERS
+from tests.helpers.tiny_minigpt4 import checkout
 
 WEIGHTS = {
     "llava_hf": ("llava-1.5-7b-hf",),
@@ -38,6 +39,8 @@ def make_stand_ins(golden: Path, folder: Path) -> Path:
     copy(folder / "llava-1.5-7b-hf", folder / "path/to/llava-1.5-7b-hf")
     (folder / "path/to/blip2-opt-2.7b").mkdir()
     MAKERS["blip2"](folder / "path/to/blip2-opt-2.7b")
+    copy(golden / "models" / "vicuna", folder / "gemma-2b-it")
+    checkout(folder, folder / "gemma-2b-it")
     Image.new("RGB", (60, 40), "red").save(folder / "view.jpg")
     make_data(folder)
     make_examples(folder)

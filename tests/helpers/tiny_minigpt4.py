@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.helpers.tiny_blip import QUERIES, blip2, square_processor
@@ -130,6 +134,62 @@ def concatenated(folder: Path, decoder: str = "llama", **config):
     linear = {f"llama_proj.{name}": tensor.detach().clone() for name, tensor in theirs.linear.named_parameters()}
     own = {"has_qformer": False, "vision_norm_eps": 1e-5} | config
     return theirs, save(folder, theirs.blip, linear, **own)
+
+
+def checkout(folder: Path, decoder: Path) -> None:
+    """Files of the guide's checkout in a folder: Gemma, the vision encoder, a linear, a shard, and both YAML files.
+
+    Heads are as wide as in the releases, whose number no file says. `decoder` holds the tokenizer and gets the weights.
+    """
+    text = transformers.LlamaConfig.from_pretrained(decoder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 16, "vocab_size": text.vocab_size}
+    ids = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes, **ids)).save_pretrained(decoder)
+    (folder / "weight").mkdir()
+    torch.save(eva_tensors(88, 4, 14), folder / "weight" / "eva_vit_g.pth")
+    linear = {"llama_proj.weight": torch.randn(32, 4 * 88) * 0.1, "llama_proj.bias": torch.zeros(32)}
+    torch.save({"model": linear}, folder / "checkpoint_5.pth")
+    (folder / "cc_sbu").mkdir()
+    with tarfile.open(folder / "cc_sbu" / "00000.tar", "w") as archive:
+        for number in range(8):
+            encoded, caption = io.BytesIO(), io.BytesIO(b'{"caption": "A cat."}')
+            Image.new("RGB", (30, 20), "red").save(encoded, format="PNG")
+            for name, content in ((f"{number}.png", encoded), (f"{number}.json", caption)):
+                member = tarfile.TarInfo(name)
+                member.size = content.seek(0, io.SEEK_END)
+                content.seek(0)
+                archive.addfile(member, content)
+    model = "model: {arch: minigpt4, model_type: pretrain_gemma, has_qformer: false, image_size: 56, "
+    model += "llama_model: gemma-2b-it}\n"
+    data = "datasets: {cc_sbu: {build_info: {storage: 'cc_sbu/{00000..00000}.tar'}}}\n"
+    run = "run: {output_dir: yaml_dir, init_lr: 1e-4, max_epoch: 4, iters_per_epoch: 5, batch_size_train: 8}\n"
+    names = {"train_configs/minigpt4_gemma_stage1_pretrain": data + run, "eval_configs/minigpt4_gemma_eval": ""}
+    for name, content in names.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir()
+        path.write_text(model + content)
+
+
+def eva_tensors(width: int, side: int, patch: int, layers: int = 3) -> dict[str, torch.Tensor]:
+    """Random tensors of a file such as eva_vit_g.pth, for `side` patches in a row."""
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, side * side + 1, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+    }
+    for number in range(layers):
+        block = f"blocks.{number}."
+        for name, rows, columns in (("attn.qkv", 3 * width, width), ("attn.proj", width, width)):
+            shapes[f"{block}{name}.weight"] = (rows, columns)
+        for name, rows, columns in (("mlp.fc1", 2 * width, width), ("mlp.fc2", width, 2 * width)):
+            shapes |= {f"{block}{name}.weight": (rows, columns), f"{block}{name}.bias": (rows,)}
+        for name in ("attn.q_bias", "attn.v_bias", "attn.proj.bias", "norm1.weight", "norm1.bias"):
+            shapes[block + name] = (width,)
+        shapes |= {block + "norm2.weight": (width,), block + "norm2.bias": (width,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
 
 
 def decoder_folder(model, folder: Path) -> Path:

@@ -9,20 +9,13 @@ import zlib
 from functools import partial
 from typing import Any
 
+from mindspeed_mm.config.minigpt4_model import QUESTIONS
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.conversation import checked_text
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
 from mindspeed_mm.data.keys import keys
 from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.errors import DataError
-
-QUESTIONS = (
-    "Describe this image in detail.",
-    "Take a look at this image and describe what you notice.",
-    "Please provide a detailed description of the image.",
-    "Could you describe the contents of this image for me?",
-)
-"""What the second stage asks for."""
 
 RECORD = keys("a record", "id", "image", "image_id", "caption", "instruction_input", "answer")
 PLACE = re.compile(r"\s*(<Img>)?<ImageHere>(</Img>)?\s*")

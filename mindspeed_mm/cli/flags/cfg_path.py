@@ -1,0 +1,147 @@
+"""--cfg-path and --options: MiniGPT-4's YAML files in place of our JSON files and flags."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mindspeed_mm.config.minigpt4_data import annotations, image_processor
+from mindspeed_mm.config.minigpt4_model import Mapped
+from mindspeed_mm.config.minigpt4_yaml import CHAT, MappedRun, map_chat, map_run
+from mindspeed_mm.errors import ConfigError
+
+FOLDER = "from_yaml"
+"""Below output_dir: what was made of the YAML file."""
+
+logger = logging.getLogger(__name__)
+
+
+def add_cfg_path_arguments(group: Any) -> None:
+    """The two flags."""
+    group.add_argument("--cfg-path", metavar="YAML", help="a YAML file of MiniGPT-4, mapped to our files and flags")
+    group.add_argument(
+        "--options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="with --cfg-path: values over those of the file, such as run.init_lr=1e-4",
+    )
+
+
+def apply_cfg_path(namespace: argparse.Namespace) -> None:
+    """Set files and flags of `mindspeed-mm train` as the YAML file says. Flags of the command line win.
+
+    Raises:
+        ConfigError: neither --cfg-path nor both files are given, or --cfg-path beside them; what `map_run` refuses.
+    """
+    files = {"--mm-model": namespace.mm_model, "--mm-data": namespace.mm_data}
+    if namespace.cfg_path is None:
+        if namespace.options:
+            raise ConfigError("--options is given without --cfg-path; --cfg-options changes --mm-model and --mm-data")
+        missing = [flag for flag, path in files.items() if path is None]
+        if missing:
+            raise ConfigError(
+                f"{' and '.join(missing)}: found none; expected both files, or --cfg-path with a YAML file"
+            )
+        return
+    given = [flag for flag, path in files.items() if path is not None]
+    if given:
+        raise ConfigError(f"--cfg-path is given beside {' and '.join(given)}: keep either")
+    run = map_run(namespace.cfg_path, namespace.options)
+    folder = run.output / FOLDER
+    namespace.mm_model, namespace.mm_data = _written(run, folder)
+    given = {word.partition("=")[0] for word in namespace.words if word.startswith("--")}
+    kept = []
+    for name, value in run.flags.items():
+        flags = ("--bf16", "--fp16") if name == "fp16" else ("--" + name.replace("_", "-"),)
+        if given.isdisjoint(flags):
+            setattr(namespace, name, value)
+        else:
+            kept += [flag for flag in flags if flag in given]
+    if kept:
+        run.mapped.report.append(f"the command line decides on {', '.join(kept)}")
+    tell(namespace.cfg_path, run.mapped)
+
+
+@contextlib.contextmanager
+def chat_of_cfg_path(namespace: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Set the model, template and --quantize of `mindspeed-mm chat` as the YAML file says; inside, its files are there.
+
+    Yields the generation options of the original's demo, or none without --cfg-path.
+
+    Raises:
+        ConfigError: --cfg-path beside another model, or a flag without it; what `map_chat` refuses.
+    """
+    if namespace.cfg_path is None:
+        if namespace.options or namespace.gpu_id is not None:
+            raise ConfigError("--options and --gpu-id go with --cfg-path, which is not given: leave them out")
+        yield {}
+        return
+    if namespace.model or namespace.load:
+        raise ConfigError("--cfg-path is given beside --model or --load: keep either")
+    if namespace.gpu_id not in (None, 0):
+        raise ConfigError(
+            f"--gpu-id: found {namespace.gpu_id}, expected 0: choose a card by its number in the environment's "
+            "CUDA_VISIBLE_DEVICES or ASCEND_RT_VISIBLE_DEVICES"
+        )
+    mapped, low_resource = map_chat(namespace.cfg_path, namespace.options)
+    if low_resource and namespace.quantize is None:
+        namespace.quantize = "int8"
+    tell(namespace.cfg_path, mapped)
+    if mapped.checkpoint.is_dir():
+        namespace.load = str(mapped.checkpoint)  # a training checkpoint of ours is a whole model with its template
+        yield CHAT
+        return
+    namespace.template = namespace.template or mapped.template
+    with tempfile.TemporaryDirectory() as folder:
+        namespace.model = str(write_model(mapped, Path(folder)))
+        yield CHAT
+
+
+def tell(path: str, mapped: Mapped) -> None:
+    """Log the report."""
+    logger.info("%s:\n  %s", path, "\n  ".join(mapped.report))
+
+
+def write_model(mapped: Mapped, folder: Path) -> Path:
+    """model.json and the image processor in a folder; links to the projector's files where it has several."""
+    if mapped.files:
+        (folder / "bridge").mkdir(parents=True, exist_ok=True)
+        for path in mapped.files:
+            _link(path.resolve(), folder / "bridge" / path.name)
+        mapped.model["image_encoder"]["vision_projector"]["ckpt_path"] = str(folder / "bridge")
+    _write(folder / "preprocessor_config.json", image_processor(mapped))
+    _write(folder / "model.json", mapped.model)
+    return folder / "model.json"
+
+
+def _written(run: MappedRun, folder: Path) -> tuple[str, str]:
+    """Paths of model.json and data.json. The ranks of a run write the same, each beside and then in place."""
+    model = write_model(run.mapped, folder)
+    first = run.data["dataset_param"]["basic_parameters"][0]
+    if run.data["dataset_param"]["dataset_type"] == "minigpt4":
+        _write(folder / "records.json", annotations(Path(first["data_path"])))
+        first["data_path"] = str(folder / "records.json")
+    _write(folder / "data.json", run.data)
+    return str(model), str(folder / "data.json")
+
+
+def _write(path: Path, values: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    beside.replace(path)
+
+
+def _link(target: Path, path: Path) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside.symlink_to(target)
+    beside.replace(path)
