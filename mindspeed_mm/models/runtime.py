@@ -112,6 +112,33 @@ def _stages(spec, runtime: Runtime) -> list[list[str]] | None:
     return stages
 
 
+def encoder_config(spec, runtime: Runtime, *, num_layers: int | None = None, **overrides) -> TransformerConfig:
+    """TransformerConfig of a part with attention that one stage holds; `num_layers` (default: the spec's) and
+    `overrides` as in `transformer_config`."""
+    return transformer_config(
+        spec,
+        runtime,
+        num_layers=spec.num_layers if num_layers is None else num_layers,
+        pipelined=False,
+        sequence_parallel=False,
+        **attention_fields(spec),
+        **overrides,
+    )
+
+
+def linears_config(spec, runtime: Runtime, *, num_layers: int) -> TransformerConfig:
+    """TransformerConfig of a part of linears alone that one stage holds."""
+    return transformer_config(
+        spec,
+        runtime,
+        num_layers=num_layers,
+        pipelined=False,
+        sequence_parallel=False,
+        # There is no attention; megatron.core wants a number that the ranks can share.
+        num_attention_heads=runtime.tensor_model_parallel_size,
+    )
+
+
 def attention_fields(spec) -> dict:
     """Fields of a part that has transformer layers (the projector has none)."""
     return {

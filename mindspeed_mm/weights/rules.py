@@ -200,6 +200,17 @@ class GateUp(Rule):
 
 
 @dataclass(frozen=True)
+class Halves(Rule):
+    """One source tensor of two halves of rows (gate and up, keys and values), as ours is; the ranks share out both."""
+
+    def blocks(self, geometry: Geometry) -> int:
+        return 2
+
+    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
+        return [size // 2] * 2
+
+
+@dataclass(frozen=True)
 class Reshape(Rule):
     """The same values in another shape; -1 in `ours` or `theirs` stands for the size that fits."""
 

@@ -8,19 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mindspeed_mm.models.kit.decoder_rules import LAYER
-from mindspeed_mm.weights.rules import Drop, Geometry, Rule, RuleSet
+from mindspeed_mm.weights.rules import Drop, Halves, Rule, RuleSet
 
 CROSS = LAYER + "gated_cross."
-
-
-class KeysValues(Rule):
-    """One tensor with the rows of all keys, then those of all values; the ranks share out both."""
-
-    def blocks(self, geometry: Geometry) -> int:
-        return 2
-
-    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
-        return [size // 2] * 2
 
 
 def with_cross_attention(rules: RuleSet, layer: str, *, every: int, mlp: str) -> RuleSet:
@@ -40,14 +30,14 @@ def with_cross_attention(rules: RuleSet, layer: str, *, every: int, mlp: str) ->
         "linear_kv.weight": "attn.to_kv.weight",
         "linear_proj.weight": "attn.to_out.weight",
         "attention_gate": "attn_gate",
-        "mlp_norm.weight": mlp + "0.weight",
-        "mlp_norm.bias": mlp + "0.bias",
-        "linear_fc1.weight": mlp + "1.weight",
-        "linear_fc2.weight": mlp + "3.weight",
+        "mlp.norm.weight": mlp + "0.weight",
+        "mlp.norm.bias": mlp + "0.bias",
+        "mlp.linear_fc1.weight": mlp + "1.weight",
+        "mlp.linear_fc2.weight": mlp + "3.weight",
         "mlp_gate": "ff_gate",
     }
     axes = {"linear_q.weight": 0, "linear_kv.weight": 0, "linear_proj.weight": 1}
-    axes |= {"linear_fc1.weight": 0, "linear_fc2.weight": 1}
+    axes |= {"mlp.linear_fc1.weight": 0, "mlp.linear_fc2.weight": 1}
     own = [
         replace(
             rule,
@@ -58,7 +48,7 @@ def with_cross_attention(rules: RuleSet, layer: str, *, every: int, mlp: str) ->
         for rule in rules.rules
     ]
     crossing = [
-        (KeysValues if ours.startswith("linear_kv") else Rule)(
+        (Halves if ours.startswith("linear_kv") else Rule)(
             CROSS + ours, (theirs + name,), axes.get(ours), layer_stride=(every - 1, every)
         )
         for ours, name in names.items()

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
 from mindspeed_mm.models.media import Features, Media, fixed_size_features
-from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
+from mindspeed_mm.models.runtime import Runtime, encoder_config
 
 
 class FixedSizeEncoder(MegatronModule):
@@ -20,14 +20,7 @@ class FixedSizeEncoder(MegatronModule):
 
     def __init__(self, spec, runtime: Runtime, *, patch_bias: bool) -> None:
         """`patch_bias`: whether the patch embedding has a bias."""
-        config = transformer_config(
-            spec,
-            runtime,
-            num_layers=spec.num_built_layers,
-            pipelined=False,
-            sequence_parallel=False,
-            **attention_fields(spec),
-        )
+        config = encoder_config(spec, runtime, num_layers=spec.num_built_layers)
         super().__init__(config=config)
         self.spec = spec
         self.conv1 = torch.nn.Conv2d(

@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from mindspeed_mm.models.kit.perceiver import unbiased_column, unbiased_row
+from mindspeed_mm.models.kit.perceiver import UnbiasedMLP, unbiased_column, unbiased_row
 from mindspeed_mm.platform import current_platform
 
 EPSILON = 1e-5
@@ -63,7 +63,8 @@ class GatedCrossBlock(MegatronModule):
 
     def __init__(self, config: TransformerConfig, cross: CrossAttention) -> None:
         config = copy.copy(config)
-        config.ffn_hidden_size = EXPANSION * config.hidden_size
+        config.ffn_hidden_size, config.layernorm_epsilon = EXPANSION * config.hidden_size, EPSILON
+        config.activation_func = torch.nn.functional.gelu
         super().__init__(config=config)
         whole = copy.copy(config)  # the features are whole on every rank
         whole.sequence_parallel = False
@@ -73,12 +74,10 @@ class GatedCrossBlock(MegatronModule):
         self.linear_q = unbiased_column(config, width, size)
         self.linear_kv = unbiased_column(whole, cross.memory_size, 2 * size)
         self.linear_proj = unbiased_row(config, size, width)
-        self.mlp_norm = torch.nn.LayerNorm(width, eps=EPSILON)
-        self.linear_fc1 = unbiased_column(config, width, config.ffn_hidden_size)
-        self.linear_fc2 = unbiased_row(config, config.ffn_hidden_size, width)
+        self.mlp = UnbiasedMLP(config)
         self.attention_gate = torch.nn.Parameter(torch.zeros(1))
         self.mlp_gate = torch.nn.Parameter(torch.zeros(1))
-        norms = (self.attention_norm.parameters(), self.mlp_norm.parameters())
+        norms = (self.attention_norm.parameters(), self.mlp.norm.parameters())
         for parameter in (self.attention_gate, self.mlp_gate, *norms[0], *norms[1]):
             parameter.sequence_parallel = config.sequence_parallel
         self.platform = current_platform()
@@ -99,8 +98,7 @@ class GatedCrossBlock(MegatronModule):
         """
         if memory is not None:
             hidden = hidden + self._attend(hidden, memory, mask) * self.attention_gate.tanh()
-        inner = torch.nn.functional.gelu(self.linear_fc1(self.mlp_norm(hidden))[0])
-        return hidden + self.linear_fc2(inner)[0] * self.mlp_gate.tanh()
+        return hidden + self.mlp(hidden) * self.mlp_gate.tanh()
 
     def _attend(self, hidden: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         query, (key, value) = self.linear_q(self.attention_norm(hidden))[0], self.linear_kv(memory)[0].chunk(2, dim=-1)

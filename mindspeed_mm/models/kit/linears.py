@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm.models.kit.norm import RMSNorm
 from mindspeed_mm.models.media import Features
-from mindspeed_mm.models.runtime import Runtime, transformer_config
+from mindspeed_mm.models.runtime import Runtime, linears_config
 
 MERGER_EPSILON = 1e-6
 """Of the merger's norm; transformers has the number in its code."""
@@ -22,15 +22,7 @@ class MLPProjector(MegatronModule):
     """Linears with biases and GELU between them (LLaVA's linear and mlpNx_gelu)."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
-        config = transformer_config(
-            spec,
-            runtime,
-            num_layers=spec.num_layers,
-            pipelined=False,
-            sequence_parallel=False,
-            # There is no attention; megatron.core wants a number that the ranks can share.
-            num_attention_heads=runtime.tensor_model_parallel_size,
-        )
+        config = linears_config(spec, runtime, num_layers=spec.num_layers)
         super().__init__(config=config)
         self.encoder = Linears(config, spec.sizes)
 

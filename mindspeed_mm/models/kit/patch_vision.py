@@ -16,7 +16,7 @@ from mindspeed_mm.models.kit.attention import ScopedSegments
 from mindspeed_mm.models.kit.rotary import inverse_frequencies
 from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
 from mindspeed_mm.models.media import Features, Media
-from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
+from mindspeed_mm.models.runtime import Runtime, encoder_config
 from mindspeed_mm.platform.segments import Segments
 
 Grid = tuple[int, int, int]
@@ -31,14 +31,7 @@ class PatchVisionEncoder(MegatronModule):
     """
 
     def __init__(self, spec, runtime: Runtime) -> None:
-        config = transformer_config(
-            spec,
-            runtime,
-            num_layers=spec.num_layers,
-            pipelined=False,
-            sequence_parallel=False,
-            **attention_fields(spec),
-        )
+        config = encoder_config(spec, runtime)
         super().__init__(config=config)
         self.spec = spec
         self.patch_embedding = torch.nn.Linear(spec.patch_channels, spec.hidden_size, bias=False)

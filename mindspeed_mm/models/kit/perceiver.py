@@ -11,8 +11,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm.errors import DataError
+from mindspeed_mm.models.kit.layer_list import LayerList
 from mindspeed_mm.models.media import Features
-from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
+from mindspeed_mm.models.runtime import Runtime, encoder_config
 from mindspeed_mm.platform import current_platform
 
 
@@ -20,20 +21,13 @@ class PerceiverResampler(MegatronModule):
     """Learned latents that attend to all features of an item and to one another."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
-        config = transformer_config(
-            spec,
-            runtime,
-            num_layers=spec.num_layers,
-            pipelined=False,
-            sequence_parallel=False,
-            **attention_fields(spec),
-        )
+        config = encoder_config(spec, runtime)
         super().__init__(config=config)
         self.spec = spec
         self.latents = torch.nn.Parameter(torch.randn(spec.num_latents, spec.hidden_size))
         if spec.max_frames is not None:
             self.frame_embeddings = torch.nn.Parameter(torch.randn(spec.max_frames, spec.hidden_size))
-        self.encoder = PerceiverLayers(config)
+        self.encoder = LayerList(config, (PerceiverLayer(config) for _ in range(config.num_layers)))
         self.final_norm = torch.nn.LayerNorm(spec.hidden_size, eps=spec.layernorm_epsilon)
 
     def forward(self, features: Features) -> Features:
@@ -63,27 +57,6 @@ class PerceiverResampler(MegatronModule):
             memory = memory + places
         latents = self.encoder(self.latents.expand(memory.shape[0], -1, -1), memory)
         return self.final_norm(latents)
-
-
-class PerceiverLayers(MegatronModule):
-    """All layers."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config=config)
-        self.layers = torch.nn.ModuleList(PerceiverLayer(config) for _ in range(config.num_layers))
-
-    def forward(self, latents: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """[I, L, W], [I, K, W] -> [I, L, W]"""
-        for layer in self.layers:
-            latents = layer(latents, memory)
-        return latents
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
-        """Of each layer by itself: megatron.core takes what stands in a list for whole on every rank."""
-        tensors = {}
-        for number, layer in enumerate(self.layers):
-            tensors |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)
-        return tensors
 
 
 class PerceiverLayer(MegatronModule):

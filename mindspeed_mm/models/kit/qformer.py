@@ -14,8 +14,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm.errors import DataError
+from mindspeed_mm.models.kit.layer_list import LayerList
 from mindspeed_mm.models.media import Features, Media
-from mindspeed_mm.models.runtime import Runtime, attention_fields, transformer_config
+from mindspeed_mm.models.runtime import Runtime, encoder_config, linears_config
 from mindspeed_mm.platform import current_platform
 
 
@@ -23,15 +24,7 @@ class QFormerProjector(MegatronModule):
     """The encoder's final norm, learned queries that attend to its features, and a linear."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
-        config = transformer_config(
-            spec,
-            runtime,
-            num_layers=spec.num_layers,
-            pipelined=False,
-            sequence_parallel=False,
-            hidden_size=spec.width,
-            **attention_fields(spec),
-        )
+        config = encoder_config(spec, runtime, hidden_size=spec.width)
         super().__init__(config=config)
         self.spec = spec
         self.vision_norm = torch.nn.LayerNorm(spec.input_size, eps=spec.vision_norm_epsilon)
@@ -43,7 +36,7 @@ class QFormerProjector(MegatronModule):
             for table in (self.text_embeddings, self.text_positions):
                 torch.nn.init.normal_(table.weight, std=config.init_method_std)
         self.input_norm = torch.nn.LayerNorm(spec.width, eps=spec.layernorm_epsilon)
-        self.encoder = QFormerLayers(config, spec)
+        self.encoder = LayerList(config, (QFormerLayer(config, spec, number) for number in range(spec.num_layers)))
         self.linear_projection = _column(config, spec.width, spec.hidden_size, gather_output=True)
 
     def forward(self, features: Features) -> Features:
@@ -94,15 +87,7 @@ class PatchConcat(MegatronModule):
     token is left out (MiniGPT-4 without a Q-Former)."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
-        config = transformer_config(
-            spec,
-            runtime,
-            num_layers=1,
-            pipelined=False,
-            sequence_parallel=False,
-            # There is no attention; megatron.core wants a number that the ranks can share.
-            num_attention_heads=runtime.tensor_model_parallel_size,
-        )
+        config = linears_config(spec, runtime, num_layers=1)
         super().__init__(config=config)
         self.spec = spec
         self.vision_norm = torch.nn.LayerNorm(spec.input_size, eps=spec.vision_norm_epsilon, elementwise_affine=False)
@@ -122,25 +107,6 @@ class PatchConcat(MegatronModule):
 def scaled(values: torch.Tensor, factor: float | None) -> torch.Tensor:
     """`values` times a factor, which is rounded to their type first, as transformers does with Gemma's."""
     return values if factor is None else values * torch.tensor(factor, dtype=values.dtype).item()
-
-
-class QFormerLayers(MegatronModule):
-    def __init__(self, config: TransformerConfig, spec) -> None:
-        super().__init__(config=config)
-        self.layers = torch.nn.ModuleList(QFormerLayer(config, spec, number) for number in range(spec.num_layers))
-
-    def forward(self, hidden: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """[R, S, W], [R, P, Hv] -> [R, S, W]; `mask` as in BertAttention, of self-attention alone."""
-        for layer in self.layers:
-            hidden = layer(hidden, memory, mask)
-        return hidden
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
-        """Of each layer by itself: megatron.core takes what stands in a list for whole on every rank."""
-        tensors = {}
-        for number, layer in enumerate(self.layers):
-            tensors |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)
-        return tensors
 
 
 class QFormerLayer(MegatronModule):

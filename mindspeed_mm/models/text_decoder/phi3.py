@@ -1,7 +1,6 @@
 """Phi-3 decoder: Llama whose weights store queries, keys and values, and gate and up, as one tensor each; rotary
 positions on a share of each head and LongRoPE where the config says so."""
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -11,7 +10,7 @@ from mindspeed_mm.models.kit.decoder_rules import ATTENTION, CHECKED, HF_LAYER, 
 from mindspeed_mm.models.kit.decoder_spec import DecoderTraits, WindowedSpec
 from mindspeed_mm.models.kit.hf_config import HfFormat, read_rope
 from mindspeed_mm.models.part import Part
-from mindspeed_mm.weights.rules import Geometry, PackedQKV, Rule
+from mindspeed_mm.weights.rules import Halves, PackedQKV
 
 
 class Phi3Spec(WindowedSpec):
@@ -73,20 +72,9 @@ def to_hf(spec: Phi3Spec, dtype: str) -> dict[str, Any]:
     return written
 
 
-@dataclass(frozen=True)
-class PackedGateUp(Rule):
-    """One source tensor with all gate rows, then all up rows, as ours is; the ranks share out both."""
-
-    def blocks(self, geometry: Geometry) -> int:
-        return 2
-
-    def source_blocks(self, size: int, geometry: Geometry) -> list[int]:
-        return [size // 2] * 2
-
-
 HF_RULES = hf_rules(
     qkv=(PackedQKV(ATTENTION + "linear_qkv.weight", (HF_LAYER + "self_attn.qkv_proj.weight",), axis=0),),
-    gate_up=PackedGateUp(LAYER + "mlp.linear_fc1.weight", (HF_LAYER + "mlp.gate_up_proj.weight",), axis=0),
+    gate_up=Halves(LAYER + "mlp.linear_fc1.weight", (HF_LAYER + "mlp.gate_up_proj.weight",), axis=0),
 )
 
 PART = Part(

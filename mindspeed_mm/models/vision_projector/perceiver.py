@@ -10,10 +10,9 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm.config.load import load_config
-from mindspeed_mm.models.kit.cross_rules import KeysValues
 from mindspeed_mm.models.operations import EncoderWork, Product
 from mindspeed_mm.models.part import Part, PartSpec, Size, only
-from mindspeed_mm.weights.rules import Geometry, Rule, RuleSet
+from mindspeed_mm.weights.rules import Geometry, Halves, Rule, RuleSet
 
 EXPANSION = 4
 """Width of the MLP over that of the latents; in all releases."""
@@ -123,7 +122,7 @@ def _rules(attention: str, mlp: str) -> RuleSet:
             *_norm(_ATTENTION + "media_norm", attention + "norm_media"),
             *_norm(_ATTENTION + "latent_norm", attention + "norm_latents"),
             Rule(_ATTENTION + "linear_q.weight", (attention + "to_q.weight",), axis=0),
-            KeysValues(_ATTENTION + "linear_kv.weight", (attention + "to_kv.weight",), axis=0),
+            Halves(_ATTENTION + "linear_kv.weight", (attention + "to_kv.weight",), axis=0),
             Rule(_ATTENTION + "linear_proj.weight", (attention + "to_out.weight",), axis=1),
             *_norm(_MLP + "norm", mlp + "0"),
             Rule(_MLP + "linear_fc1.weight", (mlp + "1.weight",), axis=0),
