@@ -6,11 +6,18 @@ import argparse
 import contextlib
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.cli.flags.model import add_model_arguments, load_model, model_path
-from mindspeed_mm.cli.flags.workers import add_worker_arguments, check_role, heartbeat_of, registered, serve_controller
+from mindspeed_mm.cli.flags.workers import (
+    add_worker_arguments,
+    check_role,
+    heartbeat_of,
+    registered,
+    serve_controller,
+)
 from mindspeed_mm.errors import ConfigError
 
 HELP = "answer chat completions of the OpenAI protocol over HTTP"
@@ -58,8 +65,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         return serve_controller(namespace, given_limits(namespace), read_token(namespace.token_file), worker_token)
     try:
         from mindspeed_mm.serving.app import make_app
-        from mindspeed_mm.serving.guard import is_loopback
-        from mindspeed_mm.serving.server import AddressServer, listen
+        from mindspeed_mm.serving.server import address_server
         from mindspeed_mm.serving.service import ChatService
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve needs {error.name}: pip install 'mindspeed-mm[serve]'") from error
@@ -70,12 +76,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     vlm = load_model(namespace, path, device=None, dtype=None, tokenizer=None, image_processor=None)
     name = namespace.served_model_name or Path(path).resolve().name
     service = ChatService(name, lambda: vlm.engine(namespace.template, batch_size=limits.batch_size), limits)
-    local = is_loopback(namespace.host)
-    if not local and token is None:
-        logger.warning("everybody who reaches %s may ask: --token-file FILE asks for a token", namespace.host)
-    with listen(namespace.host, namespace.port) as listening:
-        app = make_app(service, token=token, loopback_only=local)
-        server = AddressServer(app, listening, shutdown_seconds=limits.shutdown_seconds, leave=namespace.check)
+    make = partial(make_app, service)
+    with address_server(make, namespace.host, namespace.port, token, limits, leave=namespace.check) as server:
         heartbeat = heartbeat_of(namespace, server.address, name, limits.batch_size, token)
         with contextlib.nullcontext() if heartbeat is None else registered(heartbeat, service.thread, server):
             server.serve_until_told()

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mindspeed_mm.config.load import MAX_CONFIG_BYTES, nearest
+from mindspeed_mm.config.load import config_bytes, nearest
 from mindspeed_mm.errors import ConfigError
 
 SECTIONS = ("model", "datasets", "run", "evaluation_datasets", "preprocess")
@@ -22,15 +22,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, too large, no YAML, names a Python object, or holds something else.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; expected a YAML file there. Correct the path."
-        ) from error
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; expected a YAML configuration.")
-    try:
-        values = yaml.safe_load(raw)
+        values = yaml.safe_load(config_bytes(path, "YAML"))
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{path} is not plain YAML: {' '.join(str(error).split())}. Correct the file there."
@@ -153,5 +145,5 @@ class Section:
         for key in self._values:
             if key not in self._asked:
                 close = nearest(key, self._asked)
-                hint = f'did you mean "{close}"?' if close else f"known keys: {', '.join(sorted(self._asked))}"
+                hint = f'did you mean "{close}"?' if close else f"known keys: {', '.join(sorted(self._asked))}."
                 raise ConfigError(f"{self.name}.{key}: has no meaning here; {hint} Take it out of the file.")

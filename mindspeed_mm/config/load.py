@@ -37,15 +37,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     a key twice, or does not hold an object.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}; expected a JSON file there. Correct the path or its permissions."
-        ) from error
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; expected a JSON configuration.")
+    raw = config_bytes(path, "JSON")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,6 +55,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {_describe(data)}; expected a JSON object {{...}} at the top.")
     return data
+
+
+def config_bytes(path: Path, kind: str) -> bytes:
+    """The content of a configuration; `kind` ("JSON", "YAML") names it in errors.
+
+    Raises ConfigError when the file is missing, unreadable or too large, of which no more is read than shows it.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}; expected a {kind} file there. Correct the path or its permissions."
+        ) from error
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; expected a {kind} configuration.")
+    return raw
 
 
 def parse_json(text: str) -> Any:
@@ -118,7 +127,7 @@ def _refuse_constant(name: str) -> Any:
 def _problem(model_cls: type[pydantic.BaseModel], detail: Any) -> str:
     """One line for one pydantic error detail."""
     location = detail["loc"]
-    path = _join(location) or "(top level)"
+    path = json_path(location) or "(top level)"
     kind = detail["type"]
     if kind == "extra_forbidden":
         known = _known_keys(model_cls, location[:-1])
@@ -133,8 +142,8 @@ def _problem(model_cls: type[pydantic.BaseModel], detail: Any) -> str:
     return f"{path}: found {_describe(detail['input'])}; {message[0].lower()}{message[1:]}"
 
 
-def _join(location: tuple[str | int, ...]) -> str:
-    """("a", 0, "b") -> "a[0].b"."""
+def json_path(location: tuple[str | int, ...]) -> str:
+    """("a", 0, "b") -> "a[0].b"; "" for the top."""
     text = ""
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)

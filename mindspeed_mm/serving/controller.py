@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mindspeed_mm.serving.error_forms import add_error_forms
-from mindspeed_mm.serving.guard import AccessGuard, token_refusal
+from mindspeed_mm.serving.bodies import parse_body, read_body
+from mindspeed_mm.serving.guard import token_refusal
 from mindspeed_mm.serving.limits import ServingLimits
-from mindspeed_mm.serving.page import PAGE, add_page
-from mindspeed_mm.serving.refusal import (
-    NOT_FOUND,
-    TOO_LARGE,
-    UNAVAILABLE,
-    WRONG_TYPE,
-    RequestRefused,
-    refusal_of,
-)
+from mindspeed_mm.serving.page import PAGE
+from mindspeed_mm.serving.protocol_app import protocol_app
+from mindspeed_mm.serving.refusal import UNAVAILABLE, RequestRefused
 from mindspeed_mm.serving.relay import RequestRelay
 from mindspeed_mm.serving.worker_pool import HEARTBEAT_SECONDS, WorkerNotice, WorkerPool
 
@@ -37,7 +30,6 @@ CONNECT_SECONDS = 5.0
 MORE_SECONDS = 10.0
 """A worker's own time-out answers first."""
 NOTICE_BYTES = 2**16
-METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class RoutedRequest(pydantic.BaseModel):
@@ -74,7 +66,7 @@ class ChatController:
         """Answer a request with a worker's answer. Raises as `RequestRelay.answer` does."""
         try:
             body = await read_body(request, self.limits.body_bytes)
-            model = _parse(RoutedRequest, body).model
+            model = parse_body(RoutedRequest, body).model
             response = await RequestRelay(self.pool, self.client, model, body).answer(request)
         except (RequestRefused, ClientDisconnect) as error:
             status = str(error.status) if isinstance(error, RequestRefused) else "client_gone"
@@ -88,77 +80,44 @@ class ChatController:
         refusal = None if self.worker_token is None else token_refusal(request.headers, self.worker_token)
         if refusal is not None:
             raise refusal
-        return _parse(WorkerNotice, await read_body(request, NOTICE_BYTES))
+        return parse_body(WorkerNotice, await read_body(request, NOTICE_BYTES))
 
     def metrics(self) -> bytes:
         """The answer to a scrape."""
         return generate_latest(self._registry)
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The bytes of a request of JSON. RequestRefused for another type, or more than `most` bytes."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestRefused(f"the content type is {kind[:100]!r}; expected application/json", status=WRONG_TYPE)
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise RequestRefused(f"the body has more than {most} bytes", status=TOO_LARGE)
-    return bytes(body)
-
-
-def _parse(kind: type[pydantic.BaseModel], body: bytes) -> Any:
-    try:
-        return kind.model_validate_json(body)
-    except pydantic.ValidationError as error:
-        raise refusal_of(error) from error
-
-
 def make_controller_app(
     controller: ChatController, *, token: str | None = None, loopback_only: bool = True, page: Path = PAGE
 ) -> FastAPI:
-    """The ASGI application of a controller; the arguments are those of `make_app`."""
+    """The ASGI application of a controller; the arguments are those of `protocol_app`."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with controller.client:
             yield
 
-    app = FastAPI(title="mindspeed-mm", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.add_middleware(AccessGuard, token=token, loopback_only=loopback_only)
-    add_error_forms(app)
-    pool, created = controller.pool, int(time.time())
+    pool = controller.pool
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await controller.chat(request)
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name, created) for name in pool.models()]}
-
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
-        if name not in pool.models():
-            text = f"the model {name[:200]!r} does not exist; the workers have {', '.join(pool.models()) or 'none'}"
-            raise RequestRefused(text, status=NOT_FOUND, param="model", code="model_not_found")
-        return _model(name, created)
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
+    def health() -> dict[str, Any]:
         workers = pool.workers()
         if not workers:
             raise RequestRefused("no worker is there", status=UNAVAILABLE)
         in_flight = sum(worker.in_flight for worker in workers)
         return {"status": "ok", "workers": len(workers), "models": pool.models(), "in_flight": in_flight}
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(controller.metrics(), headers={"Content-Type": METRICS_TYPE})
-
+    app = protocol_app(
+        lifespan,
+        chat=controller.chat,
+        models=pool.models,
+        known=pool.known,
+        health=health,
+        metrics=controller.metrics,
+        token=token,
+        loopback_only=loopback_only,
+        page=page,
+    )
     _add_worker_addresses(app, controller)
-    add_page(app, page)
     return app
 
 
@@ -176,7 +135,3 @@ def _add_worker_addresses(app: FastAPI, controller: ChatController) -> None:
         controller.pool.leave(notice.address)
         logger.info("the worker at %s has left", notice.address)
         return {}
-
-
-def _model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "mindspeed-mm"}

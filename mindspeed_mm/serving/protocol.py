@@ -10,7 +10,7 @@ import pydantic
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.generation.options import SAMPLING, GenerationOptions, generation_options
 from mindspeed_mm.serving.limits import ServingLimits
-from mindspeed_mm.serving.refusal import RequestRefused, refusal_of
+from mindspeed_mm.serving.refusal import RequestRefused
 
 OURS = (
     *("do_sample", "stop_strings", "num_return_sequences", "max_new_tokens", "bos_token_id", "pad_token_id"),
@@ -167,14 +167,6 @@ class ChatRequest(pydantic.BaseModel):
             elif name not in NO_EFFECT:
                 raise RequestRefused(f"{name} is no field of a chat completion: leave it out", param=name[:100])
         return found
-
-
-def read_chat_request(body: bytes) -> ChatRequest:
-    """Parse a body. Raises RequestRefused with the field for anything that is wrong with it."""
-    try:
-        return ChatRequest.model_validate_json(body)
-    except pydantic.ValidationError as error:
-        raise refusal_of(error) from error
 
 
 def options_of(request: ChatRequest, limits: ServingLimits) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pydantic
 
+from mindspeed_mm.config.load import json_path
+
 BAD_REQUEST, UNAUTHORIZED, NOT_FOUND, TOO_LARGE, WRONG_TYPE = 400, 401, 404, 413, 415
 TOO_MANY, SERVER_ERROR, UNAVAILABLE, TIMED_OUT = 429, 500, 503, 504
 
@@ -50,9 +52,13 @@ class RequestRefused(ValueError):
 def refusal_of(error: pydantic.ValidationError) -> RequestRefused:
     """The first problem of a body, with its field as in messages[0].role."""
     first = error.errors(include_url=False, include_input=False)[0]
-    param = ""
-    for step in first["loc"]:
-        param += f"[{step}]" if isinstance(step, int) else f".{step}" if param else str(step)
+    param = json_path(first["loc"])
     more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
     message = first["msg"].removeprefix("Value error, ")
     return RequestRefused(f"{param or 'body'}: {message}{more}", param=param or None)
+
+
+def unknown_model(name: str, known: str) -> RequestRefused:
+    """The refusal of a model that is not there; `known` says which are."""
+    text = f"the model {name[:200]!r} does not exist; {known}"
+    return RequestRefused(text, status=NOT_FOUND, param="model", code="model_not_found")

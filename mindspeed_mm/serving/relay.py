@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from mindspeed_mm.serving.bodies import until_gone
 from mindspeed_mm.serving.events import event
 from mindspeed_mm.serving.refusal import TIMED_OUT, TOO_MANY, UNAVAILABLE, RequestRefused
 from mindspeed_mm.serving.worker_pool import KnownWorker, WorkerPool, no_worker
@@ -44,7 +45,7 @@ class RequestRelay:
             RequestRefused: no worker answers.
             ClientDisconnect: nobody waits for one.
         """
-        asking, gone = asyncio.create_task(self._ask()), asyncio.create_task(_until_gone(request))
+        asking, gone = asyncio.create_task(self._ask()), asyncio.create_task(until_gone(request))
         try:
             await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not asking.done():
@@ -139,8 +140,3 @@ def _lose(worker: KnownWorker, error: httpx.TransportError) -> None:
 
 def _count_down(worker: KnownWorker) -> None:
     worker.in_flight -= 1
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

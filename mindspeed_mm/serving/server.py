@@ -7,12 +7,14 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.serving.guard import is_loopback
+from mindspeed_mm.serving.limits import ServingLimits
 
 logger = logging.getLogger(__name__)
 
@@ -71,3 +73,24 @@ class AddressServer(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def address_server(
+    make: Callable[..., FastAPI], host: str, port: int, token: str | None, limits: ServingLimits, *, leave: bool
+) -> Iterator[AddressServer]:
+    """The server of an address, which is open while the context lasts. Warns where everybody may ask.
+
+    Args:
+        make: gets `token` and `loopback_only`, gives the application.
+        leave: see AddressServer.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    local = is_loopback(host)
+    if not local and token is None:
+        logger.warning("everybody who reaches %s may ask: --token-file FILE asks for a token", host)
+    with listen(host, port) as listening:
+        app = make(token=token, loopback_only=local)
+        yield AddressServer(app, listening, shutdown_seconds=limits.shutdown_seconds, leave=leave)

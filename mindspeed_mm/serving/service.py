@@ -13,13 +13,14 @@ from starlette.types import Receive, Scope, Send
 
 from mindspeed_mm.generation.engine import GenerationEngine
 from mindspeed_mm.serving.answers import ChatAnswer
+from mindspeed_mm.serving.bodies import parse_body, read_body, until_gone
 from mindspeed_mm.serving.conversation import generation_request
 from mindspeed_mm.serving.engine_thread import AnswerEnd, AnswerPiece, EngineThread, RunningRequest
 from mindspeed_mm.serving.events import DONE, event
 from mindspeed_mm.serving.limits import ServingLimits
 from mindspeed_mm.serving.metrics import ServingMetrics
-from mindspeed_mm.serving.protocol import ChatRequest, options_of, read_chat_request
-from mindspeed_mm.serving.refusal import NOT_FOUND, TIMED_OUT, TOO_LARGE, TOO_MANY, WRONG_TYPE, RequestRefused
+from mindspeed_mm.serving.protocol import ChatRequest, options_of
+from mindspeed_mm.serving.refusal import TIMED_OUT, TOO_MANY, RequestRefused, unknown_model
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class ChatService:
     def __init__(self, name: str, make_engine: Callable[[], GenerationEngine], limits: ServingLimits) -> None:
         """`name` is what requests call the model."""
         self.name, self.limits = name, limits
+        self.known = f"this server has {name!r}"
         self.thread = EngineThread(make_engine, limits)
         self.in_flight = 0
         """Requests between their arrival and the end of their answer."""
@@ -84,21 +86,16 @@ class Exchange:
     async def answer(self) -> Response:
         """The response; raises as `ChatService.chat` does."""
         service, limits = self._service, self._service.limits
-        body = await self._within(self._body())
-        chat = self._chat = read_chat_request(body)
+        body = await self._within(read_body(self._request, limits.body_bytes))
+        chat = self._chat = parse_body(ChatRequest, body)
         if chat.model != service.name:
-            raise RequestRefused(
-                f"the model {chat.model[:200]!r} does not exist; this server has {service.name!r}",
-                status=NOT_FOUND,
-                param="model",
-                code="model_not_found",
-            )
+            raise unknown_model(chat.model, service.known)
         options = options_of(chat, limits)
         self._form = ChatAnswer(service.name, logprobs=bool(chat.logprobs))
         asked = await asyncio.to_thread(
             generation_request, self._form.id, chat.messages, limits, after_image=service.thread.after_image
         )
-        self._gone = asyncio.create_task(self._until_gone())
+        self._gone = asyncio.create_task(until_gone(self._request))
         self._running = service.thread.submit(asked, options)
         # What is wrong with a request is known before its first piece of text, so that a stream has a status, too.
         first = await self._next()
@@ -120,28 +117,6 @@ class Exchange:
             self._gone.cancel()
         if self._running is not None:
             service.thread.cancel(self._running)
-
-    async def _body(self) -> bytes:
-        """The bytes of the request. Those beyond the limit are not read."""
-        kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise RequestRefused(
-                f"the content type is {kind[:100]!r}; expected application/json", status=WRONG_TYPE, param=None
-            )
-        most = self._service.limits.body_bytes
-        too_large = RequestRefused(f"the body has more than {most} bytes", status=TOO_LARGE)
-        if int(self._request.headers.get("content-length", 0)) > most:
-            raise too_large
-        body = bytearray()
-        async for part in self._request.stream():
-            body += part
-            if len(body) > most:
-                raise too_large
-        return bytes(body)
-
-    async def _until_gone(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
 
     def _left(self) -> float:
         return max(0.0, self._arrived + self._service.limits.seconds - self._loop.time())

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pydantic
 
-from mindspeed_mm.serving.refusal import NOT_FOUND, UNAVAILABLE, RequestRefused
+from mindspeed_mm.serving.refusal import UNAVAILABLE, RequestRefused, unknown_model
 
 HEARTBEAT_SECONDS = 5.0
 """How often a worker tells that it is there."""
@@ -99,6 +99,10 @@ class WorkerPool:
         """The models of the workers that are there, in order of their names."""
         return sorted({name for worker in self.workers() for name in worker.notice.models})
 
+    def known(self) -> str:
+        """Which models there are, in words."""
+        return f"the workers have {', '.join(self.models()) or 'none'}"
+
     def choose(self, model: str, tried: Collection[KnownWorker] = ()) -> KnownWorker | None:
         """The worker with the shortest queue for a model, measured by its capacity; None: all were tried.
 
@@ -107,12 +111,7 @@ class WorkerPool:
         """
         having = [worker for worker in self._workers.values() if model in worker.notice.models]
         if not having:
-            raise RequestRefused(
-                f"the model {model[:200]!r} does not exist; the workers have {', '.join(self.models()) or 'none'}",
-                status=NOT_FOUND,
-                param="model",
-                code="model_not_found",
-            )
+            raise unknown_model(model, self.known())
         free = [worker for worker in having if self.is_there(worker) and worker not in tried]
         if not free:
             if tried:

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 from mindspeed_mm.errors import ConfigError
 
@@ -92,22 +93,18 @@ def serve_controller(namespace: argparse.Namespace, limits, token: str | None, w
     try:
         from mindspeed_mm.serving.controller import ChatController, make_controller_app
         from mindspeed_mm.serving.guard import is_loopback
-        from mindspeed_mm.serving.server import AddressServer, listen
+        from mindspeed_mm.serving.server import address_server
         from mindspeed_mm.serving.worker_pool import WorkerPool
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve needs {error.name}: pip install 'mindspeed-mm[serve]'") from error
-    local = is_loopback(namespace.host)
-    if not local and worker_token is None:
+    if not is_loopback(namespace.host) and worker_token is None:
         raise ConfigError(
             f"whoever reaches {namespace.host} could register as a worker and read requests: give "
             "--worker-token-file FILE to the controller and its workers"
         )
-    if not local and token is None:
-        logger.warning("everybody who reaches %s may ask: --token-file FILE asks for a token", namespace.host)
     controller = ChatController(WorkerPool(), limits, worker_token)
-    with listen(namespace.host, namespace.port) as listening:
-        app = make_controller_app(controller, token=token, loopback_only=local)
-        server = AddressServer(app, listening, shutdown_seconds=limits.shutdown_seconds, leave=namespace.check)
+    make = partial(make_controller_app, controller)
+    with address_server(make, namespace.host, namespace.port, token, limits, leave=namespace.check) as server:
         server.serve_until_told()
     return {"address": server.address}
 
