@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.config.options import add_option_arguments, take_options
+from mindspeed_mm.cli.flags.cfg_options import add_cfg_options
 from mindspeed_mm.errors import ConfigError, DataError
 
 HELP = "check every record and image of a data.json before training; exit code 1 if something is wrong"
@@ -26,7 +26,7 @@ SEQUENCE = 2048
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mm-data", required=True, metavar="JSON", help="the data config to check")
     parser.add_argument("--mm-model", metavar="JSON", help="tells image tokens, maximum length and the tokenizer")
-    add_option_arguments(parser)
+    add_cfg_options(parser)
     parser.add_argument("--seq-length", type=int, metavar="N", help="maximum length of a sample in tokens")
     parser.add_argument("--tokens-per-image", type=int, metavar="N", help=f"without --mm-model; default {IMAGE_TOKENS}")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: as in training")
@@ -44,6 +44,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
 
     from mindspeed_mm.config.inherit import read_config
+    from mindspeed_mm.config.options import take_options
     from mindspeed_mm.data.config import DataConfig
     from mindspeed_mm.data.preflight_report import fix_suffixes, print_table, summary, write_page, write_whole
 

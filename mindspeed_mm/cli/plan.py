@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any
 
-from mindspeed_mm.config.options import add_option_arguments, take_options
+from mindspeed_mm.cli.flags.cfg_options import add_cfg_options
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.planning.flags import STRATEGY_FLAGS
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--mm-data", metavar="JSON", help="data sets: number and lengths of the samples are read from them"
     )
-    add_option_arguments(what)
+    add_cfg_options(what)
     what.add_argument("--sample-tokens", type=float, metavar="N", help="mean tokens of a sample, image tokens included")
     what.add_argument("--sample-images", type=float, metavar="N", help="mean images of a sample (default 1)")
     what.add_argument(
@@ -79,6 +79,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ConfigError: a flag cannot be used, no layout is possible, or none fits; `result` holds what was found.
     """
+    from mindspeed_mm.config.options import take_options
     from mindspeed_mm.platform import get_platform
 
     take_options(namespace)

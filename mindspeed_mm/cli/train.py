@@ -7,11 +7,11 @@ import logging
 from typing import Any
 
 from mindspeed_mm import ending
+from mindspeed_mm.cli.flags.cfg_options import add_cfg_options
 from mindspeed_mm.cli.flags.cfg_path import add_cfg_path_arguments, apply_cfg_path
 from mindspeed_mm.cli.flags.lora import add_lora_arguments, given_lora
 from mindspeed_mm.cli.flags.preference import add_preference_arguments, given_preferences
 from mindspeed_mm.cli.plan import size
-from mindspeed_mm.config.options import add_option_arguments, take_options
 
 HELP = "pretrain or fine-tune from --mm-model, --mm-data and Megatron's flags"
 EXAMPLE = (
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mm-model", metavar="JSON", help="architecture, freezing and weights")
     group.add_argument("--mm-data", metavar="JSON", help="data sets, template, tokenizer")
     add_cfg_path_arguments(group)
-    add_option_arguments(group)
+    add_cfg_options(group)
     group.add_argument(
         "--objective", metavar="NAME", help='what is minimised: sft, dpo (default: "objective" of --mm-data, else sft)'
     )
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prepared(namespace: argparse.Namespace) -> Any:
     """The TrainingRun that the flags ask for, checked as far as that goes before processes meet. Raises its errors."""
+    from mindspeed_mm.config.options import take_options
     from mindspeed_mm.config.tools import apply_tools
     from mindspeed_mm.platform import get_platform
 

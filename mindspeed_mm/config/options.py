@@ -44,17 +44,6 @@ class ConfigFile:
         return self.path + (" with --cfg-options" if self.changes else "")
 
 
-def add_option_arguments(group: Any) -> None:
-    """The flag, for commands that read --mm-model and --mm-data."""
-    group.add_argument(
-        "--cfg-options",
-        nargs="+",
-        action="extend",
-        metavar="FILE.KEY=VALUE",
-        help="change values of the files: model.text_decoder.freeze=true data.dataloader_param.shuffle=false",
-    )
-
-
 def take_options(namespace: argparse.Namespace) -> None:
     """Join --cfg-options to the files: namespace.mm_model and mm_data become ConfigFile where options change them.
 

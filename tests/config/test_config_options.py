@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from mindspeed_mm.cli.flags.cfg_options import add_cfg_options
 from mindspeed_mm.config.inherit import read_config
-from mindspeed_mm.config.options import add_option_arguments, take_options
+from mindspeed_mm.config.options import take_options
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.errors import ConfigError
 
@@ -23,7 +24,7 @@ def taken(tmp_path):
         parser = argparse.ArgumentParser()
         parser.add_argument("--mm-model", default=str(tmp_path / "model.json"))
         parser.add_argument("--mm-data", default=str(tmp_path / "data.json") if data else None)
-        add_option_arguments(parser)
+        add_cfg_options(parser)
         namespace = parser.parse_args(["--cfg-options", *options] if options else [])
         take_options(namespace)
         return namespace

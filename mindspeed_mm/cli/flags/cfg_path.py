@@ -10,12 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mindspeed_mm.config.minigpt4_data import annotations, image_processor
-from mindspeed_mm.config.minigpt4_model import Mapped
-from mindspeed_mm.config.minigpt4_yaml import CHAT, MappedRun, map_chat, map_run
 from mindspeed_mm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mindspeed_mm.config.minigpt4_model import Mapped
+    from mindspeed_mm.config.minigpt4_yaml import MappedRun
 
 FOLDER = "from_yaml"
 """Below output_dir: what was made of the YAML file."""
@@ -55,6 +56,8 @@ def apply_cfg_path(namespace: argparse.Namespace) -> None:
     given = [flag for flag, path in files.items() if path is not None]
     if given:
         raise ConfigError(f"--cfg-path is given beside {' and '.join(given)}: keep either")
+    from mindspeed_mm.config.minigpt4_yaml import map_run  # only where there is a YAML file to read
+
     run = map_run(namespace.cfg_path, namespace.options)
     folder = run.output / FOLDER
     namespace.mm_model, namespace.mm_data = _written(run, folder)
@@ -92,6 +95,8 @@ def chat_of_cfg_path(namespace: argparse.Namespace) -> Iterator[dict[str, Any]]:
             f"--gpu-id: found {namespace.gpu_id}, expected 0: choose a card by its number in the environment's "
             "CUDA_VISIBLE_DEVICES or ASCEND_RT_VISIBLE_DEVICES"
         )
+    from mindspeed_mm.config.minigpt4_yaml import CHAT, map_chat
+
     mapped, low_resource = map_chat(namespace.cfg_path, namespace.options)
     if low_resource and namespace.quantize is None:
         namespace.quantize = "int8"
@@ -113,6 +118,8 @@ def tell(path: str, mapped: Mapped) -> None:
 
 def write_model(mapped: Mapped, folder: Path) -> Path:
     """model.json and the image processor in a folder; links to the projector's files where it has several."""
+    from mindspeed_mm.config.minigpt4_data import image_processor
+
     if mapped.files:
         (folder / "bridge").mkdir(parents=True, exist_ok=True)
         for path in mapped.files:
@@ -125,6 +132,8 @@ def write_model(mapped: Mapped, folder: Path) -> Path:
 
 def _written(run: MappedRun, folder: Path) -> tuple[str, str]:
     """Paths of model.json and data.json. The ranks of a run write the same, each beside and then in place."""
+    from mindspeed_mm.config.minigpt4_data import annotations
+
     model = write_model(run.mapped, folder)
     first = run.data["dataset_param"]["basic_parameters"][0]
     if run.data["dataset_param"]["dataset_type"] == "minigpt4":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import pydantic
-from torch import Tensor
 
 from mindspeed_mm.config.load import StrictModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALL_LINEAR = "all-linear"
 """target_modules that names every linear of the part's layers."""
