@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from checkpoint_converters.checkpoint import register_checkpoints
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
+from megatron.driver.state import TrainState
 from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.options import ConfigFile
-from mindspeed_mm.data.build import build_dataset, check_user_tokens
+from mindspeed_mm.data.build import build_dataset, build_loader, check_user_tokens
 from mindspeed_mm.data.config import DataConfig
-from mindspeed_mm.data.dataset import Positions
+from mindspeed_mm.data.dataset import MultimodalDataset, Positions
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template_choice import with_template
 from mindspeed_mm.data.tokenizer import load_tokenizer
@@ -92,6 +94,21 @@ class RunInputs:
             positions=self.positions,
             validation=validation,
             preferences=self.objective.preferences,
+        )
+
+    def loader(self, dataset: MultimodalDataset, state: TrainState, **more: Any) -> Iterator[Batch]:
+        """This rank's micro-batches of a dataset; `more` goes to `build_loader` beside what the run says, which is
+        consumed_samples 0 unless it is there."""
+        given = {"consumed_samples": 0, "num_workers": self.args.num_workers, **more}
+        return build_loader(
+            dataset,
+            micro_batch_size=self.args.micro_batch_size,
+            dp_rank=state.data_parallel_rank,
+            dp_size=state.data_parallel_size,
+            seed=self.args.seed,
+            pad_token_id=self.pad_token_id,
+            pad_multiple=self.runtime.sequence_multiple,
+            **given,
         )
 
     @property

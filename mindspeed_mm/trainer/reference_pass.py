@@ -8,7 +8,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from megatron.driver.loop import MeteredIterator, interleaved
 from megatron.driver.state import Hooks, TrainState
-from mindspeed_mm.data.build import DataCounts, build_loader
+from mindspeed_mm.data.build import DataCounts
 from mindspeed_mm.data.config import DataloaderParam
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.trainer.inputs import RunInputs
@@ -28,19 +28,7 @@ def visit_all(inputs: RunInputs, state: TrainState, hooks: Hooks, counts: DataCo
     """
     samples, per_step = len(inputs.dataset), get_num_microbatches()
     steps = -(-samples // (per_step * inputs.args.micro_batch_size * state.data_parallel_size))
-    loader = build_loader(
-        inputs.dataset,
-        consumed_samples=0,
-        micro_batch_size=inputs.args.micro_batch_size,
-        dp_rank=state.data_parallel_rank,
-        dp_size=state.data_parallel_size,
-        seed=inputs.args.seed,
-        num_workers=inputs.args.num_workers,
-        pad_token_id=inputs.pad_token_id,
-        pad_multiple=inputs.runtime.sequence_multiple,
-        options=DataloaderParam(shuffle=False),
-        counts=counts,
-    )
+    loader = inputs.loader(inputs.dataset, state, options=DataloaderParam(shuffle=False), counts=counts)
     pad = hooks.pad_to_one_length if interleaved() else None
     data = MeteredIterator(islice(loader, steps * per_step), hooks.describe, pad)
     with progress_bar("reference", steps) as advance:

@@ -17,7 +17,8 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.config.options import ConfigFile
-from mindspeed_mm.data.build import DataCounts, build_loader
+from mindspeed_mm.data.build import DataCounts
+from mindspeed_mm.data.config import READ_BY
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.data.template_check import describe_sample
 from mindspeed_mm.errors import ConfigError, DataError
@@ -170,16 +171,10 @@ class TrainingRun:
         return vlm
 
     def _batches(self, state: TrainState):
-        return build_loader(
+        return self.inputs.loader(
             self.inputs.dataset,
+            state,
             consumed_samples=state.consumed_samples,
-            micro_batch_size=self.inputs.args.micro_batch_size,
-            dp_rank=state.data_parallel_rank,
-            dp_size=state.data_parallel_size,
-            seed=self.inputs.args.seed,
-            num_workers=self.inputs.args.num_workers,
-            pad_token_id=self.inputs.pad_token_id,
-            pad_multiple=self.inputs.runtime.sequence_multiple,
             options=self.inputs.data_config.dataloader_param,
             weights=self.inputs.data_config.dataset_param.weights,
             epoch=self.inputs.dataset.epoch,
@@ -253,7 +248,7 @@ def order_facts(inputs: RunInputs) -> dict[str, Any]:
     loading, mixing = config.dataloader_param, config.dataset_param.mixing
     sets = []
     for basic in config.dataset_param.basic_parameters:
-        unset = {name for name in ("image_data", "sampling_seed") if getattr(basic, name) is None}
+        unset = {name for name in READ_BY if getattr(basic, name) is None}
         sets.append(basic.model_dump(mode="json", exclude={"data_folder", "name", *unset}))
     facts = {
         "--seed": args.seed,

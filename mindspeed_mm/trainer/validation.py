@@ -14,7 +14,7 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.log_lines import validation_line
 from megatron.driver.state import Hooks, TrainState
-from mindspeed_mm.data.build import DataCounts, build_loader
+from mindspeed_mm.data.build import DataCounts
 from mindspeed_mm.data.config import DataloaderParam
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.errors import ConfigError
@@ -65,18 +65,7 @@ class Validation:
         """The first micro-batches of the set in the order of the file; read in this process."""
         inputs = self._inputs
         per_rank = batches * inputs.args.global_batch_size // (inputs.args.micro_batch_size * state.data_parallel_size)
-        loader = build_loader(
-            self._dataset,
-            consumed_samples=0,
-            micro_batch_size=inputs.args.micro_batch_size,
-            dp_rank=state.data_parallel_rank,
-            dp_size=state.data_parallel_size,
-            seed=inputs.args.seed,
-            num_workers=0,
-            pad_token_id=inputs.pad_token_id,
-            pad_multiple=inputs.runtime.sequence_multiple,
-            options=DataloaderParam(shuffle=False),
-        )
+        loader = inputs.loader(self._dataset, state, num_workers=0, options=DataloaderParam(shuffle=False))
         return islice(loader, per_rank)
 
 

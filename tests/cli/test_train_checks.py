@@ -75,6 +75,15 @@ def test_resuming_with_another_order_is_told(train):
     assert "changed since the checkpoint" not in err
 
 
+def test_keys_of_sets_that_are_not_given_are_no_part_of_the_order(train):
+    """A checkpoint from before a key existed resumes without a warning."""
+    from mindspeed_mm.data.config import READ_BY
+
+    saved = json.loads((Path(train("--train-iters", "2")[1]["checkpoint"]) / "run.json").read_text())
+    assert "grounding" in READ_BY and "basic_parameters of the data config" in json.dumps(saved)
+    assert not any(f'"{name}"' in json.dumps(saved) for name in READ_BY)
+
+
 def test_a_mix_is_trained_on_and_another_one_is_told(train):
     train.dataset_param["mixing"] = {"subset": 0, "portion": 0.5, "shuffle": False}
     train.dataloader_param = {"shuffle": False}
