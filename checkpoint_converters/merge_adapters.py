@@ -45,18 +45,13 @@ def _changes(source: Source, adapter: PeftAdapter) -> dict[str, Callable[[Tensor
     parts = {slot: part_of(slot, spec) for slot, spec in specs.items()}
     layouts = all_families()[source.family].layouts if source.family else ()
     found: dict[str, Callable[[Tensor], Tensor]] = {}
-    for slot, names in adapter.tensors(parts, specs, layouts).items():
-        held = _held(source, slot, adapter)
-        stored = translation(parts[slot], specs[slot], DIALECT, held.dialect)
-        for tensor, name in names.items():
-            weight = _stored(held, stored.get(tensor, tensor), name, adapter)
-            found[weight] = functools.partial(_add, adapter, name, source, weight)
-    for slot, names in adapter.saved_tensors(parts, specs, layouts).items():
-        held = _held(source, slot, adapter)
-        stored = translation(parts[slot], specs[slot], DIALECT, held.dialect)
-        for tensor, name in names.items():
-            weight = _stored(held, stored.get(tensor, tensor), name, adapter)
-            found[weight] = functools.partial(_replace, adapter, name, source, weight)
+    for tensors, change in ((adapter.tensors, _add), (adapter.saved_tensors, _replace)):
+        for slot, names in tensors(parts, specs, layouts).items():
+            held = _held(source, slot, adapter)
+            stored = translation(parts[slot], specs[slot], DIALECT, held.dialect)
+            for tensor, name in names.items():
+                weight = _stored(held, stored.get(tensor, tensor), name, adapter)
+                found[weight] = functools.partial(change, adapter, name, source, weight)
     return found
 
 

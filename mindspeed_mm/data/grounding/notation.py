@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from mindspeed_mm.data.grounding.geometry import PRECISION
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.registry import nearest
 
@@ -21,7 +22,6 @@ Groups = list[list[list[float]]]
 """Groups in the order of the text, each a list of boxes or points."""
 
 Brackets = Literal["square", "round"]
-PRECISION = 3
 BINS = 1001
 MARKS = {"square": ("[", "]"), "round": ("(", ")")}
 _NUMBER = r"\d(?:\.\d*)?"
