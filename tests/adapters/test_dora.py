@@ -14,13 +14,19 @@ import mindspeed_mm as mm
 from checkpoint_converters.checkpoint.adapters import export_adapter
 from checkpoint_converters.merge import merge
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.planning.parameters import _adapter_sizes
 from tests.adapters.test_lora_runs import said
-from tests.adapters.test_lora_training import PACKED, SPREADS, TARGETS, staged, whole, wrapped
+from tests.adapters.test_lora_training import (
+    PACKED,
+    SPREADS,
+    TARGETS,
+    check_spread,
+    gradients_of,
+    wrapped,
+)
 from tests.adapters.test_peft_folders import written_alike
-from tests.helpers.decoder_ranks import DecoderStep, joined_losses, labels_of, take_step
+from tests.helpers.decoder_ranks import labels_of
 from tests.helpers.golden_training import full_tensors, records
 from tests.helpers.tiny_decoders import rows
 from tests.helpers.tiny_llava import close
@@ -45,19 +51,9 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("layout", SPREADS)
 def test_losses_and_gradients(ranks, pair, layout):
     name, model, path, losses = pair
-    spread, step = SPREADS[layout], DecoderStep(IDS, LABELS)
-    run = (str(staged(path) if spread.pipeline > 1 else path), spread, step)
-    shards = [take_step(*run)] if spread.ranks == 1 else ranks(spread.ranks).run(take_step, *run)
-    torch.testing.assert_close(joined_losses(shards), losses.t()[LABELS.t() != -100], atol=2e-4, rtol=0)
-    found = whole(shards, find_part("text_decoder", name), load_model_spec(path).text_decoder)
-    wanted = {
-        key.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
-        for key, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    assert found.keys() == wanted.keys() and any("magnitude" in key for key in wanted)
-    for key, gradient in wanted.items():
-        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+    wanted = gradients_of(model)
+    assert any("magnitude" in key for key in wanted)
+    check_spread(ranks, name, path, SPREADS[layout], losses, wanted)
 
 
 def test_the_plan_counts_lengths(pair):

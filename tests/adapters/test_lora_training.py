@@ -63,14 +63,7 @@ def pair(request, tmp_path_factory):
     labels = labels_of(ids)
     losses = F.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     losses[labels != -100].mean().backward()
-    marks = ("base_model.model.", ".default")
-    gradients = {}
-    for key, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            for mark in marks:
-                key = key.replace(mark, "", 1)
-            gradients[key] = parameter.grad
-    return request.param, path, losses.detach(), gradients
+    return request.param, path, losses.detach(), gradients_of(model)
 
 
 def whole(shards, part, spec):
@@ -98,25 +91,33 @@ def whole(shards, part, spec):
     return found
 
 
-@pytest.mark.parametrize("layout", SPREADS)
-def test_losses_and_gradients(ranks, pair, layout):
-    name, path, losses, wanted = pair
-    spread, ids = SPREADS[layout], rows(length=24)
+def gradients_of(model):
+    """Gradients of a model of PEFT, by its names without the wrapper's."""
+    return {
+        key.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def check_spread(ranks, name, path, spread, losses, wanted):
+    """A step of ours at a layout gives PEFT's losses of `rows(24)` and its gradients; returns what the ranks found."""
+    ids = rows(length=24)
     labels = labels_of(ids)
-    if spread.pipeline > 1:
-        path = staged(path)
-    step = DecoderStep(ids, labels)
-    shards = (
-        [take_step(str(path), spread, step)]
-        if spread.ranks == 1
-        else ranks(spread.ranks).run(take_step, str(path), spread, step)
-    )
+    run = (str(staged(path) if spread.pipeline > 1 else path), spread, DecoderStep(ids, labels))
+    shards = [take_step(*run)] if spread.ranks == 1 else ranks(spread.ranks).run(take_step, *run)
     torch.testing.assert_close(joined_losses(shards), losses.t()[labels.t() != -100], atol=2e-4, rtol=0)
-    part, spec = find_part("text_decoder", name), load_model_spec(path).text_decoder
-    found = whole(shards, part, spec)
+    found = whole(shards, find_part("text_decoder", name), load_model_spec(path).text_decoder)
     assert found.keys() == wanted.keys()
     for key, gradient in wanted.items():
         assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+    return shards
+
+
+@pytest.mark.parametrize("layout", SPREADS)
+def test_losses_and_gradients(ranks, pair, layout):
+    name, path, losses, wanted = pair
+    shards = check_spread(ranks, name, path, SPREADS[layout], losses, wanted)
     assert all(".lora." in key for shard in shards for key in shard.gradients)
 
 

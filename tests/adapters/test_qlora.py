@@ -10,12 +10,11 @@ import torch.nn.functional as F
 import mindspeed_mm as mm
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.describe import describe_part
-from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.weights.blockwise import KINDS, Blocks, bytes_of, dequantize, quantize
-from tests.adapters.test_lora_training import staged, whole
-from tests.helpers.decoder_ranks import DecoderStep, Spread, joined_losses, labels_of, take_step
+from tests.adapters.test_lora_training import check_spread, gradients_of
+from tests.helpers.decoder_ranks import DecoderStep, Spread, labels_of, take_step
 from tests.helpers.golden_training import full_tensors
 from tests.helpers.tiny_decoders import make, rows, save
 from tests.parallel.test_command import describe_data, train
@@ -89,20 +88,8 @@ def pair(request, tmp_path_factory):
 @pytest.mark.parametrize("layout", SPREADS)
 def test_losses_and_gradients(ranks, pair, layout):
     name, path, model, losses = pair
-    spread = SPREADS[layout]
-    path, step = staged(path) if spread.pipeline > 1 else path, DecoderStep(IDS, LABELS)
-    run = (str(path), spread, step)
-    shards = [take_step(*run)] if spread.ranks == 1 else ranks(spread.ranks).run(take_step, *run)
-    torch.testing.assert_close(joined_losses(shards), losses.t()[LABELS.t() != -100], atol=2e-4, rtol=0)
-    found = whole(shards, find_part("text_decoder", name), load_model_spec(path).text_decoder)
-    wanted = {
-        key.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
-        for key, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    assert found.keys() == wanted.keys()
-    for key, gradient in wanted.items():
-        assert (found[key] - gradient).norm() <= 1e-4 * gradient.norm(), key
+    wanted = gradients_of(model)
+    check_spread(ranks, name, path, SPREADS[layout], losses, wanted)
 
 
 def test_what_is_held(pair):

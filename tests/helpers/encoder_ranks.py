@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from tests.helpers.tensor_ranks import start_rank
+
 
 class EncoderShard(NamedTuple):
     """What one rank knows: the features [F, Hv], and the gradients of its tensors."""
@@ -24,27 +26,17 @@ def encode(path: str, chosen: dict, size: int, pixels: torch.Tensor, weights: to
         pixels: [R, 3, h, w].
         weights: [F, Hv].
     """
-    from mindspeed_mm.platform import get_platform
-
-    platform = get_platform("cpu")
-    from megatron.core import parallel_state, tensor_parallel
-
+    rank = start_rank(size)
     from mindspeed_mm.models.describe import describe_part
     from mindspeed_mm.models.media import Media
     from mindspeed_mm.models.part import part_of
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.models.sources import open_source
-    from mindspeed_mm.platform.distributed import init_single_process
     from mindspeed_mm.weights.loading import load_part
 
-    if size == 1:
-        init_single_process(platform)
-    else:
-        parallel_state.initialize_model_parallel(size)
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
     source = open_source(path)
     spec = describe_part(source.part("vision_encoder"), **chosen)
-    part, rank = part_of("vision_encoder", spec), parallel_state.get_tensor_model_parallel_rank()
+    part = part_of("vision_encoder", spec)
     encoder = part.build(spec, Runtime(tensor_model_parallel_size=size))
     load_part(encoder, part, spec, source, tp_rank=rank, tp_size=size)
     features = encoder(Media.of_images(pixels))

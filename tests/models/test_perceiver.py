@@ -12,6 +12,7 @@ from mindspeed_mm.models.vision_projector import perceiver
 from mindspeed_mm.weights.files import SafetensorsFile
 from mindspeed_mm.weights.sources import PartSource, Source
 from tests.helpers.reference import DATA
+from tests.helpers.tensor_ranks import start_rank
 
 GOLDEN = DATA / "golden_flamingo"
 CASES = ("llama_every1_latest", "llama_every2_all", "mpt_every1_latest", "mpt_every2_all")
@@ -24,20 +25,10 @@ def spec_of(**changes) -> perceiver.PerceiverSpec:
 
 def resampler(case: str, tensor: int = 1, **changes):
     """Ours with the weights of a case, or this rank's share of it."""
-    from mindspeed_mm.platform import get_platform
-
-    platform = get_platform("cpu")
-    from megatron.core import parallel_state, tensor_parallel
-
+    rank = start_rank(tensor)
     from mindspeed_mm.models.runtime import Runtime
-    from mindspeed_mm.platform.distributed import init_single_process
     from mindspeed_mm.weights.loading import load_part
 
-    if tensor == 1:
-        init_single_process(platform)
-    else:
-        parallel_state.initialize_model_parallel(tensor)
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
     spec = spec_of(**changes)
     module = perceiver.PART.build(spec, Runtime(tensor_model_parallel_size=tensor))
     path = GOLDEN / f"{case}.weights.safetensors"
@@ -45,7 +36,6 @@ def resampler(case: str, tensor: int = 1, **changes):
     stored = {name.removeprefix("perceiver."): name for name in files.names if name.startswith("perceiver.")}
     part = PartSource("vision_projector", "flamingo", path, None, files, stored)
     source = Source(path, "flamingo", None, {"vision_projector": part})
-    rank = parallel_state.get_tensor_model_parallel_rank()
     load_part(module, perceiver.PART, spec, source, tp_rank=rank, tp_size=tensor)
     return module
 
