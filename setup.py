@@ -20,7 +20,7 @@ PACKAGES = find_namespace_packages(
 
 REQUIRES = [
     "torch>=2.6",
-    "megatron-core>=0.16,<0.17",  # older ones do not pass every test yet
+    "megatron-core>=0.12.1,!=0.13.*,!=0.14.*,!=0.15.*,<0.17",  # see docs/ascend.md, Versions
     "transformers>=5,<6",
     "tokenizers",
     "sentencepiece>=0.2",
@@ -39,6 +39,7 @@ REQUIRES = [
 EVALUATE = ["openpyxl>=3.1"]
 QUICKSTART = [*EVALUATE, "scikit-learn>=1.4"]
 SERVE = ["fastapi>=0.115", "starlette>=0.41", "uvicorn>=0.34", "prometheus_client>=0.20", "httpx>=0.27"]
+STORAGE = ["fsspec>=2024.6", "s3fs>=2024.6", "botocore>=1.35"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5"]
 
 EXTRAS = {
@@ -48,6 +49,8 @@ EXTRAS = {
     "quickstart": QUICKSTART,
     "docs": DOCS,  # builds the site; see mkdocs.yml
     "serve": SERVE,
+    "storage": STORAGE,  # with constraints-storage.txt, see docs/storage.md
+    "storage-test": [*STORAGE, "moto[server]>=5", "boto3>=1.35", "requests>=2.31"],
     "wandb": ["wandb>=0.17"],
     "swanlab": ["swanlab>=0.10"],
     "npu": ["torch_npu"],  # its version must be the one made for the installed torch and CANN
