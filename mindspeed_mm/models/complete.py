@@ -9,17 +9,18 @@ from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.options import ConfigFile
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.describe import describe_part
-from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, part_block
+from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, PartSpec, part_block
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, find_family, load_model_spec
-from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION
+from mindspeed_mm.weights.layouts import INTERACTION, PROJECTOR, TEXT, VISION
 
 
 def read_model(source: str | Path | ConfigFile | dict[str, Any], *, context: str | None = None) -> ModelSpec:
     """The ModelSpec of a model.json, as `load_model_spec` gives it, its blocks completed first.
 
     A text_decoder or vision_encoder with a ckpt_path and without num_layers takes all that it leaves out from the
-    weights; the keys that it has count. A projector without sizes lies between the two.
+    weights; the keys that it has count. A projector without sizes lies between the two; what the whole model around its
+    weights states (tokens around an image) is taken, too. An interaction has the decoder's sizes.
 
     Raises:
         ConfigError: as load_model_spec; a model_id that is not that of the weights.
@@ -36,6 +37,8 @@ def read_model(source: str | Path | ConfigFile | dict[str, Any], *, context: str
             encoder[VISION] = _completed(VISION, encoder[VISION], context)
         if isinstance(encoder.get(PROJECTOR), dict):
             encoder[PROJECTOR] = _between(model, encoder)
+    if isinstance(model.get(INTERACTION), dict) and isinstance(encoder, dict):
+        model[INTERACTION] = _around(model[INTERACTION], model, encoder)
     return load_model_spec(model, context=context)
 
 
@@ -56,13 +59,50 @@ def _completed(slot: str, block: dict[str, Any], context: str | None) -> dict[st
 
 def _between(model: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
     """The projector's block with the widths that it leaves out."""
-    widths = {"input_size": encoder.get(VISION), "hidden_size": model.get(TEXT)}
+    family = model.get("model_id", DEFAULT_FAMILY)
+    family = find_family(family) if isinstance(family, str) else None
+    beside = family is not None and family.beside_text  # features as wide as the encoder's
+    widths = {"input_size": encoder.get(VISION), "hidden_size": encoder.get(VISION) if beside else model.get(TEXT)}
     found = {
         key: holder["hidden_size"]
         for key, holder in widths.items()
         if isinstance(holder, dict) and "hidden_size" in holder
     }
-    family = model.get("model_id", DEFAULT_FAMILY)
-    default = find_family(family).model_ids.get(PROJECTOR) if isinstance(family, str) else None
+    default = None if family is None else family.model_ids.get(PROJECTOR)
     named = {} if default in (None, DEFAULT_MODEL_IDS[PROJECTOR]) else {"model_id": default}
-    return {**named, **found, **encoder[PROJECTOR]}
+    return {
+        **named,
+        **found,
+        **_stated(encoder[PROJECTOR].get("ckpt_path"), _adapter_files(model)),
+        **encoder[PROJECTOR],
+    }
+
+
+def _around(block: dict[str, Any], model: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
+    """The interaction's block with the sizes that it leaves out: the decoder's, and the width of what it looks at."""
+    decoder, features = model.get(TEXT), block.get("features", VISION)
+    read = encoder.get(features) if isinstance(features, str) else None
+    keys = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
+    found = {key: decoder[key] for key in keys if isinstance(decoder, dict) and key in decoder}
+    width = {"input_size": read["hidden_size"]} if isinstance(read, dict) and "hidden_size" in read else {}
+    stated = {}
+    if isinstance(block.get("ckpt_path"), str) and block["ckpt_path"]:
+        own = open_source(block["ckpt_path"], adapters=_adapter_files(model)).part(INTERACTION)
+        stated = part_block(INTERACTION, describe_part(own)) if own.config is not None else {}
+        stated = {key: value for key, value in stated.items() if key not in PartSpec.model_fields}  # a run's own
+    return {**found, **width, **stated, **block}
+
+
+def _adapter_files(model: dict[str, Any]) -> list[str]:
+    """Where the decoder's adapters are loaded from, as far as the block says it well."""
+    lora = model[TEXT].get("lora") if isinstance(model.get(TEXT), dict) else None
+    return [lora["load"]] if isinstance(lora, dict) and isinstance(lora.get("load"), str) else []
+
+
+def _stated(weights: Any, adapters: list[str]) -> dict[str, Any]:
+    """What the whole model that a projector's weights lie in states about it beside its sizes."""
+    if not isinstance(weights, str) or not Path(weights).exists():
+        return {}
+    source = open_source(weights, adapters=adapters)
+    stated = {} if source.family is None else find_family(source.family).stated(source).get(PROJECTOR, {})
+    return {key: value for key, value in stated.items() if value is not None}

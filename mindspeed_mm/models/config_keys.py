@@ -52,6 +52,15 @@ MINIGPT4 = file_keys(
 )
 """MiniGPT-4's own files have none; a conversion writes it."""
 
+FLAMINGO = file_keys(
+    "config.json of Otter and of an OpenFlamingo folder",
+    ("text_config", "vision_config", "cross_attn_every_n_layers", "only_attend_immediate_media", "media_token_id")
+    + ("max_num_frames", "lang_encoder_path", "vision_encoder_path", "tie_word_embeddings", "model_type"),
+    {**NO_CONFIG, "only_attend_previous": (True,)},
+    (*COMMON, *OLD_OPTIONS, "use_media_placement_augmentation", "hidden_size"),
+)
+"""Media are never moved at inference, whatever use_media_placement_augmentation says of the training."""
+
 QFORMER = file_keys(
     "qformer_config of BLIP-2, InstructBLIP and MiniGPT-4",
     (
@@ -89,10 +98,10 @@ ORIGINAL = file_keys(
     "config.json of the original LLaVA",
     (
         *("mm_vision_tower", "mm_hidden_size", "mm_projector_type", "mm_vision_select_layer", "mm_patch_merge_type"),
-        *("mm_vision_select_feature", "image_aspect_ratio", "image_grid_pinpoints"),
+        *("mm_vision_select_feature", "image_aspect_ratio", "image_grid_pinpoints", "mm_use_im_start_end"),
+        *("interaction", "align_hidden_act"),
     ),
     {
-        "mm_use_im_start_end": (False,),
         "mm_resampler_type": ("",),
         "use_mm_proj": (True,),
         "s2": (False,),
@@ -122,5 +131,5 @@ def own_part(config: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in config.items() if is_of_llava(key)}
 
 
-TABLES: tuple[FileKeys, ...] = (LLAVA_HF, LLAVA_NEXT_HF, QWEN2_5_VL, BLIP2, MINIGPT4, QFORMER, ORIGINAL)
+TABLES: tuple[FileKeys, ...] = (LLAVA_HF, LLAVA_NEXT_HF, QWEN2_5_VL, BLIP2, MINIGPT4, FLAMINGO, QFORMER, ORIGINAL)
 """In the order of docs/weights.md."""

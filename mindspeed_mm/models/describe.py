@@ -5,6 +5,7 @@ from typing import Any
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, Part, PartSpec, find_part, part_block, part_for_model_type
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, find_family, load_model_spec, model_block
+from mindspeed_mm.weights.layouts import INTERACTION
 from mindspeed_mm.weights.rule_names import is_layered, layer_of
 from mindspeed_mm.weights.rules import Geometry, Rule
 from mindspeed_mm.weights.sources import PartSource, Source
@@ -15,7 +16,7 @@ def part_of_source(source: PartSource) -> Part:
     config = source.config or {}
     if source.dialect == "ours":
         return find_part(source.part, config.get("model_id") or DEFAULT_MODEL_IDS[source.part])
-    if source.part != "vision_projector" and isinstance(config.get("model_type"), str):
+    if source.part in ("text_decoder", "vision_encoder") and isinstance(config.get("model_type"), str):
         return part_for_model_type(source.part, config["model_type"])
     return find_part(source.part, source.model_id or DEFAULT_MODEL_IDS[source.part])
 
@@ -32,7 +33,8 @@ def describe_part(source: PartSource, **given: Any) -> PartSpec:
         spec = part.read_config(source.config, source.dialect)
         if not given:
             return spec
-        derived = [key for key in ("num_query_groups", "kv_channels") if "num_attention_heads" in given]
+        derived = [key for key in ("num_query_groups", "kv_channels") if key in part.Spec.model_fields]
+        derived = derived if "num_attention_heads" in given else []
         return part.read_config({**part_block(source.part, spec), **dict.fromkeys(derived), **given}, "ours")
     if part.from_shapes is None:
         raise WeightError(
@@ -52,8 +54,13 @@ def describe_model(source: Source, **vision_encoder: Any) -> ModelSpec:
     family = find_family(source.family or DEFAULT_FAMILY)
     stated = {slot: dict(fields) for slot, fields in family.stated(source).items()}
     stated["vision_encoder"] = {**stated.get("vision_encoder", {}), **vision_encoder}
-    specs = {slot: describe_part(source.part(slot), **stated.get(slot, {})) for slot in family.slots}
+    specs = {slot: describe_part(source.part(slot), **stated.get(slot, {})) for slot in held_slots(family, source)}
     return load_model_spec(model_block(specs, family.name), context=str(source.path))
+
+
+def held_slots(family: Any, source: Source) -> tuple[str, ...]:
+    """The slots of a family's model, and the interaction where a source has one."""
+    return (*family.slots, *(slot for slot in source.parts if slot == INTERACTION))
 
 
 def _our_shape(part: Part, source: PartSource, target: str, layers: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import torch
 from mindspeed_mm.config.file_keys import FileKeys
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
+from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.operations import EncoderWork
 from mindspeed_mm.models.part import SLOTS
@@ -63,6 +64,10 @@ class Family(ABC):
     adds_image_token = True
     """Whether folders of transformers add `<image>` and `<pad>` to the decoder's vocabulary; else it has all tokens."""
 
+    beside_text = False
+    """Whether features stand beside the text, as memory for gated cross-attention, and a placeholder is one position;
+    else they stand in it."""
+
     multimodal_positions = False
     """Whether positions have three axes (time, height, width), which `positions` gives."""
 
@@ -101,6 +106,15 @@ class Family(ABC):
             WeightError: the layout cannot hold such a model.
         """
 
+    def other_parts(self, spec: ModelSpec) -> list[str]:
+        """Problems of a spec whose slots hold other parts than the family names."""
+        return [
+            f'image_encoder.{slot}.model_id: found "{spec.part(slot).model_id}", expected "{name}", the {slot} of '
+            f"model_id {self.name}"
+            for slot, name in self.model_ids.items()
+            if spec.part(slot).model_id != name
+        ]
+
     def complete(self, source: Source, slots: dict[str, PartSource]) -> dict[str, PartSource]:
         """The parts of an opened source with those that lie elsewhere, named by its config."""
         return slots
@@ -138,6 +152,10 @@ class Family(ABC):
     def token_ids(self, token_to_id: Callable[[str], int | None]) -> dict[str, int]:
         """Ids of the family's own tokens by HF's config keys, from a tokenizer that knows them."""
         return {}
+
+    def check_tokens(self, spec: ModelSpec, token_to_id: Callable[[str], int | None]) -> None:
+        """Raise ConfigError where a tokenizer gives the family's own tokens other ids than the spec says."""
+        return None
 
     def check(self, spec: ModelSpec) -> list[str]:
         """One sentence for each reason why the parts do not fit together, with the JSON path; empty where they do."""
@@ -225,6 +243,16 @@ class Family(ABC):
 def media_of_data(spec: ModelSpec, config: DataConfig) -> MediaProcessor:
     """How the images of a data config become pixels and placeholders of a model. Raises ConfigError where they do not
     fit."""
+    said, found = (
+        config.dataset_param.mm_use_im_start_end,
+        getattr(spec.vision_projector, "image_start_end", None) is not None,
+    )
+    if said is not None and said != found:
+        raise ConfigError(
+            f"dataset_param.mm_use_im_start_end is {str(said).lower()}, the model was trained "
+            f"{'with' if found else 'without'} <im_start> and <im_end> around each image "
+            "(image_encoder.vision_projector.image_start_end): leave the key out of data.json"
+        )
     parameters = config.dataset_param.preprocess_parameters
     return spec.family.media_processor(
         spec, parameters.processor_source, pad=parameters.pad, fast_resize=parameters.fast_resize

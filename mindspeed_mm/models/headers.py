@@ -20,5 +20,5 @@ def check_weights(spec: ModelSpec) -> None:
     for kind, part in spec.parts().items():
         path = spec.part(kind).ckpt_path
         if path is not None and path not in opened:
-            opened[path] = open_source(path)
+            opened[path] = open_source(path, adapters=spec.adapter_files)
         check_part(part, spec.part(kind), None if path is None else opened[path])

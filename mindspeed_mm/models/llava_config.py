@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.config_keys import is_of_llava
-from mindspeed_mm.models.part import PartSpec, find_part, part_of
-from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION
+from mindspeed_mm.models.part import PartSpec, find_part, part_block, part_of
+from mindspeed_mm.weights.layouts import INTERACTION, PROJECTOR, TEXT, VISION
 
 ORIGINAL = "llava"
 """Name of the original code's layout."""
@@ -15,10 +15,15 @@ ORIGINAL = "llava"
 SELECT_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 """LLaVA's mm_vision_select_feature in HF's words (vision_feature_select_strategy)."""
 
-DECODER_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_qwen": "qwen2"}
-"""model_type of the decoder inside an original folder, where it is not what follows `llava_`."""
+ORIGINAL_TYPES = {"llama": "llava_llama", "qwen2": "llava_qwen"}
+"""model_type of an original folder, by that of its decoder, where it is not `llava_` and that; as it is written."""
 
-ORIGINAL_TYPES = {decoder: name for name, decoder in DECODER_TYPES.items() if name != "llava"}
+DECODER_TYPES = {
+    "llava": "llama",
+    "llava-post-interaction": "llama",
+    **{name: decoder for decoder, name in ORIGINAL_TYPES.items()},
+}
+"""As it is read; the second one is that of the fork with the post-interaction block."""
 
 LLAVA_DEFAULTS = {
     "freeze_mm_mlp_adapter": False,
@@ -46,16 +51,6 @@ def is_tiled(config: dict[str, Any]) -> bool:
     """Whether an original config.json is of LLaVA-1.6, whose images become tiles."""
     merge, aspect = str(config.get("mm_patch_merge_type") or "flat"), str(config.get("image_aspect_ratio") or "square")
     return is_original(config) and (merge != "flat" or "anyres" in aspect or "highres" in aspect)
-
-
-def refuse_start_end(config: dict[str, Any]) -> None:
-    """Raise ConfigError for an original config.json with tokens around each image."""
-    if config.get("mm_use_im_start_end"):
-        raise ConfigError(
-            "config.json: found mm_use_im_start_end true: such a model (LLaVA v1.0) was trained with <im_start> and "
-            "<im_end> around each image, which prompts here do not have; expected false, as in LLaVA-1.5 and later. "
-            "Give another checkpoint."
-        )
 
 
 def has_class_token(encoder: type[PartSpec] | PartSpec) -> bool:
@@ -118,6 +113,11 @@ def hf_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict
             f"the projector has {projector.num_layers} linears of width {projector.ffn_hidden_size}; expected 2 as "
             "wide as the decoder, which is all that llava-hf can hold. Choose --to llava or mindspeed-mm."
         )
+    if projector.image_start_end is not None:
+        raise WeightError(
+            "the model has <im_start> and <im_end> around each image (mm_use_im_start_end), for which llava-hf has no "
+            "key: its processor would leave them out. Choose --to llava or mindspeed-mm."
+        )
     inner = {key: value for key, value in tokens.items() if key not in ("image_token_id", "rows")}
     rows = {} if tokens.get("rows") is None else {"vocab_size": tokens["rows"]}
     return {
@@ -152,7 +152,9 @@ def original_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -
         **find_part(PROJECTOR, "mlp").to_hf(specs[PROJECTOR], dtype),
         "architectures": [f"Llava{architecture}ForCausalLM"],
         "model_type": kind,
+        "mm_use_im_start_end": specs[PROJECTOR].image_start_end is not None,
         "mm_vision_select_feature": vision.select_feature,
         "mm_vision_select_layer": vision.select_layer,
         "vocab_size": text.language_vocab_size if tokens.get("rows") is None else tokens["rows"],
+        **({INTERACTION: part_block(INTERACTION, specs[INTERACTION])} if INTERACTION in specs else {}),
     }

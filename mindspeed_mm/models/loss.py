@@ -49,11 +49,15 @@ def token_log_probs(decoder, hidden: torch.Tensor, labels: torch.Tensor) -> torc
     return _by_pieces(_log_probs, decoder, hidden, labels)
 
 
+def supervised_places(labels: torch.Tensor) -> torch.Tensor:
+    """Positions that predict something, [B, S] -> [n] int64 counted column by column, where the labels are."""
+    return (labels.t().flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+
+
 def _by_pieces(measure: Head, decoder, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    targets = labels.t().flatten()
-    supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    targets, places = (x.to(hidden.device, non_blocking=True) for x in (targets[supervised], supervised))
-    hidden = decoder.gather_sequence(hidden).flatten(0, 1)[places]
+    supervised = supervised_places(labels)
+    targets = labels.t().flatten()[supervised].to(hidden.device, non_blocking=True)
+    hidden = decoder.picked(hidden, supervised)
     if len(targets) <= CHUNK:
         return measure(decoder, hidden, targets)
     pieces = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)

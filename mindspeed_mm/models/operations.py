@@ -4,7 +4,7 @@ TFLOP/s know no part by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 Grid = Sequence[int]
@@ -35,6 +35,9 @@ class EncoderWork:
 
     tokens: float = 0.0
     """Positions that the items take in the text, where that is known."""
+
+    items: float = 0.0
+    """Images and videos."""
 
     def times(self, factor: float) -> EncoderWork:
         """The work of `factor` times as many items."""
@@ -72,8 +75,37 @@ class LayerShape:
     def weights(self) -> int:
         """Elements of its linears: multiply-adds for one position."""
         heads, groups = self.num_attention_heads, self.num_query_groups
-        attention = self.hidden_size * self.kv_channels * (2 * heads + 2 * groups)
-        return attention + self.hidden_size * self.ffn_hidden_size * (3 if self.gated else 2)
+        return self.hidden_size * self.kv_channels * (2 * heads + 2 * groups) + self.mlp_weights
+
+    @property
+    def mlp_weights(self) -> int:
+        """Elements of its MLP's linears."""
+        return self.hidden_size * self.ffn_hidden_size * (3 if self.gated else 2)
+
+
+@dataclass(frozen=True)
+class CrossShape:
+    """Gated cross-attention in front of some layers of a decoder, to features beside the text."""
+
+    blocks: int
+    every: int
+    """A block stands in front of each layer whose number, counted from 1, is a multiple of this."""
+    names: str
+    """What the names of its parameters begin with, `{}` for the layer."""
+    tokens: float
+    """Weights that each token of the text meets in a block."""
+    features: float
+    """Weights that each feature meets."""
+    heads: int
+    head_size: int
+    hidden_size: int
+    ffn_hidden_size: int
+    memory_size: int
+    """Width of the features."""
+
+    def on(self, layers: Iterable[int]) -> int:
+        """Blocks in front of some layers, whose numbers count from 0."""
+        return sum((layer + 1) % self.every == 0 for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -87,5 +119,7 @@ class Product:
     """Values that are kept for the gradient of its weight, where it is trained."""
     activated: float = 0.0
     """Values that the activation before it keeps, wherever gradients flow."""
+    behind_weights: bool = False
+    """Whether its input depends on weights of the projector, so that it has a gradient though no encoder is trained."""
     split: bool = False
     """Whether tensor parallelism splits its input, so that its outputs are summed over the ranks."""

@@ -29,7 +29,22 @@ def layout_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
                 f"{kind}.ffn_hidden_size {part.ffn_hidden_size} cannot be split over --tensor-model-parallel-size "
                 f"{size}: use a divisor"
             )
-    return problems
+    return [*problems, *_interaction_problems(spec, runtime)]
+
+
+def _interaction_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
+    """An interaction stands on the last stage. Features travel there, their gradients would not come back."""
+    own = spec.interaction
+    if own is None or not own.cross_attention or runtime.pipeline_model_parallel_size == 1:
+        return []
+    makers = ("vision_encoder", "vision_projector")[: 2 if own.features == "vision_projector" else 1]
+    return [
+        f"image_encoder.{kind} is trained, and an interaction looks at its features over "
+        f"--pipeline-model-parallel-size {runtime.pipeline_model_parallel_size}, which takes no gradient back: freeze "
+        "it, or use 1 stage"
+        for kind in makers
+        if spec.part(kind).trains
+    ]
 
 
 def _head_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
@@ -48,12 +63,22 @@ def _head_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
                 f"{kind}.num_query_groups {part.num_query_groups} cannot be split over --tensor-model-parallel-size "
                 f"{size}: use a divisor of the query groups"
             )
-    heads = spec.text_decoder.num_attention_heads
-    if slices > 1 and heads % size == 0 and heads % (size * slices):
+    readers = {"text_decoder": spec.text_decoder}
+    if spec.interaction is not None and spec.interaction.self_attention:
+        readers["interaction"] = spec.interaction
+    for kind, part in readers.items():
+        heads = part.num_attention_heads
+        if slices > 1 and heads % size == 0 and heads % (size * slices):
+            problems.append(
+                f"{kind}.num_attention_heads {heads} cannot be split over --tensor-model-parallel-size {size} x "
+                f"--context-parallel-size {slices} = {size * slices}: context parallelism exchanges heads for "
+                "sequence, so that each rank attends with its share of the heads; lower one of them"
+            )
+    cross = getattr(spec.text_decoder, "cross_attention", None)
+    if cross is not None and cross.num_attention_heads % size:
         problems.append(
-            f"text_decoder.num_attention_heads {heads} cannot be split over --tensor-model-parallel-size {size} x "
-            f"--context-parallel-size {slices} = {size * slices}: context parallelism exchanges heads for sequence, so "
-            "that each rank attends with its share of the heads; lower one of them"
+            f"text_decoder.cross_attention.num_attention_heads {cross.num_attention_heads} cannot be split over "
+            f"--tensor-model-parallel-size {size}: use a divisor"
         )
     return problems
 
@@ -83,6 +108,12 @@ def _recompute_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
 def _stage_problems(spec: ModelSpec, runtime: Runtime) -> list[str]:
     given, layers, stages = spec.text_decoder.pipeline_num_layers, spec.text_decoder.num_layers, runtime.stages
     problems = _form_problems("text_decoder", given, runtime)
+    if spec.family.beside_text and runtime.virtual_pipeline_model_parallel_size is not None:
+        problems.append(
+            "virtual pipeline stages want messages of one length, and the features of images, which go with the hidden "
+            f"states of model_id {spec.model_id}, have another one in each micro-batch: leave "
+            "--num-layers-per-virtual-pipeline-stage out"
+        )
     problems += _form_problems("vision_encoder", spec.vision_encoder.pipeline_num_layers, runtime)
     if given is None and layers % stages:
         shares = [layers // stages + (number < layers % stages) for number in reversed(range(stages))]

@@ -16,15 +16,23 @@ from mindspeed_mm.config.file_keys import FileKeys
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.adapters.spec import LoraSpec
-from mindspeed_mm.models.operations import EncoderWork, Grid, LayerShape, Product
+from mindspeed_mm.models.operations import CrossShape, EncoderWork, Grid, LayerShape, Product
 from mindspeed_mm.registry import find, find_all
-from mindspeed_mm.weights.layouts import Layout
+from mindspeed_mm.weights.layouts import INTERACTION, Layout
 from mindspeed_mm.weights.rules import Geometry, RuleSet
 
 SLOTS = ("text_decoder", "vision_encoder", "vision_projector")
-"""The places of a model that a part can fill, named as in a model.json."""
+"""The places that every model fills with a part, named as in a model.json."""
 
-DEFAULT_MODEL_IDS = {"text_decoder": "llama", "vision_encoder": "clip", "vision_projector": "mlp"}
+ALL_SLOTS = (*SLOTS, INTERACTION)
+"""With the place that a model may leave empty, between the decoder's final norm and its head."""
+
+DEFAULT_MODEL_IDS = {
+    "text_decoder": "llama",
+    "vision_encoder": "clip",
+    "vision_projector": "mlp",
+    INTERACTION: "post_block",
+}
 """Implementation where a block gives no model_id (the ancestor's text_decoder has none), and where weights say no more
 than which slot they fill."""
 
@@ -91,6 +99,19 @@ class ParameterRule(StrictModel):
     freeze: bool | None = None
     lr: LearningRate | None = None
     weight_decay: WeightDecay | None = None
+    rows: list[Annotated[int, pydantic.Field(ge=0)]] | None = None
+    """Of the words' embeddings or of the head: train the rows of these token ids alone. Weight decay, which would move
+    all others, is off."""
+
+    @pydantic.model_validator(mode="after")
+    def _rows_are_trained(self) -> "ParameterRule":
+        if self.rows is not None and (self.freeze is not False or self.weight_decay or not self.rows):
+            raise ValueError(
+                f"found rows {self.rows} with freeze {str(self.freeze).lower()} and weight_decay {self.weight_decay}; "
+                "expected token ids, freeze false, and no weight_decay, which would move the other rows. Correct the "
+                "rule"
+            )
+        return self
 
 
 class PartSpec(StrictModel):
@@ -107,8 +128,12 @@ class PartSpec(StrictModel):
     """Highest learning rate of the part; None: the run's. The lowest keeps its ratio to it."""
     weight_decay: WeightDecay | None = None
     """None: the run's. Biases and parameters of one dimension have none."""
-    quantize: Literal["nf4", "int8"] | None = None
+    layer_decay: Annotated[float, pydantic.Field(gt=0, le=1)] | None = None
+    """Learning rate of a layer over that of the next one; what stands behind the layers has the part's."""
+    quantize: Literal["nf4", "fp4", "int8"] | None = None
     """Store the weights of the layers' linears in 4 or 8 bits, where they are not trained: QLoRA, or a frozen part."""
+    double_quant: bool = False
+    """Of a part that is quantised: store the scales in 8 bits, too."""
     parameters: list[ParameterRule] = []
     """Rules for single parameters; the last one that fits decides (models/trainable.py)."""
     lora: LoraSpec | None = None
@@ -166,6 +191,15 @@ class PartSpec(StrictModel):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _scales_are_there(self) -> "PartSpec":
+        if self.double_quant and self.quantize is None:
+            raise ValueError(
+                "found double_quant in a part without quantize; expected both, since it stores the scales of quantised "
+                "weights in fewer bits. Add quantize, or remove double_quant"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _dora_needs_whole_weights(self) -> "PartSpec":
         if self.quantize is not None and self.lora is not None and self.lora.use_dora:
             raise ValueError(
@@ -210,12 +244,17 @@ class PartSpec(StrictModel):
             patches=rows * (self.image_size // self.patch_size) ** 2,
             features=rows * self.num_image_tokens,
             pairs=positions * self.num_positions * self.num_built_layers,
+            items=len(grids),
         )
 
     @property
     def fresh_names(self) -> tuple[str, ...]:
         """Beginnings of names of tensors that stay at random values though the part has weights."""
         return ()
+
+    def lacking(self, dialect: str) -> str | None:
+        """Why weights under the names of a dialect cannot be those of this spec, and what to change; None: they can."""
+        return None
 
     @property
     def reads_instructions(self) -> bool:
@@ -235,6 +274,11 @@ class PartSpec(StrictModel):
             activation_saves=2 if self.gated_linear_unit or self.activation_func == "quick_gelu" else 1,
             norm_statistics=2 if self.normalization == "LayerNorm" else 1,
         )
+
+    @property
+    def cross_shape(self) -> CrossShape | None:
+        """Of a decoder: its cross-attention to features beside the text; None where there is none."""
+        return None
 
     def products(self, work: EncoderWork) -> tuple[Product, ...]:
         """Of a projector: its linears on the features of some items, in the order in which they run."""
@@ -261,6 +305,7 @@ class Part:
         with the HF key that some configs lack.
     to_hf: (Spec, dtype) -> config that stock transformers reads; None where there is none.
     shapes: Spec -> shapes of our tensors by name, `{}` for the layer, those included that we do not build.
+    with_form: of a part whose public configs leave out what its tensors show: weights -> their config with all of that.
     from_shapes: Spec of weights without a config, from shape(our name), the number of layers, and fields that the user
         gives; None where shapes do not suffice.
     """
@@ -274,6 +319,7 @@ class Part:
     checked: tuple[str, ...] = ()
     checked_where: dict[str, str] = field(default_factory=dict)
     to_hf: Callable[..., dict[str, Any]] | None = None
+    with_form: Callable[[Any], dict[str, Any]] | None = None
     from_shapes: Callable[..., PartSpec] | None = None
     build: Callable[..., torch.nn.Module] | None = None
     model_types: tuple[str, ...] = ()
@@ -291,6 +337,11 @@ class Part:
 def find_part(kind: str, model_id: str) -> Part:
     """The part of one slot and name. Raises ConfigError for an unknown name, with the nearest one."""
     return find(f"mindspeed_mm.models.{kind}", model_id, "PART", what=f"{kind} model_id")
+
+
+def block_path(kind: str) -> str:
+    """Where a part's block stands in a model.json."""
+    return f"image_encoder.{kind}" if kind in ("vision_encoder", "vision_projector") else kind
 
 
 def part_of(kind: str, spec: PartSpec) -> Part:

@@ -96,6 +96,10 @@ def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bo
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "persist_layer_norm": False,
+        # Weights that are stored in fewer bits are read tensor by tensor: nothing is made of them before, and their
+        # part is put together in host memory.
+        "use_cpu_initialization": spec.quantize is not None,
+        "perform_initialization": spec.quantize is None or spec.fresh or bool(spec.fresh_names),
     }
     layout = _stages(spec, runtime) if pipelined else None
     fields |= known_options(TransformerConfig, pipeline_model_parallel_layout=layout)

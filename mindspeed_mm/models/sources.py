@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.part import SLOTS, all_parts
+from mindspeed_mm.models.part import ALL_SLOTS, DEFAULT_MODEL_IDS, all_parts, find_part
 from mindspeed_mm.models.spec import all_families
+from mindspeed_mm.weights.adapter_names import is_adapter, state_names
 from mindspeed_mm.weights.files import damaged, read_json_object
 from mindspeed_mm.weights.folders import TensorFiles, find_groups, open_file
 from mindspeed_mm.weights.layouts import HF_DECODER, OUR_FILES, OUR_MODEL, OURS, Layout
@@ -31,11 +32,16 @@ def register_detector(detector: Detector) -> None:
         _DETECTORS.append(detector)
 
 
-def open_source(path: str | Path, *, follow: bool = True) -> Source:
+def open_source(path: str | Path, *, follow: bool = True, adapters: Iterable[str | Path] = ()) -> Source:
     """Open a file or folder of weights in any readable layout; tensors are read when asked for.
 
-    `follow`: also open the parts that its config names elsewhere.
-    Raises WeightError when the path does not exist, is damaged or unsafe, or holds no known layout.
+    Args:
+        follow: also open the parts that its config names elsewhere.
+        adapters: files whose LoRA adapters are loaded by themselves (lora.load of a model.json). Those that stand
+            beside the weights in another file are refused, since without them the model would be another one.
+
+    Raises:
+        WeightError: the path does not exist, is damaged or unsafe, or holds no known layout.
     """
     path = Path(path)
     for detector in _DETECTORS:
@@ -43,9 +49,9 @@ def open_source(path: str | Path, *, follow: bool = True) -> Source:
         if source is not None:
             return source
     if path.is_dir():
-        source = _open_folder(path)
+        source = _open_folder(path, adapters)
     elif path.exists():
-        source = _classify(path, TensorFiles(path, [open_file(path)]), None)
+        source = _classify(path, TensorFiles(path, [open_file(path)]), None, adapters)
     else:
         aside = sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old"))
         hint = f" A conversion that was to replace it was interrupted: rename {aside[0]} to {path}." if aside else ""
@@ -53,7 +59,9 @@ def open_source(path: str | Path, *, follow: bool = True) -> Source:
     if source.family is None or not follow:
         return source
     family = all_families()[source.family]
-    parts = dict(sorted(family.complete(source, source.part_sources).items(), key=lambda item: SLOTS.index(item[0])))
+    parts = dict(
+        sorted(family.complete(source, source.part_sources).items(), key=lambda item: ALL_SLOTS.index(item[0]))
+    )
     advice = {slot: text for slot in family.slots if (text := family.missing(source, slot)) is not None}
     return replace(source, part_sources=parts, advice=advice)
 
@@ -84,7 +92,7 @@ def recognise(names: Iterable[str], config: dict[str, Any] | None) -> Recognised
     ]
     known += [
         Recognised(layout, None, {slot: part.name})
-        for slot in SLOTS
+        for slot in ALL_SLOTS
         for part in all_parts(slot).values()
         for layout in part.layouts
     ]
@@ -93,14 +101,15 @@ def recognise(names: Iterable[str], config: dict[str, Any] | None) -> Recognised
     return next((found for found in known if found.layout.recognises(names)), None)
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path, adapters: Iterable[str | Path]) -> Source:
     config_file = folder / "config.json"
     config = read_json_object(config_file) if config_file.is_file() else None
     groups = find_groups(folder)
     found = [_recognise_group(group, None) for group in groups]
     if len(groups) > 1 and all(layout == OURS for layout in found):
         return _combine(folder, [_classify(group.path, group, None) for group in groups])
-    source = _classify(folder, groups[0] if len(groups) == 1 else _one_set(folder, groups, found), config)
+    files = groups[0] if len(groups) == 1 else _one_set(folder, groups, found)
+    source = _classify(folder, files, config, adapters)
     return _combine(folder, [source]) if source.layout == OURS else source
 
 
@@ -137,13 +146,12 @@ def _combine(folder: Path, sources: list[Source]) -> Source:
     return Source(folder, OURS, read_json_object(model_file) if model_file.is_file() else None, parts)
 
 
-def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> Source:
+def _classify(
+    path: Path, files: TensorFiles, config: dict[str, Any] | None, adapters: Iterable[str | Path] = ()
+) -> Source:
     """Recognise one set of tensors by its names and hand them out to the slots."""
-    if any(".lora_" in name or name.startswith("lora_") for name in files.names):
-        raise WeightError(
-            f"{path}: found LoRA adapters; expected full weights. Merge them into their base model first."
-        )
-    stored = {name.removeprefix(PEFT_PREFIX): name for name in files.names}
+    held = _adapters(path, files, adapters)
+    stored = {name.removeprefix(PEFT_PREFIX): name for name in files.names if name not in held}
     if files.record is not None:
         found = Recognised(_recorded_layout(path, files.record), None, {})
     else:
@@ -172,11 +180,31 @@ def _classify(path: Path, files: TensorFiles, config: dict[str, Any] | None) -> 
             {short: stored[name] for short, name in names.items()},
             model_id=model_ids.get(slot),
         )
-        for slot, names in sorted(split.items(), key=lambda found: SLOTS.index(found[0]))
+        for slot, names in sorted(split.items(), key=lambda found: ALL_SLOTS.index(found[0]))
     }
     if files.record is not None:
         parts = {slot: _recorded(part, files.record) for slot, part in parts.items()}
+    parts = {slot: _with_form(part) for slot, part in parts.items()}
     return Source(path, layout.name, config, parts, tuple(dropped), family)
+
+
+def _adapters(path: Path, files: TensorFiles, loaded: Iterable[str | Path]) -> set[str]:
+    """Names of adapters that are loaded by themselves. Raises WeightError for others."""
+    found = {name for name in files.names if is_adapter(name)}
+    beside = set(state_names(found))
+    if found - beside:
+        raise WeightError(
+            f"{path}: found LoRA adapters; expected full weights. Merge them into their base model first."
+        )
+    known = {Path(file).resolve() for file in loaded}
+    lost = [name for name in sorted(beside) if files.file_of(name).resolve() not in known]
+    if lost:
+        raise WeightError(
+            f"{path}: found {len(beside)} LoRA adapters of the decoder beside the weights, such as {lost[0]}; "
+            f'expected them to be loaded, too. Add "lora": {{"load": "{files.file_of(lost[0])}", "r": ..., '
+            '"alpha": ..., "target_modules": [...]} to the text_decoder of model.json, as the model was trained'
+        )
+    return beside
 
 
 def _configs(layout: Layout, family: str | None, config: dict[str, Any] | None) -> dict[str, dict[str, Any] | None]:
@@ -188,10 +216,18 @@ def _configs(layout: Layout, family: str | None, config: dict[str, Any] | None) 
     return dict.fromkeys(layout.dialects, config)
 
 
+def _with_form(source: PartSource) -> PartSource:
+    """A part whose config says all that its tensors show of it."""
+    part = find_part(source.part, source.model_id or DEFAULT_MODEL_IDS[source.part])
+    if part.with_form is None or source.config is None or source.dialect == "ours":
+        return source
+    return replace(source, config=part.with_form(source))
+
+
 def _recorded_layout(path: Path, record: dict[str, Any]) -> Layout:
     """The layout of one of our files, which says inside what it holds."""
     blocks = record.get("config")
-    slots = [slot for slot in SLOTS if isinstance(blocks, dict) and slot in blocks]
+    slots = [slot for slot in ALL_SLOTS if isinstance(blocks, dict) and slot in blocks]
     if len(slots) != 1:
         raise damaged(path, "its record does not describe its tensors")
     return OUR_FILES[slots[0]]

@@ -10,7 +10,16 @@ from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.models import trainable
 from mindspeed_mm.models.adapters import targets
-from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, SLOTS, Part, PartSpec, find_part, part_block, part_of
+from mindspeed_mm.models.adapters.saved_modules import with_opened
+from mindspeed_mm.models.part import (
+    ALL_SLOTS,
+    DEFAULT_MODEL_IDS,
+    Part,
+    PartSpec,
+    find_part,
+    part_block,
+    part_of,
+)
 from mindspeed_mm.registry import find, find_all
 
 FAMILIES = "mindspeed_mm.models.families"
@@ -46,6 +55,7 @@ class ModelSpec(StrictModel):
     patch: dict[str, Any] | None = None
     image_encoder: ImageEncoderSpec
     text_decoder: PartSpec
+    interaction: PartSpec | None = None
 
     @pydantic.field_validator("patch")
     @classmethod
@@ -60,6 +70,12 @@ class ModelSpec(StrictModel):
         parts, specs = self.parts(), self.part_specs()
         problems = [*find_family(self.model_id).check(self), *targets.problems(parts, specs)]
         problems += trainable.problems(parts, specs)
+        problems += _interaction_problems(self)
+        if getattr(self.text_decoder, "cross_attention", None) is not None and not self.family.beside_text:
+            problems.append(
+                f"text_decoder.cross_attention: found one, and model_id {self.model_id} puts features into the text; "
+                "expected none. Remove it, or set model_id flamingo"
+            )
         if problems:
             raise ValueError("\n  ".join(problems))
         return self
@@ -85,7 +101,18 @@ class ModelSpec(StrictModel):
 
     def part_specs(self) -> dict[str, PartSpec]:
         """The specs by slot."""
-        return {kind: getattr(self, kind) for kind in SLOTS}
+        specs = {kind: getattr(self, kind) for kind in ALL_SLOTS}
+        return {kind: spec for kind, spec in specs.items() if spec is not None}
+
+    @property
+    def adapter_files(self) -> tuple[str, ...]:
+        """Where the parts' adapters are loaded from."""
+        return tuple(part.lora.load for part in self.part_specs().values() if part.lora and part.lora.load)
+
+    @property
+    def asks_early(self) -> bool:
+        """Whether nothing but the head reads the last layer, whose MLP may then leave out positions without a label."""
+        return self.interaction is None and getattr(self.text_decoder, "cross_attention", None) is None
 
     def parts(self) -> dict[str, Part]:
         """The parts by slot."""
@@ -106,12 +133,17 @@ def load_model_spec(source: str | Path | dict[str, Any], *, context: str | None 
     if isinstance(source.get("model_id"), str):
         find_family(source["model_id"])
     encoder = source.get("image_encoder")
-    blocks = {"text_decoder": source, "vision_encoder": encoder, "vision_projector": encoder}
-    ids = []
+    blocks = {"text_decoder": source, "vision_encoder": encoder, "vision_projector": encoder, "interaction": source}
+    ids, opened = [], {}
     for kind, holder in blocks.items():
         block = holder.get(kind) if isinstance(holder, dict) else None
         model_id = block.get("model_id") if isinstance(block, dict) else None
         ids.append(model_id if isinstance(model_id, str) else DEFAULT_MODEL_IDS[kind])
+        if isinstance(block, dict):
+            opened[kind] = with_opened(block, find_part(kind, ids[-1]))
+    source = {**source, **{kind: block for kind, block in opened.items() if blocks[kind] is source}}
+    if isinstance(encoder, dict):
+        source["image_encoder"] = {**encoder, **{kind: opened[kind] for kind in opened if blocks[kind] is encoder}}
     return load_config(_spec_class(*ids), source, what="model config", context=context)
 
 
@@ -119,14 +151,15 @@ def model_block(specs: dict[str, PartSpec], model_id: str = DEFAULT_FAMILY) -> d
     """A model.json of the given parts, by slot, with the values that differ from the defaults. A part that is not the
     default of its slot is named."""
     blocks = {kind: part_block(kind, spec) for kind, spec in specs.items()}
-    image_encoder = {kind: block for kind, block in blocks.items() if kind != "text_decoder"}
+    outer = {kind: blocks.pop(kind) for kind in ("text_decoder", "interaction") if kind in blocks}
+    image_encoder = blocks
     model: dict[str, Any] = {} if model_id == DEFAULT_FAMILY else {"model_id": model_id}
-    model |= {"text_decoder": blocks["text_decoder"]} if "text_decoder" in blocks else {}
+    model |= outer
     return {**model, "image_encoder": image_encoder} if image_encoder else model
 
 
 @functools.lru_cache
-def _spec_class(text_decoder: str, vision_encoder: str, vision_projector: str) -> type[ModelSpec]:
+def _spec_class(text_decoder: str, vision_encoder: str, vision_projector: str, interaction: str) -> type[ModelSpec]:
     """ModelSpec with the Spec classes of these parts, so that unknown keys find their nearest known one."""
     encoder = pydantic.create_model(
         "ImageEncoderSpec",
@@ -139,4 +172,27 @@ def _spec_class(text_decoder: str, vision_encoder: str, vision_projector: str) -
         __base__=ModelSpec,
         image_encoder=(encoder, ...),
         text_decoder=(find_part("text_decoder", text_decoder).Spec, ...),
+        interaction=(find_part("interaction", interaction).Spec | None, None),
     )
+
+
+def _interaction_problems(spec: ModelSpec) -> list[str]:
+    """Widths of the interaction that are not those of the parts on both of its sides."""
+    own = spec.interaction
+    if own is None:
+        return []
+    if spec.text_decoder.cross_shape is not None:
+        return [
+            "interaction: found one behind a text_decoder that attends to features beside its text; expected a decoder "
+            "with features in its text. Remove it"
+        ]
+    read = spec.part(own.features)
+    found = {
+        "input_size": (own.input_size, read.hidden_size, f"the {own.features}'s"),
+        "hidden_size": (own.hidden_size, spec.text_decoder.hidden_size, "the text_decoder's"),
+    }
+    return [
+        f"interaction.{key}: found {size}, expected {expected}, {whose} hidden_size; correct it, or leave it out"
+        for key, (size, expected, whose) in found.items()
+        if size != expected
+    ]

@@ -58,8 +58,15 @@ def unpadded(size: tuple[int, int], grid: tuple[int, int]) -> Window:
     return Window(0, rows, border, columns - 2 * border)
 
 
-def tile_features(size: tuple[int, int], grid: tuple[int, int], patches: int) -> int:
-    """Features of an image of `grid` tiles, each of `patches` x `patches`: those of the whole image, and of each line
-    of the tiles with the newline vector at its end."""
+UNPAD = "spatial_unpad"
+"""mm_patch_merge_type of LLaVA-1.6's releases: lines of all tiles without the image's borders, each with the newline
+vector at its end. "spatial" has the lines whole and no vector, "flat" the tiles one behind the other."""
+
+
+def tile_features(size: tuple[int, int], grid: tuple[int, int], patches: int, merge: str = UNPAD) -> int:
+    """Features of an image of `grid` tiles, each of `patches` x `patches`: those of the whole image, and those of the
+    tiles as `merge` (mm_patch_merge_type) puts them together."""
+    if merge != UNPAD:
+        return patches**2 * (1 + grid[0] * grid[1])
     window = unpadded(size, (grid[0] * patches, grid[1] * patches))
     return patches**2 + window.height * (window.width + 1)

@@ -1,5 +1,7 @@
 """Which files of a path hold the weights, and the union of their tensors."""
 
+import functools
+import logging
 import re
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from mindspeed_mm.weights.files import (
     read_json_object,
 )
 from mindspeed_mm.weights.torch_file import TorchFile
+
+logger = logging.getLogger(__name__)
 
 STANDARD_FILES = (
     "model.safetensors.index.json",
@@ -111,6 +115,8 @@ def find_groups(folder: Path) -> list[TensorFiles]:
     for name in STANDARD_FILES:
         path = folder / name
         if path.is_file():
+            if any(folder.glob("adapter_model.*")):
+                _tell_adapter(folder)
             return [_indexed(path) if path.suffix == ".json" else TensorFiles(path, [open_file(path)])]
     indexes = sorted(folder.glob("*.index.json"))
     if len(indexes) == 1:
@@ -135,6 +141,16 @@ def find_groups(folder: Path) -> list[TensorFiles]:
     if shards:
         return [TensorFiles(folder, [open_file(path) for path in shards]), *_alone(others)]
     return _alone(others)
+
+
+@functools.lru_cache(maxsize=256)
+def _tell_adapter(folder: Path) -> None:
+    logger.warning(
+        "%s holds a LoRA adapter (adapter_model) beside whole weights: the weights are taken as they are. If they are "
+        "not those with the adapter merged, give --adapter %s, too",
+        folder,
+        folder,
+    )
 
 
 def _alone(paths: list[Path]) -> list[TensorFiles]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 TEXT, VISION, PROJECTOR = "text_decoder", "vision_encoder", "vision_projector"
+INTERACTION = "interaction"
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,24 @@ class Layout:
 OURS = "mindspeed-mm"
 """Name of the layout of our own files."""
 
-_OUR_DIALECTS = {TEXT: "ours", VISION: "ours", PROJECTOR: "ours"}
+_OUR_DIALECTS = dict.fromkeys((TEXT, VISION, PROJECTOR, INTERACTION), "ours")
 
 OUR_MODEL = Layout(
     OURS,
-    (r"^(text_decoder\.|image_encoder\.(encoder|projector)\.)",),
+    (r"^(text_decoder\.|image_encoder\.(encoder|projector)\.|interaction\.)",),
     (
         Prefix("text_decoder.", TEXT),
         Prefix("image_encoder.encoder.", VISION),
         Prefix("image_encoder.projector.", PROJECTOR),
+        Prefix("interaction.", INTERACTION),
     ),
     _OUR_DIALECTS,
-    {TEXT: "text_decoder.", VISION: "image_encoder.encoder.", PROJECTOR: "image_encoder.projector."},
+    {
+        TEXT: "text_decoder.",
+        VISION: "image_encoder.encoder.",
+        PROJECTOR: "image_encoder.projector.",
+        INTERACTION: "interaction.",
+    },
 )
 
 OUR_FILES = {
@@ -85,6 +92,9 @@ OUR_FILES = {
     TEXT: Layout(OURS, (r"^embedding\.word_embeddings\.weight$",), (Prefix("", TEXT),), _OUR_DIALECTS, {TEXT: ""}),
     PROJECTOR: Layout(
         OURS, (r"^encoder\.linear_fc[0-9]+\.weight$",), (Prefix("", PROJECTOR),), _OUR_DIALECTS, {PROJECTOR: ""}
+    ),
+    INTERACTION: Layout(
+        OURS, (r"^blocks\.layers\.0\.mlp\.",), (Prefix("", INTERACTION),), _OUR_DIALECTS, {INTERACTION: ""}
     ),
 }
 """One part alone under our names. A file that says inside which slot it fills needs no marker; the ancestor's do."""

@@ -3,7 +3,7 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,13 +76,15 @@ def load_part(
     geometry = spec.geometry
     check_tied_copy(rules, geometry, part_source)
     named = {global_name(name, layer_offset): tensor for name, tensor in state.items()}
-    local = {name: tensor for name, tensor in named.items() if not name.startswith(spec.fresh_names)}
-    whole = num_local_layers is None
-    _check_targets(part.kind, local, steps, rules, geometry, whole=whole)
+    fresh = {name for name in named if name.startswith(spec.fresh_names) and name not in steps}
+    local = {name: tensor for name, tensor in named.items() if name not in fresh}
+    _check_targets(part.kind, local, steps, rules, geometry, whole=num_local_layers is None)
     stored = found.geometry if part_source.assumed else geometry
     with torch.no_grad():
         for name, parameter in local.items():
             step = steps[name] if name in steps else steps[rules.tied[1]]
+            if _taken_as_stored(parameter, step, part_source, geometry, tp_rank, tp_size):
+                continue
             value = local_tensor(step, part_source, geometry, tp_rank, tp_size, stored=stored)
             check_finite(value, f"{part_source.path}: {' + '.join(step.sources)}", allowed=allow_nonfinite)
             _copy(parameter, name, value, step, part_source)
@@ -98,6 +100,18 @@ def load_part(
         dropped=len(dropped),
         config=confirmed,
         example=dropped[0] if dropped else None,
+    )
+
+
+def _taken_as_stored(
+    parameter: Any, step: Step, source: PartSource, geometry: Geometry, tp_rank: int, tp_size: int
+) -> bool:
+    """Whether a place for a weight in 4 or 8 bits has taken its share of one that lies in the source in that form."""
+    if not hasattr(parameter, "take_stored") or source.dialect != "ours":
+        return False
+    form = source.stored_form(step.sources[0])
+    return form is not None and parameter.take_stored(
+        form, lambda whole: shard(whole, step.rule, tp_rank, tp_size, geometry)
     )
 
 
@@ -117,6 +131,17 @@ def check_part(part: Any, spec: Any, source: Source | None) -> None:
         _check_shape(step, part_source, tuple(full.shape), shapes.get(step.target) or shapes[step.rule.target])
 
 
+def whole_tensors(part: Any, spec: Any, source: Source, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of some of our tensors of a part, on the CPU in the stored type.
+
+    Raises WeightError as `check_part` does.
+    """
+    part_source, found, _, _, steps = _matched(part, spec, source)
+    stored = found.geometry if part_source.assumed else spec.geometry
+    for name in names:
+        yield name, local_tensor(steps[name], part_source, spec.geometry, 0, 1, stored=stored)
+
+
 class _Matched(NamedTuple):
     """A source whose names and config fit a spec."""
 
@@ -131,6 +156,8 @@ class _Matched(NamedTuple):
 
 def _matched(part: Any, spec: Any, source: Source) -> _Matched:
     part_source = source.part(part.kind)
+    if (lacking := spec.lacking(part_source.dialect)) is not None:
+        raise WeightError(f"{part_source.path}: the weights do not fit the {part.kind}: {lacking}.")
     found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
     confirmed = "none there" if found is None else _check_config(part, spec, part_source, found)
     rules = _rules_of(part, part_source)
@@ -207,8 +234,9 @@ def check_tied_copy(rules: RuleSet, geometry: Geometry, source: PartSource) -> N
     head, embedding = source.get(names[0][0]), source.get(names[1][0])
     if head.shape != embedding.shape or not torch.equal(head, embedding):
         raise WeightError(
-            f"{source.path}: {names[0][0]} differs from {names[1][0]}, yet the spec ties them. "
-            "Set share_embeddings_and_output_weights to false."
+            f"{source.path}: {names[0][0]} differs from {names[1][0]}, yet the head is said to be tied. Set "
+            '"tie_word_embeddings": false in its config.json (in text_config, too, where that has the key), or, where '
+            'a model.json describes the model, "share_embeddings_and_output_weights": false there.'
         )
 
 

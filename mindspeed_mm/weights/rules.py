@@ -35,6 +35,8 @@ class Geometry:
     source_layers: int | None = None
     qkv_bias: bool = False
     tied: bool = False
+    image_newline: bool = False
+    cross_stride: tuple[int, int] | None = None
 
     @property
     def heads_per_group(self) -> int:
@@ -53,8 +55,8 @@ class Rule:
 
     `needs` names a boolean of Geometry without which neither side has the tensor. `unused` marks a tensor that public
     layouts hold and our module never builds: loading drops it, conversions carry it; `shape_like` names a tensor of
-    ours with its shape, for an export of a source that has none. `layer_stride` (first, step) says which layers a rule
-    with a layer number describes.
+    ours with its shape, for an export of a source that has none. `layer_stride` (first, step), or the name of a
+    field of Geometry that holds it, says which layers a rule with a layer number describes.
     """
 
     target: str
@@ -63,7 +65,7 @@ class Rule:
     needs: str | None = None
     unused: bool = False
     shape_like: str | None = None
-    layer_stride: tuple[int, int] = (0, 1)
+    layer_stride: tuple[int, int] | str = (0, 1)
 
     def to_ours(self, tensors: list[Tensor], geometry: Geometry) -> Tensor:
         """Merge the source tensors (in the order of `sources`) into ours."""
@@ -280,7 +282,8 @@ class RuleSet:
         source_layers = max(geometry.num_layers, geometry.source_layers or 0)
         steps = []
         for rule in self._active(geometry):
-            first, step = rule.layer_stride
+            stride = rule.layer_stride
+            first, step = getattr(geometry, stride) if isinstance(stride, str) else stride
             for layer in range(first, source_layers, step) if is_layered(rule.target) else (None,):
                 unused = rule.unused or (layer is not None and layer >= geometry.num_layers)
                 steps.append(Step(fill(rule.target, layer), tuple(fill(n, layer) for n in rule.sources), rule, unused))

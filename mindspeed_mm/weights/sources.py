@@ -1,7 +1,7 @@
 """Weights that were opened: the tensors of each part, under the names that its rules know. Values are read when asked
 for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mindspeed_mm.errors import WeightError
+from mindspeed_mm.weights.blockwise import StoredForm
 from mindspeed_mm.weights.files import Span, TensorFile
 
 
@@ -53,6 +54,11 @@ class PartSource:
         """The bytes of a tensor in its file; None where they lie in another order than row by row."""
         return self._files.span(self._stored[name])
 
+    def stored_form(self, name: str) -> StoredForm | None:
+        """A tensor in 4 or 8 bits, as it lies in its file; None for one that is whole there."""
+        read = getattr(self._files, "stored_form", None)
+        return None if read is None else read(self._stored[name])
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
         return self._files.shape(self._stored[name])
@@ -64,6 +70,10 @@ class PartSource:
     def stored_name(self, name: str) -> str:
         """The name that a tensor has in its file."""
         return self._stored[name]
+
+    def changed(self, files: TensorFile) -> "PartSource":
+        """The same tensors, their values those of `files`."""
+        return replace(self, _files=files)
 
     def meta(self, name: str) -> Tensor:
         """A tensor without values: its shape and type alone."""

@@ -37,6 +37,9 @@ MAX_ATTRIBUTES = 1_000_000
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 """What the first two pickles of a file hold that torch.save wrote before version 1.6."""
 
+WRAPPERS = ("model", "model_state_dict", "state_dict")
+"""Keys under which LAVIS, MiniGPT-4, OpenFlamingo and Otter put a model, with optimizer, epoch and the like beside."""
+
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -331,8 +334,10 @@ def _rebuild(storage: tuple[str, torch.dtype, int], offset: int, shape: Any, str
 def _flat_tensors(path: Path, content: Any) -> dict[str, _TensorRecord]:
     if not isinstance(content, dict):
         raise WeightError(f"{path}: found a pickled {type(content).__name__}; expected a dict from names to tensors.")
-    if isinstance(content.get("model"), dict):  # LAVIS and MiniGPT-4 put optimizer, epoch and the like beside
-        content = content["model"]
+    for key in WRAPPERS:
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
     tensors = {}
     for name, value in content.items():
         if isinstance(name, str) and name.endswith("_extra_state"):

@@ -12,7 +12,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from mindspeed_mm.models.adapters.quantized_base import (
     sharded_tensors,
     stored_pairs,
 )
+from mindspeed_mm.models.adapters.saved_values import values_in
 from mindspeed_mm.models.adapters.spec import LoraSpec, WholePair
 from mindspeed_mm.models.adapters.splits import local_a, local_b, local_geometry, places
 from mindspeed_mm.models.adapters.targets import Site, sites
@@ -41,16 +42,12 @@ class LoraPair(torch.nn.Module):
 
     active = True
 
-    def __init__(self, own: WholePair, rows: Tensor | None, lora: LoraSpec) -> None:
+    def __init__(self, own: WholePair, rows: Tensor | None, scale: float, dropout: float) -> None:
         super().__init__()
         self.a, self.b = torch.nn.Parameter(own.a), torch.nn.Parameter(own.b)
         self.register_parameter("m", None if own.m is None else torch.nn.Parameter(own.m))
         self.register_buffer("places", rows, persistent=False)
-        self.scale, self.dropout = lora.scale, lora.dropout
-
-    def add(self, output: Tensor, delta: Tensor) -> Tensor:
-        """The output of the whole linear with the adapter's on its rows."""
-        return output + delta if self.places is None else output.index_add(-1, self.places, delta)
+        self.scale, self.dropout = scale, dropout
 
     def dropped(self, x: Tensor, *, own_stream: bool) -> Tensor:
         """x with dropout; with `own_stream` each tensor-parallel rank draws by itself, since its values are its own."""
@@ -61,21 +58,78 @@ class LoraPair(torch.nn.Module):
             return F.dropout(x, self.dropout)
 
 
-class _Adapted(torch.nn.Module):
+class RowOrder(NamedTuple):
+    """How the rows of several linears, and those that have no adapter behind them, stand in a fused one."""
+
+    others: int
+    """Rows without an adapter."""
+    ours: Tensor | None
+    """The row of the fused linear for each joined one; None: both have one order."""
+    theirs: Tensor | None
+    """The way back."""
+
+    @staticmethod
+    def of(rows: list[Tensor], width: int) -> RowOrder:
+        """`rows`: those of each linear in the fused one, which has `width`."""
+        joined = torch.cat(rows)
+        everything = torch.arange(width, device=joined.device)
+        joined = torch.cat((joined, everything[torch.isin(everything, joined, invert=True)]))
+        same = torch.equal(joined, everything)
+        others = width - sum(map(len, rows))
+        return RowOrder(others, None, None) if same else RowOrder(others, joined, joined.argsort())
+
+
+class Reordered(torch.autograd.Function):
+    """Other order of the last dimension. Both directions read by index; torch's own backward pass adds by index."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        """x[..., order]"""
+        ctx.inverse = inverse
+        return x.index_select(-1, order)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient in the order of x."""
+        return gradient.index_select(-1, ctx.inverse), None, None
+
+
+class AdaptedLinear(torch.nn.Module):
     """What both kinds of parallel linears do with their adapters."""
 
     lora: torch.nn.ModuleDict
+    orders: dict[tuple, RowOrder]
+    """Of the sets of pairs that were active so far."""
     blocks = 1
     """Equal blocks of rows that are each split over the ranks, where one A and B make all of them."""
 
     def forward(self, input_: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
         """[..., in] -> ([..., out], the bias to be added or None)."""
         output, bias = super().forward(input_, *args, **kwargs)
-        for pair in self.lora.values():
-            if pair.active:
-                delta = self.delta(pair, input_) * pair.scale
-                output = pair.add(output, delta if pair.m is None else self.stretched(pair, output, delta))
+        pairs = {name: pair for name, pair in self.lora.items() if pair.active}
+        if pairs:
+            added = [self.added(pair, input_, output) for pair in pairs.values()]
+            output = output + self._in_place(pairs, added, output.shape[-1])
         return output, bias
+
+    def added(self, pair: LoraPair, input_: Tensor, output: Tensor) -> Tensor:
+        """What a pair adds to its rows of the linear's own output."""
+        delta = self.delta(pair, input_) * pair.scale
+        return delta if pair.m is None else self.stretched(pair, output, delta)
+
+    def _in_place(self, pairs: dict[str, LoraPair], added: list[Tensor], width: int) -> Tensor:
+        """What the pairs add, at their rows of a fused linear, zero at the others: one addition then makes the sum, and
+        nothing as wide as the output is kept for the backward pass."""
+        rows = [pair.places for pair in pairs.values() if pair.places is not None]
+        if not rows:
+            return added[0]
+        names = (*pairs, rows[0].device)
+        if names not in self.orders:
+            self.orders[names] = RowOrder.of(rows, width)
+        order = self.orders[names]
+        rest = [added[0].new_zeros(*added[0].shape[:-1], order.others)] if order.others else []
+        joined = torch.cat((*added, *rest), dim=-1)
+        return joined if order.theirs is None else Reordered.apply(joined, order.theirs, order.ours)
 
     def delta(self, pair: LoraPair, x: Tensor) -> Tensor:
         """B A x in the layout of the linear's output."""
@@ -114,7 +168,7 @@ class _Adapted(torch.nn.Module):
         return sharded_tensors(self, axes, (*stored_pairs(self), *own), prefix, sharded_offsets, metadata)
 
 
-class LoraColumnLinear(_Adapted, ColumnParallelLinear):
+class LoraColumnLinear(AdaptedLinear, ColumnParallelLinear):
     """Split by rows of the weight."""
 
     axes, split = {"weight": 0, "bias": 0}, {"b": 0, "m": 0}
@@ -129,7 +183,7 @@ class LoraColumnLinear(_Adapted, ColumnParallelLinear):
         return tensor_parallel.gather_from_tensor_model_parallel_region(delta) if self.gather_output else delta
 
 
-class LoraRowLinear(_Adapted, RowParallelLinear):
+class LoraRowLinear(AdaptedLinear, RowParallelLinear):
     """Split by columns of the weight."""
 
     axes, split = {"weight": 1}, {"a": 1}
@@ -205,7 +259,7 @@ def attach_lora(
             _adapt(linear, site, whole, spec, tp_rank, tp_size)
             count += 1
     for block in module.modules():
-        if count and isinstance(block, TransformerBlock):
+        if count and isinstance(block, TransformerBlock) and _wake not in block._forward_pre_hooks.values():
             block.register_forward_pre_hook(_wake, with_kwargs=True)
     return count
 
@@ -214,22 +268,26 @@ def attach_lora(
 def adapters_off(module: torch.nn.Module) -> Iterator[None]:
     """Inside, the module computes as if it had no adapters."""
     pairs = [pair for pair in module.modules() if isinstance(pair, LoraPair)]
-    before = [pair.active for pair in pairs]
+    before, values = [pair.active for pair in pairs], [value for value in values_in(module) if value.active]
     for pair in pairs:
         pair.active = False
+    for value in values:
+        value.put(active=False)
     try:
         yield
     finally:
         for pair, active in zip(pairs, before, strict=True):
             pair.active = active
+        for value in values:
+            value.put(active=True)
 
 
 def _adapt(linear: torch.nn.Module, site: Site, whole: WholePair, spec: Any, tp_rank: int, tp_size: int) -> None:
     """Turn a linear into the adapted kind of it, in place, so that its own tensors keep their names."""
     geometry, rule = spec.geometry, site.step.rule
-    if not isinstance(linear, _Adapted):
+    if not isinstance(linear, AdaptedLinear):
         linear.__class__ = next(adapted for kind, adapted in ADAPTED.items() if isinstance(linear, kind))
-        linear.lora = torch.nn.ModuleDict()
+        linear.lora, linear.orders = torch.nn.ModuleDict(), {}
         linear.blocks = rule.blocks(geometry) if len(site.step.sources) == 1 else 1
     device, dtype = linear.weight.device, linear.config.params_dtype
     a = local_a(site, whole.a, tp_rank, tp_size).to(device, dtype, copy=True).contiguous()
@@ -239,7 +297,8 @@ def _adapt(linear: torch.nn.Module, site: Site, whole: WholePair, spec: Any, tp_
     if spec.lora.use_dora:
         m = whole.m if whole.m is not None else torch.zeros(len(whole.b))
         m = local_b(site, m[:, None], geometry, tp_rank, tp_size)[:, 0].to(device, dtype, copy=True).contiguous()
-    pair = LoraPair(WholePair(a, b, m), None if rows is None else rows.to(device), spec.lora)
+    scale = spec.lora.scale_of(site.module)
+    pair = LoraPair(WholePair(a, b, m), None if rows is None else rows.to(device), scale, spec.lora.dropout)
     if m is not None and whole.m is None:
         pair.m.data.copy_(linear.lengths(pair))
     if m is not None and rule.axis == 0:
@@ -266,8 +325,9 @@ def _first_pair(site: Site, linear: torch.nn.Module, geometry: Geometry, lora: L
     outputs, inputs = _sizes(site, linear, geometry)
     generator = torch.Generator().manual_seed(zlib.crc32(f"{lora.init_seed} {site.module}".encode()))
     bound = 1 / math.sqrt(inputs)
-    a = torch.empty(lora.r, inputs).uniform_(-bound, bound, generator=generator)
-    return WholePair(a, torch.zeros(outputs, lora.r))
+    rank = lora.rank_of(site.module)
+    a = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+    return WholePair(a, torch.zeros(outputs, rank))
 
 
 def _given_pair(site: Site, linear: torch.nn.Module, part: Any, spec: Any, pairs: dict[str, WholePair]) -> WholePair:
@@ -277,11 +337,11 @@ def _given_pair(site: Site, linear: torch.nn.Module, part: Any, spec: Any, pairs
             "names. Give the target_modules that it was trained with"
         )
     a, b, _ = pairs[site.module]
-    outputs, inputs = _sizes(site, linear, spec.geometry)
-    if tuple(a.shape) != (spec.lora.r, inputs) or tuple(b.shape) != (outputs, spec.lora.r):
+    (outputs, inputs), rank = _sizes(site, linear, spec.geometry), spec.lora.rank_of(site.module)
+    if tuple(a.shape) != (rank, inputs) or tuple(b.shape) != (outputs, rank):
         raise ConfigError(
             f"{part.kind}.lora: A and B of {site.module} have shapes {list(a.shape)} and {list(b.shape)}; expected "
-            f"{[spec.lora.r, inputs]} and {[outputs, spec.lora.r]}. The adapter belongs to another base model or has "
+            f"{[rank, inputs]} and {[outputs, rank]}. The adapter belongs to another base model or has "
             "another r"
         )
     return pairs[site.module]

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import pydantic
+import torch
 from torch import Tensor
 
-from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.adapters.peft_config import read_config
+from mindspeed_mm.models.adapters.saved_modules import ENDS, module_of, tied_names
 from mindspeed_mm.models.adapters.spec import LoraSpec, WholePair
 from mindspeed_mm.models.adapters.targets import DIALECT, WEIGHT, all_sites
-from mindspeed_mm.models.spec import ModelSpec, find_family
-from mindspeed_mm.weights.files import SafetensorsFile, read_json_object
+from mindspeed_mm.weights.adapter_names import state_name, written_name
+from mindspeed_mm.weights.files import SafetensorsFile, TensorFile
+from mindspeed_mm.weights.folders import open_file
 from mindspeed_mm.weights.layouts import HF_DECODER, Layout
+from mindspeed_mm.weights.loading import FLOATS
 from mindspeed_mm.weights.rules import Drop
 
 logger = logging.getLogger(__name__)
@@ -30,27 +34,17 @@ OUTER = "base_model.model."
 """What PEFT puts before every name of the model that it wraps."""
 
 _A, _B, _M = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
-_MUST_BE = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-}
-"""Keys of adapter_config.json at which another value would change the result."""
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter's folder, its config checked. Tensors are read when asked for."""
+    """An adapter's folder, its config checked, or the adapters among the tensors of a state dict. Tensors are read when
+    asked for."""
 
     path: Path
     r: int
-    alpha: float
+    alpha: float | None
+    """None where the file does not say it: a state dict."""
     dropout: float
     use_rslora: bool
     use_dora: bool
@@ -58,25 +52,25 @@ class PeftAdapter:
     """Names of the adapted modules in the model that PEFT wrapped."""
     saved: tuple[str, ...] = ()
     """Names of whole tensors that go with it (PEFT's modules_to_save)."""
+    outer: str | None = None
+    """Of a state dict: what stands before the names of its adapted modules, `base_model.model.` left out."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """r and alpha of single modules, by its names."""
 
     def pair(self, name: str) -> WholePair:
         """A, B and DoRA's lengths of a module, on the CPU in their stored type."""
-        file = SafetensorsFile(self.path / TENSORS)
-        return WholePair(*(file.get(OUTER + name + end) for end in _ends(self.use_dora)))
+        if self.outer is not None:
+            file = open_file(self.path)
+            return WholePair(*(_value(file, written_name(self.outer, name, which), 2) for which in "AB"))
+        file = _tensors(self.path)
+        return WholePair(
+            *(_value(file, OUTER + name + end, 1 if end == _M else 2) for end in tensor_ends(self.use_dora))
+        )
 
     def tensor(self, name: str) -> Tensor:
         """One of the whole tensors, on the CPU in its stored type."""
-        return SafetensorsFile(self.path / TENSORS).get(OUTER + name)
-
-    def alone(self) -> PeftAdapter:
-        """Itself. Raises WeightError where whole tensors go with it, which only a merge puts in their place."""
-        if self.saved:
-            raise WeightError(
-                f"{self.path}: found {len(self.saved)} whole tensors beside the adapter (modules_to_save), such as "
-                f"{self.saved[0]}; expected an adapter alone. Merge it into the base: mindspeed-mm merge BASE "
-                f"{self.path} --output DIR"
-            )
-        return self
+        return _value(_tensors(self.path), OUTER + name)
 
     def sites(
         self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
@@ -122,12 +116,27 @@ class PeftAdapter:
     def saved_tensors(
         self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
     ) -> dict[str, dict[str, str]]:
-        """Slot -> {Hugging Face's name of a tensor in the part: the adapter's name of its whole tensor}."""
+        """Slot -> {Hugging Face's name of a tensor in the part: the adapter's name of its whole tensor}.
+
+        Raises WeightError as `tensors` does, and for another head than embedding where the part ties them.
+        """
+        if not self.saved:
+            return {}
         placed = self._placed(parts, specs, layouts)
-        return {
+        found = {
             slot: {tensor: name for tensor, name in names.items() if name in self.saved}
             for slot, names in placed.items()
         }
+        for slot, names in found.items():
+            pair = tied_names(parts[slot], specs[slot])
+            held = [names[name] for name in pair or () if name in names]
+            if held and (len(held) == 1 or not torch.equal(*map(self.tensor, held))):
+                raise WeightError(
+                    f"{self.path}: it changes {' and '.join(held)} apart from each other (modules_to_save), and this "
+                    f"model ties {' and '.join(pair)}; expected equal tensors for both. Merge the adapter with PEFT, "
+                    "which unties them, and give the merged weights with tie_word_embeddings false in their config.json"
+                )
+        return found
 
     def _placed(
         self, parts: dict[str, Any], specs: dict[str, Any], layouts: tuple[Layout, ...]
@@ -157,7 +166,7 @@ class PeftAdapter:
                 continue
             part, spec = parts[slot], specs[slot]
             to_ours = translation(part, spec, layout.dialects[slot], DIALECT)
-            known = set(to_ours.values())
+            known = {*to_ours.values(), *(tied_names(part, spec) or ())}
             for short, stored in names.items():
                 name = to_ours.get(short, short)
                 if name in known or _is_idle(part, spec, name):
@@ -167,13 +176,61 @@ class PeftAdapter:
         return found, [name.removesuffix(WEIGHT) for name in unknown]
 
     def lora(self, **changes: Any) -> LoraSpec:
-        """The block of a model.json that describes it."""
+        """The block of a model.json that describes it. Raises WeightError where the file does not say its alpha."""
+        if self.alpha is None:
+            raise WeightError(
+                f"{self.path}: found adapters without their alpha; expected it in a model.json: text_decoder.lora with "
+                "load, r, alpha and target_modules. Give that model.json"
+            )
         given = {"r": self.r, "alpha": self.alpha, "use_rslora": self.use_rslora, "use_dora": self.use_dora}
         given["dropout"] = 0.0 if self.use_dora else self.dropout
-        return LoraSpec(**(given | {"load": str(self.path)} | changes))
+        try:
+            return LoraSpec(**(given | {"load": str(self.path)} | changes))
+        except pydantic.ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+            raise WeightError(f"{self.path / CONFIG}: {wrong}. Save the adapter again") from error
+
+    def block(self, modules: Mapping[str, str], saved: Sequence[str] = ()) -> LoraSpec:
+        """The same for some of its modules: our Hugging Face names -> its own; `saved`: names of whole tensors."""
+        whole = self.lora(rank_pattern=self.rank_pattern, alpha_pattern=self.alpha_pattern)
+        ranks = {ours: whole.rank_of(name) for ours, name in modules.items()}
+        alphas = {ours: whole.alpha_of(name) for ours, name in modules.items()}
+        return self.lora(
+            target_modules=list(modules),
+            modules_to_save=list(dict.fromkeys(map(module_of, saved))),
+            rank_pattern={ours: rank for ours, rank in ranks.items() if rank != self.r},
+            alpha_pattern={ours: alpha for ours, alpha in alphas.items() if alpha != self.alpha},
+        )
+
+    def scale_of(self, name: str) -> float:
+        """The factor of B A x of one of its modules."""
+        return self.block({name: name}).scale_of(name)
 
 
-def _ends(use_dora: bool) -> tuple[str, ...]:
+def _tensors(folder: Path) -> TensorFile:
+    """An adapter's file. Raises WeightError for one that is damaged or, whatever its name says, a pickle."""
+    file = open_file(folder / TENSORS)
+    if not isinstance(file, SafetensorsFile):
+        raise WeightError(
+            f"{file.path}: found a pickle, which is not read; expected safetensors. Save the adapter with "
+            "safe_serialization=True (PEFT's default)"
+        )
+    return file
+
+
+def _value(file: TensorFile, name: str, axes: int | None = None) -> Tensor:
+    """A tensor of an adapter. Raises WeightError for one that is no floating point, or has other than `axes` axes."""
+    shape, dtype = file.shape(name), file.dtype(name)
+    if dtype not in FLOATS or axes not in (None, len(shape)):
+        raise WeightError(
+            f"{file.path}: {name} has type {dtype} and shape {list(shape)}; expected floating point of 16 bits or more"
+            + (f" and {axes} axes" if axes else "")
+            + ". Save the adapter again"
+        )
+    return file.get(name)
+
+
+def tensor_ends(use_dora: bool) -> tuple[str, ...]:
     """Ends of the names of one module's tensors."""
     return (_A, _B, _M) if use_dora else (_A, _B)
 
@@ -197,177 +254,70 @@ def translation(part: Any, spec: Any, old_dialect: str, new_dialect: str) -> dic
     }
 
 
-def read_peft(folder: str | Path) -> PeftAdapter:
-    """Open an adapter's folder.
+def read_state(path: Path) -> PeftAdapter:
+    """The adapters in a state dict such as MiniGPT-v2's checkpoint_N.pth, which has other tensors beside them.
 
-    Raises WeightError for a folder that holds none, a pickle, an adapter of another kind than LoRA, or one that needs
-    more than A and B.
+    Raises WeightError for a file without adapters, a part of a pair alone, or adapters of several models.
+    """
+    file = open_file(path)
+    pieces = [found for found in map(state_name, file.names) if found is not None]
+    modules = sorted({piece.module for piece in pieces})
+    outers = sorted({piece.outer.removesuffix(OUTER) for piece in pieces})
+    wanted = {written_name(outer, module, which) for outer in outers for module in modules for which in "AB"}
+    if not pieces or wanted != {piece.outer + piece.module + piece.end for piece in pieces}:
+        found = f"{len(pieces)} tensors of adapters" + (f" behind {', '.join(outers)}" if outers else "")
+        raise WeightError(
+            f"{path}: found {found}; expected A and B ({written_name('llama_model.', 'MODULE', 'A')}) of each adapted "
+            "module, of one model. Give a checkpoint with adapters, or remove lora.load"
+        )
+    ranks = {file.shape(written_name(outers[0], module, "A"))[0] for module in modules}
+    return PeftAdapter(path, min(ranks), None, 0.0, False, False, tuple(modules), outer=outers[0])
+
+
+def read_peft(folder: str | Path) -> PeftAdapter:
+    """Open an adapter's folder, or a state dict with adapters.
+
+    Raises:
+        WeightError: a folder that holds none, a pickle, an adapter of another kind than LoRA, or one that needs more
+            than A, B and whole tensors.
+        ConfigError: its adapter_config.json has values of other types, or keys that are not known.
     """
     folder = Path(folder)
+    if folder.name in (TENSORS, PICKLE):
+        raise WeightError(f"{folder}: found one file of an adapter; expected its folder. Give {folder.parent}")
+    if folder.is_file():
+        return read_state(folder)
     if not (folder / CONFIG).is_file():
         raise WeightError(f"{folder}: found no {CONFIG}; expected a folder in PEFT's format. Correct the path")
-    config = read_json_object(folder / CONFIG)
-    for key, allowed in _MUST_BE.items():
-        if key in config and config[key] not in allowed:
-            raise WeightError(
-                f"{folder / CONFIG}: found {key} {config[key]!r}; expected {allowed[0]!r}, the only one that is "
-                "supported. Merge the adapter with PEFT and give the merged weights"
-            )
+    config = read_config(folder / CONFIG)
     if not (folder / TENSORS).is_file():
         pickle = f"; {PICKLE} is a pickle, which is not read" if (folder / PICKLE).is_file() else ""
         raise WeightError(
             f"{folder}: found no {TENSORS}{pickle}. Save the adapter with safe_serialization=True (PEFT's default)"
         )
-    names = set(SafetensorsFile(folder / TENSORS).names)
-    kept = config.get("modules_to_save") or []
-    saved = {name for name in names if ".lora_" not in name and any(f".{module}." in name for module in kept)}
+    names = set(_tensors(folder).names)
     modules = sorted(name.removeprefix(OUTER).removesuffix(_A) for name in names if name.endswith(_A))
-    use_dora = bool(config.get("use_dora", False))
-    wanted = {OUTER + name + end for name in modules for end in _ends(use_dora)}
+    # PEFT loads them also where modules_to_save does not say so: a head that it ties to a saved embedding.
+    whole = {name for name in names if ".lora_" not in name and name.endswith(ENDS) and ".base_layer." not in name}
+    saved = whole - {OUTER + name + WEIGHT for name in modules}
+    wanted = {OUTER + name + end for name in modules for end in tensor_ends(config.use_dora)}
     if names - saved != wanted or not wanted:
         odd = sorted((names - saved) ^ wanted) or ["no tensor"]
         raise WeightError(
             f"{folder / TENSORS}: found {odd[0]} without its partner or of another kind; expected {OUTER}<module>{_A} "
-            f"and {' and '.join(_ends(use_dora)[1:])} for each module. The file is damaged or no plain LoRA"
+            f"and {' and '.join(tensor_ends(config.use_dora)[1:])} for each module. The file is damaged or no plain "
+            "LoRA on linears of layers. Of adapters on an embedding or a head: merge them with PEFT and give the "
+            "merged weights"
         )
     return PeftAdapter(
         folder,
-        int(config["r"]),
-        float(config["lora_alpha"]),
-        float(config.get("lora_dropout", 0.0)),
-        bool(config.get("use_rslora", False)),
-        use_dora,
+        config.r,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.use_rslora,
+        config.use_dora,
         tuple(modules),
         tuple(sorted(name.removeprefix(OUTER) for name in saved)),
+        rank_pattern=config.rank_pattern or {},
+        alpha_pattern=config.alpha_pattern or {},
     )
-
-
-def with_adapter(spec: ModelSpec, folder: str | Path) -> ModelSpec:
-    """The spec of a model with the adapter of a folder on it, for `build_vlm`, which loads it.
-
-    Raises ConfigError for a model that has an adapter of its own already, and WeightError for an adapter that cannot be
-    read or belongs to another model.
-    """
-    held = [part.lora.load for part in spec.part_specs().values() if part.lora]
-    if held:
-        raise ConfigError(
-            f"found the adapter {folder} for a model whose lora block loads {held[0]} already; expected one of them. "
-            "Leave one out, or merge one into the weights first (mindspeed-mm merge)"
-        )
-    if (Path(folder) / BESIDE).is_file():
-        raise WeightError(
-            f"{folder}: found {BESIDE} beside the adapter, full weights that go with it; expected an adapter alone. "
-            f"Merge both into the base: mindspeed-mm merge BASE {folder} --output DIR"
-        )
-    adapter = read_peft(folder).alone()
-    found = adapter.sites(spec.parts(), spec.part_specs(), spec.family.layouts)
-    return _with_blocks(spec, {slot: adapter.lora(target_modules=list(names)) for slot, names in found.items()})
-
-
-def own_adapters(spec: ModelSpec, *, merged: bool) -> ModelSpec:
-    """The spec for inference: of its `lora` blocks those stay that name an adapter to load. With `merged` none stays:
-    the weights are those of a LoRA run, and its adapters are merged into them as they are read, whole ones also where
-    the run stored them in fewer bits."""
-    blocks = {slot: part.lora for slot, part in spec.part_specs().items() if part.lora and part.lora.load}
-    return _with_blocks(spec, {}, quantize=None) if merged else _with_blocks(spec, blocks)
-
-
-def _with_blocks(spec: ModelSpec, blocks: dict[str, LoraSpec], **others: Any) -> ModelSpec:
-    parts = {
-        slot: part.model_copy(
-            update={"lora": blocks.get(slot), **others} | ({"freeze": False} if slot in blocks else {})
-        )
-        for slot, part in spec.part_specs().items()
-    }
-    encoder = spec.image_encoder.model_copy(
-        update={"vision_encoder": parts["vision_encoder"], "vision_projector": parts["vision_projector"]}
-    )
-    return spec.model_copy(update={"text_decoder": parts["text_decoder"], "image_encoder": encoder})
-
-
-def pairs_of(spec: ModelSpec, slot: str) -> dict[str, WholePair] | None:
-    """What a part's lora.load names, by Hugging Face's names of the modules; None where it names none.
-
-    Raises WeightError where the folder has another r, alpha or scale than the spec, or modules that it does not name.
-    """
-    part = spec.part(slot)
-    lora = part.lora
-    if lora is None or lora.load is None:
-        return None
-    adapter = read_peft(lora.load).alone()
-    stated = {key: getattr(lora, key) for key in ("r", "alpha", "use_rslora", "use_dora")}
-    found = {key: getattr(adapter, key) for key in stated}
-    if found != stated:
-        raise WeightError(f"{lora.load}: the adapter has {found}, {slot}.lora says {stated}. Make them equal")
-    names = adapter.sites(spec.parts(), spec.part_specs(), spec.family.layouts).get(slot, {})
-    return {module: adapter.pair(name) for module, name in names.items()}
-
-
-def write_peft(
-    folder: str | Path,
-    spec: ModelSpec,
-    pair: Callable[[str, str], WholePair],
-    modules: dict[str, list[str]],
-    *,
-    base: str = "",
-    decoder_only: bool = False,
-) -> list[Path]:
-    """Write an adapter that stock PEFT loads on transformers' model; returns the files.
-
-    Args:
-        folder: must not exist or be empty.
-        pair: (slot, Hugging Face's name of a module) -> whole A and B, and DoRA's lengths.
-        modules: the adapted modules of each slot.
-        base: base_model_name_or_path.
-        decoder_only: names of the decoder's own class instead of the whole model's.
-
-    Raises WeightError for parts with different r, alpha or scale, or a folder that is not empty.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightError(f"{folder} exists and is not empty; expected a new folder. Choose another one")
-    kinds = {slot: spec.part(slot).lora for slot, names in modules.items() if names}
-    settings = {(lora.r, lora.alpha, lora.use_rslora, lora.use_dora) for lora in kinds.values()}
-    if len(settings) != 1 or (decoder_only and set(kinds) != {"text_decoder"}):
-        raise WeightError(
-            f"found adapters on {', '.join(kinds) or 'nothing'} with r, alpha, use_rslora, use_dora "
-            f"{sorted(settings)}; expected the same ones on each part"
-            + (", and none but the text_decoder's" if decoder_only else "")
-        )
-    outer = (lambda slot, name: name) if decoder_only else _whole_names(spec)
-    tensors, targets = {}, []
-    for slot, name in ((kind, module) for kind in kinds for module in modules[kind]):
-        targets.append(outer(slot, name))
-        for end, tensor in zip(_ends(kinds[slot].use_dora), pair(slot, name), strict=False):  # m is None without DoRA
-            tensors[OUTER + targets[-1] + end] = tensor.detach().to("cpu").contiguous()
-    lora = next(iter(kinds.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "target_modules": targets,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    return [folder / CONFIG, folder / TENSORS]
-
-
-def _whole_names(spec: ModelSpec) -> Callable[[str, str], str]:
-    """(slot, name in the part) -> name in transformers' class of the whole model."""
-    layout = find_family(spec.model_id).layouts[0]
-    if not layout.modules:
-        raise WeightError(
-            f"layout {layout.name} of model_id {spec.model_id} names no modules of a transformers class; expected "
-            "adapters of a family that has one. Write those of the decoder alone (part text_decoder)"
-        )
-    prefixes = {prefix.part: prefix for prefix in layout.prefixes if prefix.old == layout.modules.get(prefix.part)}
-    return lambda slot, name: prefixes[slot].old + name.removeprefix(prefixes[slot].new)

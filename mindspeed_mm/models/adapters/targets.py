@@ -7,7 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.adapters.spec import ALL_LINEAR
+from mindspeed_mm.models.adapters.spec import ALL_LINEAR, LoraSpec, fits
 from mindspeed_mm.weights.rules import Step
 
 DIALECT = "hf"
@@ -69,7 +69,25 @@ def sites(part: Any, spec: Any) -> list[Site]:
         missed = [name for name in wanted if not any(_named(site, name) for site in known)] if wanted else ["[]"]
     if missed:
         raise ConfigError(_no_match(part, known, missed))
+    _check_patterns(part, spec.lora, found)
+    for name in spec.lora.modules_to_save:
+        if twice := next((site for site in found if _named(site, name)), None):
+            raise ConfigError(
+                f"{part.kind}.lora.modules_to_save: {name} is {twice.module}, which target_modules adapts, too; "
+                "expected a module once. Take it out of one of them"
+            )
     return found
+
+
+def _check_patterns(part: Any, lora: LoraSpec, chosen: list[Site]) -> None:
+    for name, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for key in pattern:
+            if not any(fits(key, site.module) for site in chosen):
+                known = ", ".join(dict.fromkeys(site.short for site in chosen))
+                raise ConfigError(
+                    f"{part.kind}.lora.{name}: {key!r} fits none of the adapted linears; expected some of {known}, or "
+                    "the end of a module's name. Correct the key"
+                )
 
 
 def problems(parts: dict[str, Any], specs: dict[str, Any]) -> list[str]:

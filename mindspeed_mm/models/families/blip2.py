@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.media import FixedSizeImages, ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models import config_keys
-from mindspeed_mm.models.families.llava import fit_problems, refuse_inputs
+from mindspeed_mm.models.families.llava import fit_problems, refuse_inputs, sized_processor, square_images
 from mindspeed_mm.models.family import Family
 from mindspeed_mm.models.media import Media
-from mindspeed_mm.models.part import part_of
+from mindspeed_mm.models.part import find_part, part_block, part_of
 from mindspeed_mm.models.vision_projector.qformer import PREFIXES
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, Prefix
 
 if TYPE_CHECKING:
     from mindspeed_mm.models.spec import ModelSpec
+    from mindspeed_mm.weights.sources import Source
 
 NAME = "blip2"
 
@@ -110,6 +110,14 @@ class Blip2(Family):
             "torch_dtype": dtype,
         }
 
+    def stated(self, source: Source) -> dict[str, dict[str, Any]]:
+        """The projector, which has no config of its own."""
+        part = source.part_sources.get(PROJECTOR)
+        if part is None or not part.config:
+            return {}
+        spec = find_part(PROJECTOR, part.model_id).read_config(part.config, part.dialect)
+        return {PROJECTOR: part_block(PROJECTOR, spec)}
+
     def processor_config(self, spec: ModelSpec) -> dict[str, Any] | None:
         return {"processor_class": self.processor_class, "num_query_tokens": self.tokens_per_image(spec)}
 
@@ -118,13 +126,7 @@ class Blip2(Family):
         return spec.vision_projector.num_query_tokens
 
     def check(self, spec: ModelSpec) -> list[str]:
-        problems = [
-            f'image_encoder.{slot}.model_id: found "{spec.part(slot).model_id}", expected "{name}", the {slot} of '
-            f"model_id {self.name}"
-            for slot, name in self.model_ids.items()
-            if spec.part(slot).model_id != name
-        ]
-        if problems:
+        if problems := self.other_parts(spec):
             return problems
         encoder, projector, decoder = spec.vision_encoder, spec.vision_projector, spec.text_decoder
         problems = fit_problems(spec)
@@ -158,13 +160,7 @@ class Blip2(Family):
     ) -> MediaProcessor:
         if pad:
             raise ConfigError(f"model_id {self.name} stretches images to squares: set pad2square false")
-        processor, side = ImageProcessor.from_config(image_processor), spec.vision_encoder.image_size
-        if processor.output_size not in (None, (side, side)):
-            height, width = processor.output_size
-            raise ConfigError(
-                f"the image processor gives {width} x {height} pixels, the vision encoder takes {side} x {side} "
-                "(image_encoder.vision_encoder.image_size): use the model's own preprocessor_config.json"
-            )
+        processor = sized_processor(spec, image_processor, "use the model's own preprocessor_config.json")
         return FixedSizeImages(processor, self.tokens_per_image(spec), fast_resize=fast_resize)
 
     def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
@@ -173,12 +169,7 @@ class Blip2(Family):
     def media_of_inputs(self, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
         """pixel_values are [images, 3, image_size, image_size]."""
         refuse_inputs(self.name, inputs, self.inputs)
-        pixels, side = inputs.get("pixel_values"), spec.vision_encoder.image_size
-        if pixels is None:
-            return None
-        if tuple(pixels.shape[1:]) != (3, side, side):
-            raise ConfigError(f"pixel_values have shape {list(pixels.shape)}; expected [images, 3, {side}, {side}]")
-        return Media.of_images(pixels)
+        return square_images(spec, inputs)
 
     def inputs_of_media(self, spec: ModelSpec, media: Media) -> dict[str, torch.Tensor]:
         return {"pixel_values": media.pixels}

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import ImageProcessor
-from mindspeed_mm.data.media import FixedSizeImages, ItemPlan, MediaProcessor
+from mindspeed_mm.data.media import FixedSizeImages, ItemPlan, MediaProcessor, tagged
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models import config_keys
 from mindspeed_mm.models.describe import part_of_source
 from mindspeed_mm.models.family import Family
+from mindspeed_mm.models.interaction.post_block import BLOCK_ONLY
 from mindspeed_mm.models.llava_config import (
     ORIGINAL,
     has_class_token,
@@ -28,7 +28,6 @@ from mindspeed_mm.models.llava_config import (
     is_tiled,
     original_config,
     original_text_config,
-    refuse_start_end,
     select_strategy,
     text_config,
     vision_config,
@@ -38,7 +37,7 @@ from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.part import all_parts, part_of
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.vision_projector.mlp import projector_prefixes
-from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, Prefix
+from mindspeed_mm.weights.layouts import INTERACTION, PROJECTOR, TEXT, VISION, Layout, Prefix
 from mindspeed_mm.weights.sources import PartSource, Source
 
 if TYPE_CHECKING:
@@ -47,6 +46,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HF = "llava-hf"
+
+START_END_TOKENS = ("<im_start>", "<im_end>")
+"""What LLaVA v1.0 puts before and behind each image."""
 
 IMAGE_TOKEN_ID = 32000
 """LlavaConfig's default of image_token_index."""
@@ -86,9 +88,15 @@ LLAVA = Layout(
         Prefix("model.vision_tower.vision_tower.vision_model.", VISION),
         Prefix("model.vision_tower.vision_tower.", VISION),
         *projector_prefixes("model.mm_projector."),
+        *BLOCK_ONLY.prefixes,
     ),
-    {TEXT: "hf", VISION: "hf", PROJECTOR: "llava"},
-    {TEXT: "", VISION: "model.vision_tower.vision_tower.{own}", PROJECTOR: "model.mm_projector."},
+    {TEXT: "hf", VISION: "hf", PROJECTOR: "llava", INTERACTION: "llava"},
+    {
+        TEXT: "",
+        VISION: "model.vision_tower.vision_tower.{own}",
+        PROJECTOR: "model.mm_projector.",
+        INTERACTION: BLOCK_ONLY.written[INTERACTION],
+    },
 )
 
 
@@ -109,15 +117,19 @@ class Llava(Family):
         self._check_config(config, layout)
         if layout == ORIGINAL:
             decoder = original_text_config(config)
-            return {TEXT: decoder, VISION: None, PROJECTOR: config if "mm_hidden_size" in config else None}
+            return {
+                TEXT: decoder,
+                VISION: None,
+                PROJECTOR: config if "mm_hidden_size" in config else None,
+                INTERACTION: config,
+            }
         return {TEXT: text_config(config), VISION: vision_config(config), PROJECTOR: config}
 
     def _check_config(self, config: dict[str, Any], layout: str) -> None:
         """Raise ConfigError where a config.json asks for what is not done here."""
         if layout == ORIGINAL:
-            refuse_start_end(config)
             if is_tiled(config) != (self.name != "llava"):
-                raise _two_kinds(config)
+                raise two_kinds(config)
             self.check_keys(config_keys.own_part(config), layout)
             _check_aspect(config)
             return
@@ -135,7 +147,7 @@ class Llava(Family):
             return slots
         config = source.config or {}
         if not is_tiled(config) and any(name.endswith("image_newline") for name in slots[TEXT].names):
-            raise _two_kinds(config)
+            raise two_kinds(config)
         vision_select(config)  # also where no encoder is named
         named = _named_encoder(source.path, config)
         described = named.config if named else None
@@ -152,7 +164,10 @@ class Llava(Family):
         config = source.config or {}
         self._check_named_encoder(source, config)
         layer = vision_select(config)["vision_feature_layer"]
-        return {VISION: {"select_layer": layer, "select_feature": config.get("mm_vision_select_feature", "patch")}}
+        return {
+            VISION: {"select_layer": layer, "select_feature": config.get("mm_vision_select_feature", "patch")},
+            PROJECTOR: {"image_start_end": _start_end_tokens(config, source.path)},
+        }
 
     @staticmethod
     def _check_named_encoder(source: Source, config: dict[str, Any]) -> None:
@@ -231,26 +246,21 @@ class Llava(Family):
         pad: bool = False,
         fast_resize: bool = False,
     ) -> MediaProcessor:
-        processor, side = ImageProcessor.from_config(image_processor), spec.vision_encoder.image_size
-        if processor.output_size not in (None, (side, side)):
-            height, width = processor.output_size
-            raise ConfigError(
-                f"the image processor gives {width} x {height} pixels, the vision encoder takes {side} x {side} "
-                "(image_encoder.vision_encoder.image_size): use the preprocessor_config.json of the vision encoder"
-            )
-        return FixedSizeImages(processor, spec.vision_encoder.num_image_tokens, pad=pad, fast_resize=fast_resize)
+        processor = sized_processor(spec, image_processor)
+        return FixedSizeImages(
+            processor,
+            spec.vision_encoder.num_image_tokens,
+            tags=spec.vision_projector.image_start_end,
+            pad=pad,
+            fast_resize=fast_resize,
+        )
 
     def fixed_plan(self, spec: ModelSpec) -> ItemPlan | None:
-        return ItemPlan((1, 1, 1), (IMAGE_TOKEN_INDEX,) * spec.vision_encoder.num_image_tokens)
+        return ItemPlan((1, 1, 1), tagged(spec.vision_encoder.num_image_tokens, spec.vision_projector.image_start_end))
 
     def media_of_inputs(self, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
         refuse_inputs(self.name, inputs, ("pixel_values",))
-        pixels, side = inputs.get("pixel_values"), spec.vision_encoder.image_size
-        if pixels is None:
-            return None
-        if tuple(pixels.shape[1:]) != (3, side, side):
-            raise ConfigError(f"pixel_values have shape {list(pixels.shape)}; expected [images, 3, {side}, {side}]")
-        return Media.of_images(pixels)
+        return square_images(spec, inputs)
 
     def inputs_of_media(self, spec: ModelSpec, media: Media) -> dict[str, torch.Tensor]:
         return {"pixel_values": media.pixels}
@@ -259,20 +269,43 @@ class Llava(Family):
         return part_of(VISION, spec.vision_encoder).image_processor(spec.vision_encoder)
 
 
+def _start_end_tokens(config: dict[str, Any], folder: Path) -> list[int] | None:
+    """Ids of <im_start> and <im_end>, which LLaVA v1.0 has around the features of an image (mm_use_im_start_end of an
+    original config.json); None where nothing stands around them.
+
+    Raises ConfigError where the tokenizer of `folder` does not know them.
+    """
+    if not config.get("mm_use_im_start_end"):
+        return None
+    from mindspeed_mm.data.tokenizer import load_tokenizer
+
+    words = load_tokenizer(folder)
+    ids = {token: words.token_to_id(token) for token in START_END_TOKENS}
+    missing = [token for token, token_id in ids.items() if token_id is None]
+    if missing:
+        raise ConfigError(
+            f"{folder / 'config.json'}: found mm_use_im_start_end true, and no {' and no '.join(missing)} in the "
+            "vocabulary of the tokenizer beside it; expected both. Copy the tokenizer files of this model into the "
+            "folder (added_tokens.json and tokenizer_config.json among them)."
+        )
+    return list(ids.values())
+
+
 def _check_aspect(config: dict[str, Any]) -> None:
     """Raise ConfigError for a way of preparing images that is not done here."""
     aspect = config.get("image_aspect_ratio")
     if not is_tiled(config) and aspect not in ("pad", "square", None):
         raise ConfigError(
             f"config.json: found image_aspect_ratio {aspect!r}; expected pad or square, or anyres with "
-            "mm_patch_merge_type spatial_unpad. Use weights of a supported model."
+            "an mm_patch_merge_type. Use weights of a supported model."
         )
 
 
-def _two_kinds(config: dict[str, Any]) -> ConfigError:
+def two_kinds(config: dict[str, Any]) -> ConfigError:
+    """A config.json that asks for tiles, or for a newline vector, beside weights of another kind, or the reverse."""
     return ConfigError(
-        "config.json and weights are of two kinds of LLaVA: tiles go with image_aspect_ratio anyres, "
-        f"mm_patch_merge_type spatial_unpad and a tensor model.image_newline; config.json says "
+        "config.json and weights are of two kinds of LLaVA: tiles go with image_aspect_ratio anyres, and a tensor "
+        "model.image_newline with mm_patch_merge_type spatial_unpad alone; config.json says "
         f"{config.get('image_aspect_ratio')!r} and {config.get('mm_patch_merge_type')!r}. Correct it or give the "
         "weights that belong to it."
     )
@@ -293,6 +326,34 @@ def fit_problems(spec: ModelSpec) -> list[str]:
             f"{spec.text_decoder.hidden_size}, the text_decoder's hidden_size"
         )
     return problems
+
+
+def sized_processor(
+    spec: ModelSpec,
+    source: dict[str, Any] | str | Path,
+    cure: str = "use the preprocessor_config.json of the vision encoder",
+) -> ImageProcessor:
+    """The image processor of a config. Raises ConfigError, with what to do, where its images have another size than the
+    vision encoder takes."""
+    processor, side = ImageProcessor.from_config(source), spec.vision_encoder.image_size
+    if processor.output_size not in (None, (side, side)):
+        height, width = processor.output_size
+        raise ConfigError(
+            f"the image processor gives {width} x {height} pixels, the vision encoder takes {side} x {side} "
+            f"(image_encoder.vision_encoder.image_size): {cure}"
+        )
+    return processor
+
+
+def square_images(spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
+    """pixel_values [images, 3, image_size, image_size] as media; None where there are none. Raises ConfigError for
+    another shape."""
+    pixels, side = inputs.get("pixel_values"), spec.vision_encoder.image_size
+    if pixels is None:
+        return None
+    if tuple(pixels.shape[1:]) != (3, side, side):
+        raise ConfigError(f"pixel_values have shape {list(pixels.shape)}; expected [images, 3, {side}, {side}]")
+    return Media.of_images(pixels)
 
 
 def refuse_inputs(family: str, inputs: dict[str, Any], known: tuple[str, ...]) -> None:

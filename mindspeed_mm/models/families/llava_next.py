@@ -1,7 +1,8 @@
 """LLaVA-NeXT, also called LLaVA-1.6 (Liu et al. 2024): LLaVA whose images of any size become tiles.
 
 Two public folders: transformers' LlavaNextForConditionalGeneration (llava_next) and the original code's (llava), whose
-config.json says image_aspect_ratio anyres and mm_patch_merge_type spatial_unpad.
+config.json says image_aspect_ratio anyres. Its releases have mm_patch_merge_type spatial_unpad; the code also trains
+spatial and flat, which have no newline vector and no place in transformers' class.
 """
 
 from __future__ import annotations
@@ -25,18 +26,23 @@ from mindspeed_mm.models.families.llava import (
     Llava,
     nested,
     refuse_inputs,
+    two_kinds,
 )
 from mindspeed_mm.models.llava_config import ORIGINAL, is_tiled
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.operations import EncoderWork
-from mindspeed_mm.models.tiles import tile_features, tile_grid
+from mindspeed_mm.models.tiles import UNPAD, tile_features, tile_grid
 from mindspeed_mm.models.vision_projector.llava_next import pinpoints_of
 from mindspeed_mm.weights.layouts import PROJECTOR, TEXT, VISION, Layout, Prefix
 
 if TYPE_CHECKING:
     from mindspeed_mm.models.spec import ModelSpec
+    from mindspeed_mm.weights.sources import PartSource, Source
 
 HF = "llava_next"
+
+MERGES = (UNPAD, "spatial", "flat")
+"""Values of the original code's mm_patch_merge_type."""
 
 LLAVA_NEXT_HF = Layout(
     HF,
@@ -66,13 +72,16 @@ LLAVA_NEXT = Layout(
     {**LLAVA.written, PROJECTOR: "model."},
 )
 
+LLAVA_TILES = replace(LLAVA_NEXT, markers=LLAVA.markers, written={})
+"""The same without a newline vector (mm_patch_merge_type flat and spatial); LLAVA_NEXT writes both."""
+
 
 class LlavaNext(Llava):
     """See the module."""
 
     name = "llava_next"
     model_types = ("llava_next",)
-    layouts = (LLAVA_NEXT_HF, LLAVA_NEXT)
+    layouts = (LLAVA_NEXT_HF, LLAVA_NEXT, LLAVA_TILES)
     config_keys = {HF: config_keys.LLAVA_NEXT_HF, ORIGINAL: config_keys.ORIGINAL}
     model_ids = {PROJECTOR: "llava_next"}
     processor_class = "LlavaNextProcessor"
@@ -85,8 +94,17 @@ class LlavaNext(Llava):
         if layout == ORIGINAL and split[PROJECTOR] is not None:
             _check_original(config)
             grids = {"image_grid_pinpoints": pinpoints_of(config, width_first=True)}
+            grids["mm_patch_merge_type"] = config.get("mm_patch_merge_type") or "flat"
             return {**split, PROJECTOR: {**split[PROJECTOR], **grids}}
         return split
+
+    def complete(self, source: Source, slots: dict[str, PartSource]) -> dict[str, PartSource]:
+        """Weights and config.json agree on the newline vector."""
+        if source.layout == ORIGINAL and PROJECTOR in slots:
+            merge = (source.config or {}).get("mm_patch_merge_type") or "flat"
+            if (merge == UNPAD) != ("image_newline" in slots[PROJECTOR].names):
+                raise two_kinds(source.config or {})
+        return super().complete(source, slots)
 
     def pads(self, config: dict[str, Any]) -> bool:
         return False
@@ -95,6 +113,11 @@ class LlavaNext(Llava):
         config = super().join_config(layout, specs, dtype, tokens)
         projector = specs[PROJECTOR]
         if layout == HF:
+            if projector.mm_patch_merge_type != UNPAD:
+                raise WeightError(
+                    f'mm_patch_merge_type is "{projector.mm_patch_merge_type}"; transformers knows spatial_unpad '
+                    "alone. Choose --to llava or --to mindspeed-mm."
+                )
             grids = [list(pair) for pair in projector.image_grid_pinpoints]
             own = {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}
             return config | own | {"image_grid_pinpoints": grids}
@@ -105,7 +128,7 @@ class LlavaNext(Llava):
         return config | {
             "image_aspect_ratio": "anyres",
             "image_grid_pinpoints": [list(reversed(pair)) for pair in projector.image_grid_pinpoints],
-            "mm_patch_merge_type": "spatial_unpad",
+            "mm_patch_merge_type": projector.mm_patch_merge_type,
         }
 
     def check(self, spec: ModelSpec) -> list[str]:
@@ -126,7 +149,7 @@ class LlavaNext(Llava):
                 "features of tiles are put together as grids, where a class token has no place"
             )
         most = max(
-            tile_features(pair, (pair[0] // side, pair[1] // side), _patches(spec))
+            tile_features(pair, (pair[0] // side, pair[1] // side), _patches(spec), projector.mm_patch_merge_type)
             for pair in projector.image_grid_pinpoints
         )
         limit = spec.text_decoder.language_max_sequence_length
@@ -154,6 +177,7 @@ class LlavaNext(Llava):
             spec.vision_projector.image_grid_pinpoints,
             side=spec.vision_encoder.image_size,
             patches=_patches(spec),
+            merge=spec.vision_projector.mm_patch_merge_type,
             fast_resize=fast_resize,
         )
 
@@ -166,7 +190,8 @@ class LlavaNext(Llava):
         size = max(spec.vision_projector.image_grid_pinpoints, key=lambda size: (math.prod(size), size))
         grid = (size[0] // side, size[1] // side)
         work = spec.vision_encoder.encoder_work(1 + math.prod(grid), [(1, *grid)])
-        return replace(work, tokens=tile_features(tuple(size), grid, _patches(spec)))
+        merge = spec.vision_projector.mm_patch_merge_type
+        return replace(work, tokens=tile_features(tuple(size), grid, _patches(spec), merge))
 
     def media_of_inputs(self, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
         """pixel_values are [I, T, 3, h, w], filled up to the most tiles, or the tiles of all images [T, 3, h, w]."""
@@ -212,12 +237,16 @@ def _patches(spec: ModelSpec) -> int:
 
 def _check_original(config: dict[str, Any]) -> None:
     """Raise ConfigError for another way of tiling than LLaVA-1.6's."""
-    merge, aspect = config.get("mm_patch_merge_type", "flat"), config.get("image_aspect_ratio", "square")
-    if (aspect, merge) != ("anyres", "spatial_unpad"):
+    if config.get("mm_use_im_start_end"):
+        raise ConfigError(
+            "config.json: found mm_use_im_start_end true with tiles of LLaVA-1.6, whose released models have no tokens "
+            "around an image; expected false. Give another checkpoint."
+        )
+    merge, aspect = config.get("mm_patch_merge_type") or "flat", config.get("image_aspect_ratio") or "square"
+    if aspect != "anyres" or merge not in MERGES:
         raise ConfigError(
             f"config.json: found image_aspect_ratio {aspect!r} with mm_patch_merge_type {merge!r}; expected anyres "
-            "with spatial_unpad, the only way of LLaVA-1.6's released models. Other ways give other sequences of "
-            "features, which do not exist here."
+            f"with {', '.join(MERGES)}. Other ways give other sequences of features, which do not exist here."
         )
 
 

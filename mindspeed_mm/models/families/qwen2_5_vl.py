@@ -87,9 +87,8 @@ class Qwen25VL(Family):
         vision = config.get("vision_config")
         if not isinstance(vision, dict):
             raise ConfigError("config.json: vision_config is missing; copy the whole file of the model.")
-        outer = {
-            key: value for key, value in config.items() if key not in ("vision_config", "text_config", *TOKEN_KEYS)
-        }
+        own = ("vision_config", "text_config", "vision_token_id", *TOKEN_KEYS)
+        outer = {key: value for key, value in config.items() if key not in own}
         inner = config.get("text_config")
         if inner is not None:
             self.check_keys(config, layout)
@@ -119,13 +118,7 @@ class Qwen25VL(Family):
 
     def check(self, spec: ModelSpec) -> list[str]:
         encoder, projector, decoder = spec.vision_encoder, spec.vision_projector, spec.text_decoder
-        problems = [
-            f'image_encoder.{slot}.model_id: found "{spec.part(slot).model_id}", expected "{name}", the {slot} of '
-            f"model_id {self.name}"
-            for slot, name in self.model_ids.items()
-            if spec.part(slot).model_id != name
-        ]
-        if problems:
+        if problems := self.other_parts(spec):
             return problems
         problems = fit_problems(spec)
         if encoder.spatial_merge_size != projector.spatial_merge_size:

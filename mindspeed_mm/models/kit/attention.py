@@ -6,7 +6,7 @@ Legend: S query length, K key length, B batch, H heads, G key/value heads (of th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -106,22 +106,10 @@ class CoreAttention(MegatronModule):
         if group is not None:
             key, value = (repeat_groups(x, group.size()) for x in (key, value))
             query, key, value = (heads_to_sequence(x, group) for x in (query, key, value))
-        options = {
-            "scale": self.scale,
-            "dropout": self.dropout if self.training else 0.0,
-            "window": self.window,
-            "soft_cap": self.soft_cap,
-        }
+        dropout = self.dropout if self.training else 0.0
+        options = {"scale": self.scale, "dropout": dropout, "window": self.window, "soft_cap": self.soft_cap}
         if packed_seq_params is not None:
-            rows = (x.squeeze(1) for x in (query, key, value))
-            segments = packed_seq_params if self.scope is None else getattr(packed_seq_params, self.scope)
-            if self.alibi is not None:
-                rows = self.alibi.extend(*rows, segments)
-            if isinstance(segments, BranchedSegments):
-                output = self.platform.branch_attention(*rows, segments, **options)
-            else:
-                output = self.platform.segment_attention(*rows, segments, causal=self.causal, **options)
-            output = self._own_channels(output).unsqueeze(1)
+            output = self._packed(query, key, value, packed_seq_params, options)
             return (output if group is None else sequence_to_heads(output, group)).flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask, held = attention_mask, 0
@@ -146,6 +134,25 @@ class CoreAttention(MegatronModule):
         )
         output = self._own_channels(output[:, :, held:] if held else output).permute(2, 0, 1, 3)
         return (output if group is None else sequence_to_heads(output, group)).flatten(2)
+
+    def _packed(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packed: Segments | ScopedSegments,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """[S, 1, H, D]: attention inside each sequence of the only row."""
+        rows = (x.squeeze(1) for x in (query, key, value))
+        segments = packed if self.scope is None else getattr(packed, self.scope)
+        if self.alibi is not None:
+            rows = self.alibi.extend(*rows, segments)
+        if isinstance(segments, BranchedSegments):
+            output = self.platform.branch_attention(*rows, segments, **options)
+        else:
+            output = self.platform.segment_attention(*rows, segments, causal=self.causal, **options)
+        return self._own_channels(output).unsqueeze(1)
 
     def _own_channels(self, output: torch.Tensor) -> torch.Tensor:
         """[..., D] of what attention returns."""

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mindspeed_mm.models.kit.decoder_rules import LAYER
+from mindspeed_mm.models.kit.cross_spec import CROSS, FLAMINGO, OTTER
 from mindspeed_mm.weights.rules import Drop, Halves, Rule, RuleSet
 
-CROSS = LAYER + "gated_cross."
 
-
-def with_cross_attention(rules: RuleSet, layer: str, *, every: int, mlp: str) -> RuleSet:
-    """The rules of a decoder with gated cross-attention.
+def cross_rules(rules: RuleSet, layer: str) -> dict[str, RuleSet]:
+    """The rules of a decoder that may have gated cross-attention, by dialect: its own, ours and those of both projects.
 
     Args:
         rules: those of the decoder alone.
         layer: what stands before the names of its layers there, such as "model.layers.{}.".
-        every: the layer in front of every how many decoder layers.
-        mlp: what the MLP's norm and linears stand under, "ff." in OpenFlamingo, "feed_forward." in Otter.
     """
+    otter = _with_cross_attention(rules, layer, mlp="feed_forward.")
+    return {
+        "hf": rules,
+        FLAMINGO: _with_cross_attention(rules, layer, mlp="ff."),
+        OTTER: otter,
+        "ours": otter.own(),
+    }
+
+
+def _with_cross_attention(rules: RuleSet, layer: str, *, mlp: str) -> RuleSet:
+    """`mlp`: what the names of the MLP's norm and linears begin with."""
     theirs = layer + "gated_cross_attn_layer."
     names = {
         "attention_norm.weight": "attn.norm.weight",
@@ -39,20 +46,19 @@ def with_cross_attention(rules: RuleSet, layer: str, *, every: int, mlp: str) ->
     axes = {"linear_q.weight": 0, "linear_kv.weight": 0, "linear_proj.weight": 1}
     axes |= {"mlp.linear_fc1.weight": 0, "mlp.linear_fc2.weight": 1}
     own = [
-        replace(
-            rule,
-            sources=tuple(name.replace(layer, layer + "decoder_layer.") for name in rule.sources),
-        )
-        if isinstance(rule, Rule)
-        else rule
+        replace(rule, sources=tuple(own_name(name, layer) for name in rule.sources)) if isinstance(rule, Rule) else rule
         for rule in rules.rules
     ]
+    where = {"needs": "cross_stride", "layer_stride": "cross_stride"}
     crossing = [
-        (Halves if ours.startswith("linear_kv") else Rule)(
-            CROSS + ours, (theirs + name,), axes.get(ours), layer_stride=(every - 1, every)
-        )
+        (Halves if ours.startswith("linear_kv") else Rule)(CROSS + ours, (theirs + name,), axes.get(ours), **where)
         for ours, name in names.items()
     ]
     # open_flamingo's state dicts hold everything a second time under these.
     drops = [Drop("old_decoder_blocks.*"), Drop("gated_cross_attn_layers.*")]
     return RuleSet((*own, *crossing, *drops), rules.tied)
+
+
+def own_name(name: str, layer: str) -> str:
+    """A name of the decoder alone as it stands beside cross-attention; `{}` of both is the layer number."""
+    return name.replace(layer, layer + "decoder_layer.")

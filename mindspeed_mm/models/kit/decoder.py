@@ -12,8 +12,8 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from mindspeed_mm.models.kit.asked_rows import AskedRows
 from mindspeed_mm.models.kit.context import sequence_slice
-from mindspeed_mm.models.kit.gated_cross import CrossAttention
 from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.models.kit.rotary import RotaryEmbedding
 from mindspeed_mm.models.kit.specs import LayerOptions, block_spec
@@ -37,9 +37,7 @@ class TextDecoder(LanguageModule):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
-        cross: CrossAttention | None = None,
     ) -> None:
-        """`cross`: gated cross-attention to the features that `forward` gets as `memory`; None: there is none."""
         traits = spec.traits
         config = transformer_config(
             spec,
@@ -51,7 +49,8 @@ class TextDecoder(LanguageModule):
             **attention_fields(spec),
         )
         super().__init__(config=config)
-        self.spec, self.traits, self.cross = spec, traits, cross
+        self.spec, self.traits = spec, traits
+        self.cross = getattr(spec, "cross_attention", None)
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = spec.share_embeddings_and_output_weights
         self.vocab_size = spec.language_vocab_size
@@ -61,13 +60,7 @@ class TextDecoder(LanguageModule):
             rows = spec.max_position_embeddings + traits.position_offset
             self.position_embeddings = torch.nn.Embedding(rows, config.hidden_size)
             torch.nn.init.normal_(self.position_embeddings.weight, std=config.init_method_std)
-        self.rotary = RotaryEmbedding(
-            traits.rotary_channels or config.kv_channels,
-            spec.rotary_base,
-            spec.rope_scaling.model_dump() if spec.rope_scaling else None,
-            max_positions=spec.max_position_embeddings,
-            sections=traits.mrope_section,
-        )
+        self.rotary = self._rotary()
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -83,21 +76,43 @@ class TextDecoder(LanguageModule):
             post_process=post_process,
             **known_options(TransformerBlock, vp_stage=vp_stage),
         )
+        self.takes_places = False
+        """Whether `forward` takes places: on the last stage, where no rank holds only a part of the positions."""
+        if post_process and self.cross is None and not config.sequence_parallel and len(self.decoder.layers):
+            self.takes_places = True
+            self.decoder.layers[-1].cross_attention = AskedRows()
         if post_process:
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
-                config.hidden_size,
-                self.padded_vocab_size,
-                config=config,
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                skip_weight_param_allocation=pre_process and self.share_embeddings_and_output_weights,
-            )
-            # The head receives gathered (whole-sequence) hidden states, see `logits`.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = runtime.tensor_model_parallel_size > 1
+            self.output_layer = self._head(runtime)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+
+    def _rotary(self) -> RotaryEmbedding:
+        """The tables that queries and keys are rotated by."""
+        spec = self.spec
+        return RotaryEmbedding(
+            self.traits.rotary_channels or self.config.kv_channels,
+            spec.rotary_base,
+            spec.rope_scaling.model_dump() if spec.rope_scaling else None,
+            max_positions=spec.max_position_embeddings,
+            sections=self.traits.mrope_section,
+        )
+
+    def _head(self, runtime: Runtime) -> tensor_parallel.ColumnParallelLinear:
+        """The linear that gives logits; without a weight of its own where this stage holds the embedding it is tied
+        to."""
+        head = tensor_parallel.ColumnParallelLinear(
+            self.config.hidden_size,
+            self.padded_vocab_size,
+            config=self.config,
+            init_method=self.config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+        )
+        # The head receives gathered (whole-sequence) hidden states, see `logits`.
+        head.sequence_parallel = False
+        head.allreduce_dgrad = runtime.tensor_model_parallel_size > 1
+        return head
 
     def _layer_options(self) -> list[LayerOptions]:
         """Those of this stage's layers."""
@@ -113,7 +128,7 @@ class TextDecoder(LanguageModule):
                 soft_cap=traits.attention_soft_cap,
                 alibi_bias_max=traits.alibi_bias_max,
                 norm_bias=traits.norm_bias,
-                cross=self.cross if self.cross is not None and self.cross.before(number) else None,
+                cross=self.cross if self.cross is not None and (number + 1) % self.cross.every == 0 else None,
             )
             for number in numbers
         ]
@@ -136,6 +151,7 @@ class TextDecoder(LanguageModule):
         segments: Segments | None = None,
         memory: torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Transformer layers of this stage.
 
@@ -146,11 +162,13 @@ class TextDecoder(LanguageModule):
             attention_mask: complete bool mask [B or 1, 1, S, S], True = may attend; None = causal.
             segments: the sequences of a single row (B is 1), instead of a mask.
             memory, memory_mask: features [K, B, W] for gated cross-attention, the same on every rank and stage, and
-                bool [B, 1, S, K] of gated_cross.media_mask.
+                bool [B, 1, S, K] of the whole sequence, True = may attend.
+            places: the positions of this rank's slice that are asked for, [n] int64 counted column by column; None:
+                all. Only where `takes_places`.
 
         Returns:
-            [S, B, H], split along S over the context-parallel ranks and, under sequence parallelism, over the
-            tensor-parallel ranks.
+            [n, 1, H] of the places, or [S, B, H], split along S over the context-parallel ranks and, under sequence
+            parallelism, over the tensor-parallel ranks.
         """
         if hidden is not None:
             hidden = sequence_slice(self._placed(hidden, position_ids), 0)
@@ -162,7 +180,7 @@ class TextDecoder(LanguageModule):
             rotary_pos_emb=self._cos_sin(position_ids, segments),
             packed_seq_params=segments,
             context=memory,
-            context_mask=memory_mask,
+            context_mask=places if memory_mask is None else sequence_slice(memory_mask, 2),
         )
 
     def _placed(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -187,6 +205,11 @@ class TextDecoder(LanguageModule):
         if self.config.sequence_parallel:
             return tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden
+
+    def picked(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """What `forward` returned at some positions, [n, H]: `places` [n] int64 count them column by column, best in
+        host memory."""
+        return self.gather_sequence(hidden).flatten(0, 1)[places.to(hidden.device, non_blocking=True)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Vocabulary-parallel logits [..., H] -> [..., V_padded / T] of gathered hidden states."""

@@ -159,6 +159,8 @@ class DecoderSpec(PartSpec):
     share_embeddings_and_output_weights: bool = False
     is_encoder_decoder: Annotated[bool, only(False, why="it is a decoder")] = False
     tokenizer_padding_side: Annotated[str, only("right", why="batches are padded on the right")] = "right"
+    neftune_noise_alpha: Annotated[float, pydantic.Field(ge=0)] = 0.0
+    """Noise on the word embeddings in training (models/neftune.py)."""
     pipeline_num_layers: StageLayers | None = None
     """Layers of each pipeline stage; None: equal shares. Only the first may be 0 (it holds the vision encoder)."""
 

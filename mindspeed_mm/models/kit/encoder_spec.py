@@ -4,6 +4,7 @@ those of vision transformers on images of one size share beside, with the rules 
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
+from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.operations import LayerShape
 from mindspeed_mm.models.part import PartSpec, Size, StageLayers, flat_layers, only
 from mindspeed_mm.weights.rules import QKV, Rule
@@ -89,8 +90,8 @@ class FixedSizeSpec(EncoderSpec):
             raise ValueError(f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}")
         if not 0 < self.num_built_layers <= self.num_layers:
             raise ValueError(
-                f"select_layer {self.select_layer} is outside the {self.num_layers} layers; expected "
-                f"{-self.num_layers}..-1 or 1..{self.num_layers}"
+                f"select_layer {self.select_layer} (HF's vision_feature_layer) is outside the {self.num_layers} "
+                f"layers; expected {-self.num_layers}..-1 or 1..{self.num_layers}"
             )
 
     @property
@@ -106,6 +107,22 @@ class FixedSizeSpec(EncoderSpec):
     def num_positions(self) -> int:
         """Rows of the position embedding: class token and patches."""
         return (self.image_size // self.patch_size) ** 2 + self.class_token_len
+
+
+def read_layer(config: dict[str, Any]) -> Any:
+    """select_layer from HF's vision_feature_layer, which may be a list of one.
+
+    Raises ConfigError for several layers, whose features would stand side by side in each vector.
+    """
+    layer = config["vision_feature_layer"]
+    if not isinstance(layer, list | tuple):
+        return layer
+    if len(layer) != 1:
+        raise ConfigError(
+            f"vision encoder config: found vision_feature_layer {list(layer)}; expected one layer. Use weights of a "
+            "model whose features come from one layer."
+        )
+    return layer[0]
 
 
 def pair(ours: str, theirs: str, axis: int | None = None, **options: Any) -> tuple[Rule, Rule]:

@@ -6,73 +6,35 @@ Legend: S sequence, B batch, H width of the decoder, M media of a row, L feature
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from mindspeed_mm.models.kit.perceiver import UnbiasedMLP, unbiased_column, unbiased_row
+from mindspeed_mm.models.kit.add_norm import Layer
+from mindspeed_mm.models.kit.cross_spec import EXPANSION, CrossAttentionSpec
+from mindspeed_mm.models.kit.perceiver import UnbiasedMLP, keys_and_values, unbiased_column, unbiased_row
 from mindspeed_mm.platform import current_platform
 
 EPSILON = 1e-5
 """Of the norms; open_flamingo takes torch's default."""
 
-EXPANSION = 4
-"""Width of the MLP over the decoder's."""
-
-
-@dataclass(frozen=True)
-class CrossAttention:
-    """Which layers have it, and its sizes."""
-
-    every: int
-    """A layer in front of each decoder layer whose number, counted from 1, is a multiple of this."""
-    memory_size: int
-    """W"""
-    heads: int = 8
-    channels: int = 64
-    """Of a head."""
-
-    def before(self, layer: int) -> bool:
-        """Whether decoder layer `layer`, counted from 0 over the whole model, has one in front of it."""
-        return (layer + 1) % self.every == 0
-
-
-def media_mask(is_medium: torch.Tensor, features: int, media: int, *, latest: bool) -> torch.Tensor:
-    """Which features each token may attend to.
-
-    Args:
-        is_medium: bool [B, S], True where a medium stands in the text.
-        features: L; media: M, of the row with the most.
-        latest: a token sees the last medium up to itself alone; else all up to itself.
-
-    Returns:
-        bool [B, 1, S, K]; all False for tokens before the first medium. (Not `latest`, open_flamingo gives these the
-        mean over all media of the row, later ones as well. No released model is of that kind.)
-    """
-    seen = is_medium.cumsum(dim=1)[:, :, None]
-    number = torch.arange(1, media + 1, device=is_medium.device)
-    mask = seen == number if latest else seen >= number
-    return mask.repeat_interleave(features, dim=2)[:, None]
-
 
 class GatedCrossBlock(MegatronModule):
     """Attention to features and an MLP, each times the tanh of a gate that begins at zero, and added to its input."""
 
-    def __init__(self, config: TransformerConfig, cross: CrossAttention) -> None:
+    def __init__(self, config: TransformerConfig, cross: CrossAttentionSpec) -> None:
         config = copy.copy(config)
         config.ffn_hidden_size, config.layernorm_epsilon = EXPANSION * config.hidden_size, EPSILON
         config.activation_func = torch.nn.functional.gelu
         super().__init__(config=config)
         whole = copy.copy(config)  # the features are whole on every rank
         whole.sequence_parallel = False
-        size, width = cross.heads * cross.channels, config.hidden_size
-        self.channels = cross.channels
+        size, width = cross.num_attention_heads * cross.kv_channels, config.hidden_size
+        self.channels = cross.kv_channels
         self.attention_norm = torch.nn.LayerNorm(width, eps=EPSILON)
         self.linear_q = unbiased_column(config, width, size)
-        self.linear_kv = unbiased_column(whole, cross.memory_size, 2 * size)
+        self.linear_kv = keys_and_values(whole, cross.memory_size, size)
         self.linear_proj = unbiased_row(config, size, width)
         self.mlp = UnbiasedMLP(config)
         self.attention_gate = torch.nn.Parameter(torch.zeros(1))
@@ -112,10 +74,10 @@ class GatedCrossBlock(MegatronModule):
         return self.linear_proj(output.permute(2, 0, 1, 3).flatten(2))[0]
 
 
-class GatedLayer(TransformerLayer):
+class GatedLayer(Layer):
     """A decoder layer behind gated cross-attention. megatron.core hands on `context`, the features, and its mask."""
 
-    def __init__(self, *args, cross: CrossAttention, **kwargs) -> None:
+    def __init__(self, *args, cross: CrossAttentionSpec, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.gated_cross = GatedCrossBlock(self.config, cross)
 

@@ -94,12 +94,14 @@ class HfFormat:
 
     model_types: the first is what we write; the others are read alike.
     defaults: values of honoured keys that differ from DEFAULTS, and further honoured keys with theirs.
+    type_defaults: by further model_types, values that differ from these in turn.
     """
 
     spec: type[DecoderSpec]
     model_types: tuple[str, ...]
     architecture: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    type_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -130,7 +132,7 @@ class HfFormat:
         layers = config.get("layer_types") if "layer_types" not in self.honoured else None
         plain = layers is not None and set(layers) <= {"full_attention"}
         self.keys.check(config | {"layer_types": None} if plain else config)
-        return {**DEFAULTS, **self.defaults, **config}
+        return {**DEFAULTS, **self.defaults, **self.type_defaults.get(kind, {}), **config}
 
     def spec_of(self, full: dict[str, Any], **options: Any) -> DecoderSpec:
         """The Spec of a filled config; `options` are further fields, or other values of the common ones.

@@ -25,6 +25,8 @@ class KVCache:
         self._starts: list[int] = []
         self._places: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seen: dict[int | None, tuple[int, torch.Tensor | None]] = {}
+        self.memory: dict[int, torch.Tensor] = {}
+        """By row: the features [k, W] beside the text that its next token sees."""
 
     @property
     def rows(self) -> int:
@@ -46,6 +48,13 @@ class KVCache:
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_zeros(rows, old.shape[1], length, old.shape[3])
                 tensors[layer][: old.shape[0], :, : old.shape[2]] = old
+
+    def extend(self, layers: int, heads: int, head_size: int) -> int:
+        """Add layers of other heads before anything is stored; the index of the first one."""
+        first, like = len(self.keys), self.keys[0]
+        empty = like.new_empty(0, heads, 0, head_size)
+        self.keys, self.values = [*self.keys, *[empty] * layers], [*self.values, *[empty] * layers]
+        return first
 
     def begin(self, first_row: int, starts: list[int], length: int) -> None:
         """Announce `length` new tokens for each of the rows from `first_row` on, behind the `starts` [R] tokens that it
@@ -118,6 +127,11 @@ class KVCache:
         """Copy the first `length` positions of rows onto others, all at once (a row may be source and target)."""
         if not sources:
             return
+        moved = [(row, self.memory.get(old)) for old, row in zip(sources, targets, strict=True)]
+        self.memory |= {row: memory for row, memory in moved if memory is not None}
+        for row, memory in moved:
+            if memory is None:
+                self.memory.pop(row, None)
         device = self.keys[0].device if self.keys else None
         source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
         for tensors in (self.keys, self.values):

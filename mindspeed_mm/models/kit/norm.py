@@ -20,8 +20,15 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.platform = current_platform()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size))
+        self.lent: tuple[torch.Tensor, torch.Tensor] | None = None
+        """An input and its norm, where the operation before has computed it (add_norm.py)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lent, self.lent = self.lent, None
+        if lent is not None and lent[0] is x:
+            learns = torch.is_grad_enabled() and self.weight.requires_grad
+            if lent[1].requires_grad or not learns:  # else the weight alone is trained, which the loan does not know
+                return lent[1]
         return self.platform.rms_norm(x, self.weight, self.eps)
 
 

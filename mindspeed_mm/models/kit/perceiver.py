@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 
 from mindspeed_mm.errors import DataError
@@ -82,7 +83,7 @@ class PerceiverAttention(MegatronModule):
         self.media_norm = torch.nn.LayerNorm(width, eps=config.layernorm_epsilon)
         self.latent_norm = torch.nn.LayerNorm(width, eps=config.layernorm_epsilon)
         self.linear_q = unbiased_column(config, width, size)
-        self.linear_kv = unbiased_column(config, width, 2 * size)
+        self.linear_kv = keys_and_values(config, width, size)
         self.linear_proj = unbiased_row(config, size, width)
         self.platform = current_platform()
 
@@ -114,6 +115,21 @@ def unbiased_column(config: TransformerConfig, inputs: int, outputs: int) -> Col
     """A linear without bias whose outputs the tensor-parallel ranks share."""
     options = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
     return ColumnParallelLinear(inputs, outputs, gather_output=False, **options)
+
+
+class PairedLinear(ColumnParallelLinear):
+    """Keys and values in one: a rank has its share of the keys, then its share of the values."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata=None):
+        """Both halves by themselves, so that checkpoints hold all keys before all values at every split."""
+        tensors, name = super().sharded_state_dict(prefix, sharded_offsets, metadata), f"{prefix}weight"
+        return tensors | {name: apply_swiglu_sharded_factory(tensors[name], sharded_offsets)}
+
+
+def keys_and_values(config: TransformerConfig, inputs: int, outputs: int) -> PairedLinear:
+    """A linear without bias that gives `outputs` keys and as many values, shared out over the ranks."""
+    options = {"config": config, "init_method": config.init_method, "bias": False, "skip_bias_add": False}
+    return PairedLinear(inputs, 2 * outputs, gather_output=False, **options)
 
 
 def unbiased_row(config: TransformerConfig, inputs: int, outputs: int) -> RowParallelLinear:

@@ -16,10 +16,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from mindspeed_mm.models.kit.add_norm import Layer
 from mindspeed_mm.models.kit.attention import CoreAttention, Scope
-from mindspeed_mm.models.kit.gated_cross import CrossAttention, GatedLayer
+from mindspeed_mm.models.kit.cross_spec import CrossAttentionSpec
+from mindspeed_mm.models.kit.gated_cross import GatedLayer
 from mindspeed_mm.models.kit.mlp import MLP, PostNormMLP
 from mindspeed_mm.models.kit.norm import Norm, UnbiasedNorm
 from mindspeed_mm.models.kit.self_attention import SelfAttention
@@ -37,7 +39,7 @@ class LayerOptions:
     scope: Scope | None = None
     alibi_bias_max: float | None = None
     norm_bias: bool = True
-    cross: CrossAttention | None = None
+    cross: CrossAttentionSpec | None = None
 
 
 def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> ModuleSpec:
@@ -65,7 +67,7 @@ def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> Modul
     )
     crossing = options.cross is not None
     return ModuleSpec(
-        module=GatedLayer if crossing else TransformerLayer,
+        module=GatedLayer if crossing else Layer,
         params={"cross": options.cross} if crossing else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,

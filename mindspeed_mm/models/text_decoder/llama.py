@@ -2,13 +2,14 @@
 
 from typing import Any, Literal
 
-from mindspeed_mm.models.kit.decoder_rules import CHECKED, LLAMA_RULES, build_decoder, shapes
-from mindspeed_mm.models.kit.decoder_spec import DecoderSpec
+from mindspeed_mm.models.kit.cross_rules import cross_rules
+from mindspeed_mm.models.kit.cross_spec import CrossDecoderSpec, with_cross_config, with_cross_shapes
+from mindspeed_mm.models.kit.decoder_rules import CHECKED, HF_LAYER, LLAMA_RULES, build_decoder, shapes
 from mindspeed_mm.models.kit.hf_config import HfFormat
 from mindspeed_mm.models.part import Part
 
 
-class LlamaSpec(DecoderSpec):
+class LlamaSpec(CrossDecoderSpec):
     """text_decoder block of a model.json."""
 
     model_id: Literal["llama"] = "llama"
@@ -36,10 +37,11 @@ PART = Part(
     model_types=FORMAT.model_types,
     keys=FORMAT.keys,
     Spec=LlamaSpec,
-    from_hf=from_hf,
+    from_hf=with_cross_config(from_hf),
     to_hf=to_hf,
-    rules={"hf": LLAMA_RULES, "ours": LLAMA_RULES.own()},
-    shapes=shapes,
+    rules=cross_rules(LLAMA_RULES, HF_LAYER),
+    shapes=with_cross_shapes(shapes),
     build=build_decoder,
     checked=CHECKED,
+    checked_where={"cross_attention": "cross_attention"},
 )

@@ -5,14 +5,16 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.models.kit.cross_rules import cross_rules
+from mindspeed_mm.models.kit.cross_spec import CrossDecoderSpec, with_cross_config, with_cross_shapes
 from mindspeed_mm.models.kit.decoder_rules import ATTENTION, CHECKED, LAYER, TIED, build_decoder
-from mindspeed_mm.models.kit.decoder_spec import DecoderSpec, DecoderTraits, Positive
+from mindspeed_mm.models.kit.decoder_spec import DecoderTraits, Positive
 from mindspeed_mm.models.kit.hf_config import HfFormat
 from mindspeed_mm.models.part import Part, only
 from mindspeed_mm.weights.rules import PackedQKV, Rule, RuleSet, Vocab
 
 
-class MptSpec(DecoderSpec):
+class MptSpec(CrossDecoderSpec):
     """text_decoder block of a model.json."""
 
     model_id: Literal["mpt"] = "mpt"
@@ -198,10 +200,11 @@ PART = Part(
     model_types=FORMAT.model_types,
     keys=FORMAT.keys,
     Spec=MptSpec,
-    from_hf=from_hf,
+    from_hf=with_cross_config(from_hf),
     to_hf=to_hf,
-    rules={"hf": HF_RULES, "ours": HF_RULES.own()},
-    shapes=shapes,
+    rules=cross_rules(HF_RULES, _HF_LAYER),
+    shapes=with_cross_shapes(shapes),
     build=build_decoder,
     checked=CHECKED,
+    checked_where={"cross_attention": "cross_attention"},
 )

@@ -24,6 +24,19 @@ class Qwen2Spec(WindowedSpec):
         return DecoderTraits(windows=self.windows, mrope_section=self.mrope_section)
 
 
+VL_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "max_window_layers": 80,
+    "rope_theta": 1000000.0,
+}
+"""transformers' Qwen2VLTextConfig and Qwen2_5_VLTextConfig."""
+
 FORMAT = HfFormat(
     Qwen2Spec,
     ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text"),
@@ -35,6 +48,7 @@ FORMAT = HfFormat(
         "max_position_embeddings": 32768,
         **WINDOW_DEFAULTS,
     },
+    type_defaults={"qwen2_vl_text": VL_DEFAULTS, "qwen2_5_vl_text": VL_DEFAULTS},
 )
 
 

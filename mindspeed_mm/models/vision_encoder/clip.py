@@ -21,6 +21,7 @@ from mindspeed_mm.models.kit.encoder_spec import (
     hf_layer_rules,
     norm_shapes,
     pair,
+    read_layer,
 )
 from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
@@ -166,7 +167,7 @@ def from_hf(config: dict[str, Any]) -> ClipSpec:
             "activation_func": full["hidden_act"],
             "layernorm_epsilon": full["layer_norm_eps"],
             "init_method_std": full["initializer_range"],
-            "select_layer": full["vision_feature_layer"],
+            "select_layer": read_layer(full),
             "select_feature": SELECT_FEATURES[strategy],
             "params_dtype": full.get("dtype") or full.get("torch_dtype"),
         },

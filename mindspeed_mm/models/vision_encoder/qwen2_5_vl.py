@@ -109,7 +109,10 @@ class PatchVisionSpec(EncoderSpec):
             )
         wrong = [layer for layer in self.full_attention_layers if not 0 <= layer < self.num_layers]
         if wrong:
-            raise ValueError(f"full_attention_layers {wrong} are outside the {self.num_layers} layers, counted from 0")
+            raise ValueError(
+                f"full_attention_layers {wrong} (HF's fullatt_block_indexes) are outside the {self.num_layers} layers, "
+                "counted from 0"
+            )
         self.check_stages()
         return self
 
@@ -142,6 +145,7 @@ class PatchVisionSpec(EncoderSpec):
             patches=patches,
             features=patches / self.spatial_merge_size**2,
             pairs=full * whole + (self.num_layers - full) * inside,
+            items=len(grids),
         )
 
     @property

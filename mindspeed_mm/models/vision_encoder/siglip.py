@@ -22,6 +22,7 @@ from mindspeed_mm.models.kit.encoder_spec import (
     linear_shapes,
     norm_shapes,
     pair,
+    read_layer,
 )
 from mindspeed_mm.models.part import Part, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
@@ -152,7 +153,7 @@ def from_hf(config: dict[str, Any]) -> SiglipSpec:
         )
     block = {ours: full[theirs] for ours, theirs in _KEYS.items()}
     chosen = {
-        "select_layer": full["vision_feature_layer"],
+        "select_layer": read_layer(full),
         "params_dtype": full.get("dtype") or full.get("torch_dtype"),
     }
     return load_config(SiglipSpec, block | chosen, what="vision encoder config")

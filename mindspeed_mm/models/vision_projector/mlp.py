@@ -13,6 +13,8 @@ from mindspeed_mm.models.part import Part, PartSpec, Size, only
 from mindspeed_mm.weights.layouts import PROJECTOR, Layout, Prefix
 from mindspeed_mm.weights.rules import Geometry, Rule, RuleSet
 
+TokenId = Annotated[int, pydantic.Field(ge=0)]
+
 WHY = "the projector is LLaVA's linear or mlpNx_gelu"
 
 
@@ -34,6 +36,9 @@ class MlpSpec(PartSpec):
     activation_func: Annotated[str, only("gelu", why=WHY)] = "gelu"
     gated_linear_unit: Annotated[bool, only(False, why=WHY)] = False
     add_bias_linear: Annotated[bool, only(True, why="the projector's linears have biases")] = True
+    image_start_end: Annotated[list[TokenId], pydantic.Field(min_length=2, max_length=2)] | None = None
+    """Tokens before and behind the features of an image: LLaVA v1.0's <im_start> and <im_end>
+    (mm_use_im_start_end)."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -89,11 +94,11 @@ def from_hf(config: dict[str, Any]) -> MlpSpec:
             raise ConfigError("projector config: mm_hidden_size is missing; add the width of the vision encoder.")
         sizes = (config["mm_hidden_size"], config.get("hidden_size", 4096))
     else:
-        activation = config.get("projector_hidden_act", "gelu")
-        if activation != "gelu" or not config.get("multimodal_projector_bias", True):
+        activation, bias = config.get("projector_hidden_act", "gelu"), config.get("multimodal_projector_bias", True)
+        if activation != "gelu" or not bias:
             raise ConfigError(
-                f"projector config: found activation {activation!r} and bias "
-                f"{config.get('multimodal_projector_bias', True)}; gelu with biases is supported."
+                f'projector config: found projector_hidden_act "{activation}" and multimodal_projector_bias '
+                f"{str(bias).lower()}; gelu with biases is supported. Use weights of a supported model."
             )
         sizes = (
             config.get("vision_config", {}).get("hidden_size", 768),

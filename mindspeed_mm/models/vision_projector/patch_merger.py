@@ -10,10 +10,8 @@ from mindspeed_mm.config.load import load_config
 from mindspeed_mm.models.operations import EncoderWork, Product
 from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.models.vision_projector import mlp
-from mindspeed_mm.models.vision_projector.mlp import MlpSpec
+from mindspeed_mm.models.vision_projector.mlp import MlpSpec, TokenId
 from mindspeed_mm.weights.rules import Rule, RuleSet
-
-TokenId = Annotated[int, pydantic.Field(ge=0)]
 
 
 class PatchMergerSpec(MlpSpec):
@@ -34,6 +32,7 @@ class PatchMergerSpec(MlpSpec):
     vision_start_token_id: TokenId = 151652
     vision_end_token_id: TokenId = 151653
     """Tokens before and behind the features of an image."""
+    image_start_end: Annotated[Any, only(None, why="vision_start_token_id and vision_end_token_id say it")] = None
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -74,12 +74,12 @@ class PerceiverSpec(PartSpec):
     def products(self, work: EncoderWork) -> tuple[Product, ...]:
         """Keys and values of the features, then all that runs on latents, products of one shape together, attention's
         own among them. Norms, which are short, are left out."""
-        width, layers, latents = self.hidden_size, self.num_layers, work.rows * self.num_latents
+        width, layers, latents = self.hidden_size, self.num_layers, work.items * self.num_latents
         heads = self.num_attention_heads * self.kv_channels
-        places = round(work.features / work.rows) + self.num_latents if work.rows else 0
+        places = round(work.features / work.items) + self.num_latents if work.items else 0
         inner, memory = layers * latents * self.ffn_hidden_size, work.features + latents
         return (
-            Product(memory, width, 2 * layers * heads, kept=2 * layers * memory * width),
+            Product(memory, width, 2 * layers * heads, kept=2 * layers * memory * width, behind_weights=True),
             Product(latents, width, layers * heads, kept=2 * layers * latents * width),
             Product(latents, places, 2 * layers * heads, kept=layers * (latents + 2 * memory) * heads),
             Product(latents, heads, layers * width, kept=layers * latents * heads, split=True),
