@@ -8,6 +8,13 @@ from mindspeed_mm.config.load import read_json
 from mindspeed_mm.data.config import PreprocessParameters
 from mindspeed_mm.data.grounding.geometry import BoxStep, CentreCrop, ExpandToSquare, Resize, ResizeShortest
 from mindspeed_mm.data.image import PROCESSOR_TYPES, ImageProcessor, config_file
+from mindspeed_mm.data.media import MediaProcessor
+
+
+def is_whole(media: MediaProcessor | None) -> bool:
+    """Whether a model sees one image of a fixed size. Tiles, and images of any size, cover all of the stored one: they
+    leave fractions of it as they are, also where a tile's own processor would crop."""
+    return media is None or media.fixed is not None
 
 
 def image_steps(parameters: PreprocessParameters) -> tuple[BoxStep, ...]:

@@ -13,18 +13,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from mindspeed_mm import ending, registry
 from mindspeed_mm.data import loader_workers
-from mindspeed_mm.data.box_steps import image_steps
+from mindspeed_mm.data.auxiliary import accompanied
+from mindspeed_mm.data.box_steps import image_steps, is_whole
 from mindspeed_mm.data.collate import Collator
-from mindspeed_mm.data.config import DATASETS, READ_BY, DataConfig, DataloaderParam
+from mindspeed_mm.data.config import DataConfig, DataloaderParam
 from mindspeed_mm.data.dataset import DataSet, MultimodalDataset, Policies, Positions
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.expand import Encoding
+from mindspeed_mm.data.grounding.notation import BinNotation
 from mindspeed_mm.data.index import default_folder
 from mindspeed_mm.data.media import MediaProcessor
 from mindspeed_mm.data.mixing import mixed_indices
 from mindspeed_mm.data.packing import PackedOrder
 from mindspeed_mm.data.sample import Batch, Encoded
 from mindspeed_mm.data.sampler import EndlessBatchSampler, EpochOrder, GroupedOrder, MixedOrder, Order, WeightedOrder
+from mindspeed_mm.data.set_config import DATASETS, READ_BY
 from mindspeed_mm.data.template_check import check_template
 from mindspeed_mm.data.template_choice import template_of
 from mindspeed_mm.data.template_form import Template
@@ -72,9 +75,11 @@ def build_dataset(
     *,
     positions: Positions | None = None,
     validation: bool = False,
+    auxiliary: bool = False,
     preferences: bool = False,
 ) -> MultimodalDataset:
-    """Map-style dataset of Encoded from a data config; with `validation` of its validation sets.
+    """Map-style dataset of Encoded from a data config; with `validation` of its validation sets, with `auxiliary` of
+    those beside pairs.
 
     `max_length` counts expanded tokens; `positions` gives the positions of a family that has multimodal ones;
     `preferences` asks for pairs of answers instead of conversations. Every record and its length are checked here
@@ -84,14 +89,22 @@ def build_dataset(
     parameters = config.dataset_param
     template = template_of(config, tokenizer)
     check_template(template, tokenizer)
-    options = read_options(config, template)
-    chosen = parameters.validation_parameters if validation else parameters.basic_parameters
+    check_box_words(config, tokenizer)
+    options = read_options(config, template, media)
+    trained = not (validation or auxiliary)
+    chosen = parameters.basic_parameters if trained else parameters.validation_parameters
+    chosen = parameters.auxiliary_parameters if auxiliary else chosen
     sets = []
     for basic in chosen:
         kind = parameters.kind_of(basic)
         source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
         sets.append(DataSet(source, basic.repeat_time, basic.data_path))
         _check_pairs(sets[-1], kind, preferences)
+        if getattr(source, "videos", False) and not media.takes_videos:
+            raise ConfigError(
+                f'{basic.data_path}: found "frames", which puts the images of a record under one <image>; expected a '
+                'model that takes videos so (model_id flamingo). Remove "frames": each image then has its own.'
+            )
     loading = config.dataloader_param
     dataset = MultimodalDataset(
         sets,
@@ -104,9 +117,9 @@ def build_dataset(
             empty_answer=parameters.empty_answer,
             max_skip_percent=parameters.max_skip_percent,
         ),
-        measured=(loading.packing or loading.group_by_modality_length) and not validation,
+        measured=(loading.packing or loading.group_by_modality_length) and trained,
     )
-    if parameters.mixing is not None and not validation:
+    if parameters.mixing is not None and trained:
         sizes = [len(data_set) for data_set in sets]
         dataset.epoch = mixed_indices(parameters.mixing, sizes, parameters.set_names)
         logger.info("mixing: an epoch has %d samples, of sets of %s", len(dataset.epoch), sizes)
@@ -139,13 +152,26 @@ def check_user_tokens(tokenizer: Tokenizer, rows: int, where: str) -> None:
         )
 
 
-def read_options(config: DataConfig, template: Template) -> ReadOptions:
-    """How the config's data files are read."""
+def check_box_words(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError where boxes become words and the tokenizer would take these to pieces."""
+    given = [basic.grounding for basic in config.all_sets if basic.grounding is not None]
+    if not any(isinstance(grounding.style, BinNotation) for grounding in given):
+        return
+    missing = [word for word in BinNotation().words if word not in tokenizer.user_tokens]
+    if missing:
+        raise ConfigError(
+            f'the notation "bins" writes boxes as tokens, and the tokenizer lacks {len(missing)} of them, such as '
+            f"{missing[0]}; `mindspeed-mm convert SRC DST --to llava --box-tokens` (or another layout) gives them to "
+            "model and tokenizer, take both from there"
+        )
+
+
+def read_options(config: DataConfig, template: Template, media: MediaProcessor | None = None) -> ReadOptions:
+    """How the config's data files are read; `media` None: images become pixels as the config alone says."""
     parameters = config.dataset_param
     folder = Path(parameters.index_folder) if parameters.index_folder else default_folder()
-    sets = (*parameters.basic_parameters, *parameters.validation_parameters)
-    has_boxes = any(parameters.kind_of(basic) in READ_BY["grounding"] for basic in sets)
-    steps = image_steps(parameters.preprocess_parameters) if has_boxes else ()
+    has_boxes = any(parameters.kind_of(basic) in READ_BY["grounding"] for basic in config.all_sets)
+    steps = image_steps(parameters.preprocess_parameters) if has_boxes and is_whole(media) else ()
     return ReadOptions(template, folder, parameters.images_first, parameters.unknown_keys, image_steps=steps)
 
 
@@ -213,23 +239,21 @@ def build_loader(
     epoch: np.ndarray | None = None,
     global_batch_size: int | None = None,
     counts: DataCounts | None = None,
+    companions: MultimodalDataset | None = None,
 ) -> Iterator[Batch]:
     """Endless iterator of the micro-batches of one data-parallel rank, from `consumed_samples` on.
 
     The order depends on `seed` and the data alone (see sampler.py). `options` are shuffle, packing, pinning and
     prefetching of data.json, `weights` its weights, `epoch` the dataset's mixed epoch, `global_batch_size` (default:
-    micro_batch_size * dp_size) is for grouping. `counts` is kept up to date. Errors of workers come out as themselves:
-    DataError naming record and cause. Close the iterator, or leave `ending.closing`, to end the workers.
+    micro_batch_size * dp_size) is for grouping, `companions` go beside pairs (auxiliary.py). `counts` is kept up to
+    date. Errors of workers come out as themselves: DataError naming record and cause. Close the iterator, or leave
+    `ending.closing`, to end the workers.
     """
     options = options or DataloaderParam()
-    order = build_order(
-        dataset,
-        options,
-        seed=seed,
-        weights=weights,
-        epoch=epoch,
-        global_batch_size=global_batch_size or micro_batch_size * dp_size,
-    )
+    size = global_batch_size or micro_batch_size * dp_size
+    order = build_order(dataset, options, seed=seed, weights=weights, epoch=epoch, global_batch_size=size)
+    if companions is not None:
+        order = accompanied(order, companions, seed=seed, shuffle=options.shuffle)
     sampler = EndlessBatchSampler(
         order,
         consumed_samples=consumed_samples,
@@ -237,22 +261,19 @@ def build_loader(
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
-    worker_options: dict[str, Any] = {}
-    if num_workers:
-        worker_options = {"persistent_workers": True, "prefetch_factor": options.prefetch_factor or 2}
+    several = {"persistent_workers": True, "prefetch_factor": options.prefetch_factor or 2} if num_workers else {}
     row_length = _row_length(dataset, options) if options.packing else None
-    collator = Collator(pad_token_id, pad_multiple, row_length)
     loader = DataLoader(
-        _ErrorsAsValues(dataset),
+        _ErrorsAsValues(dataset, companions),
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_CollateErrors(collator),
+        collate_fn=_CollateErrors(Collator(pad_token_id, pad_multiple, row_length)),
         worker_init_fn=loader_workers.settle,
         pin_memory=options.pin_memory and torch.cuda.is_available(),
         # An own generator seeds the workers, apart for every rank, and leaves the global one alone: drawing from that
         # would make a resumed run differ from a continued one.
         generator=torch.Generator().manual_seed(seed * 1_000_003 + dp_rank),
-        **worker_options,
+        **several,
     )
     batches = _batches(loader, counts or DataCounts(), dataset.policies.max_skip_percent)
     if num_workers:
@@ -283,11 +304,14 @@ def _batches(loader: DataLoader, counts: DataCounts, max_skip_percent: float) ->
 class _ErrorsAsValues(Dataset[Any]):
     """Hands a DataError on as a value: a DataLoader would bury its message in the trace of a worker."""
 
-    def __init__(self, dataset: MultimodalDataset):
-        self._dataset = dataset
+    def __init__(self, dataset: MultimodalDataset, companions: MultimodalDataset | None = None):
+        self._dataset, self._companions = dataset, companions
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Encoded | list[Encoded] | DataError:
         try:
+            if self._companions is not None:
+                pair, companion = index
+                return [self._dataset[pair], self._companions[companion]]
             return self._dataset.row(index) if isinstance(index, tuple) else self._dataset[index]
         except DataError as error:
             error.__cause__ = error.__context__ = None  # an image's error may not survive pickling

@@ -56,20 +56,21 @@ class Collator:
                 position_ids[..., row, start:] = torch.arange(length - start)
         media = [item for sample in samples for item in sample.media]
         used = [sample for sample in samples if sample.input_ids]
+        counted = [sample for sample in used if sample.branches is not None] if pairs else used
         return Batch(
             input_ids=input_ids,
             labels=labels,
             position_ids=position_ids,
             media=Media.join(media) if media else None,
-            sample_ids=[sample.sample_id for sample in used],
+            sample_ids=[sample.sample_id for sample in counted],
             tokens=sum(len(sample.input_ids) for sample in samples),
             supervised=int((labels != IGNORE_INDEX).sum()),
             lengths=tuple(len(sample.input_ids) for sample in used),
             skipped=tuple(reason for sample in samples for reason in sample.skipped),
             segment_ids=segment_ids if packed else None,
             cached=_cached(samples),
-            branches=tuple(sample.branches for sample in used if sample.branches is not None) if pairs else None,
-            pair_keys=_pair_keys(used),
+            branches=tuple(sample.branches or (len(sample.input_ids),) for sample in used) if pairs else None,
+            pair_keys=_pair_keys(counted),
         )
 
 
@@ -79,7 +80,7 @@ def _members(row: Encoded | Sequence[Encoded]) -> list[Encoded]:
 
 
 def _pair_keys(samples: Sequence[Encoded]) -> tuple[bytes, ...] | None:
-    """Names of all pairs; None where they have none."""
+    """Names of all pairs; None where they have none, or there are none."""
     keys = tuple(sample.pair_key for sample in samples if sample.pair_key is not None)
     return keys if keys and len(keys) == len(samples) else None
 

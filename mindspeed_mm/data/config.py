@@ -11,112 +11,14 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from mindspeed_mm import registry
 from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.config.options import ConfigFile
-from mindspeed_mm.data.grounding.notation import Notation, notation
 from mindspeed_mm.data.image import FAST_FILTERS, PROCESSOR_TYPES, ImageProcessor
 from mindspeed_mm.data.mixing import Mix, check_mix
+from mindspeed_mm.data.prediction import PredictedSet, Prediction
+from mindspeed_mm.data.set_config import DATASET_TYPES, READ_BY, BasicParameters, known_dataset, only
 from mindspeed_mm.data.template import OWN_TEMPLATE, get_template
-
-DATASETS = "mindspeed_mm.data.datasets"
-"""The package whose modules are the dataset kinds."""
-
-DATASET_TYPES = {"multimodal": "llava", "image": "llava"}
-"""MindSpeed-MM's names (2.0 and 1.0) of the dataset kinds here."""
-
-
-READ_BY = {"image_data": ("ha_dpo",), "sampling_seed": ("ha_dpo",), "grounding": ("grounding",)}
-"""Keys of a set that some dataset kinds alone read."""
-
-
-def _only(*allowed: Any, reason: str) -> pydantic.AfterValidator:
-    """Accept the listed values, refuse others with the reason."""
-
-    def check(value: Any) -> Any:
-        if value not in allowed:
-            shown = " or ".join(repr(item) for item in allowed)
-            raise ValueError(f"found {value!r}, expected {shown}: {reason}")
-        return value
-
-    return pydantic.AfterValidator(check)
-
-
-def known_dataset(value: str) -> str:
-    """Check a dataset_type."""
-    known = [*DATASET_TYPES, *registry.available(DATASETS)]
-    if value not in known:
-        raise ValueError(f'found "{value}", expected one of: {", ".join(known)}')
-    return value
-
-
-class GroundingParameters(StrictModel):
-    """How boxes and points are given and written (docs/grounding.md)."""
-
-    notation: Literal["square", "round", "minigpt_v2", "qwen2_vl", "internvl"] = "square"
-    """The text that a box becomes."""
-
-    precision: pydantic.NonNegativeInt | None = None
-    """Decimals between brackets; default 3."""
-
-    normalised: bool = False
-    """Whether the records' boxes are fractions of the image instead of pixels."""
-
-    @pydantic.model_validator(mode="after")
-    def _known(self) -> "GroundingParameters":
-        notation(self.notation, self.precision)
-        return self
-
-    @property
-    def style(self) -> Notation:
-        """The notation."""
-        return notation(self.notation, self.precision)
-
-
-class BasicParameters(StrictModel):
-    """One data file (or tar shards) and the folder of its images."""
-
-    data_path: str
-    data_folder: str = ""
-    """Image names are relative to this folder and stay inside it; may be left out for text-only data."""
-
-    repeat_time: float = 1
-    """How often the file counts: a whole number, or a share below 1 (that part from the start of the file)."""
-
-    weight: pydantic.PositiveFloat | None = None
-    """Share of the samples that come from this set, relative to the other sets' weights; all sets have one or none has.
-    Without weights, an epoch holds every set as often as its repeat_time says."""
-
-    dataset_type: str | None = None
-    """The format of this set where it is not the one of dataset_param."""
-
-    image_data: str | None = None
-    """Of ha_dpo: Visual Genome's image_data.json; default: the one in data_folder."""
-
-    sampling_seed: pydantic.NonNegativeInt | None = None
-    """Of ha_dpo: which of several answers are drawn; default 42."""
-
-    grounding: GroundingParameters | None = None
-    """Of grounding: how its boxes are given and written."""
-
-    name: str | None = None
-    """What `mixing` calls the set; its number does as well."""
-
-    return_type: Annotated[str | None, _only(None, "list", reason="records are read one by one")] = None
-    data_storage_mode: Annotated[str, _only("standard", reason="JSON and JSONL files are read")] = "standard"
-
-    @pydantic.field_validator("dataset_type")
-    @classmethod
-    def _known_dataset(cls, value: str | None) -> str | None:
-        return None if value is None else known_dataset(value)
-
-    @pydantic.field_validator("repeat_time")
-    @classmethod
-    def _whole_or_share(cls, value: float) -> float:
-        if value <= 0 or (value > 1 and value != int(value)):
-            raise ValueError(f"found {value}, expected a share above 0 and below 1, or a whole number")
-        return value
 
 
 class PreprocessParameters(StrictModel):
@@ -124,9 +26,9 @@ class PreprocessParameters(StrictModel):
     `image_processer_path` with a preprocessor_config.json."""
 
     image_reader_type: Annotated[
-        str, _only("CLIPImageProcessor", "torchvision", "Image", reason="images are decoded by Pillow to RGB")
+        str, only("CLIPImageProcessor", "torchvision", "Image", reason="images are decoded by Pillow to RGB")
     ] = "CLIPImageProcessor"
-    image_processer_type: Annotated[str, _only("image2pixel", reason="no other processing exists")] = "image2pixel"
+    image_processer_type: Annotated[str, only("image2pixel", reason="no other processing exists")] = "image2pixel"
     train_pipeline: dict[str, Any] | None = None
     image_processer_path: str | None = None
     pad2square: bool | None = None
@@ -168,19 +70,19 @@ class TokenizerConfig(StrictModel):
     """Where the tokenizer comes from."""
 
     from_pretrained: str
-    hub_backend: Annotated[str, _only("hf", reason="tokenizers are local folders in Hugging Face form")] = "hf"
+    hub_backend: Annotated[str, only("hf", reason="tokenizers are local folders in Hugging Face form")] = "hf"
     autotokenizer_name: str = "AutoTokenizer"
     """Accepted as information: the files of the folder decide which tokenizer it is."""
 
-    cache_dir: Annotated[str | None, _only(None, reason="nothing is downloaded, so nothing is cached")] = None
+    cache_dir: Annotated[str | None, only(None, reason="nothing is downloaded, so nothing is cached")] = None
     model_max_length: pydantic.PositiveInt | None = None
     """A further upper limit of the length of a sample, beside --seq-length; the smaller one counts."""
 
-    padding_side: Annotated[str, _only("right", reason="batches are padded on the right")] = "right"
+    padding_side: Annotated[str, only("right", reason="batches are padded on the right")] = "right"
     use_fast: bool = False
     """Accepted as information: both give the same ids here."""
 
-    trust_remote_code: Annotated[bool, _only(False, reason="code from a checkpoint folder is never run")] = False
+    trust_remote_code: Annotated[bool, only(False, reason="code from a checkpoint folder is never run")] = False
 
 
 class DatasetParam(StrictModel):
@@ -193,10 +95,9 @@ class DatasetParam(StrictModel):
     template_name: str | None = None
     """None: as data/template_choice.py chooses: the tokenizer's own chat template, else that of the model's family."""
 
-    use_text_processer: Annotated[bool, _only(True, reason="text is always tokenised")] = True
-    mm_use_im_start_end: Annotated[
-        bool, _only(False, reason="LLaVA-1.5 has no tokens around an image; they are not in its vocabulary")
-    ] = False
+    use_text_processer: Annotated[bool, only(True, reason="text is always tokenised")] = True
+    mm_use_im_start_end: bool | None = None
+    """Whether <im_start> and <im_end> stand around each image: as the model has it, which it must agree with."""
     image_error: Literal["error", "skip"] = "error"
     """A missing or broken image stops the run, or the next good record takes its place (counted and logged)."""
 
@@ -228,10 +129,13 @@ class DatasetParam(StrictModel):
     validation_parameters: tuple[BasicParameters, ...] = ()
     """Sets whose loss is measured at --eval-interval and never trained on."""
 
+    auxiliary_parameters: tuple[BasicParameters, ...] = ()
+    """Sets of conversations that go beside preference pairs, one for each (data/auxiliary.py)."""
+
     mixing: Mix | None = None
     """How the sets of basic_parameters make an epoch (data/mixing.py); None: one behind the other, or by weights."""
 
-    @pydantic.field_validator("basic_parameters", "validation_parameters", mode="before")
+    @pydantic.field_validator("basic_parameters", "validation_parameters", "auxiliary_parameters", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         """A single set may be given without the list around it."""
@@ -265,18 +169,26 @@ class DatasetParam(StrictModel):
 
     @pydantic.model_validator(mode="after")
     def _own_keys(self) -> "DatasetParam":
-        """Keys of one format are refused in sets of another, which would not read them."""
-        for basic in (*self.basic_parameters, *self.validation_parameters):
-            for name, kinds in READ_BY.items():
-                if getattr(basic, name) is not None and self.kind_of(basic) not in kinds:
-                    readers = " or ".join(f'"{kind}"' for kind in kinds)
-                    raise ValueError(f'{basic.data_path} has "{name}", which only the dataset_type {readers} reads')
+        for basic in self.all_sets:
+            self.check_keys(basic)
         return self
 
     @pydantic.model_validator(mode="after")
     def _known_sets(self) -> "DatasetParam":
         check_mix(self.mixing, self.set_names, weighted=self.weights is not None)
         return self
+
+    def check_keys(self, basic: BasicParameters) -> None:
+        """Keys of one format are refused in sets of another, which would not read them. Raises ValueError."""
+        for name, kinds in READ_BY.items():
+            if getattr(basic, name) is not None and self.kind_of(basic) not in kinds:
+                readers = " or ".join(f'"{kind}"' for kind in kinds)
+                raise ValueError(f'{basic.data_path} has "{name}", which only the dataset_type {readers} reads')
+
+    @property
+    def all_sets(self) -> tuple[BasicParameters, ...]:
+        """Those that are trained on, beside pairs as well, and those of validation."""
+        return (*self.basic_parameters, *self.validation_parameters, *self.auxiliary_parameters)
 
     @property
     def set_names(self) -> list[str | None]:
@@ -313,7 +225,7 @@ def _from_command_line(flag: str) -> Callable[[Any], Any]:
 class CollateParam(StrictModel):
     """How samples become a batch."""
 
-    model_name: Annotated[str, _only("llava", reason="there is one way to collate")] = "llava"
+    model_name: Annotated[str, only("llava", reason="there is one way to collate")] = "llava"
     pad_token_id: pydantic.NonNegativeInt | None = None
     """Default: the tokenizer's. It is never seen by the loss."""
 
@@ -325,9 +237,9 @@ class DataloaderParam(StrictModel):
     """How batches are fetched. Batch size, seed and number of workers come from the command line."""
 
     dataloader_mode: Annotated[
-        str, _only("sampler", "base", reason="samples come in an order that depends on --seed alone")
+        str, only("sampler", "base", reason="samples come in an order that depends on --seed alone")
     ] = "sampler"
-    sampler_type: Annotated[str, _only("BaseRandomBatchSampler", reason="there is one sampler")] = (
+    sampler_type: Annotated[str, only("BaseRandomBatchSampler", reason="there is one sampler")] = (
         "BaseRandomBatchSampler"
     )
     shuffle: bool = True
@@ -336,7 +248,7 @@ class DataloaderParam(StrictModel):
 
     pin_memory: bool = False
     data_sharding: Annotated[
-        bool, _only(False, reason="the order must not depend on the number of ranks, so that training resumes on any")
+        bool, only(False, reason="the order must not depend on the number of ranks, so that training resumes on any")
     ] = False
     prefetch_factor: pydantic.PositiveInt | None = None
     persistent_workers: bool | None = None
@@ -376,6 +288,25 @@ class DataConfig(StrictModel):
     dataloader_param: DataloaderParam = DataloaderParam()
     objective: str | dict[str, Any] | None = None
     """What is minimised where --objective does not say it: a name, or {"name": ..} with the objective's options."""
+
+    prediction: Prediction | None = None
+    """Sets that the trained model answers (data/prediction.py)."""
+
+    @pydantic.model_validator(mode="after")
+    def _own_keys(self) -> "DataConfig":
+        for basic in self.predicted_sets.values():
+            self.dataset_param.check_keys(basic)
+        return self
+
+    @property
+    def predicted_sets(self) -> dict[str, PredictedSet]:
+        """The sets of `prediction`, by the prefix of their files."""
+        return {} if self.prediction is None else self.prediction.sets()
+
+    @property
+    def all_sets(self) -> tuple[BasicParameters, ...]:
+        """Every set that is read."""
+        return (*self.dataset_param.all_sets, *self.predicted_sets.values())
 
     @classmethod
     def load(cls, source: str | Path | ConfigFile | dict[str, Any]) -> "DataConfig":

@@ -20,7 +20,7 @@ from mindspeed_mm.data.pairs import Branches, longer_side, pair_tokens
 from mindspeed_mm.data.parallel import count_all
 from mindspeed_mm.data.reference_store import pair_key
 from mindspeed_mm.data.rendering import questions_of
-from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample
+from mindspeed_mm.data.sample import CachedImage, Encoded, EncodedImage, Sample, VideoFrames
 from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ class MultimodalDataset(Dataset[Encoded]):
             raise type(error)(f"{sample.where}: {error}") from error
         features = tuple(self._known_features(image) for image in sample.images) if self.feature_cache else ()
         unknown = [image for image, known in zip_longest(sample.images, features) if not known or known.values is None]
-        media = tuple(self.media.item(image) for image in unknown)
+        media = self._media(sample, unknown)
         if asked:
             media = tuple(replace(item, instructions=(q,)) for item, q in zip(media, questions, strict=True))
         positions = None
@@ -297,6 +297,16 @@ class MultimodalDataset(Dataset[Encoded]):
         key = pair_key(ids, labels, branches, media) if self.names_pairs and branches is not None else None
         return Encoded(sample.id, ids, labels, media, skipped, features, positions, branches, key)
 
+    def _media(self, sample: Sample, images: Sequence[str | EncodedImage]) -> tuple[Any, ...]:
+        """Images as the encoder takes them. Raises ImageError, which the policy decides on, and DataError naming the
+        record where an object store does not give one."""
+        try:
+            return tuple(self.media.item(image) for image in images)
+        except ImageError:
+            raise
+        except DataError as error:
+            raise type(error)(f'{sample.where}: "image": {error}') from error
+
     def _tokens(self, sample: Sample, plans: list[ItemPlan]) -> tuple[list[int], list[int], Branches | None]:
         """Expanded ids and labels within the maximum length; of a preference record also the parts of its sides."""
         if sample.rejected is not None:
@@ -304,9 +314,12 @@ class MultimodalDataset(Dataset[Encoded]):
         ids, labels = expand_images(*self.encoding.tokens(sample), plans)
         return *fit_length(ids, labels, self.max_length, self.policies.overlong), None
 
-    def _known_features(self, image: str | EncodedImage) -> CachedImage:
-        """What the feature cache has of an image. Raises ImageError where its bytes cannot be read."""
+    def _known_features(self, image: str | EncodedImage | VideoFrames) -> CachedImage:
+        """What the feature cache has of an image. Raises ImageError where its bytes cannot be read, DataError for a
+        video."""
         assert self.feature_cache is not None
+        if isinstance(image, VideoFrames):
+            raise DataError(f"found a video ({image}), which a feature cache does not hold; leave out --feature-cache")
         try:
             key = self.feature_cache.key(image)
         except OSError as error:

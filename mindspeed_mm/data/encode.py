@@ -51,7 +51,10 @@ def encode_turns(
 ) -> tuple[list[int], list[int]]:
     """As `encode`, for turns that have been checked."""
     form = get_template(template, tokenizer)
-    return _tokenize(segments_of(turns, form), tokenizer, form, special_text)
+    ids, labels = _tokenize(segments_of(turns, form), tokenizer, form, special_text)
+    if form.ends_with_eos:
+        ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+    return ids, labels
 
 
 def encode_prompt(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import pydantic
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
@@ -198,20 +198,22 @@ def load_image(path: str | Path | EncodedImage) -> Image.Image:
         other = other_suffix(path)
         hint = f"; {other.name} is there: `check-data --fix-suffix` writes records that name it" if other else ""
         raise ImageError(
-            f'image {path} is missing; expected a file there, as "image": "coco/1.jpg" is DATA_FOLDER/coco/1.jpg. '
-            f"Correct the record or the data folder, or add the file{hint}."
+            f"image {path} is missing; expected a file there. Correct the path (of a record: its image or the "
+            f"data_folder), or add the file{hint}."
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        if isinstance(error, ImageError):
+        if isinstance(error, DataError):  # ours, or the object store's
             raise
         if _is_empty(path):
             raise ImageError(
                 f"image {path} is empty (0 bytes); expected a whole {', '.join(FORMATS[:3])} or similar file. Fetch it "
-                "again or remove the record."
+                "again, or leave it out."
             ) from error
+        unknown = isinstance(error, UnidentifiedImageError) and not isinstance(path, str | Path)
+        reason = "its bytes begin as no known format does" if unknown else error  # Pillow's words name our buffer
         raise ImageError(
-            f"image {path} cannot be decoded ({error}); expected a whole {', '.join(FORMATS[:3])} or similar file. "
-            "Replace it or remove the record."
+            f"image {path} cannot be decoded ({reason}); expected a whole {', '.join(FORMATS[:3])} or similar file. "
+            "Replace it, or leave it out."
         ) from error
 
 
@@ -229,7 +231,7 @@ def image_size(image: str | Path | EncodedImage | Image.Image) -> tuple[int, int
                 _bound(opened.width * opened.height, f"is {opened.width} x {opened.height} pixels", image)
                 return opened.height, opened.width
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        if isinstance(error, ImageError):
+        if isinstance(error, DataError):
             raise
         load_image(image)  # says what is wrong with it
         raise ImageError(

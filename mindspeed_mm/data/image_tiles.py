@@ -19,7 +19,7 @@ from mindspeed_mm.data.image import preprocess as preprocess_image
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.media import Media
-from mindspeed_mm.models.tiles import best_resolution, resized_size, tile_features, tile_grid
+from mindspeed_mm.models.tiles import UNPAD, best_resolution, resized_size, tile_features, tile_grid
 
 TILE_TYPES = ("LlavaNextImageProcessor", "LlavaNextImageProcessorFast", "LlavaNextImageProcessorPil")
 """Names under which transformers saves the processor that makes tiles."""
@@ -38,6 +38,7 @@ class TiledImages(MediaProcessor):
         *,
         side: int,
         patches: int,
+        merge: str = UNPAD,
         fast_resize: bool = False,
     ) -> None:
         """
@@ -47,6 +48,7 @@ class TiledImages(MediaProcessor):
             pinpoints: heights and widths that an image may be resized to, multiples of `side`.
             side: pixels of a tile, the encoder's image_size.
             patches: features in a line of a tile.
+            merge: how features of tiles are put together, LLaVA's mm_patch_merge_type.
             fast_resize: resize with torch's kernel.
 
         Raises:
@@ -54,7 +56,7 @@ class TiledImages(MediaProcessor):
         """
         self.processor, given = _read(source)
         self.pinpoints = [tuple(pair) for pair in pinpoints]
-        self.side, self.patches, self.fast_resize = side, patches, fast_resize
+        self.side, self.patches, self.merge, self.fast_resize = side, patches, merge, fast_resize
         if given is not None and [tuple(pair) for pair in given] != self.pinpoints:
             raise ConfigError(
                 f"the image processor has image_grid_pinpoints {_short(given)}, the model "
@@ -84,7 +86,7 @@ class TiledImages(MediaProcessor):
 
     def plan(self, height: int, width: int) -> ItemPlan:
         grid = tile_grid((height, width), self.pinpoints, self.side)
-        count = tile_features((height, width), grid, self.patches)
+        count = tile_features((height, width), grid, self.patches, self.merge)
         return ItemPlan((1, *grid), (IMAGE_TOKEN_INDEX,) * count)
 
     def item(self, image: Any) -> Media:
@@ -119,7 +121,8 @@ class TiledImages(MediaProcessor):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"processor": self.config, "patches": self.patches, "side": self.side, "fast_resize": self.fast_resize}
+        sizes = {"patches": self.patches, "side": self.side, "merge": self.merge}
+        return {"processor": self.config, **sizes, "fast_resize": self.fast_resize}
 
 
 def _read(source: dict[str, Any] | str | Path) -> tuple[ImageProcessor, list[Any] | None]:

@@ -31,7 +31,7 @@ HARMLESS = frozenset(
 HARMLESS_ENDINGS = ("_id", "_source", "_score", "_size", "_width", "_height", "_url", "_hash", "_similarity")
 
 MEDIA = "videos and audio are not trained on"
-IMAGE = 'images are named by "image" or "images" of the record'
+IMAGE = "images have another key here"
 SYSTEM = "this format has no system text under that key"
 TOOLS = "tools and their calls are not trained on"
 MARK = "a mark belongs on the turn, not here"
@@ -54,6 +54,12 @@ CHANGING = {
     "objects": 'boxes are not filled in; expected them in the text, without "objects"',
 }
 """Keys that change training in other suites, and why a value there cannot be ignored."""
+
+IMAGE_NAMES = (
+    *("image", "images", "img_path", "image_filename", "img_fn", "file_path", "imageId", "image_id", "image_ids"),
+    *("image_path", "path", "url", "image_url"),
+)
+"""Keys by which readers find images."""
 
 MARKS = (
     "loss",
@@ -91,7 +97,10 @@ class Keys:
         for key, value in found.items():
             if key in self.honoured or value is None or value in ("", [], {}, "[]", "{}"):
                 continue
-            if not isinstance(key, str) or key in HARMLESS or key.endswith(HARMLESS_ENDINGS):
+            if not isinstance(key, str):
+                continue
+            # "image_id" describes a record, but not in place of "image_ids".
+            if (key in HARMLESS or key.endswith(HARMLESS_ENDINGS)) and self._meant(key, without=found) is None:
                 continue
             if CHANGING.get(key) == MARK and value in (True, 1):  # as everything is without a mark
                 continue
@@ -104,10 +113,22 @@ class Keys:
         shown = f"{place + '.' if place else ''}{key!a:.80}"
         advice = 'Correct the data, or set "unknown_keys": "warn" in dataset_param.'
         if key in CHANGING:
-            raise UnknownKeyError(f"{shown} is not read here: {CHANGING[key]}. {advice}")
-        close = next((name for name in sorted(self.honoured) if one_typing_error(key, name)), None)
+            raise UnknownKeyError(f"{shown} is not read here: {self._why(key)}. {advice}")
+        close = self._meant(key)
         if close is not None:
             raise UnknownKeyError(f'{shown} is no key of {self.what}; did you mean "{close}"? {advice}')
+
+    def _meant(self, key: str, without: Iterable[str] = ()) -> str | None:
+        """The key that is one typing error away, of those that are not in `without`."""
+        names = sorted(self.honoured.difference(without))
+        return next((name for name in names if one_typing_error(key, name)), None)
+
+    def _why(self, key: str) -> str:
+        why = CHANGING[key]
+        if why != IMAGE:
+            return why
+        names = [f'"{name}"' for name in sorted(self.honoured) if name in IMAGE_NAMES]
+        return f"{self.what} names images by {' or '.join(names)}" if names else f"{self.what} has no image"
 
 
 def keys(what: str, *honoured: str) -> Keys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,11 +37,23 @@ def batches(loader: DataLoader) -> Iterator[Any]:
     Raises:
         DataError: a worker was killed from outside.
     """
-    iterator = iter(loader)
+    iterator = _without_sudden_errors(loader)
     try:
         yield from _named(iterator)
     finally:
         _end(iterator)
+
+
+def _without_sudden_errors(loader: DataLoader) -> Iterator[Any]:
+    """The loader's iterator, whose workers' deaths are told where batches are asked for. torch has its own handler of
+    SIGCHLD tell them, wherever the training is at that moment: in a backward pass, or in the middle of a save."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)  # torch sets no handler there
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _named(iterator: Iterator[Any]) -> Iterator[Any]:

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.image import ImageProcessor, preprocess
+from mindspeed_mm.data.image import ImageError, ImageProcessor, preprocess
+from mindspeed_mm.data.sample import VideoFrames
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.media import Media
 
@@ -37,6 +40,12 @@ class ItemPlan:
     def ids_key(self) -> list[int]:
         """[features, *tags], which two plans of one length have in common only if they are equal, for fingerprints."""
         return [self.count, *(token for token in self.ids if token != IMAGE_TOKEN_INDEX)]
+
+
+def tagged(count: int, tags: Sequence[int] | None) -> tuple[int, ...]:
+    """Placeholders of `count` features between the two tokens `tags`; None: nothing stands around them."""
+    features = (IMAGE_TOKEN_INDEX,) * count
+    return features if tags is None else (tags[0], *features, tags[1])
 
 
 class MediaProcessor(ABC):
@@ -73,6 +82,9 @@ class MediaProcessor(ABC):
     def settings(self) -> dict[str, Any]:
         """JSON values of everything that plans and pixels depend on, for fingerprints of caches and checkpoints."""
 
+    takes_videos = False
+    """Whether an item may be a sample.VideoFrames."""
+
     reads_instructions = False
     """Whether the model's projector reads the question about an image."""
 
@@ -92,8 +104,16 @@ class MediaProcessor(ABC):
 class FixedSizeImages(MediaProcessor):
     """Images of one size, each with the same number of features (LLaVA-1.5)."""
 
-    def __init__(self, processor: ImageProcessor, count: int, *, pad: bool = False, fast_resize: bool = False) -> None:
-        """`count` features an image; see data.image.preprocess for the rest.
+    def __init__(
+        self,
+        processor: ImageProcessor,
+        count: int,
+        *,
+        tags: Sequence[int] | None = None,
+        pad: bool = False,
+        fast_resize: bool = False,
+    ) -> None:
+        """`count` features an image, between the two tokens `tags`; see data.image.preprocess for the rest.
 
         Raises ConfigError for a processor whose images have no size of their own.
         """
@@ -103,7 +123,7 @@ class FixedSizeImages(MediaProcessor):
                 "do_center_crop, or a size with height and width."
             )
         self.processor, self.pad, self.fast_resize = processor, pad, fast_resize
-        self._plan = ItemPlan((1, 1, 1), (IMAGE_TOKEN_INDEX,) * count)
+        self._plan = ItemPlan((1, 1, 1), tagged(count, tags))
 
     @property
     def fixed(self) -> ItemPlan:
@@ -121,4 +141,29 @@ class FixedSizeImages(MediaProcessor):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"processor": self.config, "pad": self.pad, "fast_resize": self.fast_resize, "count": self._plan.count}
+        tags = [token for token in self._plan.ids if token != IMAGE_TOKEN_INDEX]
+        own = {"processor": self.config, "pad": self.pad, "fast_resize": self.fast_resize, "count": self._plan.count}
+        return own | ({"tags": tags} if tags else {})
+
+
+class FramedImages(FixedSizeImages):
+    """Images of one size, and videos, whose frames are such images."""
+
+    takes_videos = True
+
+    def __init__(self, processor: ImageProcessor, count: int, *, max_frames: int | None, fast_resize: bool) -> None:
+        """`max_frames`: most frames of a video; None: any number. See FixedSizeImages for the rest."""
+        super().__init__(processor, count, fast_resize=fast_resize)
+        self.max_frames = max_frames
+
+    def item(self, image: Any) -> Media:
+        if not isinstance(image, VideoFrames):
+            return super().item(image)
+        frames = len(image.frames)
+        if self.max_frames is not None and frames > self.max_frames:
+            raise ImageError(
+                f"found a video of {frames} frames ({image}); the model has embeddings for {self.max_frames}. Take "
+                "fewer frames."
+            )
+        pixels = torch.cat([super(FramedImages, self).item(frame).pixels for frame in image.frames])
+        return Media(pixels, (frames,), torch.tensor([[frames, 1, 1]]), torch.zeros(1, 2, dtype=torch.int64))

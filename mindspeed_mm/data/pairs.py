@@ -78,21 +78,40 @@ def _joined(chosen: tuple[list[int], list[int]], rejected: tuple[list[int], list
         raise DataError(
             "has the same tokens in its chosen and its rejected answer, there is nothing to prefer: remove the record"
         )
-    common = 0
-    for left, right, *labels in zip(chosen[0], rejected[0], chosen[1], rejected[1], strict=False):
-        if left != right or any(label != IGNORE_INDEX for label in labels):
+    ids, labels, (start, first, second) = joined((chosen, rejected))
+    return PairTokens(ids, labels, (start, first, second))
+
+
+def joined(sides: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], tuple[int, ...]]:
+    """Several continuations of one prompt as one sequence.
+
+    Args:
+        sides: ids and labels of each whole conversation.
+
+    Returns:
+        Ids, labels, and the lengths of what all begin with and of each one's own end. The last token of the prompt
+        opens each end.
+
+    Raises:
+        DataError: the answers stand straight behind an image.
+    """
+    first, common = sides[0], 0
+    for tokens, *labels in zip(
+        zip(*(ids for ids, _ in sides), strict=False), *(labels for _, labels in sides), strict=False
+    ):
+        if len(set(tokens)) > 1 or any(label != IGNORE_INDEX for label in labels):
             break
         common += 1
     start = max(0, common - 1)
-    if start < common and chosen[0][start] == IMAGE_TOKEN_INDEX:
+    if start < common and first[0][start] == IMAGE_TOKEN_INDEX:
         raise DataError(
             "has its answers straight behind an image, without a text between: use a template that writes the "
             'question and a role before the answer, such as "v1"'
         )
-    ids, labels = chosen[0][:start], chosen[1][:start]
-    for side in (chosen, rejected):
+    ids, labels = first[0][:start], first[1][:start]
+    for side in sides:
         ids, labels = ids + side[0][start:], labels + side[1][start:]
-    return PairTokens(ids, labels, (start, len(chosen[0]) - start, len(rejected[0]) - start))
+    return ids, labels, (start, *(len(side[0]) - start for side in sides))
 
 
 def longer_side(input_ids: list[int], branches: Branches) -> list[int]:
@@ -101,16 +120,18 @@ def longer_side(input_ids: list[int], branches: Branches) -> list[int]:
     return input_ids[: shared + first] if first >= second else input_ids[:shared] + input_ids[shared + first :]
 
 
-def pair_positions(branches: Branches, positions: torch.Tensor | None) -> torch.Tensor:
-    """Positions of a pair's tokens: both sides go on where the beginning ends.
+def pair_positions(branches: Sequence[int], positions: torch.Tensor | None) -> torch.Tensor:
+    """Positions of tokens that `joined` gives: all ends go on where the beginning ends.
 
     Args:
-        positions: [3, shared + longer side] int64 of a family with multimodal positions, None: 0, 1, 2, ...
+        branches: lengths of the beginning and of each end.
+        positions: [3, shared + longest end] int64 of a family with multimodal positions, None: 0, 1, 2, ...
 
     Returns:
-        [shared + chosen + rejected] int64, or [3, ...] where positions are given.
+        [shared + all ends] int64, or [3, ...] where positions are given.
     """
-    shared, first, second = branches
+    shared, *ends = branches
     if positions is None:
-        positions = torch.arange(shared + max(first, second))
-    return torch.cat((positions[..., : shared + first], positions[..., shared : shared + second]), dim=-1)
+        positions = torch.arange(shared + max(ends))
+    parts = (positions[..., :shared], *(positions[..., shared : shared + end] for end in ends))
+    return torch.cat(parts, dim=-1)

@@ -7,6 +7,7 @@ without its neighbours, and memory stays constant.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.progress import progress_bar
+from mindspeed_mm.data.storage.objects import local_file
 from mindspeed_mm.errors import ConfigError, DataError
 
 BATCH_ROWS = 64
@@ -27,7 +29,7 @@ class ParquetFile:
 
         Raises DataError for a missing, empty or damaged file, ConfigError without pyarrow.
         """
-        self.path = Path(path)
+        self.name, self.path = path, Path(local_file(path))
         self._index = index or Index(self.path, None)
         self._reader: Any = None
         self._arrow = _pyarrow(self.path)
@@ -35,7 +37,7 @@ class ParquetFile:
         batches = self._open().num_record_batches
         self._length = (batches - 1) * BATCH_ROWS + self._open().get_batch(batches - 1).num_rows if batches else 0
         if not self._length:
-            raise DataError(f"{self.path} holds no records; expected rows with messages.")
+            raise DataError(f"{self.name} holds no records; expected rows with messages.")
 
     def __len__(self) -> int:
         return self._length
@@ -51,6 +53,21 @@ class ParquetFile:
 
     verified = __getitem__
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns."""
+        return list(self._open().schema.names)
+
+    def column(self, name: str) -> Iterator[Any]:
+        """The cells of a column, in order; a batch of them is held at a time."""
+        for batch in range(self._open().num_record_batches):
+            yield from self._open().get_batch(batch).column(name).to_pylist()
+
+    def cell(self, number: int, name: str) -> Any:
+        """One cell."""
+        batch, row = divmod(number, BATCH_ROWS)
+        return self._open().get_batch(batch).column(name)[row].as_py()
+
     def __getstate__(self) -> dict[str, Any]:
         # What is stored is mapped again rather than sent.
         content = None if self._index.stores else self._content
@@ -58,7 +75,7 @@ class ParquetFile:
 
     def where(self, number: int) -> str:
         """Name of a record for messages."""
-        return f"{self.path}: record {number}"
+        return f"{self.name}: record {number}"
 
     def _open(self) -> Any:
         if self._reader is None:
@@ -67,10 +84,10 @@ class ParquetFile:
                 try:
                     self._content = self._index.content("rows", self._convert)
                 except self._arrow.ArrowException as error:
-                    raise DataError(f"{self.path} cannot be read ({error}). Fetch the file again.") from error
+                    raise DataError(f"{self.name} cannot be read ({error}). Fetch the file again.") from error
                 except OSError as error:
                     raise DataError(
-                        f"cannot read the data file {self.path}, or store it in Arrow's format: {error}. Correct "
+                        f"cannot read the data file {self.name}, or store it in Arrow's format: {error}. Correct "
                         "data_path, fetch the file again, or set index_folder to a folder with room for its content."
                     ) from error
             self._reader = self._arrow.ipc.open_file(self._arrow.py_buffer(self._content))

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from mindspeed_mm.config.load import read_json
-from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.image import (
     CONFIG_NAMES,
     MAX_PIXELS,
@@ -25,7 +24,7 @@ from mindspeed_mm.data.image import (
     preprocess,
     resized,
 )
-from mindspeed_mm.data.media import ItemPlan, MediaProcessor
+from mindspeed_mm.data.media import ItemPlan, MediaProcessor, tagged
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.media import Media
 
@@ -124,9 +123,7 @@ class PatchImages(MediaProcessor):
 
     def plan(self, height: int, width: int) -> ItemPlan:
         rows, columns = (side // self.patch for side in self.resized_size(height, width))
-        features = (IMAGE_TOKEN_INDEX,) * (rows * columns // self.merge**2)
-        before, behind = ((), ()) if self.tags is None else ((self.tags[0],), (self.tags[1],))
-        return ItemPlan((1, rows, columns), before + features + behind)
+        return ItemPlan((1, rows, columns), tagged(rows * columns // self.merge**2, self.tags))
 
     def item(self, image: Any) -> Media:
         loaded = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")

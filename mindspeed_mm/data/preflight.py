@@ -191,7 +191,7 @@ class Check:
         if reason:
             found.problem("empty answer", f"{reason} Write the answer, or remove the record.")
         self._tokens(sample, found)
-        for image in sample.images:
+        for image in sample.files:
             found.images += 1
             if self.images:
                 self._image(image, sample.where, found)
@@ -254,7 +254,8 @@ class Check:
         try:
             pil_image = load_image(image)
         except ImageError as error:
-            missing = isinstance(image, str) and not os.path.exists(image)
+            gone = isinstance(image, str) and not os.path.exists(image)  # also under a name that no file can have
+            missing = gone or isinstance(error.__cause__, FileNotFoundError)
             found.problem("missing image" if missing else "broken image", f"{where}: {error}")
             other = other_suffix(image) if missing else None
             if other is not None:

@@ -11,6 +11,8 @@ import numpy as np
 from mindspeed_mm.data.dataset import MultimodalDataset
 from mindspeed_mm.data.image import ImageError, load_image
 from mindspeed_mm.data.progress import progress_bar
+from mindspeed_mm.data.sample import EncodedImage
+from mindspeed_mm.data.storage.objects import StoredImage
 
 SECONDS = 5.0
 """So long a start may look for files."""
@@ -60,9 +62,9 @@ def look_for_images(dataset: MultimodalDataset, share: int = 0, shares: int = 1,
             if time.monotonic() > end:
                 break
             sample = dataset.sample(int(number))
-            for image in sample.images:
+            for image in sample.files:
                 found.images += 1
-                if isinstance(image, str) and not os.path.exists(image):
+                if not _is_there(image):
                     found.missing += 1
                     if len(found.examples) < EXAMPLES:
                         found.examples.append(f"{sample.where}: {_problem(image)}")
@@ -71,7 +73,11 @@ def look_for_images(dataset: MultimodalDataset, share: int = 0, shares: int = 1,
     return found
 
 
-def _problem(image: str) -> str:
+def _is_there(image: str | EncodedImage) -> bool:
+    return image.is_there() if isinstance(image, StoredImage) else not isinstance(image, str) or os.path.exists(image)
+
+
+def _problem(image: str | EncodedImage) -> str:
     """What is said wherever an image is missing; it knows files of the same name with another suffix."""
     try:
         load_image(image)

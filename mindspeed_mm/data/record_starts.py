@@ -7,9 +7,10 @@ byte of a longer UTF-8 character can be.
 
 from __future__ import annotations
 
+import codecs
 import json
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -101,6 +102,85 @@ def list_starts(file: BinaryIO, position: int, advance: Callable[[int], None]) -
     return np.frombuffer(starts, dtype=np.int64), damage
 
 
+def list_values(file: BinaryIO, position: int, number: int = 0) -> Iterator[tuple[bytes, int]]:
+    """(text of an element of a list, the byte behind it) one by one, without holding what was read.
+
+    Args:
+        position: the byte behind the list's bracket, or behind an element that was yielded before.
+        number: of the first element that follows, counted from 0.
+
+    Raises:
+        ValueError: the list is damaged; with the number of the element and the byte.
+    """
+    window = _Window(file, position)
+    first = number == 0
+    while (mark := window.next_mark()) != "]":
+        if not first and mark != ",":
+            raise ValueError(f"record {number}: expected a comma or the list's end at byte {window.position}")
+        if not first:
+            window.offset += 1
+            window.next_mark()
+        try:
+            text = window.skip_value()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"record {number}: not JSON at byte {window.failed_at} ({error})") from error
+        yield text.encode("latin-1"), window.position
+        first, number = False, number + 1
+
+
+def object_members(file: BinaryIO, inside: str | None = None) -> Iterator[tuple[str, int, int, int]]:
+    """The members of the file's object, or of the object that is its member `inside`, one by one: (key, byte at which
+    it begins, byte at which its value begins, byte behind that). Values are not kept.
+
+    Raises:
+        ValueError: the file is no such object, or damaged; with the number of the member and the byte.
+    """
+    window = _Window(file, len(codecs.BOM_UTF8) if file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8 else 0)
+    for key, _ in _opened(window) if inside is not None else ():
+        if key == inside:
+            break
+        _passed(window, key)
+    else:
+        if inside is not None:
+            raise ValueError(f'it has no member "{inside}"')
+    for key, place in _opened(window):
+        begin = window.position
+        _passed(window, key)
+        yield key, place, begin, window.position
+
+
+def _opened(window: _Window) -> Iterator[tuple[str, int]]:
+    """Keys of the object that begins here, and the byte at which each begins. The window then stands at the value,
+    which the caller moves behind."""
+    if (mark := window.next_mark()) != "{":
+        raise ValueError(f"expected an object at byte {window.position}, found {mark!r}")
+    window.offset += 1
+    is_first = True
+    while (mark := window.next_mark()) != "}":
+        if not is_first:
+            if mark != ",":
+                raise ValueError(f"expected a comma or the object's end at byte {window.position}, found {mark!r}")
+            window.offset += 1
+            mark = window.next_mark()
+        if mark != '"':
+            raise ValueError(f"expected a key in quotes at byte {window.position}, found {mark!r}")
+        place = window.position
+        key = json.loads(_passed(window, "a key").encode("latin-1"))
+        if (mark := window.next_mark()) != ":":
+            raise ValueError(f"expected a colon behind the key at byte {window.position}, found {mark!r}")
+        window.offset += 1
+        window.next_mark()
+        yield key, place
+        is_first = False
+
+
+def _passed(window: _Window, what: str) -> str:
+    try:
+        return window.skip_value()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what:.80}: not JSON at byte {window.failed_at} ({error})") from error
+
+
 class _Window:
     """A stretch of the file that grows while a JSON value does not fit into it."""
 
@@ -139,9 +219,9 @@ class _Window:
             if not self._more():
                 return ""
 
-    def skip_value(self) -> None:
-        """Move behind the value at the current position. Raises ValueError or RecursionError, having set
-        `failed_at`."""
+    def skip_value(self) -> str:
+        """Move behind the value at the current position and return its text. Raises ValueError or RecursionError,
+        having set `failed_at`."""
         self.failed_at = self.position
         while True:
             try:
@@ -154,5 +234,5 @@ class _Window:
                 continue
             if end == len(self._text) and self._more():
                 continue  # a number may go on
-            self.offset = end
-            return
+            begin, self.offset = self.offset, end
+            return self._text[begin:end]

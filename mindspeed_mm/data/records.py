@@ -17,6 +17,7 @@ from mindspeed_mm.data.conversation import EXAMPLE, shown
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.record_starts import DECODER, JSON_SPACE, line_starts, list_starts
+from mindspeed_mm.data.storage.objects import local_file
 from mindspeed_mm.errors import DataError
 
 HEAD_BYTES = 65536
@@ -31,12 +32,12 @@ class RecordFile:
 
     def __init__(self, path: str | Path, *, index: Index | None = None, problems: list[DataError] | None = None):
         """Find the records, or take a stored index that fits. With `problems`, damage is put there and what can still
-        be read is kept.
+        be read is kept. Of an address (`s3://`) the copy of this host is read.
 
         Raises DataError for a missing or empty file, and for a list that is damaged, naming record and line. A damaged
         record of a JSONL file is found when it is read.
         """
-        self.path = Path(path)
+        self.name, self.path = path, Path(local_file(path))
         self._descriptor: int | None = None
         self._problems = problems
         self._counted = (0, 1)
@@ -55,12 +56,12 @@ class RecordFile:
                     else:
                         starts, damage = line_starts(file, position, advance), None
         except OSError as error:
-            raise DataError(f"cannot read the data file {self.path}: {error.strerror}.") from error
+            raise DataError(f"cannot read the data file {self.name}: {error.strerror}.") from error
         if damage is not None:
             self._meet(self._damage(damage.number, damage.position, damage.reason))
         elif len(starts) == 1:
             self._meet(
-                DataError(f"{self.path} holds no records; expected a JSON list or JSONL of records such as {EXAMPLE}.")
+                DataError(f"{self.name} holds no records; expected a JSON list or JSONL of records such as {EXAMPLE}.")
             )
         return starts
 
@@ -68,7 +69,7 @@ class RecordFile:
         """(byte of the first character that is not white space, whether it opens a list)."""
         head = file.read(HEAD_BYTES)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"the data file {self.path} is UTF-16 text; save it as UTF-8.")
+            raise DataError(f"the data file {self.name} is UTF-16 text; save it as UTF-8.")
         text = head.removeprefix(codecs.BOM_UTF8)
         content = text.lstrip(JSON_SPACE)
         return len(head) - len(content), content[:1] == b"["
@@ -136,7 +137,7 @@ class RecordFile:
 
     def where(self, number: int) -> str:
         """Name of a record for messages; records count from 0 as in a Python list."""
-        return f"{self.path}: record {number}"
+        return f"{self.name}: record {number}"
 
     def line(self, number: int) -> int:
         """The line of the file on which a record starts, counted from 1; cheap for records asked for in order."""
@@ -156,7 +157,7 @@ class RecordFile:
             return os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise DataError(
-                f"cannot read the data file {self.path}: {error.strerror}. Correct data_path or its permissions."
+                f"cannot read the data file {self.name}: {error.strerror}. Correct data_path or its permissions."
             ) from error
 
     def _damage(self, number: int, position: int, reason: str) -> DataError:

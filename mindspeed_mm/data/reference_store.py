@@ -50,6 +50,8 @@ class ReferenceStore:
             damaged += self._read(path)
         if damaged:
             logger.warning("%s: %d damaged records are left out; those pairs are computed again", self.folder, damaged)
+        self.unwritten = 0
+        """Pairs that the disk did not take."""
         self.found = len(self._known)
         """Pairs that were there when the folder was read."""
 
@@ -74,13 +76,19 @@ class ReferenceStore:
         return torch.tensor([self._known[key] for key in keys], dtype=torch.float32).reshape(-1, 2)
 
     def add(self, keys: Sequence[bytes], values: torch.Tensor, *, write: bool) -> None:
-        """Know [N, 2] more; with `write`, on disk as well. Raises OSError where the folder cannot be written."""
+        """Know [N, 2] more; with `write`, on disk as well. A disk that takes nothing ends no run: it is told once, and
+        counted in `unwritten`."""
         records = []
         for key, (chosen, rejected) in zip(keys, values.tolist(), strict=True):
             self._known[key] = (chosen, rejected)
             record = key + VALUES.pack(chosen, rejected)
             records.append(record + zlib.crc32(record).to_bytes(4, "little"))
-        if write:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._own.open("ab") as file:
-                file.write(b"".join(records))
+        if write and not self.unwritten:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with self._own.open("ab") as file:
+                    file.write(b"".join(records))
+                return
+            except OSError as error:
+                logger.warning("%s: %s; log-probabilities are kept for this run alone", self.folder, error.strerror)
+        self.unwritten += len(records) if write else 0

@@ -63,7 +63,7 @@ def open_turns(pairs: Sequence[Sequence[str | None]]) -> list[Turn]:
 def segments_of(turns: Sequence[Turn], template: Template, generation: bool = False) -> list[Segment]:
     """The rendered string in pieces. In `generation` the last answer is open: only its header is there."""
     if template.captions_only:
-        turns = _caption_turns(turns)
+        turns = _caption_turns(turns, template)
     if turns[0].role == "system":
         segments, turns = _opening(turns, template), turns[2:]
     else:
@@ -143,12 +143,16 @@ def _fill(form: str, turn: Turn, supervised: bool = False) -> Segment:
     return Segment(before + turn.text + after, supervised, start, start + len(turn.text), literal)
 
 
-def _caption_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """An image and its caption: of the human turn only the images stay (LLaVA's preprocess_plain)."""
-    images = turns[0].text.count(IMAGE_TOKEN)
-    if len(turns) != 2 or not images:
+def _caption_turns(turns: Sequence[Turn], template: Template) -> list[Turn]:
+    """Images and captions: of the human turns only the images stay (LLaVA's preprocess_plain)."""
+    several = template.captions_in_context
+    images = [turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "human"]
+    if [turn.role for turn in turns] != ["human", "gpt"] * (len(turns) // 2 if several else 1) or 0 in images:
+        found = " and ".join(map(str, images if several else images[:1])) or "0"
+        before = ", behind others as examples" if several else ""
         raise TemplateError(
-            f"a caption template takes one human turn with an image and one gpt turn; found {len(turns)} turns with "
-            f"{images} images in the first. Use a chat template such as v1 for this data."
+            f"a caption template takes one human turn with an image and one gpt turn{before}; found {len(turns)} turns "
+            f"with {found} images. Use a chat template such as v1 for this data."
         )
-    return [Turn("human", IMAGE_TOKEN * images), turns[1]]
+    counts = iter(images)
+    return [Turn("human", IMAGE_TOKEN * next(counts)) if turn.role == "human" else turn for turn in turns]

@@ -81,12 +81,22 @@ class ImageMember:
 
 
 @dataclass(frozen=True)
+class VideoFrames:
+    """Frames of a video, which have one `<image>` together; for models that take videos so."""
+
+    frames: tuple[str | EncodedImage, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.frames))
+
+
+@dataclass(frozen=True)
 class Sample:
     """A record that was read and checked; images are not decoded yet."""
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str | EncodedImage, ...]
+    images: tuple[str | EncodedImage | VideoFrames, ...]
     """Paths, or images inside of other files."""
 
     where: str
@@ -97,6 +107,11 @@ class Sample:
 
     ignored: tuple[str, ...] = ()
     """Keys of the record and its turns that nothing reads."""
+
+    @property
+    def files(self) -> list[str | EncodedImage]:
+        """The images, each frame by itself."""
+        return [file for each in self.images for file in (each.frames if isinstance(each, VideoFrames) else (each,))]
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,8 @@ class Batch:
     """All images in reading order; None for a text-only batch. Only the unknown ones of `cached`."""
 
     sample_ids: list[str]
+    """Without those of conversations that go beside pairs."""
+
     tokens: int
     """Positions that hold a sample, padding not counted."""
 
@@ -191,14 +208,15 @@ class Batch:
     cached: CachedImages | None = None
     """Which features of the images are known; None: no feature cache, or no images."""
 
-    branches: tuple[tuple[int, int, int], ...] | None = None
-    """Of preference records: as in Encoded, for each sample; None: conversations."""
+    branches: tuple[tuple[int, ...], ...] | None = None
+    """Of preference records, for each sample: as in Encoded, or its length alone where it is a conversation that goes
+    beside the pairs (data/auxiliary.py). None: conversations."""
 
     reference: torch.Tensor | None = None
-    """[samples, 2] float32: log-probabilities of the chosen and the rejected answers under the reference model."""
+    """[pairs, 2] float32: log-probabilities of the chosen and the rejected answers under the reference model."""
 
     pair_keys: tuple[bytes, ...] | None = None
-    """[samples] as in Encoded; None: no store is used."""
+    """[pairs] as in Encoded; None: no store is used."""
 
     encoded: Features | None = None
     """Of all images, on the device, where several passes share what the vision encoder gives."""

@@ -25,7 +25,7 @@ def check_template(template: str | Template, tokenizer: Tokenizer) -> None:
     if template.captions_only:
         turns[0] = Turn("human", IMAGE_TOKEN)
     _, labels = encode_turns(turns, tokenizer, template)
-    runs = supervised_runs(labels)
+    runs = supervised_runs(labels[:-1] if template.ends_with_eos else labels)
     if len(runs) != len(pairs) or not all(
         _comes_back(run, answer, end_ids, template, tokenizer) for run, (_, answer) in zip(runs, pairs, strict=True)
     ):

@@ -47,6 +47,9 @@ class Template(StrictModel):
     suffix: str = ""
     """What ends a conversation; not supervised."""
 
+    ends_with_eos: bool = False
+    """Behind that stands the token that ends a sequence, supervised."""
+
     end: str
     """The end marker of an answer: one token, unless `end_is_text`."""
 
@@ -58,6 +61,12 @@ class Template(StrictModel):
 
     captions_only: bool = False
     """The template is one image and its caption: the human text is dropped, exactly one answer follows."""
+
+    captions_in_context: bool = False
+    """With captions_only: further images with their captions may stand before."""
+
+    asks_for_short_answers: bool = False
+    """The form itself asks for a short answer; benchmarks leave LLaVA's words for that out."""
 
     image: str | None = None
     """What an image becomes, with one `<image>` in it, such as `<Img><image></Img> `. The images of a human turn then

@@ -17,7 +17,7 @@ from mindspeed_mm.data.tokenizer_keys import (
     ROLES,
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
-    EndIds,
+    GenerationSettings,
 )
 from mindspeed_mm.errors import DataError
 
@@ -60,7 +60,7 @@ class Tokenizer(ABC):
 
     def __init__(self, folder: Path):
         self._files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-        self._ends = EndIds.read(folder)
+        self._generation = GenerationSettings.read(folder)
 
     def encode(self, text: str, add_bos: bool = True, *, special_text: bool = True) -> list[int]:
         """Ids of a text; with `add_bos` the begin-of-sequence id comes first where the checkpoint uses one.
@@ -82,12 +82,17 @@ class Tokenizer(ABC):
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: EOS, and those that generation_config.json (else config.json) beside it names."""
-        return tuple(dict.fromkeys((self.eos_token_id, *self._ends.ids)))
+        return tuple(dict.fromkeys((self.eos_token_id, *self._generation.ids)))
 
     @property
-    def asked_options(self) -> tuple[str, ...]:
-        """Decoding options that generation_config.json beside it asks for and that are left to the user."""
-        return self._ends.asked
+    def generation(self) -> GenerationSettings:
+        """What generation_config.json beside it says."""
+        return self._generation
+
+    def take_generation(self, folder: Path) -> None:
+        """Take end ids and options of another folder's files: the model's own, where the tokenizer lies elsewhere.
+        Raises ConfigError as GenerationSettings.read does."""
+        self._generation = GenerationSettings.read(folder)
 
     @property
     def digest(self) -> str:
@@ -128,12 +133,13 @@ class Tokenizer(ABC):
         return [self._piece(token_id) for token_id in ids]
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer files as they were read, and the ids that end an answer, into `folder` (made if none)."""
+        """Write the tokenizer files as they were read, and what generation_config.json says, into `folder` (made if
+        none)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
-        self._ends.save(folder)
+        self._generation.save(folder)
 
 
 CONTROL = re.compile(r"<\|.*\|>|<image>")

@@ -4,7 +4,7 @@ generation_config.json."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,43 +56,40 @@ SPECIAL_TOKENS_MAP = file_keys("special_tokens_map.json", (*ROLES, *OTHER_ROLES,
 
 GENERATION_NAME = "generation_config.json"
 
-DRAWING = {
-    "do_sample": (False,),
-    "num_beams": (1,),
-    "repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "length_penalty": (1,),
-    "temperature": (1,),
-    "top_k": (0, 50),
-    "top_p": (1,),
-    "min_p": (0,),
-    "typical_p": (1,),
-    "num_return_sequences": (1,),
-    "min_new_tokens": (0,),
-    "stop_strings": ((), []),
-}
-"""How transformers would choose tokens by default, and the values that ask for nothing. Here answers are greedy, and
-options come from the user; what a file asks for beyond that is told."""
+DECODING = (
+    *("max_new_tokens", "min_new_tokens", "min_length", "stop_strings", "exponential_decay_length_penalty"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id"),
+    *("forced_eos_token_id", "remove_invalid_values", "renormalize_logits"),
+    *("num_beams", "num_return_sequences", "length_penalty", "early_stopping"),
+)
+"""Options of generation (generation/options.py) that such a file decides where the user says nothing."""
 
 GENERATION_CONFIG = file_keys(
     GENERATION_NAME,
-    ("eos_token_id",),
+    ("eos_token_id", *DECODING),
     {
-        **dict.fromkeys(("bad_words_ids", "force_words_ids", "suppress_tokens", "begin_suppress_tokens"), ([],)),
-        **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "constraints"), ([],)),
-        **dict.fromkeys(("exponential_decay_length_penalty", "sequence_bias", "watermarking_config"), ({},)),
-        **dict.fromkeys(("guidance_scale", "encoder_repetition_penalty"), (1,)),
-        **dict.fromkeys(("min_length", "encoder_no_repeat_ngram_size", "penalty_alpha", "diversity_penalty"), (0,)),
-        **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "top_h"), (0,)),
+        **dict.fromkeys(("force_words_ids", "forced_decoder_ids", "constraints"), ([],)),
+        **dict.fromkeys(("penalty_alpha", "diversity_penalty"), (0,)),
+        "watermarking_config": ({},),
+        "guidance_scale": (1,),
         "num_beam_groups": (1,),
+        "max_time": (),
         "token_healing": (False,),
         "dola_layers": ([],),
     },
     (
-        *DRAWING,
         *("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config"),
-        *("max_length", "max_new_tokens", "max_time", "early_stopping", "renormalize_logits", "remove_invalid_values"),
-        *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "return_legacy_cache", "low_memory"),
+        *(
+            "max_length",
+            "use_cache",
+            "cache_implementation",
+            "cache_config",
+            "max_cache_len",
+            "return_legacy_cache",
+            "low_memory",
+        ),
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
@@ -101,33 +98,31 @@ GENERATION_CONFIG = file_keys(
         *("max_window_size", "user_token_id", "assistant_token_id", "trust_remote_code"),
     ),
     "decoding without that",
+    "Take it out of the file, or set it to null.",
 )
+"""max_length counts the prompt, and is there in most files; without max_new_tokens an answer has the default's
+length."""
 
 
 @dataclass(frozen=True)
-class EndIds:
-    """Ids that end an answer besides the tokenizer's EOS, as generation_config.json says, else config.json.
-
-    `asked` are decoding options that the file asks for and that are the user's here.
-    """
+class GenerationSettings:
+    """Ids that end an answer besides the tokenizer's EOS, as generation_config.json says, else config.json; and the
+    decoding options that the former has, with its path."""
 
     ids: tuple[int, ...] = ()
-    asked: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
 
     @classmethod
-    def read(cls, folder: Path) -> EndIds:
+    def read(cls, folder: Path) -> GenerationSettings:
         """Of a model's or a tokenizer's folder. Raises ConfigError for damaged files and for options that change
         answers and are not supported."""
         path = folder / GENERATION_NAME
         if path.is_file():
             found = read_json(path)
             GENERATION_CONFIG.check(found, where=str(path))
-            asked = [
-                f"{key} {found[key]}"
-                for key, neutral in DRAWING.items()
-                if found.get(key) is not None and found[key] not in neutral
-            ]
-            return cls(_ids(found.get("eos_token_id"), path), tuple(asked))
+            options = {name: found[name] for name in DECODING if found.get(name) is not None}
+            return cls(_ids(found.get("eos_token_id"), path), options, str(path))
         path = folder / "config.json"
         if not path.is_file():
             return cls()
@@ -137,9 +132,9 @@ class EndIds:
         return cls(_ids(inner if found.get("eos_token_id") is None else found["eos_token_id"], path))
 
     def save(self, folder: Path) -> None:
-        """Write the ids into a folder that keeps the tokenizer."""
-        if self.ids:
-            content = json.dumps({"eos_token_id": list(self.ids)}, indent=2)
+        """Write ids and options into a folder that keeps the tokenizer."""
+        if self.ids or self.options:
+            content = json.dumps(({"eos_token_id": list(self.ids)} if self.ids else {}) | self.options, indent=2)
             (folder / GENERATION_NAME).write_text(content + "\n", encoding="utf-8")
 
 

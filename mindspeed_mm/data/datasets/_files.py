@@ -16,7 +16,8 @@ from mindspeed_mm.data.grounding.geometry import BoxStep
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.parquet import ParquetFile
 from mindspeed_mm.data.records import RecordFile
-from mindspeed_mm.data.sample import EncodedImage, Sample, Turn
+from mindspeed_mm.data.sample import EncodedImage, Sample, Turn, VideoFrames
+from mindspeed_mm.data.storage.objects import absolute_folder, inside, is_address, local_file
 from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.errors import DataError, UnknownKeyError
 
@@ -53,7 +54,7 @@ class Parsed(NamedTuple):
     """A record's content, its format understood."""
 
     turns: tuple[Turn, ...]
-    images: Sequence[str | EncodedImage]
+    images: Sequence[str | EncodedImage | VideoFrames]
     """Names relative to the data folder, or encoded images, in reading order."""
 
     rejected: tuple[Turn, ...] | None = None
@@ -83,8 +84,11 @@ class FileRecords:
         """`parse` knows the format, `pairs` says that its records have a rejected answer. `reader` opens a file of
         another form than RecordFile's, and `key` says what its records depend on besides the file. With `lines`, every
         message names the line. Raises DataError naming file and record for the first that cannot be used."""
-        path, self.pairs = parameters.data_path, pairs
-        self._folder = os.path.abspath(parameters.data_folder)
+        given, self.pairs = parameters.data_path, pairs
+        path = str(local_file(given))
+        self.videos = False
+        """Whether images of its records may be VideoFrames."""
+        self._folder = absolute_folder(parameters.data_folder)
         self._shown_folder = parameters.data_folder
         self._options = options
         self._parse, self._lines = parse, lines
@@ -93,13 +97,13 @@ class FileRecords:
         # What is found of a damaged file is not stored.
         places = Index(path, options.index_folder if is_parquet or options.problems is None else None)
         open_file = reader or (ParquetFile if is_parquet else RecordFile)
-        self.records = open_file(path, index=places, problems=options.problems)
-        given = {"format": parse.__module__} if key is None else key
-        key = {"images_first": options.images_first, "folder": parameters.data_folder} | given
+        self.records = open_file(given, index=places, problems=options.problems)
+        key = {"format": parse.__module__} if key is None else key
+        key = {"images_first": options.images_first, "folder": parameters.data_folder} | key
         key |= {"template": options.template.digest, "unknown_keys": options.unknown_keys}
         self.index = Index(path, options.index_folder, key)
         if options.problems is None:
-            self.facts = facts_of_all(self, path)
+            self.facts = facts_of_all(self, given)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -135,15 +139,18 @@ class FileRecords:
                 )
             paths = tuple(self._inside_folder(image) for image in images)
         except DataError as error:
-            if (self._lines or isinstance(error, UnknownKeyError)) and isinstance(self.records, RecordFile):
-                where = f"{where}, line {self.records.line(number)}"
+            line = getattr(self.records, "line", None)  # of parquet there are none
+            if (self._lines or isinstance(error, UnknownKeyError)) and line is not None:
+                where = f"{where}, line {line(number)}"
             raise type(error)(f"{where}: {error}") from error
         return Sample(where if identity is None else identity, turns, paths, where, rejected, ignored)
 
-    def _inside_folder(self, name: str | EncodedImage) -> str | EncodedImage:
+    def _inside_folder(self, name: str | EncodedImage | VideoFrames) -> str | EncodedImage | VideoFrames:
         """The path of an image, which may not leave the data folder (links inside it may, they are the user's own)."""
         if not isinstance(name, str):
             return name
+        if is_address(self._folder):
+            return self._in_store(name)
         if PLAIN_NAME.fullmatch(name):
             return f"{self._folder}/{name}"
         if "\0" in checked_text(name, "image"):
@@ -155,3 +162,13 @@ class FileRecords:
                 f"it, such as {NAME}."
             )
         return path
+
+    def _in_store(self, name: str) -> EncodedImage:
+        """The image behind an address, which may not leave the data folder either."""
+        image = inside(self._folder, checked_text(name, "image"))
+        if image is None:
+            raise DataError(
+                f'"image" is {shown(name)}, which lies outside data_folder {self._shown_folder!r}; expected a name '
+                f"inside it, such as {NAME}."
+            )
+        return image

@@ -4,46 +4,46 @@ desc_data.json has several good and bad descriptions of each image: {image_id: {
 list of such objects with their "image_id". One of each and one of four questions are drawn once, from `sampling_seed`
 and the image's id, whatever the order of the file. pope_data.json is a list of {"image_id", "question", "chosen",
 "reject" or "rejected", "answer", "correct"}; rows whose "correct" is true hold no error to learn from and are left out,
-as HA-DPO does for LLaVA. The file of an image is found through Visual Genome's image_data.json.
+as HA-DPO does for LLaVA and InstructBLIP. With `hadpo_model` "minigpt4" they stay, and descriptions lose their line
+feeds, as those of "instructblip" do. The file of an image is found through Visual Genome's image_data.json.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.config.minigpt4_model import QUESTIONS
 from mindspeed_mm.data.config import BasicParameters
 from mindspeed_mm.data.conversation import checked_text, shown
-from mindspeed_mm.data.datasets._files import FileRecords, ReadOptions
-from mindspeed_mm.data.datasets.preference import parse
+from mindspeed_mm.data.datasets import preference
+from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
 from mindspeed_mm.data.index import Index
+from mindspeed_mm.data.keys import keys
+from mindspeed_mm.data.storage.objects import local_file
 from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 IMAGE_DATA = "image_data.json"
+SIDES = ("chosen", "rejected", "reject")
+KEYS = keys("a row of ha_dpo", "image_id", "question", "answer", "correct", *SIDES)
 SAMPLING_SEED = 42
 """HA-DPO's. Its draws depend on the order of the file, ours on the image."""
-
-QUESTIONS = (
-    "Describe this image in detail.",
-    "Take a look at this image and describe what you notice.",
-    "Please provide a detailed description of the picture.",
-    "Could you describe the contents of this image for me?",
-)
-"""MiniGPT-4's requests for a description, of which HA-DPO draws one."""
 
 DESCRIPTION = '{"image_id": 2325435, "chosen": ["A dog runs."], "rejected": ["A dog and a cat run."]}'
 QUESTION = '{"image_id": 2325435, "question": "Is there a cat?", "chosen": "No.", "reject": "Yes.", "correct": false}'
 
 
 class HaDpoFile:
-    """The records of one file as preference records (see preference.py). They are few enough to be held in memory."""
+    """The rows of one file, each with the preference record made of it (see preference.py). They are few enough to be
+    held in memory."""
 
     def __init__(
         self,
@@ -53,11 +53,12 @@ class HaDpoFile:
         problems: list[DataError] | None = None,
         image_data: str | Path,
         seed: int,
+        model: str = "llava",
     ) -> None:
         """`index` is not needed. Raises DataError for a file that cannot be read, or for image_data."""
-        self.path, self._seed, self._problems = Path(path), seed, problems
+        self.path, self._seed, self._problems, self._model = Path(local_file(path)), seed, problems, model
         rows = list(_rows(_read(self.path, "data_path"), self.path))
-        kept = [(number, row) for number, row in enumerate(rows) if not _is_correct(row)]
+        kept = [(number, row) for number, row in enumerate(rows) if model == "minigpt4" or not _is_correct(row)]
         if len(kept) < len(rows):
             logger.info('%s: %d of %d rows are "correct" and left out', path, len(rows) - len(kept), len(rows))
         if not kept:
@@ -66,7 +67,7 @@ class HaDpoFile:
             )
         self._numbers = [number for number, _ in kept]
         self._rows = [row for _, row in kept]
-        self._image_data = Path(image_data)
+        self._image_data = Path(local_file(image_data))
         self._files = _image_files(self._image_data, {str(_image_id(row)) for row in self._rows})
 
     def __len__(self) -> int:
@@ -81,9 +82,11 @@ class HaDpoFile:
         return self[number]
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """A preference record. Raises DataError for a row of another form."""
+        """{"id", "row", "record"}, the last as preference.py reads it. Raises DataError for a row of another form."""
+        row = self._rows[number]
         try:
-            return self._record(self._rows[number], number)
+            record = self._record(row, number)
+            return {"id": record["id"], "row": row, "record": record}
         except DataError as error:
             raise type(error)(f"{self.where(number)}: {error}") from error
 
@@ -97,13 +100,21 @@ class HaDpoFile:
                 f"image_id {image_id} is not in {self._image_data}; expected Visual Genome's image_data.json of the "
                 "same version. Correct image_data, or remove the record."
             )
-        rest = {key: value for key, value in row.items() if key not in ("image_id", "answer", "correct", "question")}
+        rest = {key: row[key] for key in SIDES if key in row}
         if "question" in row:
             question = checked_text(row["question"], "question")
             return rest | {"id": f"{image_id}-{self._numbers[number]}", "prompt": question, "image": name}
         draw = random.Random(f"{self._seed} {image_id}")
         drawn = {key: _drawn(row.get(key), key, draw) for key in ("chosen", "rejected")}
+        if self._model != "llava":
+            drawn = {key: text.replace("\n", "") for key, text in drawn.items()}
         return rest | drawn | {"id": str(image_id), "prompt": draw.choice(QUESTIONS), "image": name}
+
+
+def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
+    """Both conversations of a row, and its image. Raises DataError for a broken one."""
+    ignored = KEYS.unused(record["row"], "", options.unknown_keys)
+    return preference.parse(record["record"], options)._replace(ignored=tuple(ignored))
 
 
 def _read(path: Path, key: str) -> Any:
@@ -156,10 +167,12 @@ def _image_files(path: Path, wanted: set[str]) -> dict[str, str]:
 
 def dataset(parameters: BasicParameters, options: ReadOptions) -> FileRecords:
     """The source of a data set (see _files.py)."""
-    image_data = parameters.image_data or Path(parameters.data_folder) / IMAGE_DATA
+    image_data = parameters.image_data or os.path.join(parameters.data_folder, IMAGE_DATA)
     seed = SAMPLING_SEED if parameters.sampling_seed is None else parameters.sampling_seed
-    reader = partial(HaDpoFile, image_data=image_data, seed=seed)
+    model = parameters.hadpo_model or "llava"
+    reader = partial(HaDpoFile, image_data=image_data, seed=seed, model=model)
     key = {"format": __name__, "image_data": str(image_data), "sampling_seed": seed}
+    key |= {} if model == "llava" else {"hadpo_model": model}
     return FileRecords(parameters, options, parse, pairs=True, reader=reader, key=key)
 
 

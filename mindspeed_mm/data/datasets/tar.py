@@ -1,9 +1,9 @@
 """Tar shards in WebDataset's layout: members that share a name up to the first dot are one sample.
 
-`data_path` is a .tar file, a folder of them, or a pattern with * and [0-9]. A sample has one image and either a text
-(.txt, .caption: the answer of a caption template) or a record (.json in LLaVA's format, or with a "caption"); a .json
-beside a text is taken for metadata. The places of all members are indexed, so shards are read at random like any other
-file, and resuming is exact.
+`data_path` is a .tar file, a folder of them, a pattern with * and [0-9], or an `s3://` address of these. A sample has
+one image and either a text (.txt, .caption: the answer of a caption template) or a record (.json in LLaVA's format, or
+with a "caption"); a .json beside a text is taken for metadata. The places of all members are indexed, so shards are
+read at random like any other file, and resuming is exact.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mindspeed_mm.constants import IMAGE_TOKEN
+from mindspeed_mm.data.captions import blip_caption
 from mindspeed_mm.data.config import BasicParameters
 from mindspeed_mm.data.conversation import TURNS, checked_text, conversation_turns, count_images, literal_turn, shown
 from mindspeed_mm.data.datasets._files import ReadOptions
@@ -29,6 +31,7 @@ from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.record_starts import MAX_RECORD_BYTES
 from mindspeed_mm.data.sample import ImageMember, Sample, Turn
+from mindspeed_mm.data.storage.objects import is_address, local_files
 from mindspeed_mm.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -163,18 +166,18 @@ class TarShards:
 
     def __init__(self, parameters: BasicParameters, options: ReadOptions):
         """Raises DataError where there is no shard, or one that cannot be used."""
-        given = Path(parameters.data_path)
-        pattern = str(given / "*.tar") if given.is_dir() else str(given)
-        paths = sorted(Path(path) for path in glob.glob(pattern))
+        paths, given = _shards(parameters.data_path), parameters.data_path
         if not paths:
             raise DataError(f"no tar files at {given}; expected a .tar file, a folder of them, or a pattern.")
         self._shards = _open_all(paths, options)
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         self._template = options.template
+        self._processes = parameters.caption_processor is not None
         # What is known of all samples is kept under the first shard; the key names the others.
         sizes = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         key = {"shards": sizes, "template": options.template.digest, "images_first": options.images_first}
         key["unknown_keys"] = options.unknown_keys
+        key |= {"captions": parameters.caption_processor} if self._processes else {}
         self.index = Index(paths[0], options.index_folder, key)
         if options.problems is None:
             self.facts = facts_of_all(self, parameters.data_path)
@@ -184,7 +187,10 @@ class TarShards:
 
     def __getitem__(self, number: int) -> Sample:
         shard = int(np.searchsorted(self._ends, number, side="right"))
-        return self._shards[shard][number - (int(self._ends[shard - 1]) if shard else 0)]
+        sample = self._shards[shard][number - (int(self._ends[shard - 1]) if shard else 0)]
+        if not self._processes or sample.turns[0].text != IMAGE_TOKEN:  # a conversation
+            return sample
+        return replace(sample, turns=(sample.turns[0], literal_turn("gpt", blip_caption(sample.turns[1].text))))
 
     def look(self, number: int) -> tuple[int, ...]:
         """Everything that can be wrong with a sample's text, found once; returns its facts."""
@@ -193,6 +199,14 @@ class TarShards:
             return sample_facts(sample, self._template)
         except DataError as error:
             raise type(error)(f"{sample.where}: {error}") from error
+
+
+def _shards(given: str) -> list[Path]:
+    """The tar files that a path, a folder, a pattern or an address of these names, sorted."""
+    if is_address(given):
+        return local_files(given if given.endswith(".tar") else given.rstrip("/") + "/*.tar")
+    pattern = str(Path(given) / "*.tar") if os.path.isdir(given) else given
+    return sorted(Path(path) for path in glob.glob(pattern))
 
 
 def _open_all(paths: Sequence[Path], options: ReadOptions) -> list[Shard]:

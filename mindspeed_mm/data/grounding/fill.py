@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from mindspeed_mm.data.grounding.geometry import BoxStep, Size, final_size, fractions, moved
+from mindspeed_mm.data.grounding.geometry import PRECISION, BoxStep, Size, final_size, fractions, moved
 from mindspeed_mm.data.grounding.item import BOXES, POINTS, BoxTarget, GroundedTurn, Item, Place, check_inside
 from mindspeed_mm.data.grounding.notation import Notation
 from mindspeed_mm.data.sample import Turn
@@ -42,7 +42,8 @@ def written_turns(
         found = (target.boxes if kind == BOXES else target.points)[place[1]]
         if normalised:
             found = tuple(value * side for value, side in zip(found, size * (len(found) // 2), strict=True))
-        return fractions(moved(found, size, steps), *final_size(size, steps))
+        decimals = getattr(style, "decimals", PRECISION)
+        return fractions(moved(found, size, steps), *final_size(size, steps), decimals)
 
     return tuple(_written(turn, style, entry) for turn in item.turns)
 

@@ -125,7 +125,8 @@ def final_size(size: Size, steps: Sequence[BoxStep]) -> Size:
     return size
 
 
-def fractions(entry: Sequence[float], width: float, height: float) -> list[float]:
-    """A box or point in pixels as fractions of the image, cut to 0..1 and rounded to three decimals."""
+def fractions(entry: Sequence[float], width: float, height: float, decimals: int | None = PRECISION) -> list[float]:
+    """A box or point in pixels as fractions of the image, cut to 0..1 and rounded; `decimals` None: not rounded."""
     sides = (width, height) * (len(entry) // 2)
-    return [round(max(0.0, min(value / side, 1.0)), PRECISION) for value, side in zip(entry, sides, strict=True)]
+    found = [max(0.0, min(value / side, 1.0)) for value, side in zip(entry, sides, strict=True)]
+    return found if decimals is None else [round(value, decimals) for value in found]

@@ -5,7 +5,8 @@
 {"from": "gpt", "value": "A house<boxes>.", "boxes_seq": [[0]]}]}
 
 Each `<boxes>` takes one entry of boxes_seq, a list of numbers of boxes: one placeholder may stand for several. With a
-list of images, "target" is a list of as many, and a box is a pair, [number of the image, number of its box].
+list of images, "target" is a list of as many, and a box is a pair, [number of the image, number of its box]. There, a
+turn's "image_seq" may say which image each of its `<image>` shows; else they show the list from its start.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TEMPLATE_PLACEHOLDERS = (EXPRESSION, OBJECTS, QUESTION)
 SEQUENCES = {BOXES: "boxes_seq", POINTS: "points_seq"}
 RECORD = keys("a record", "id", "image", "images", "target", "conversations")
 TARGET = keys("a target", "boxes", "points", "width", "height")
-TURN = keys("a turn", "from", "value", *SEQUENCES.values(), *MARKS)
+TURN = keys("a turn", "from", "value", *SEQUENCES.values(), "image_seq", *MARKS)
 ROLES = ("human", "gpt")
 TURNS = '[{"from": "human", "value": "<image>\\nWhere?"}, {"from": "gpt", "value": "<boxes>", "boxes_seq": [[0]]}]'
 
@@ -74,6 +75,9 @@ class Item:
     targets: tuple[BoxTarget, ...]
     """One for each image."""
 
+    shown: tuple[str, ...]
+    """Images in the order in which the turns show them."""
+
     turns: tuple[GroundedTurn, ...]
     ignored: tuple[str, ...] = ()
     """Keys that nothing reads."""
@@ -88,19 +92,53 @@ def read_item(record: Mapping[str, Any], *, normalised: bool = False, unknown_ke
         raise DataError(f'is {shown(record)}; expected an object such as {{"image": "a.jpg", "target": {{..}}, ..}}.')
     images = record_images(record)
     is_list = isinstance(record.get("image", record.get("images")), list)
-    targets = _targets(record.get("target"), len(images), is_list, normalised, unknown_keys)
+    ignored = RECORD.unused(record, "", unknown_keys)
+    targets = _targets(record.get("target"), len(images), is_list, normalised)
+    for place, target in _places_of_targets(record.get("target")):
+        ignored += [f"{place}.{name}" for name in TARGET.unused(target, place, unknown_keys)]
     entries = record.get("conversations")
     if not isinstance(entries, list) or not entries:
         raise DataError(f'"conversations" is {shown(entries)}; expected a list of turns, such as {TURNS}.')
     turns = tuple(_turn(entry, f"conversations[{index}]", targets, is_list) for index, entry in enumerate(entries))
     if turns[0].role != "human":
         raise DataError(f'conversations[0].from is "{turns[0].role}"; expected "human", which asks first: {TURNS}.')
-    ignored = RECORD.unused(record, "", unknown_keys)
     ignored += unused_of_turns(entries, TURN, "conversations", unknown_keys)
-    return Item(tuple(images), targets, turns, tuple(ignored))
+    return Item(tuple(images), targets, _shown(entries, images, is_list), turns, tuple(ignored))
 
 
-def _targets(value: Any, count: int, is_list: bool, normalised: bool, unknown_keys: str) -> tuple[BoxTarget, ...]:
+def _shown(entries: list[Any], images: Sequence[str], is_list: bool) -> tuple[str, ...]:
+    """The images as the turns name them; as they are listed where no turn does."""
+    if all(entry.get("image_seq") is None for entry in entries):
+        return tuple(images)
+    numbers: list[int] = []
+    for index, entry in enumerate(entries):
+        place, wanted = f"conversations[{index}].image_seq", entry["value"].count(IMAGE_TOKEN)
+        given = entry.get("image_seq")
+        if not is_list:
+            raise DataError(f'{place} is given, and "image" is no list, which has one order; remove it.')
+        given = [] if given is None else given
+        if not isinstance(given, list) or any(type(number) is not int for number in given) or len(given) != wanted:
+            raise DataError(
+                f"{place} is {shown(given)}, and the text holds {wanted} {IMAGE_TOKEN}; expected the number of an "
+                "image for each, in every turn that holds one."
+            )
+        numbers += given
+    if set(numbers) != set(range(len(images))):
+        raise DataError(
+            f"image_seq of all turns names the images {sorted(set(numbers))}, and there are {len(images)}, counted "
+            "from 0; expected each of them at least once. Correct it, or the list."
+        )
+    return tuple(images[number] for number in numbers)
+
+
+def _places_of_targets(value: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """The objects of a checked target with their places."""
+    if isinstance(value, list):
+        return [(f"target[{index}]", entry) for index, entry in enumerate(value)]
+    return [] if value is None else [("target", value)]
+
+
+def _targets(value: Any, count: int, is_list: bool, normalised: bool) -> tuple[BoxTarget, ...]:
     if value is None:
         return (BoxTarget(),) * count
     if isinstance(value, list) != is_list or (is_list and len(value) != count) or not count:
@@ -110,13 +148,12 @@ def _targets(value: Any, count: int, is_list: bool, normalised: bool, unknown_ke
         )
     given = value if is_list else [value]
     places = [f"target[{index}]" for index in range(count)] if is_list else ["target"]
-    return tuple(_target(*pair, normalised, unknown_keys) for pair in zip(given, places, strict=True))
+    return tuple(_target(*pair, normalised) for pair in zip(given, places, strict=True))
 
 
-def _target(value: Any, place: str, normalised: bool, unknown_keys: str) -> BoxTarget:
+def _target(value: Any, place: str, normalised: bool) -> BoxTarget:
     if not isinstance(value, Mapping):
         raise DataError(f'{place} is {shown(value)}; expected an object such as {{"boxes": [[24, 63, 76, 113]]}}.')
-    TARGET.unused(value, place, unknown_keys)
     size = _size(value, place)
     lists = {}
     for key, length in (("boxes", 4), ("points", 2)):

@@ -1,7 +1,7 @@
 """Boxes and points as text, and back: one notation for each way that models write them.
 
-A notation writes fractions of the image (0..1). `parse` gives back what `format` wrote, to half a step of the notation,
-and nothing that `format` could not have written.
+A notation writes fractions of the image (0..1). `parse` gives back what `format` wrote, to half a step of the notation
+(to one step where it cuts off), and nothing that `format` could not have written.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ class BracketNotation:
             raise ConfigError(f'found the brackets "{self.brackets}"; {nearest(self.brackets, list(MARKS))}')
         if self.precision < 0:
             raise ConfigError(f"found a precision of {self.precision}; expected the number of decimals, 0 or more")
+
+    @property
+    def decimals(self) -> int:
+        """Of the fractions that it takes: Shikra rounds to 3 before it writes; more are kept where asked for."""
+        return max(PRECISION, self.precision)
 
     def format(self, entries: Sequence[Entry]) -> str:
         """As Notation."""
@@ -113,9 +118,19 @@ class WholeNumberNotation:
     outer: tuple[str, str] = ("", "")
     """Around all boxes of one placeholder."""
 
+    truncates: bool = False
+    """Whole numbers are cut off instead of rounded."""
+
+    @property
+    def decimals(self) -> int | None:
+        """Of the fractions that it takes; None: all that they have."""
+        return None if self.truncates else PRECISION
+
     def format(self, entries: Sequence[Entry]) -> str:
         """As Notation."""
-        body = self.joint.join(self._one([round(n * self.steps) for n in entry]) for entry in entries)
+        # What one notation wrote and another calculation rounded stays on its step.
+        whole = (lambda n: int(n * self.steps + 1e-9)) if self.truncates else (lambda n: round(n * self.steps))
+        body = self.joint.join(self._one([whole(n) for n in entry]) for entry in entries)
         return self.outer[0] + body + self.outer[1]
 
     def _one(self, values: Sequence[int]) -> str:
@@ -146,7 +161,7 @@ NOTATIONS: dict[str, Notation] = {
     "square": BracketNotation("square"),
     "round": BracketNotation("round"),
     "bins": BinNotation(),
-    "minigpt_v2": WholeNumberNotation("{<", "><", ">}", 100, joint="<delim>"),
+    "minigpt_v2": WholeNumberNotation("{<", "><", ">}", 100, joint="<delim>", truncates=True),
     "qwen2_vl": WholeNumberNotation("<|box_start|>(", ",", ")<|box_end|>", 1000, middle="),("),
     "internvl": WholeNumberNotation("[", ", ", "]", 1000, joint=", ", outer=("<box>[", "]</box>")),
 }
