@@ -98,7 +98,8 @@ class ImageVocabulary:
 def image_vocabulary(companions: Companions, rows: int, pad_id: int | None) -> ImageVocabulary:
     """The ids that an export to llava-hf uses, for weights with `rows` rows.
 
-    A tokenizer that knows <image> keeps it; else <image> and <pad> follow the tokenizer's last token.
+    A tokenizer that knows <image> keeps it, with <pad>, the source's `pad_id` or its own padding; else <image> and
+    <pad> follow the tokenizer's last token.
     Raises WeightError where no tokenizer is there.
     """
     folder = companions.tokenizer_folder()
@@ -109,27 +110,25 @@ def image_vocabulary(companions: Companions, rows: int, pad_id: int | None) -> I
         )
     tokenizer = load_tokenizer(folder)
     image_id = tokenizer.token_to_id(IMAGE_TOKEN)
-    if image_id is not None and image_id < rows:
-        known = tokenizer.token_to_id(PAD_TOKEN)
-        pad_id = known if known is not None else pad_id
-        return ImageVocabulary(image_id, image_id if pad_id is None else pad_id, rows, new=False)
     if image_id is not None:
-        needed = tokenizer.vocab_size
-        return ImageVocabulary(image_id, tokenizer.token_to_id(PAD_TOKEN) or 0, _rounded(needed), new=False)
+        pads = (tokenizer.token_to_id(PAD_TOKEN), pad_id, tokenizer.pad_token_id)
+        pad_id = next(token_id for token_id in pads if token_id is not None)
+        needed = rows if image_id < rows else _rounded(tokenizer.vocab_size)
+        return ImageVocabulary(image_id, pad_id, needed, new=False)
     first = max(tokenizer.vocab_size, 0)
     needed = first + 2
     return ImageVocabulary(first, first + 1, rows if needed <= rows else _rounded(needed), new=True)
 
 
-def rows_without_image(source: Source, rows: int) -> int:
+def rows_without_image(source: Source, companions: Companions, rows: int) -> int:
     """Rows of a llava-hf vocabulary without the tokens that this layout adds.
 
     They are cut only where the tokenizer shows that nothing but <image> and <pad> follows, else all are kept.
     """
     config = source.config or {}
     image_id = config.get("image_token_index", config.get("image_token_id")) if source.layout == "llava-hf" else None
-    folder = source.path if source.path.is_dir() else source.path.parent
-    added = _added_tokens(folder)
+    own = source.path if source.path.is_dir() else source.path.parent
+    added = _added_tokens(companions.tokenizer_folder() or own)
     if image_id is None:
         image_id = next((number for token, number in added.items() if token == IMAGE_TOKEN), None)
     if image_id is None or not 0 < image_id < rows:
@@ -149,7 +148,9 @@ def complete_tokenizer(folder: Path) -> None:
     content = fast_tokenizer(model)
     known = {item["content"] for item in content["added_tokens"]}
     others = sorted((number, token) for token, number in _added_tokens(folder).items() if token not in known)
-    content["added_tokens"] += [added_token(number, token) for number, token in others]
+    decoder = _optional(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    flags = {number: {"special": decoder.get(str(number), {}).get("special", True)} for number, _ in others}
+    content["added_tokens"] += [added_token(number, token) | flags[number] for number, token in others]
     _write_as_is(fast, content)
 
 

@@ -12,7 +12,7 @@ from checkpoint_converters.plan import our_tensor
 from checkpoint_converters.progress import bytes_bar
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_part, part_of_source
-from mindspeed_mm.models.part import SLOTS, PartSpec
+from mindspeed_mm.models.part import ALL_SLOTS, PartSpec
 from mindspeed_mm.weights.layouts import VISION
 from mindspeed_mm.weights.rules import Step
 from mindspeed_mm.weights.sources import PartSource, Source
@@ -46,7 +46,7 @@ def compare(a: Source, b: Source, *, num_attention_heads: int | None = None) -> 
 
     `num_attention_heads`: heads of a vision encoder of which neither source says it.
     """
-    kinds = [kind for kind in SLOTS if kind in a.parts and kind in b.parts]
+    kinds = [kind for kind in ALL_SLOTS if kind in a.parts and kind in b.parts]
     if not kinds:
         raise WeightError(
             f"{a.path} holds {', '.join(a.parts)} and {b.path} {', '.join(b.parts)}; expected a common part. "

@@ -1,18 +1,22 @@
 """Put LoRA adapters and partial weights (a projector, LLaVA's non_lora_trainables.bin) into a copy of a base folder."""
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint_converters.convert import open_parts
-from checkpoint_converters.merge_adapters import with_adapters
+from checkpoint_converters.convert import convert, open_parts
+from checkpoint_converters.merge_adapters import check_not_merged, record_merged, with_adapters
+from checkpoint_converters.merge_block import check_form, is_block, names_of_stage, new_block, written_name
 from checkpoint_converters.plan import Job, Output, as_dtype, total_bytes
 from checkpoint_converters.progress import bytes_bar
 from checkpoint_converters.stream import Runner
@@ -25,13 +29,14 @@ from checkpoint_converters.write import (
     write_torch,
 )
 from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.adapters.merged import MergedFile
 from mindspeed_mm.models.adapters.peft_format import BESIDE
 from mindspeed_mm.models.describe import describe_part, part_of_source
 from mindspeed_mm.models.families.llava import LLAVA
 from mindspeed_mm.models.sources import PEFT_PREFIX, open_source
 from mindspeed_mm.weights.files import TensorFile, read_json_object
 from mindspeed_mm.weights.folders import STANDARD_FILES, TensorFiles, open_file
-from mindspeed_mm.weights.layouts import PROJECTOR, VISION
+from mindspeed_mm.weights.layouts import INTERACTION, PROJECTOR, VISION
 from mindspeed_mm.weights.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -68,6 +73,8 @@ def merge(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     dtype: str | torch.dtype | None = None,
+    to: str | None = None,
+    tune_stage: int | None = None,
 ) -> Merged:
     """Write a copy of a base folder in which the tensors of partial files take the place of the base's.
 
@@ -76,47 +83,127 @@ def merge(
         partial: folders of LoRA adapters in PEFT's format, which are added up (with the non_lora_trainables.bin that
             LLaVA puts inside), and files of tensors under the names of LLaVA, Llama or of the base, with or without
             PEFT's prefix. Each of their tensors must be in the base with the same shape; only a projector may be new,
-            to a base of layout hf or llava that has none. Later files win over none: the same tensor twice is an error.
+            to a base of layout hf or llava that has none, and a post-interaction block to one of layout llava. Later
+            files win over none: the same tensor twice is an error.
         target: the new folder. Its shards and index are those of the base, new tensors are in the last shard.
-        dtype: type of the merged tensors; None takes that of the tensor they replace.
+        dtype: type of the merged tensors (with `to` of all); None takes that of the tensor they replace.
+        to: layout of the new folder, one that `convert` writes; None is that of the base.
+        tune_stage: take what replace_bin.py of the post-interaction block's fork takes at this stage (0, 1, 2).
 
-    Raises WeightError when a tensor has no place in the base, has another shape, or comes twice.
+    Raises WeightError when a tensor has no place in the base, has another shape, or comes twice, and for an adapter
+    that the base holds already (the file MERGED says so).
     """
     base, target = Path(base), Path(target)
+    source = _open_base(base)
+    if base.resolve() in (target.resolve(), *target.resolve().parents):
+        raise WeightError(f"{target} lies in the base {base}; expected another folder. Choose a new target.")
+    if to not in (None, source.layout):
+        if tune_stage is not None:
+            raise WeightError("--tune-stage makes another folder of the base's layout: leave --to out, then convert.")
+        return _convert(source, partial, target, to, overwrite=overwrite, allow_nonfinite=allow_nonfinite, dtype=dtype)
+    check_target(target, overwrite=overwrite)
+    shards = _shards(base)
+    places = {name: file for file, names in shards.items() for name in names}
+    changes = _changes(source, places, [Path(path) for path in partial])
+    if tune_stage is not None:
+        changes = {name: changes[name] for name in names_of_stage(tune_stage, changes, places)}
+    new = [change for name, change in changes.items() if name not in places]
+    block = _check_new(source, changes, new)
+    _check_vision_encoder(source, changes)
+    last, wanted = list(shards)[-1], as_dtype(dtype)
+    jobs = {
+        file: _jobs(open_file(base / file), names, changes, wanted, new if file == last else [])
+        for file, names in shards.items()
+        if file == last or any(name in changes for name in names)
+    }
+    stale = _other_formats(base, set(shards))
+    with _changed_copy(base, target, jobs, stale, Runner(allow_nonfinite=allow_nonfinite), overwrite) as folder:
+        _write_index(base, folder, jobs, places, stale)
+        record_merged(base, partial, folder)
+        _keep_vision_encoder(source, folder)
+        if block is not None:
+            config = read_json_object(folder / "config.json")
+            write_json(folder / "config.json", config | {INTERACTION: block})
+    return Merged(tuple(sorted(set(changes) & set(places))), tuple(sorted(change.name for change in new)))
+
+
+@contextlib.contextmanager
+def _changed_copy(
+    base: Path, target: Path, jobs: Mapping[str, list[Job]], stale: set[str], runner: Runner, overwrite: bool
+) -> Iterator[Path]:
+    """A new folder, which becomes `target` at the end, with the files of the base but for `stale` ones and the shards
+    of `jobs`, which are written anew."""
+    total = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
+    check_space(target, total)
+    with bytes_bar("merge", total) as advance, new_folder(target, overwrite=overwrite) as folder:
+        _copy_others(base, folder, set(jobs) | stale, advance)
+        for file, shard in jobs.items():
+            write = write_safetensors if file.endswith(".safetensors") else write_torch
+            write(folder / file, shard, runner, advance=advance)
+        yield folder
+
+
+def merged_source(
+    base: str | Path,
+    partial: Sequence[str | Path],
+    *,
+    last_adapter: bool = True,
+    dtype: str | torch.dtype | None = None,
+) -> Source:
+    """A base with partial weights in the place of its own (see `merge`), as a source whose values are made when they
+    are read. `last_adapter` False leaves A and B of the last adapter out; `dtype` is that of changed tensors.
+
+    Raises WeightError as `merge` does, and for tensors that the base does not have.
+    """
+    source = _open_base(Path(base))
+    places = {name: file for file, names in _shards(source.path).items() for name in names}
+    changes = _changes(source, places, [Path(path) for path in partial], last_adapter=last_adapter)
+    _check_vision_encoder(source, changes)
+    new = sorted(set(changes) - set(places))
+    if new:
+        raise WeightError(
+            f"{changes[new[0]].files.path}: {new[0]} is new to {base}, which is not written in another layout at once; "
+            "expected tensors that the base has. Merge without --to, then convert."
+        )
+    reads = {name: functools.partial(_changed, change) for name, change in changes.items()}
+    merged = MergedFile(next(iter(source.part_sources.values())).files, reads, dtype=as_dtype(dtype))
+    parts = {
+        slot: dataclasses.replace(part, _files=merged) if part.path == source.path else part
+        for slot, part in source.part_sources.items()
+    }
+    return dataclasses.replace(source, part_sources=parts)
+
+
+def _changed(change: _Change, weight: Tensor) -> Tensor:
+    tensor = change.files.get(change.stored)
+    if tensor.shape != weight.shape:
+        raise WeightError(_other_shape(change, tensor.shape, weight.shape))
+    return tensor.float()
+
+
+def _other_shape(change: _Change, found: Sequence[int], expected: Sequence[int]) -> str:
+    return (
+        f"{change.files.path}: tensor {change.stored} has shape {list(found)}; expected {list(expected)} as in the "
+        "base. Give partial weights of this model."
+    )
+
+
+def _convert(source: Source, partial: Sequence[str | Path], target: Path, to: str, **options) -> Merged:
+    """Write the merged weights in another layout."""
+    merged = merged_source(source.path, partial, dtype=options.get("dtype"))
+    convert(merged, target, to=to, **options)
+    record_merged(source.path, partial, target)
+    names = {name for part in merged.part_sources.values() for name in getattr(part.files, "changed", ())}
+    return Merged(tuple(sorted(names)), ())
+
+
+def _open_base(base: Path) -> Source:
     if not base.is_dir():
         raise WeightError(f"{base} is no folder; expected a base model's folder. Correct the path.")
     source = open_source(base)
     if source.layout not in MERGEABLE and source.family is None:
         raise WeightError(f"{base} has layout {source.layout}; expected {', '.join(MERGEABLE)}. Convert it first.")
-    if base.resolve() in (target.resolve(), *target.resolve().parents):
-        raise WeightError(f"{target} lies in the base {base}; expected another folder. Choose a new target.")
-    check_target(target, overwrite=overwrite)
-    shards = _shards(base)
-    places = {name: file for file, names in shards.items() for name in names}
-    changes = _changes(source, places, [Path(path) for path in partial])
-    _check_vision_encoder(source, changes)
-    last = list(shards)[-1]
-    wanted = as_dtype(dtype)
-    jobs = {
-        file: _jobs(open_file(base / file), names, changes, wanted, added=file == last)
-        for file, names in shards.items()
-        if file == last or any(name in changes for name in names)
-    }
-    total = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
-    check_space(target, total)
-    runner = Runner(allow_nonfinite=allow_nonfinite)
-    with contextlib.ExitStack() as stack:
-        advance = stack.enter_context(bytes_bar("merge", total))
-        folder = stack.enter_context(new_folder(target, overwrite=overwrite))
-        stale = _other_formats(base, set(shards))
-        _copy_others(base, folder, set(jobs) | stale, advance)
-        for file, shard in jobs.items():
-            write = write_safetensors if file.endswith(".safetensors") else write_torch
-            write(folder / file, shard, runner, advance=advance)
-        _write_index(base, folder, jobs, places, stale)
-        _keep_vision_encoder(source, folder)
-    added = tuple(sorted(name for name in changes if name not in places))
-    return Merged(tuple(sorted(name for name in changes if name in places)), added)
+    return source
 
 
 def _shards(base: Path) -> dict[str, list[str]]:
@@ -130,10 +217,13 @@ def _shards(base: Path) -> dict[str, list[str]]:
     return dict(sorted(shards.items()))
 
 
-def _changes(source: Source, places: dict[str, str], partial: list[Path]) -> dict[str, _Change]:
+def _changes(
+    source: Source, places: dict[str, str], partial: list[Path], *, last_adapter: bool = True
+) -> dict[str, _Change]:
     """Name in the base -> where its new value is. Raises WeightError for a tensor without a place."""
     folders = [path for path in partial if path.is_dir()]
-    merged, names = with_adapters(source, folders)
+    check_not_merged(source.path, folders)
+    merged, names = with_adapters(source, folders, last=last_adapter)
     changes = {name: _Change(name, merged, name) for name in names}
     files = [path for path in partial if not path.is_dir()]
     for path in [*files, *(folder / BESIDE for folder in folders if (folder / BESIDE).is_file())]:
@@ -146,9 +236,8 @@ def _changes(source: Source, places: dict[str, str], partial: list[Path]) -> dic
                     "Leave one of the files out."
                 )
             changes[name] = _Change(name, files, stored)
-    if not changes:
+    if not changes and last_adapter:
         raise WeightError("found no partial weights; expected at least one file with tensors or one adapter.")
-    _check_projector(source, places, changes)
     return changes
 
 
@@ -165,6 +254,8 @@ def _place(source: Source, places: dict[str, str], name: str, path: Path) -> str
         found = source.part_sources.get(part)
         if found is None and part == PROJECTOR and source.layout in ("hf", "llava"):
             return canonical
+        if found is None and part == INTERACTION and source.layout == LLAVA.name:
+            return written_name(next(iter(names)))
         for short in names:
             renamed = _renamed(part, short, found.dialect if found else None)
             if found is not None and renamed in found.names:
@@ -184,11 +275,20 @@ def _renamed(part: str, short: str, dialect: str | None) -> str:
     return short
 
 
-def _check_projector(source: Source, places: dict[str, str], changes: dict[str, _Change]) -> None:
-    """A new projector must be complete and fit the decoder."""
-    new = [change for name, change in changes.items() if name not in places]
-    if not new:
-        return
+def _check_new(source: Source, changes: dict[str, _Change], new: list[_Change]) -> dict[str, Any] | None:
+    """New tensors must be complete parts that fit the decoder. Returns what config.json says of a new block."""
+    projector = [change for change in new if not is_block(change.name)]
+    if projector:
+        _check_projector(source, projector)
+    blocks = [change for name, change in changes.items() if is_block(name)]
+    if not blocks or not any(change in new for change in blocks):
+        for path in {change.files.path for change in blocks}:
+            check_form(source, path)
+        return None
+    return new_block(source, blocks[0].files.path)
+
+
+def _check_projector(source: Source, new: list[_Change]) -> None:
     projector = open_parts({PROJECTOR: new[0].files.path}).part(PROJECTOR)
     spec = describe_part(projector)
     part_of_source(projector).rules[projector.dialect].match(
@@ -202,25 +302,22 @@ def _check_projector(source: Source, places: dict[str, str], changes: dict[str, 
         )
 
 
-def _jobs(file, names: list[str], changes: dict[str, _Change], wanted: torch.dtype | None, *, added: bool) -> list[Job]:
-    """Jobs of one shard: the base's tensors, changed where they are, and the new ones where they belong here."""
+def _jobs(
+    file, names: list[str], changes: dict[str, _Change], wanted: torch.dtype | None, new: list[_Change]
+) -> list[Job]:
+    """Jobs of one shard: the base's tensors, changed where they are, and new ones."""
     jobs = []
     for name in names:
         change = changes.get(name)
         dtype = file.dtype(name) if change is None else wanted or file.dtype(name)
         if change and change.files.shape(change.stored) != file.shape(name):
-            raise WeightError(
-                f"{change.files.path}: tensor {change.stored} has shape {list(change.files.shape(change.stored))}; "
-                f"expected {list(file.shape(name))} as in the base. Give partial weights of this model."
-            )
+            raise WeightError(_other_shape(change, change.files.shape(change.stored), file.shape(name)))
         span = file.span(name) if change is None else None
         kept = ((span,),) if span else None
         jobs.append(Job((Output(name, file.shape(name), dtype),), _reading(file, name, change, dtype), kept))
-    known = set(names)
-    for name, change in changes.items() if added else ():
-        if name not in known and change.name.startswith("model.mm_projector."):
-            shape, dtype = change.files.shape(change.stored), wanted or change.files.dtype(change.stored)
-            jobs.append(Job((Output(name, shape, dtype),), _reading(file, name, change, dtype)))
+    for change in new:
+        shape, dtype = change.files.shape(change.stored), wanted or change.files.dtype(change.stored)
+        jobs.append(Job((Output(change.name, shape, dtype),), _reading(file, change.name, change, dtype)))
     return jobs
 
 

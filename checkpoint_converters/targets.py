@@ -15,6 +15,7 @@ from checkpoint_converters.companions import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,
     Companions,
+    ImageVocabulary,
     add_image_tokens,
     complete_tokenizer,
     image_vocabulary,
@@ -26,10 +27,20 @@ from checkpoint_converters.write import VISION_ENCODER_FOLDER, write_json
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.families.llava import LLAVA, ORIGINAL
-from mindspeed_mm.models.part import SLOTS, PartSpec, all_parts, part_block, part_of, written_prefix
+from mindspeed_mm.models.part import ALL_SLOTS, SLOTS, PartSpec, all_parts, part_block, part_of, written_prefix
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, all_families, find_family, load_model_spec, model_block
 from mindspeed_mm.weights.files import read_json_object
-from mindspeed_mm.weights.layouts import HF_DECODER, OUR_FILES, OUR_MODEL, OURS, PROJECTOR, TEXT, VISION, Layout
+from mindspeed_mm.weights.layouts import (
+    HF_DECODER,
+    INTERACTION,
+    OUR_FILES,
+    OUR_MODEL,
+    OURS,
+    PROJECTOR,
+    TEXT,
+    VISION,
+    Layout,
+)
 from mindspeed_mm.weights.sources import PartSource, Source
 
 logger = logging.getLogger(__name__)
@@ -54,7 +65,7 @@ def targets() -> dict[str, tuple[Target, ...]]:
             if layout.written:
                 found[layout.name] = (*found.get(layout.name, ()), Target(layout, family.name))
     found["hf"] = (Target(HF_DECODER, None),)
-    for slot in SLOTS[1:]:
+    for slot in ALL_SLOTS[1:]:
         for part in all_parts(slot).values():
             for layout in part.layouts:
                 if layout.written:
@@ -64,7 +75,7 @@ def targets() -> dict[str, tuple[Target, ...]]:
 
 def slots_of(to: str) -> tuple[str, ...]:
     """The slots that a layout has."""
-    return tuple(slot for slot in SLOTS if any(slot in target.layout.written for target in targets()[to]))
+    return tuple(slot for slot in ALL_SLOTS if any(slot in target.layout.written for target in targets()[to]))
 
 
 def is_whole(to: str) -> bool:
@@ -72,10 +83,15 @@ def is_whole(to: str) -> bool:
     return to == CHECKPOINT or any(target.family for target in targets()[to])
 
 
-FILE_NAMES = {VISION: "converted_clip.pt", TEXT: "converted_vicuna.pt", PROJECTOR: "mlp.pt"}
+FILE_NAMES = {
+    VISION: "converted_clip.pt",
+    TEXT: "converted_vicuna.pt",
+    PROJECTOR: "mlp.pt",
+    INTERACTION: "post_block.pt",
+}
 """Files of the layout mindspeed-mm, as the ancestor's guide names them."""
 
-PROJECTOR_FILE = "mm_projector.bin"
+PROJECTOR_FILE, INTERACTION_FILE = "mm_projector.bin", "post_block.bin"
 
 
 @dataclass(frozen=True)
@@ -89,6 +105,9 @@ class Conversion:
     dtype: torch.dtype | None = None
     stated_heads: bool = False
     family: str = DEFAULT_FAMILY
+    quantize: str | None = None
+    double_quant: bool = False
+    """How the linears of a training checkpoint's decoder are stored; None: as they are."""
 
     @property
     def model(self) -> ModelSpec:
@@ -111,6 +130,20 @@ class Conversion:
                 ", ".join(sorted({".".join(name.split(".")[:3]) for name in filled})),
             )
         return jobs
+
+
+def held(family: Any, conversion: Conversion, layout: Layout) -> list[str]:
+    """The slots of a family's model, and the interaction where the source has one. Raises WeightError where the layout
+    has no place for it."""
+    if INTERACTION not in conversion.source.parts:
+        return [*family.slots]
+    if INTERACTION not in layout.written:
+        raise WeightError(
+            f"{conversion.source.path} has a post-interaction block, for which layout {layout.name} of {family.name} "
+            f"has no place; expected another layout. Choose --to {OURS} or {CHECKPOINT}, or write the block by itself: "
+            "--to post-block."
+        )
+    return [*family.slots, INTERACTION]
 
 
 @dataclass(frozen=True)
@@ -170,7 +203,7 @@ def _plan_ours(conversion: Conversion) -> TargetPlan:
     def finish(folder: Path) -> None:
         names = [] if TEXT not in conversion.parts else [*TOKENIZER_FILES, *GENERATION_FILES]
         conversion.companions.copy(folder, [*names, *(PROCESSOR_FILES if VISION in conversion.parts else ())])
-        if set(conversion.parts) == set(SLOTS):
+        if set(SLOTS) <= set(conversion.parts):
             write_json(folder / "model.json", model_block(conversion.specs, conversion.family))
             family = find_family(conversion.family)
             family.write_companions(folder, family.gather({}, conversion.companions.folders))
@@ -186,6 +219,10 @@ def _plan_part(conversion: Conversion, layout: Layout, slot: str) -> TargetPlan:
             f"layout {layout.name} does not hold a {slot} {spec.model_id}. Choose --to "
             f"{' or '.join(own.name for own in part_of(slot, spec).layouts if own.written) or OURS}."
         )
+    if slot == INTERACTION:
+        config = {INTERACTION: part_block(slot, spec)}
+        files = [WeightFiles(INTERACTION_FILE, "torch", jobs)]
+        return TargetPlan(files, lambda folder: write_json(folder / "config.json", config))
     if slot == PROJECTOR:
         config = configs.hf_config(slot, spec, stored_dtype(jobs))
         files = [WeightFiles(PROJECTOR_FILE, "torch", jobs)]
@@ -229,7 +266,7 @@ def _plan_family(conversion: Conversion, layout: Layout) -> TargetPlan:
         tokens |= {"image_token_id": vocabulary.image_id, "pad_token_id": vocabulary.pad_id, "rows": rows}
     elif (folder := conversion.companions.tokenizer_folder()) is not None:
         tokens |= family.token_ids(load_tokenizer(folder).token_to_id)
-    jobs = [job for kind in family.slots for job in conversion.jobs(layout, kind, rows)]
+    jobs = [job for kind in held(family, conversion, layout) for job in conversion.jobs(layout, kind, rows)]
     config = family.join_config(layout.name, conversion.specs, stored_dtype(jobs), tokens)
 
     def finish(folder: Path) -> None:
@@ -248,15 +285,25 @@ def _plan_family(conversion: Conversion, layout: Layout) -> TargetPlan:
         processor = family.processor_config(conversion.model)
         if processor is not None:
             write_json(folder / "processor_config.json", processor)
-        generation = folder / GENERATION_FILES[0]
-        if generation.is_file() or family.adds_image_token:
-            defaults = {"bos_token_id": 1, "eos_token_id": 2} | configs.text_tokens(conversion.source)
-            given = read_json_object(generation) if generation.is_file() else defaults
-            pad = {"pad_token_id": tokens["pad_token_id"]} if "pad_token_id" in tokens else {}
-            write_json(generation, given | pad)
+        if vocabulary is not None:
+            _finish_generation(folder, configs.text_tokens(conversion.source), vocabulary)
         write_json(folder / "config.json", config)
 
     return TargetPlan([WeightFiles(".", "safetensors", jobs)], finish)
+
+
+def _finish_generation(folder: Path, tokens: dict[str, Any], vocabulary: ImageVocabulary) -> None:
+    """generation_config.json as the source has it, else with the ids of its config, else with those of its tokenizer;
+    padding becomes a <pad> that is new."""
+    path = folder / GENERATION_FILES[0]
+    if path.is_file():
+        given = read_json_object(path)
+    else:
+        words = load_tokenizer(folder)
+        given = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id} | tokens
+    if vocabulary.new or given.get("pad_token_id") is None:
+        given |= {"pad_token_id": vocabulary.pad_id}
+    write_json(path, given)
 
 
 def _plan_original(conversion: Conversion) -> TargetPlan:
@@ -266,8 +313,8 @@ def _plan_original(conversion: Conversion) -> TargetPlan:
     """
     family = find_family(conversion.family)
     layout = next((layout for layout in family.layouts if layout.name == ORIGINAL), LLAVA)
-    rows = rows_without_image(conversion.source, conversion.specs[TEXT].language_vocab_size)
-    jobs = [job for kind in family.slots for job in conversion.jobs(layout, kind, rows)]
+    rows = rows_without_image(conversion.source, conversion.companions, conversion.specs[TEXT].language_vocab_size)
+    jobs = [job for kind in held(family, conversion, layout) for job in conversion.jobs(layout, kind, rows)]
     name = configs.own_encoder_name(conversion.source)
     folders = part_of(VISION, conversion.specs[VISION]).layouts
     encoder = [] if name else conversion.jobs(folders[0], VISION)

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron.driver.checkpoint.reading import find_checkpoint, read_checkpoint
+from megatron.driver.checkpoint.reading import find_checkpoint, read_checkpoint, split_averaged
 from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.adapters.base_hash import write_base
 from mindspeed_mm.models.adapters.merged import MergedFile
-from mindspeed_mm.models.adapters.peft_format import write_peft
+from mindspeed_mm.models.adapters.peft_writing import write_peft
+from mindspeed_mm.models.adapters.saved_modules import saved_tensors
 from mindspeed_mm.models.adapters.spec import WholePair
 from mindspeed_mm.models.adapters.splits import add_product, their_b, with_lengths
 from mindspeed_mm.models.adapters.targets import ADAPTER, WEIGHT, Site, sites
@@ -42,8 +44,8 @@ def export_adapter(source: str | Path, target: str | Path, *, decoder_only: bool
 
     Raises WeightError for a path that is no checkpoint or holds no adapters.
     """
-    source = Path(source)
-    if not source.is_dir() or find_checkpoint(source) is None:
+    folder, _ = split_averaged(source)
+    if not folder.is_dir() or find_checkpoint(folder) is None:
         raise WeightError(f"{source} is no training checkpoint; expected the save folder of a LoRA run. Correct it")
     checkpoint = read_checkpoint(source)
     model = checkpoint.run["extra"].get("model")
@@ -59,10 +61,35 @@ def export_adapter(source: str | Path, target: str | Path, *, decoder_only: bool
     def pair(slot: str, module: str) -> WholePair:
         return _pair(checkpoint, spec, slot, found[slot][module])
 
-    base = spec.text_decoder.ckpt_path or ""
-    return write_peft(
-        target, spec, pair, {slot: list(names) for slot, names in found.items()}, base=base, decoder_only=decoder_only
+    files = write_peft(
+        target,
+        spec,
+        pair,
+        {slot: list(names) for slot, names in found.items()},
+        base=spec.text_decoder.ckpt_path or "",
+        decoder_only=decoder_only,
+        saved={slot: _saved(checkpoint, spec, slot) for slot in found},
     )
+    hashes = {slot: name for slot, name in checkpoint.run["extra"].get("base", {}).items() if slot in found}
+    return [*files, write_base(Path(target), hashes)] if hashes else files
+
+
+def _saved(checkpoint, spec: ModelSpec, slot: str) -> dict[str, Tensor]:
+    """Whole tensors that go with a part's adapters, without the padding rows of a vocabulary."""
+    part, own = spec.parts()[slot], spec.part(slot)
+    padded = {step.target for step in part.rules["ours"].steps(own.geometry) if step.rule.padded}
+
+    def get(name: str) -> Tensor:
+        tensor = checkpoint.get(OUR_MODEL.written[slot] + name)
+        return tensor[: own.geometry.vocab_size] if name in padded else tensor
+
+    return dict(saved_tensors(part, own, get))
+
+
+def adapters_of_run(source: Path, spec: ModelSpec, slot: str) -> dict[str, WholePair]:
+    """Whole A and B of a part in a training checkpoint, by Hugging Face's names of the modules."""
+    checkpoint = read_checkpoint(source)
+    return {site.module: _pair(checkpoint, spec, slot, site) for site in sites(spec.parts()[slot], spec.part(slot))}
 
 
 def _adapted(spec: ModelSpec) -> dict:
@@ -84,7 +111,7 @@ def _merging(file: TensorFile, spec: ModelSpec, found: list[tuple[str, Site]]) -
         for slot, site in found:
             part = spec.part(slot)
             a, b, m = _pair(file, spec, slot, site)
-            weight = add_product(site, weight, part.lora.scale * (b.float() @ a.float()), part.geometry)
+            weight = add_product(site, weight, part.lora.scale_of(site.module) * (b.float() @ a.float()), part.geometry)
             if m is not None:
                 weight = with_lengths(site, weight, m.float(), part.geometry)
         return weight

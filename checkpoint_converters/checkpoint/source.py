@@ -11,12 +11,12 @@ import torch
 
 from checkpoint_converters.checkpoint.adapters import merged
 from checkpoint_converters.checkpoint.stored_base import CODES, whole_weights
-from megatron.driver.checkpoint.reading import Checkpoint, find_checkpoint, read_checkpoint
+from megatron.driver.checkpoint.reading import Checkpoint, find_checkpoint, read_checkpoint, split_averaged
 from mindspeed_mm.errors import CheckpointError
 from mindspeed_mm.models.adapters.targets import ADAPTER
 from mindspeed_mm.models.spec import load_model_spec
 from mindspeed_mm.weights.files import Span
-from mindspeed_mm.weights.layouts import OUR_MODEL, PROJECTOR, TEXT, VISION
+from mindspeed_mm.weights.layouts import INTERACTION, OUR_MODEL, PROJECTOR, TEXT, VISION
 from mindspeed_mm.weights.sources import PartSource, Source
 from mindspeed_mm.weights.torch_file import TorchFile
 
@@ -50,7 +50,7 @@ class CheckpointFile:
     def span(self, name: str) -> Span | None:
         """The bytes of a tensor that was written in one piece, else None."""
         pieces = self._pieces(name)
-        if len(pieces) > 1 or not self.shape(name):
+        if len(pieces) > 1 or not self.shape(name) or name in self._checkpoint.averages:
             return None
         span = pieces[0].open().span("")
         return span and Span(span.path, span.offset, math.prod(self.shape(name)) * self.dtype(name).itemsize)
@@ -90,7 +90,7 @@ class CheckpointFile:
         return result
 
     def _pieces(self, name: str) -> list[_Piece]:
-        reader = self._checkpoint.sources[name]
+        reader, name = self._checkpoint.sources[name], self._checkpoint.stored(name)
         metadata = reader.read_metadata()
         pieces = []
         for chunk in metadata.state_dict_metadata[name].chunks:
@@ -125,7 +125,8 @@ class _Piece:
 
 
 def open_training_checkpoint(path: Path) -> Source | None:
-    """A save folder or one iteration's folder as a Source; None for anything else.
+    """A save folder or one iteration's folder as a Source, or the averages in it (see read_checkpoint); None for
+    anything else.
 
     `Source.config` is run.json's "extra": the model and data configs of the run. Adapters of a LoRA run are merged into
     the weights as these are read, and weights in 4 or 8 bits are made whole.
@@ -133,7 +134,8 @@ def open_training_checkpoint(path: Path) -> Source | None:
     Raises:
         CheckpointError: the path is a checkpoint, but a damaged one.
     """
-    if not path.is_dir() or find_checkpoint(path) is None:
+    folder, _ = split_averaged(path)
+    if not folder.is_dir() or find_checkpoint(folder) is None:
         return None
     checkpoint = read_checkpoint(path)
     extra = checkpoint.run["extra"]
@@ -159,4 +161,5 @@ def _block(model: dict[str, Any], part: str) -> dict[str, Any]:
         TEXT: lambda: model["text_decoder"],
         VISION: lambda: model["image_encoder"]["vision_encoder"],
         PROJECTOR: lambda: model["image_encoder"]["vision_projector"],
+        INTERACTION: lambda: model["interaction"],
     }[part]()

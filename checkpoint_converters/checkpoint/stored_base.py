@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from mindspeed_mm.weights.blockwise import BLOCK, Blocks, dequantize
+from mindspeed_mm.models.adapters.targets import all_sites
+from mindspeed_mm.models.spec import ModelSpec
+from mindspeed_mm.weights.blockwise import BLOCK, Blocks, StoredForm, dequantize, stored_scales
 from mindspeed_mm.weights.files import Span, TensorFile
 
-CODES, SCALES, WEIGHT = ".codes", ".scales", ".weight"
+CODES, SCALES, RANGES, WEIGHT = ".codes", ".scales", ".ranges", ".weight"
+
+
+class StoredAs(NamedTuple):
+    """How a linear is stored, and the axis along which tensor parallelism splits it."""
+
+    kind: str
+    axis: int
 
 
 class WholeFile:
     """A tensor file in which codes and scales stand as the weights that they are.
 
-    kinds: prefix of names -> how the linears under it are stored.
+    stored: name of a weight -> how it is stored.
     dtype: of the weights that are made.
     """
 
     record = None
 
-    def __init__(self, base: TensorFile, kinds: dict[str, str], dtype: torch.dtype) -> None:
-        self._base, self._kinds, self._dtype = base, kinds, dtype
+    def __init__(self, base: TensorFile, stored: dict[str, StoredAs], dtype: torch.dtype) -> None:
+        self._base, self._as, self._dtype = base, stored, dtype
         self.path = base.path
-        stored = [name.removesuffix(CODES) for name in base.names if name.endswith(CODES)]
-        self._stored = {owner + WEIGHT: owner for owner in stored}
-        hidden = {owner + end for owner in stored for end in (CODES, SCALES)}
+        owners = [name.removesuffix(CODES) for name in base.names if name.endswith(CODES)]
+        self._stored = {owner + WEIGHT: owner for owner in owners}
+        hidden = {owner + end for owner in owners for end in (CODES, SCALES, RANGES)}
         self.names = (*(name for name in base.names if name not in hidden), *self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -49,10 +60,19 @@ class WholeFile:
             return self._base.get_slice(name, axis, start, stop)
         if axis != 0:
             return self.get(name).narrow(axis, start, stop - start).contiguous()
+        owner, (kind, split) = self._stored[name], self._as[name]
+        codes = self._base.get_slice(owner + CODES, 0, start, stop)
+        ranges = [self._base.get(owner + RANGES)] if owner + RANGES in self._base.names else []
+        scales = stored_scales([self._base.get(owner + SCALES), *ranges], split)[start:stop].contiguous()
+        return dequantize(Blocks(codes, scales), kind, self._dtype)
+
+    def stored_form(self, name: str) -> StoredForm | None:
+        """A weight as it is stored; None for one that is whole."""
+        if name not in self._stored:
+            return None
         owner = self._stored[name]
-        codes, scales = (self._base.get_slice(owner + end, 0, start, stop) for end in (CODES, SCALES))
-        kind = next(kind for prefix, kind in self._kinds.items() if name.startswith(prefix))
-        return dequantize(Blocks(codes, scales.view(torch.float32)), kind, self._dtype)
+        ends = (end for end in (CODES, SCALES, RANGES) if owner + end in self._base.names)
+        return StoredForm(self._as[name].kind, {end[1:]: self._base.get(owner + end) for end in ends})
 
     def span(self, name: str) -> Span | None:
         """The bytes of a tensor in its file; None for one that is made."""
@@ -64,11 +84,16 @@ class WholeFile:
         return self._base.bytes_read
 
 
-def whole_weights(file: TensorFile, spec, layout: dict[str, bool], prefixes: dict[str, str]) -> TensorFile:
+def whole_weights(file: TensorFile, spec: ModelSpec, layout: dict[str, bool], prefixes: dict[str, str]) -> TensorFile:
     """The file of a run with its stored weights made whole, in the precision of the run; the file itself where none is
     stored. `prefixes` are what stands before each slot's names."""
-    kinds = {prefixes[slot]: part.quantize for slot, part in spec.part_specs().items() if part.quantize}
-    if not kinds:
+    stored = {
+        prefixes[slot] + site.step.target: StoredAs(part.quantize, site.step.rule.axis)
+        for slot, part in spec.part_specs().items()
+        if part.quantize
+        for site in all_sites(spec.parts()[slot], part)
+    }
+    if not stored:
         return file
     dtype = torch.bfloat16 if layout["bf16"] else torch.float16 if layout["fp16"] else torch.float32
-    return WholeFile(file, kinds, dtype)
+    return WholeFile(file, stored, dtype)

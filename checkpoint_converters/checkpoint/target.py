@@ -10,6 +10,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from checkpoint_converters.checkpoint.quantized import as_quantized, facts_of, stored_jobs
 from checkpoint_converters.companions import PROCESSOR_FILES, SAVED_TOKENIZER, TOKENIZER_FILES
 from checkpoint_converters.plan import Job
 from checkpoint_converters.stream import Runner
@@ -24,10 +26,10 @@ from checkpoint_converters.targets import Conversion, TargetPlan, WeightFiles
 from megatron.driver.checkpoint import integrity, storage
 from megatron.driver.checkpoint.reading import FORMAT
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.part import SLOTS
+from mindspeed_mm.models.part import ALL_SLOTS, SLOTS
 from mindspeed_mm.models.spec import find_family
 from mindspeed_mm.weights.files import read_json_object
-from mindspeed_mm.weights.layouts import OUR_MODEL
+from mindspeed_mm.weights.layouts import OUR_MODEL, TEXT
 
 FOLDER_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FOLDER_FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
@@ -36,7 +38,13 @@ FOLDER_FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
 
 def plan_checkpoint(conversion: Conversion) -> TargetPlan:
     """The plan of layout checkpoint. Raises WeightError unless the source holds a whole model."""
-    jobs = [job for kind in SLOTS for job in conversion.jobs(OUR_MODEL, kind)]
+    jobs = [job for kind in ALL_SLOTS if kind in conversion.parts for job in conversion.jobs(OUR_MODEL, kind)]
+    precision, facts = {}, {}
+    if conversion.quantize is not None:
+        precision, facts = facts_of(conversion.source, conversion.specs[TEXT], jobs)
+        stored = as_quantized(conversion.specs[TEXT], conversion.quantize, double_quant=conversion.double_quant)
+        conversion = replace(conversion, specs=conversion.specs | {TEXT: stored})
+        jobs = stored_jobs(jobs, stored)
 
     def finish(folder: Path) -> None:
         release = folder / storage.RELEASE
@@ -47,6 +55,8 @@ def plan_checkpoint(conversion: Conversion) -> TargetPlan:
         (folder / SAVED_TOKENIZER).mkdir()
         conversion.companions.copy(folder / SAVED_TOKENIZER, TOKENIZER_FILES)
         run = _run(conversion) | {"files": storage.sizes(release)}
+        run["layout"] |= precision
+        run["extra"] |= facts
         (release / storage.RUN_FILE).write_text(json.dumps(run, indent=1), encoding="utf-8")
         integrity.write(release, {})
         storage.write_text(folder / storage.TRACKER, storage.RELEASE)
@@ -103,6 +113,7 @@ def _run(conversion: Conversion) -> dict[str, Any]:
     specs = {kind: spec.model_dump(mode="json") for kind, spec in conversion.specs.items()}
     encoder = {kind: specs[kind] for kind in SLOTS[1:]}
     model = {"model_id": conversion.family, "text_decoder": specs["text_decoder"], "image_encoder": encoder}
+    model |= {kind: specs[kind] for kind in ALL_SLOTS[len(SLOTS) :] if kind in specs}
     sizes = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     return {
         "format": FORMAT,
