@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron.driver.flags import flag, switch
+from megatron.driver.optimizer_flags import OptimizerArguments, optimizer_problems
 from megatron.driver.profile_checks import profile_problems
 from megatron.driver.ranges import option, range_problems, schedule_problems, tracking_problems
 from mindspeed_mm.errors import ConfigError
@@ -30,157 +31,123 @@ _GROUPS = {
 }
 
 
-def _flag(kind: type, default: Any, group: str, text: str, choices: tuple | None = None) -> Any:
-    return field(default=default, metadata={"kind": kind, "group": group, "help": text, "choices": choices})
-
-
-def _switch(group: str, text: str) -> Any:
-    return _flag(bool, False, group, text)
-
-
 @dataclass(frozen=True, kw_only=True)
-class DriverArguments:
+class DriverArguments(OptimizerArguments):
     """All flags of the driver. Made by `from_namespace`, which validates them."""
 
-    tensor_model_parallel_size: int = _flag(int, 1, "parallel", "devices that share each matrix")
-    pipeline_model_parallel_size: int = _flag(int, 1, "parallel", "stages that share the layers")
-    num_virtual_stages_per_pipeline_rank: int | None = _flag(
+    tensor_model_parallel_size: int = flag(int, 1, "parallel", "devices that share each matrix")
+    pipeline_model_parallel_size: int = flag(int, 1, "parallel", "stages that share the layers")
+    num_virtual_stages_per_pipeline_rank: int | None = flag(
         int, None, "parallel", "chunks of layers on each pipeline stage (interleaved schedule, a smaller bubble)"
     )
-    num_layers_per_virtual_pipeline_stage: int | None = _flag(
+    num_layers_per_virtual_pipeline_stage: int | None = flag(
         int, None, "parallel", "the same, given as the layers of such a chunk"
     )
-    context_parallel_size: int = _flag(int, 1, "parallel", "devices that share each sequence")
-    sequence_parallel: bool = _switch("parallel", "split norms and dropouts along the sequence; needs tensor parallel")
-    micro_batch_size: int = _flag(int, 1, "parallel", "samples per device and forward pass")
-    global_batch_size: int | None = _flag(
-        int, None, "parallel", "samples per step; default micro batch x data parallel"
-    )
-    use_distributed_optimizer: bool = _switch("parallel", "split optimizer state over the data-parallel ranks")
-    overlap_grad_reduce: bool = _switch("parallel", "reduce gradients while the backward pass runs")
-    overlap_param_gather: bool = _switch("parallel", "gather parameters while the forward pass runs")
-    distributed_backend: str = _flag(
+    context_parallel_size: int = flag(int, 1, "parallel", "devices that share each sequence")
+    sequence_parallel: bool = switch("parallel", "split norms and dropouts along the sequence; needs tensor parallel")
+    micro_batch_size: int = flag(int, 1, "parallel", "samples per device and forward pass")
+    global_batch_size: int | None = flag(int, None, "parallel", "samples per step; default micro batch x data parallel")
+    use_distributed_optimizer: bool = switch("parallel", "split optimizer state over the data-parallel ranks")
+    overlap_grad_reduce: bool = switch("parallel", "reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = switch("parallel", "gather parameters while the forward pass runs")
+    distributed_backend: str = flag(
         str, "nccl", "parallel", "nccl stands for the device's own", ("nccl", "hccl", "gloo")
     )
-    distributed_timeout_minutes: float = _flag(float, 10.0, "parallel", "a silent rank is given up after this")
-    preflight_timeout_seconds: float = _flag(float, 60.0, "parallel", "how long ranks wait for each other at the start")
+    distributed_timeout_minutes: float = flag(float, 10.0, "parallel", "a silent rank is given up after this")
+    preflight_timeout_seconds: float = flag(float, 60.0, "parallel", "how long ranks wait for each other at the start")
 
-    seq_length: int | None = _flag(
+    seq_length: int | None = flag(
         int,
         None,
         "model",
         'most tokens of a sample with its images; "overlong" in the data config decides on longer ones',
     )
-    num_layers: int | None = _flag(int, None, "model", "layers of the text decoder")
-    hidden_size: int | None = _flag(int, None, "model", "width of the text decoder")
-    ffn_hidden_size: int | None = _flag(int, None, "model", "width of the text decoder's MLP")
-    num_attention_heads: int | None = _flag(int, None, "model", "attention heads of the text decoder")
-    num_query_groups: int | None = _flag(int, None, "model", "key/value heads of the text decoder")
-    max_position_embeddings: int | None = _flag(int, None, "model", "longest sequence of the text decoder")
-    attention_dropout: float | None = _flag(float, None, "model", "dropout of attention weights in the text decoder")
-    hidden_dropout: float | None = _flag(float, None, "model", "dropout of hidden states in the text decoder")
-    normalization: str | None = _flag(str, None, "model", "norm of the text decoder")
-    img_h: int | None = _flag(int, None, "model", "height of the images")
-    img_w: int | None = _flag(int, None, "model", "width of the images")
-    patch_dim: int | None = _flag(int, None, "model", "side of the vision encoder's patches")
-    vocab_size: int | None = _flag(int, None, "model", "vocabulary of the text decoder")
-    position_embedding_type: str = _flag(str, "rope", "model", "position embedding of the text decoder", ("rope",))
-    tokenizer_type: str = _flag(
-        str, "NullTokenizer", "model", "the tokenizer is named in --mm-data", ("NullTokenizer",)
-    )
+    num_layers: int | None = flag(int, None, "model", "layers of the text decoder")
+    hidden_size: int | None = flag(int, None, "model", "width of the text decoder")
+    ffn_hidden_size: int | None = flag(int, None, "model", "width of the text decoder's MLP")
+    num_attention_heads: int | None = flag(int, None, "model", "attention heads of the text decoder")
+    num_query_groups: int | None = flag(int, None, "model", "key/value heads of the text decoder")
+    max_position_embeddings: int | None = flag(int, None, "model", "longest sequence of the text decoder")
+    attention_dropout: float | None = flag(float, None, "model", "dropout of attention weights in the text decoder")
+    hidden_dropout: float | None = flag(float, None, "model", "dropout of hidden states in the text decoder")
+    normalization: str | None = flag(str, None, "model", "norm of the text decoder")
+    img_h: int | None = flag(int, None, "model", "height of the images")
+    img_w: int | None = flag(int, None, "model", "width of the images")
+    patch_dim: int | None = flag(int, None, "model", "side of the vision encoder's patches")
+    vocab_size: int | None = flag(int, None, "model", "vocabulary of the text decoder")
+    position_embedding_type: str = flag(str, "rope", "model", "position embedding of the text decoder", ("rope",))
+    tokenizer_type: str = flag(str, "NullTokenizer", "model", "the tokenizer is named in --mm-data", ("NullTokenizer",))
 
-    lr: float | None = _flag(float, None, "optimizer", "highest learning rate")
-    min_lr: float = _flag(float, 0.0, "optimizer", "learning rate at the end of the decay")
-    train_iters: int | None = _flag(int, None, "optimizer", "steps of the whole run")
-    lr_decay_style: str = _flag(str, "linear", "optimizer", "shape of the decay", ("cosine", "linear", "constant"))
-    lr_decay_iters: int | None = _flag(int, None, "optimizer", "steps until --min-lr; default --train-iters")
-    lr_warmup_fraction: float | None = _flag(
-        float, None, "optimizer", "share of the decay steps that warm up, rounded up"
-    )
-    lr_warmup_iters: int = _flag(int, 0, "optimizer", "steps that warm up")
-    weight_decay: float = _flag(float, 0.01, "optimizer", "AdamW weight decay; biases and norms have none")
-    clip_grad: float = _flag(float, 1.0, "optimizer", "largest gradient norm; 0 does not clip")
-    optimizer: str = _flag(str, "adam", "optimizer", "AdamW is the optimizer", ("adam",))
-    adam_beta1: float = _flag(float, 0.9, "optimizer", "decay of the first moment")
-    adam_beta2: float = _flag(float, 0.999, "optimizer", "decay of the second moment")
-    adam_eps: float = _flag(float, 1e-8, "optimizer", "added to the denominator")
-    use_checkpoint_opt_param_scheduler: bool = _flag(
-        bool, False, "optimizer", "on resume the checkpoint's schedule wins over the flags"
-    )
-    override_opt_param_scheduler: bool = _switch("optimizer", "on resume the flags win without a warning")
+    bf16: bool = switch("precision", "compute in bfloat16, master weights in float32")
+    fp16: bool = switch("precision", "compute in float16 with loss scaling, master weights in float32")
+    loss_scale: float | None = flag(float, None, "precision", "fixed loss scale of --fp16; default dynamic")
+    initial_loss_scale: float = flag(float, 2.0**32, "precision", "first dynamic loss scale")
+    min_loss_scale: float = flag(float, 1.0, "precision", "lowest dynamic loss scale")
+    loss_scale_window: int = flag(int, 1000, "precision", "good steps after which the scale doubles")
+    hysteresis: int = flag(int, 2, "precision", "overflows after which the scale halves")
 
-    bf16: bool = _switch("precision", "compute in bfloat16, master weights in float32")
-    fp16: bool = _switch("precision", "compute in float16 with loss scaling, master weights in float32")
-    loss_scale: float | None = _flag(float, None, "precision", "fixed loss scale of --fp16; default dynamic")
-    initial_loss_scale: float = _flag(float, 2.0**32, "precision", "first dynamic loss scale")
-    min_loss_scale: float = _flag(float, 1.0, "precision", "lowest dynamic loss scale")
-    loss_scale_window: int = _flag(int, 1000, "precision", "good steps after which the scale doubles")
-    hysteresis: int = _flag(int, 2, "precision", "overflows after which the scale halves")
-
-    save: str | None = _flag(str, None, "checkpoint", "folder that checkpoints are written to")
-    save_interval: int | None = _flag(
+    save: str | None = flag(str, None, "checkpoint", "folder that checkpoints are written to")
+    save_interval: int | None = flag(
         int, None, "checkpoint", "steps between checkpoints; the last step is always saved"
     )
-    save_interval_minutes: float | None = _flag(float, None, "checkpoint", "minutes between checkpoints")
-    keep_last: int | None = _flag(int, None, "checkpoint", "checkpoints that stay; older ones are deleted; default all")
-    keep_every: int | None = _flag(int, None, "checkpoint", "with --keep-last: iterations divisible by this stay too")
-    on_save_error: str = _flag(str, "stop", "checkpoint", "what a full disk does to the run", ("stop", "continue"))
-    async_save: bool = _switch("checkpoint", "write checkpoints in the background, from a copy in host memory")
-    load: str | None = _flag(str, None, "checkpoint", "folder to resume from; its tracker file names the iteration")
-    ckpt_step: int | None = _flag(int, None, "checkpoint", "load this iteration instead of the tracker's")
-    pretrained_checkpoint: str | None = _flag(
+    save_interval_minutes: float | None = flag(float, None, "checkpoint", "minutes between checkpoints")
+    keep_last: int | None = flag(int, None, "checkpoint", "checkpoints that stay; older ones are deleted; default all")
+    keep_every: int | None = flag(int, None, "checkpoint", "with --keep-last: iterations divisible by this stay too")
+    on_save_error: str = flag(str, "stop", "checkpoint", "what a full disk does to the run", ("stop", "continue"))
+    async_save: bool = switch("checkpoint", "write checkpoints in the background, from a copy in host memory")
+    load: str | None = flag(str, None, "checkpoint", "folder to resume from; its tracker file names the iteration")
+    ckpt_step: int | None = flag(int, None, "checkpoint", "load this iteration instead of the tracker's")
+    pretrained_checkpoint: str | None = flag(
         str, None, "checkpoint", "weights to begin with while --load holds no checkpoint (stage 1 -> stage 2)"
     )
-    finetune: bool = _switch("checkpoint", "take only the weights of --load and begin at step 0")
-    exit_on_missing_checkpoint: bool = _switch("checkpoint", "stop when --load holds no checkpoint")
-    no_load_optim: bool = _switch(
+    finetune: bool = switch("checkpoint", "take only the weights of --load and begin at step 0")
+    exit_on_missing_checkpoint: bool = switch("checkpoint", "stop when --load holds no checkpoint")
+    no_load_optim: bool = switch(
         "checkpoint", "do not load optimizer state; the schedule goes on from the step reached"
     )
-    no_load_rng: bool = _switch("checkpoint", "do not load random states")
-    no_save_optim: bool = _switch("checkpoint", "do not save optimizer state")
-    no_save_rng: bool = _switch("checkpoint", "do not save random states")
-    ckpt_format: str = _flag(str, "torch_dist", "checkpoint", "only torch_dist is written")
+    no_load_rng: bool = switch("checkpoint", "do not load random states")
+    no_save_optim: bool = switch("checkpoint", "do not save optimizer state")
+    no_save_rng: bool = switch("checkpoint", "do not save random states")
+    ckpt_format: str = flag(str, "torch_dist", "checkpoint", "only torch_dist is written")
 
-    seed: int = _flag(int, 1234, "run", "seed of weights, dropout and sample order")
-    num_workers: int = _flag(int, 2, "run", "processes per rank that prepare data; 0 prepares in the training process")
-    exit_interval: int | None = _flag(int, None, "run", "save and stop at a step divisible by this")
-    log_interval: int = _flag(int, 100, "run", "steps between log lines")
-    log_format: str = _flag(
+    seed: int = flag(int, 1234, "run", "seed of weights, dropout and sample order")
+    num_workers: int = flag(int, 2, "run", "processes per rank that prepare data; 0 prepares in the training process")
+    exit_interval: int | None = flag(int, None, "run", "save and stop at a step divisible by this")
+    log_interval: int = flag(int, 100, "run", "steps between log lines")
+    log_format: str = flag(
         str,
         "auto",
         "run",
         "auto is the live table on a terminal, else a short line",
         ("auto", "short", "table", "megatron"),
     )
-    profile: bool = _switch("run", "trace some steps with torch's profiler and show where their time goes")
-    profile_step_start: int = _flag(int, 10, "run", "first step that --profile traces")
-    profile_step_end: int = _flag(int, 12, "run", "step before which --profile ends")
-    profile_dir: str | None = _flag(str, None, "run", "folder for traces; default SAVE/profile")
-    profile_ranks: tuple = _flag(int, (0,), "run", "ranks that --profile traces, -1 for all")
-    tensorboard_dir: str | None = _flag(str, None, "run", "folder for TensorBoard curves")
-    wandb_project: str | None = _flag(str, None, "run", "curves to Weights & Biases too, under this project")
-    wandb_exp_name: str | None = _flag(str, None, "run", "name of the run there; default that of --save")
-    wandb_save_dir: str | None = _flag(str, None, "run", "folder that W&B writes to; default SAVE")
-    swanlab_project: str | None = _flag(str, None, "run", "curves to SwanLab too, under this project")
-    swanlab_exp_name: str | None = _flag(str, None, "run", "name of the run there; default that of --save")
-    swanlab_save_dir: str | None = _flag(str, None, "run", "folder that SwanLab writes to; default SAVE/swanlab")
-    online: bool = _switch("run", "W&B and SwanLab send the curves while the run trains; else they write to disk alone")
-    eval_interval: int | None = _flag(
-        int, None, "run", "steps between losses on the validation set, where there is one"
-    )
-    eval_iters: int | None = _flag(int, None, "run", "global batches of a validation; at most, and by default, the set")
-    early_stop_patience: int | None = _flag(int, None, "run", "stop after so many validations without a lower loss")
-    early_stop_min_improvement: float = _flag(float, 0.0, "run", "by how much a validation loss must be lower to count")
+    profile: bool = switch("run", "trace some steps with torch's profiler and show where their time goes")
+    profile_step_start: int = flag(int, 10, "run", "first step that --profile traces")
+    profile_step_end: int = flag(int, 12, "run", "step before which --profile ends")
+    profile_dir: str | None = flag(str, None, "run", "folder for traces; default SAVE/profile")
+    profile_ranks: tuple = flag(int, (0,), "run", "ranks that --profile traces, -1 for all")
+    tensorboard_dir: str | None = flag(str, None, "run", "folder for TensorBoard curves")
+    wandb_project: str | None = flag(str, None, "run", "curves to Weights & Biases too, under this project")
+    wandb_exp_name: str | None = flag(str, None, "run", "name of the run there; default that of --save")
+    wandb_save_dir: str | None = flag(str, None, "run", "folder that W&B writes to; default SAVE")
+    swanlab_project: str | None = flag(str, None, "run", "curves to SwanLab too, under this project")
+    swanlab_exp_name: str | None = flag(str, None, "run", "name of the run there; default that of --save")
+    swanlab_save_dir: str | None = flag(str, None, "run", "folder that SwanLab writes to; default SAVE/swanlab")
+    online: bool = switch("run", "W&B and SwanLab send the curves while the run trains; else they write to disk alone")
+    eval_interval: int | None = flag(int, None, "run", "steps between losses on the validation set, where there is one")
+    eval_iters: int | None = flag(int, None, "run", "global batches of a validation; at most, and by default, the set")
+    early_stop_patience: int | None = flag(int, None, "run", "stop after so many validations without a lower loss")
+    early_stop_min_improvement: float = flag(float, 0.0, "run", "by how much a validation loss must be lower to count")
 
-    log_throughput: bool = _switch("kept", "speed is always shown")
-    use_pytorch_profiler: bool = _switch("kept", "--profile always is torch's profiler")
-    use_mcore_models: bool = _switch("kept", "models always are megatron.core's")
-    use_dist_ckpt: bool = _switch("kept", "checkpoints always are torch_dist")
-    use_flash_attn: bool = _switch("kept", "the platform picks its fastest exact attention kernel")
-    use_fused_rotary_pos_emb: bool = _switch("kept", "the model computes rotary embeddings itself")
-    no_masked_softmax_fusion: bool = _switch("kept", "the attention kernels need no fused softmax")
-    no_gradient_accumulation_fusion: bool = _switch("kept", "that fusion needs Apex and is never used")
-    exit_signal_handler: bool = _switch("kept", "SIGTERM always saves and stops")
+    log_throughput: bool = switch("kept", "speed is always shown")
+    use_pytorch_profiler: bool = switch("kept", "--profile always is torch's profiler")
+    use_mcore_models: bool = switch("kept", "models always are megatron.core's")
+    use_dist_ckpt: bool = switch("kept", "checkpoints always are torch_dist")
+    use_flash_attn: bool = switch("kept", "the platform picks its fastest exact attention kernel")
+    use_fused_rotary_pos_emb: bool = switch("kept", "the model computes rotary embeddings itself")
+    no_masked_softmax_fusion: bool = switch("kept", "the attention kernels need no fused softmax")
+    no_gradient_accumulation_fusion: bool = switch("kept", "that fusion needs Apex and is never used")
+    exit_signal_handler: bool = switch("kept", "SIGTERM always saves and stops")
 
     world_size: int = field(default=1, metadata={})
 
@@ -198,18 +165,6 @@ class DriverArguments:
     def num_micro_batches(self) -> int:
         """Micro-batches of a step on each data-parallel rank."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
-
-    @property
-    def decay_steps(self) -> int:
-        """Steps after which the learning rate stays at min_lr."""
-        return self.train_iters if self.lr_decay_iters is None else self.lr_decay_iters
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps of linear warm-up: ceil(fraction x decay steps), as HF's Trainer and the original LLaVA count them."""
-        if self.lr_warmup_fraction is None:
-            return self.lr_warmup_iters
-        return math.ceil(self.lr_warmup_fraction * self.decay_steps)
 
     def model_flags(self) -> dict[str, Any]:
         """Flags of the model group that were given: the caller compares them with its model description."""
@@ -239,22 +194,22 @@ def _flags() -> list[dataclasses.Field]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add every flag of the driver to `parser`, in groups."""
     groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
-    for flag in _flags():
-        group, text = groups[flag.metadata["group"]], flag.metadata["help"]
-        if flag.metadata["kind"] is bool:
-            group.add_argument(option(flag.name), action="store_true", help=text)
+    for own in _flags():
+        group, text = groups[own.metadata["group"]], own.metadata["help"]
+        if own.metadata["kind"] is bool:
+            group.add_argument(option(own.name), action="store_true", help=text)
             continue
-        if flag.default is not None:
-            default = flag.default[0] if isinstance(flag.default, tuple) else flag.default
+        if own.default is not None:
+            default = own.default[0] if isinstance(own.default, tuple) else own.default
             text = f"{text} (default {default})"
         group.add_argument(
-            option(flag.name),
-            *_ALIASES.get(flag.name, ()),
-            type=flag.metadata["kind"],
-            default=flag.default,
-            nargs="+" if isinstance(flag.default, tuple) else None,
-            choices=flag.metadata["choices"],
-            metavar=None if flag.metadata["choices"] else flag.metadata["kind"].__name__.upper(),
+            option(own.name),
+            *_ALIASES.get(own.name, ()),
+            type=own.metadata["kind"],
+            default=own.default,
+            nargs="+" if isinstance(own.default, tuple) else None,
+            choices=own.metadata["choices"],
+            metavar=None if own.metadata["choices"] else own.metadata["kind"].__name__.upper(),
             help=text,
         )
 
@@ -293,7 +248,7 @@ def from_namespace(namespace: argparse.Namespace, world_size: int | None = None)
     """
     if world_size is None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    values = {flag.name: getattr(namespace, flag.name) for flag in _flags()}
+    values = {own.name: getattr(namespace, own.name) for own in _flags()}
     if values["num_virtual_stages_per_pipeline_rank"] == 1:
         values["num_virtual_stages_per_pipeline_rank"] = None  # stages as they are
     args = DriverArguments(**values, world_size=world_size)
@@ -360,6 +315,7 @@ def _check_combinations(args: DriverArguments) -> list[str]:
         problems.append(f"{' and '.join(given)} are both given: keep one of them")
     if given and args.pipeline_model_parallel_size == 1:
         problems.append(f"{given[0]} needs --pipeline-model-parallel-size above 1: it cuts pipeline stages into chunks")
+    problems += optimizer_problems(args)
     problems += profile_problems(args)
     problems += tracking_problems(args)
     if args.load is None:

@@ -158,11 +158,12 @@ def validation_line(
     perplexity: float | None,
     samples: int,
     loss_name: str = "lm loss",
+    what: str = "validation loss",
 ) -> str:
     """The loss on the validation set, in the form that --log-format asks for; perplexity where the loss has one."""
     if args.log_format == "megatron":
         told = "" if perplexity is None else f" | {loss_name} PPL: {perplexity:.6E}"
-        start = f"validation loss at iteration {state.iteration} | {loss_name} value: {loss:.6E}"
+        start = f"{what} at iteration {state.iteration} | {loss_name} value: {loss:.6E}"
         return f"{start}{told} | samples: {samples} |"
     told = "" if perplexity is None else f" | perplexity {perplexity:.4g}"
-    return f"{place(state, args)} | validation loss {loss:#.4g}{told} | {samples} samples"
+    return f"{place(state, args)} | {what} {loss:#.4g}{told} | {samples} samples"

@@ -247,6 +247,8 @@ def train_step(
     if updated:
         _check_gradient(state, data, grad_norm, totals.gradient_expected > 0)
         state.scheduler.step(1)
+        if state.average is not None:
+            state.average.update()
     else:
         if args.loss_scale is None and loss_scale <= args.min_loss_scale:
             _refuse(

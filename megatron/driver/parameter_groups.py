@@ -7,28 +7,23 @@ the highest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_standard_config_overrides
-from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from torch.nn import Parameter
 
+from mindspeed_mm.platform.core_optimizer import grouped_optimizer
 
-def own_values(config: OptimizerConfig, model: Iterable[torch.nn.Module]) -> dict[ParamKey, dict[str, float]] | None:
-    """megatron.core's `config_overrides` for what the parameters of all ranks say; None where none says anything."""
+
+def make_optimizer(config: OptimizerConfig, model: Sequence[torch.nn.Module]) -> MegatronOptimizer:
+    """megatron.core's optimizer, with what the parameters of all ranks say."""
     held = {_key(parameter) for chunk in model for parameter in chunk.parameters() if parameter.requires_grad}
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, held)
     keys = sorted(set().union(*gathered) - {()})
-    if not keys:
-        return None
-    overrides = get_standard_config_overrides(config)
-    for key in keys:
-        matches = ParamPredicate(str(key), lambda parameter, key=key: _key(parameter) == key)
-        overrides[ParamKey(predicate=matches)] = _group_values(config, dict(key))
-    return overrides
+    return grouped_optimizer(config, model, _key, {key: _group_values(config, dict(key)) for key in keys})
 
 
 def run_learning_rate(optimizer: MegatronOptimizer) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron.driver.schedule_flags import BY_EPOCHS, WARMUP_STEP
+
 
 def option(name: str) -> str:
     """The flag of a field: micro_batch_size -> --micro-batch-size."""
@@ -14,15 +16,26 @@ def option(name: str) -> str:
 _AT_LEAST_ONE = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "micro_batch_size"),
     *("global_batch_size", "train_iters", "lr_decay_iters", "save_interval", "exit_interval", "log_interval"),
-    *("keep_last", "keep_every"),
+    *("keep_last", "keep_every", "iters_per_epoch"),
     *("loss_scale_window", "hysteresis", "seq_length"),
     *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
 )
 _AT_LEAST_ZERO = (
-    *("lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "num_workers", "seed", "ckpt_step"),
+    *(
+        "lr",
+        "min_lr",
+        "lr_warmup_iters",
+        "lr_warmup_init",
+        "weight_decay",
+        "clip_grad",
+        "num_workers",
+        "seed",
+        "ckpt_step",
+    ),
     *("adam_beta1", "adam_beta2"),
 )
 _ABOVE_ZERO = (
+    "lr_decay_rate",
     "save_interval_minutes",
     "preflight_timeout_seconds",
     "adam_eps",
@@ -80,9 +93,26 @@ def schedule_problems(args: Any) -> list[str]:
         problems.append("--lr-warmup-fraction and --lr-warmup-iters are both given: keep one of them")
     if fraction is not None and not 0 <= fraction < 1:
         problems.append(f"--lr-warmup-fraction is {fraction}: expected at least 0 and below 1")
-    elif args.train_iters is not None and args.warmup_steps >= max(args.decay_steps, 1):
+    elif args.train_iters is not None and args.warmup_steps >= max(args.decay_steps, 1) and not _by_epochs(args):
         problems.append(
             f"the warm-up takes {args.warmup_steps} of {args.decay_steps} decay steps: expected fewer; "
             "shorten --lr-warmup-iters / --lr-warmup-fraction or raise --lr-decay-iters"
         )
-    return problems
+    return problems + _epoch_problems(args)
+
+
+def _by_epochs(args: Any) -> bool:
+    return args.lr_decay_style in BY_EPOCHS
+
+
+def _epoch_problems(args: Any) -> list[str]:
+    """Flags of the schedules by epochs, which need the steps of one and are nothing to the others."""
+    style = f"--lr-decay-style {args.lr_decay_style}"
+    if args.lr is not None and args.lr_warmup_init > args.lr:
+        return [f"--lr-warmup-init is {args.lr_warmup_init}: expected at most --lr, which is {args.lr}"]
+    if _by_epochs(args) and args.iters_per_epoch is None:
+        return [f"{style} needs --iters-per-epoch"]
+    idle = {"lr_decay_rate": args.lr_decay_rate != 1.0 and args.lr_decay_style != WARMUP_STEP}
+    if not _by_epochs(args):
+        idle |= {"iters_per_epoch": args.iters_per_epoch is not None, "lr_warmup_in_epoch": args.lr_warmup_in_epoch}
+    return [f"{option(name)} has no meaning with {style}: leave it out" for name, given in idle.items() if given]

@@ -8,21 +8,27 @@ from collections.abc import Callable
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.driver.arguments import DriverArguments
+from megatron.driver.averaging import WeightAverage
 from megatron.driver.checkpoint.checkpointing import prepare_folders
 from megatron.driver.checkpoint.optimizer_state import begin_state
+from megatron.driver.checkpoint.reading import AVERAGED
 from megatron.driver.checkpoint.resuming import load_checkpoint
 from megatron.driver.initialize import is_rank_0
-from megatron.driver.parameter_groups import own_values
+from megatron.driver.muon import use_muon
+from megatron.driver.optimizer_flags import ADAM, MUON
+from megatron.driver.parameter_groups import make_optimizer
 from megatron.driver.part_gradients import PartGradients
+from megatron.driver.schedule_flags import BY_EPOCHS
+from megatron.driver.schedules import EpochScheduler
 from megatron.driver.state import Hooks, TrainState, compute_dtype
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.platform.core_optimizer import Scheduler, finalize_gradients
 from mindspeed_mm.platform.core_versions import takes
 
 logger = logging.getLogger(__name__)
@@ -53,26 +59,41 @@ def setup(
     prepare_folders(args)
     model = _build_model(args, model_provider, platform)
     config = _optimizer_config(args)
-    optimizer = get_megatron_optimizer(config, model, config_overrides=own_values(config, model))
+    optimizer = make_optimizer(config, model)
+    if args.optimizer == MUON:
+        use_muon(optimizer, args)
     begin_state(optimizer)
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=args.lr,
-        min_lr=args.min_lr,
-        lr_warmup_steps=args.warmup_steps,
-        lr_decay_steps=args.decay_steps,
-        lr_decay_style=args.lr_decay_style,
-        start_wd=args.weight_decay,
-        end_wd=args.weight_decay,
-        wd_incr_steps=args.decay_steps,
-        wd_incr_style="constant",
-    )
+    scheduler = _scheduler(args, optimizer)
     _connect(args, model, optimizer)
     state = TrainState(model, optimizer, scheduler, platform)
     state.part_gradients = PartGradients(state.modules, optimizer)
+    if args.ema_decay is not None:
+        state.average = WeightAverage(optimizer, args.ema_decay)
+        if is_rank_0():
+            behind = f"; {args.save}/{AVERAGED} reads it" if args.save else ""
+            logger.info("keeping a moving average of the trained weights, decay %g%s", args.ema_decay, behind)
     load_checkpoint(state, args, hooks)
     return state
+
+
+def _scheduler(args: DriverArguments, optimizer: MegatronOptimizer) -> Scheduler:
+    """megatron.core's schedule, or the one by epochs."""
+    settings = {
+        "init_lr": args.lr_warmup_init,
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_warmup_steps": args.warmup_steps,
+        "lr_decay_steps": args.decay_steps,
+        "lr_decay_style": args.lr_decay_style,
+        "start_wd": args.weight_decay,
+        "end_wd": args.weight_decay,
+        "wd_incr_steps": args.decay_steps,
+        "wd_incr_style": "constant",
+    }
+    if args.lr_decay_style not in BY_EPOCHS:
+        return Scheduler(optimizer, **settings)
+    own = {"epoch_steps": args.iters_per_epoch, "decay_rate": args.lr_decay_rate, "in_epoch": args.lr_warmup_in_epoch}
+    return EpochScheduler(optimizer, **own, **settings)
 
 
 def _build_model(
@@ -139,7 +160,7 @@ def _optimizer_config(args: DriverArguments) -> OptimizerConfig:
     overlapped = takes(OptimizerConfig, "overlap_param_gather")
     gather = {"overlap_param_gather": args.overlap_param_gather} if overlapped else {}
     return OptimizerConfig(
-        optimizer=args.optimizer,
+        optimizer=ADAM,  # what use_muon replaces
         lr=args.lr,
         min_lr=args.min_lr,
         weight_decay=args.weight_decay,
@@ -168,7 +189,7 @@ def _connect(args: DriverArguments, model: list[DistributedDataParallel], optimi
     for chunk in model:
         config = chunk.config
         config.grad_scale_func = lambda loss: held().scale_loss(loss)
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = finalize_gradients
         if args.overlap_grad_reduce:
             # The interleaved schedule holds back the reduction of all chunks with what the first one names.
             config.no_sync_func = chunk.no_sync if len(model) == 1 else [each.no_sync for each in model]

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 from megatron.driver.arguments import DriverArguments
+from megatron.driver.averaging import WeightAverage
 from megatron.driver.part_gradients import PartGradients
 from mindspeed_mm.platform import Platform
 
@@ -81,6 +82,8 @@ class TrainState:
     """Hash of the frozen parameters once it is known; they do not change during a run."""
     part_gradients: PartGradients | None = field(default=None)
     """Gradient norms of the model's parts are logged where it is there."""
+    average: WeightAverage | None = field(default=None)
+    """Of the trained weights, with --ema-decay."""
 
     @property
     def modules(self) -> list[MegatronModule]:

@@ -47,6 +47,8 @@ class Platform(abc.ABC):
     name: str
     backend: str
     """torch.distributed backend of this device."""
+    adds_in_norm: bool = False
+    """Whether `add_rms_norm` is one operator."""
 
     @classmethod
     @abc.abstractmethod
@@ -248,6 +250,14 @@ class Platform(abc.ABC):
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, [..., H] and [H] -> [..., H]."""
         return fused.FusedRMSNorm.apply(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + residual, its rms_norm), both [..., H]; called by layers where `adds_in_norm` says that it is one
+        operator."""
+        total = residual + x
+        return total, self.rms_norm(total, weight, eps)
 
     def swiglu(self, x: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half of the last dimension, [..., 2F] -> [..., F]."""

@@ -7,6 +7,8 @@ import importlib.machinery
 import types
 from collections.abc import Callable, Mapping
 
+import numpy
+
 PACKAGE = "megatron.core"
 
 Rewrite = Callable[[types.CodeType], types.CodeType]
@@ -69,6 +71,35 @@ def without_compiler(module: types.ModuleType) -> None:
     0.16 has disable_jit_fuser for that, older versions lack it.
     """
     module.jit_fuser = lambda function: function
+
+
+def without_fp8(module: types.ModuleType) -> None:
+    """For megatron.core.fp8_utils: in 0.12 the distributed optimizer quantises its FP8 parameters at every step, and
+    fails where Transformer Engine is not installed, although there are none."""
+    if "_quantize_param_shard_impl" in vars(module) and not module.HAVE_TE:
+        module._quantize_param_shard_impl = lambda *_parameters: None
+
+
+USES_NUMPY = ("mapping", "validation", "exchange_utils")
+"""Modules of megatron.core.dist_checkpointing for `with_product`."""
+
+
+def with_product(module: types.ModuleType) -> None:
+    """For modules of megatron.core.dist_checkpointing: 0.12 calls numpy.product, which numpy 2 has no more."""
+    if not hasattr(numpy, "product"):
+        module.np = types.SimpleNamespace(**{**vars(numpy), "product": numpy.prod})
+
+
+def forget_ranks(module: types.ModuleType) -> None:
+    """For megatron.core.parallel_state: 0.12 keeps two lists of ranks when groups are destroyed, and takes the next
+    groups for those."""
+    destroy = module.destroy_model_parallel
+
+    def destroy_all() -> None:
+        destroy()
+        module._EMBEDDING_GLOBAL_RANKS = module._POSITION_EMBEDDING_GLOBAL_RANKS = None
+
+    module.destroy_model_parallel = destroy_all
 
 
 def use_adam(module: types.ModuleType, adamw: Callable) -> None:

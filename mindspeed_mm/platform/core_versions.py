@@ -8,6 +8,8 @@
 - `overlap_param_gather` of OptimizerConfig: 0.14. Before, the optimizer reads it from the DDP config alone.
 - `pipeline_model_parallel_layout` of TransformerConfig (an uneven split): 0.13.
 - `group` of copy_to_tensor_model_parallel_region: 0.13. In 0.12 there is one group for all layers.
+- Values of parameter groups, tokens under context parallelism, the layout of the optimizer's state: core_optimizer.py.
+- What fails without Transformer Engine, with numpy 2 or when groups are made anew: core_import.py.
 """
 
 from __future__ import annotations

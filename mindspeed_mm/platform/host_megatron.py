@@ -19,7 +19,17 @@ import types
 import torch
 
 from mindspeed_mm.platform import core_versions
-from mindspeed_mm.platform.core_import import PACKAGE, CoreFinder, rewritten, use_adam, without_compiler
+from mindspeed_mm.platform.core_import import (
+    PACKAGE,
+    USES_NUMPY,
+    CoreFinder,
+    forget_ranks,
+    rewritten,
+    use_adam,
+    with_product,
+    without_compiler,
+    without_fp8,
+)
 from mindspeed_mm.platform.host_linear import linear
 
 TYPE_NAMES = {
@@ -81,6 +91,9 @@ def _adapt_optimizer(module: types.ModuleType) -> None:
 
 _AFTER_IMPORT = {
     f"{PACKAGE}.jit": without_compiler,
+    **dict.fromkeys((f"{PACKAGE}.dist_checkpointing.{name}" for name in USES_NUMPY), with_product),
+    f"{PACKAGE}.fp8_utils": without_fp8,
+    f"{PACKAGE}.parallel_state": forget_ranks,
     f"{PACKAGE}.tensor_parallel.random": _adapt_random,
     f"{PACKAGE}.optimizer.grad_scaler": _adapt_grad_scaler,
     f"{PACKAGE}.tensor_parallel.layers": _adapt_linear,

@@ -52,6 +52,7 @@ class NpuPlatform(Platform):
 
     name = "npu"
     backend = "hccl"
+    adds_in_norm = True
 
     def __init__(self) -> None:
         variables.check(os.environ)
@@ -174,6 +175,12 @@ class NpuPlatform(Platform):
             return super().rms_norm(x, weight, eps)
         return self._torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
 
+    def add_rms_norm(self, x, residual, weight, eps):
+        """See Platform; torch_npu.npu_add_rms_norm, whose backward pass is npu_rms_norm's and the addition's."""
+        if not x.dtype == residual.dtype == weight.dtype:
+            return super().add_rms_norm(x, residual, weight, eps)
+        return _AddRMSNormByOperator.apply(self._torch_npu, x, residual, weight, eps)
+
     def swiglu(self, x):
         """See Platform; torch_npu.npu_swiglu."""
         return self._torch_npu.npu_swiglu(x, dim=-1)
@@ -199,6 +206,27 @@ class NpuPlatform(Platform):
         """torch_npu mirrors torch.cuda.memory from 2.1 on."""
         torch.npu.memory._dump_snapshot(str(path))
         return True
+
+
+class _AddRMSNormByOperator(torch.autograd.Function):
+    """Platform.add_rms_norm; keeps the sum and a value for each position, as npu_rms_norm does of its input."""
+
+    @staticmethod
+    def forward(ctx, operators, x, residual, weight, eps):
+        """x, residual [..., H], weight [H] -> the sum and its norm."""
+        normed, scale, total = operators.npu_add_rms_norm(x, residual, weight, epsilon=eps)
+        ctx.save_for_backward(total, weight, scale)
+        ctx.operators = operators
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_total, grad_normed):
+        """What flows into the sum flows into both of its terms."""
+        total, weight, scale = ctx.saved_tensors
+        grad, grad_weight = ctx.operators.npu_rms_norm_backward(grad_normed.contiguous(), total, weight, scale)
+        grad = grad + grad_total
+        return None, grad, grad, grad_weight.to(weight.dtype), None
 
 
 class _RotateByOperator(torch.autograd.Function):

@@ -13,7 +13,17 @@ import types
 
 import torch
 
-from mindspeed_mm.platform.core_import import PACKAGE, CoreFinder, rewritten, use_adam, without_compiler
+from mindspeed_mm.platform.core_import import (
+    PACKAGE,
+    USES_NUMPY,
+    CoreFinder,
+    forget_ranks,
+    rewritten,
+    use_adam,
+    with_product,
+    without_compiler,
+    without_fp8,
+)
 from mindspeed_mm.platform.npu_adamw import NpuAdamW
 
 TYPE_NAMES = {
@@ -35,6 +45,9 @@ def _adapt_random(module: types.ModuleType) -> None:
 
 _AFTER_IMPORT = {
     f"{PACKAGE}.jit": without_compiler,
+    **dict.fromkeys((f"{PACKAGE}.dist_checkpointing.{name}" for name in USES_NUMPY), with_product),
+    f"{PACKAGE}.fp8_utils": without_fp8,
+    f"{PACKAGE}.parallel_state": forget_ranks,
     f"{PACKAGE}.tensor_parallel.random": _adapt_random,
     f"{PACKAGE}.optimizer": lambda module: use_adam(module, NpuAdamW),
 }

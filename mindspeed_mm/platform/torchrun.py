@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -19,6 +20,14 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 REPORT_VARIABLE = "TORCHRUN_REPORT"
 """Environment variable that names the file."""
+
+CAUSES = {
+    signal.SIGKILL: "so it was ended from outside: most often since the host has no memory left",
+    signal.SIGTERM: "so it was ended from outside",
+    signal.SIGBUS: "most often since shared memory is full: docker run --shm-size=16g, or --num-workers 0",
+}
+ELSE = "a fault of a compiled library; what it wrote stands above"
+"""Why a rank ended that could not say it."""
 
 TORCHRUN_LOGGER = "torch.distributed"
 
@@ -68,8 +77,10 @@ def summary(error: BaseException) -> str:
     """One line about what ended torchrun."""
     if isinstance(error, ChildFailedError):
         rank, failure = error.get_first_failure()
-        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        return f"rank {rank} ended with {how}, the message above says why"
+        if failure.exitcode >= 0:
+            return f"rank {rank} ended with exit code {failure.exitcode}, the message above says why"
+        number = signal.Signals(-failure.exitcode)
+        return f"rank {rank} ended with signal {number.value} ({number.name}), {CAUSES.get(number, ELSE)}"
     if isinstance(error, SignalException):
         return f"stopped by {error.sigval.name}"
     first = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -20,6 +20,7 @@ from megatron.driver.checkpoint import integrity, locks, storage
 from megatron.driver.checkpoint.optimizer_state import step_count
 from megatron.driver.checkpoint.reading import FORMAT, first_line
 from megatron.driver.checkpoint.sharding import (
+    AVERAGES,
     Content,
     collect,
     content_hash,
@@ -32,6 +33,7 @@ from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.errors import CheckpointError
+from mindspeed_mm.platform.core_optimizer import sharded_state
 
 logger = logging.getLogger(__name__)
 
@@ -99,13 +101,16 @@ def take_snapshot(state: TrainState, args: DriverArguments, hooks: Hooks, *, cop
     everything = model_tensors(state.modules)
     optimizer: dict[str, Any] = {}
     if not args.no_save_optim:
-        optimizer["optimizer"] = state.optimizer.sharded_state_dict(everything, metadata=metadata())
+        optimizer["optimizer"] = sharded_state(state.optimizer, everything, metadata())
     trained, frozen = split_frozen(everything)
+    if state.average is not None:
+        optimizer[AVERAGES] = state.average.sharded(trained)
     if state.frozen_id is None:
         state.frozen_id = content_hash(frozen)
     step = max(gather(step_count(state.optimizer)))
     run = agree(lambda: _describe(state, args, hooks))
-    run["optimizer"] = None if args.no_save_optim else optimizer_kind(args) | {"step": step}
+    sharding = optimizer.get("optimizer", {}).get("param_state_sharding_type")
+    run["optimizer"] = None if args.no_save_optim else optimizer_kind(args) | {"step": step, "sharding": sharding}
     return Snapshot(
         iteration=state.iteration,
         trained=collect(optimizer | {"model": trained}, copy=copy),
@@ -193,7 +198,7 @@ def _describe(state: TrainState, args: DriverArguments, hooks: Hooks) -> dict[st
 
 def optimizer_kind(args: DriverArguments) -> dict[str, Any]:
     """What the form of saved optimizer state depends on."""
-    return {name: getattr(args, name) for name in ("use_distributed_optimizer", "bf16", "fp16")}
+    return {name: getattr(args, name) for name in ("optimizer", "use_distributed_optimizer", "bf16", "fp16")}
 
 
 def layout(args: DriverArguments) -> dict[str, Any]:

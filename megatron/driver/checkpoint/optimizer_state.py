@@ -15,6 +15,8 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron.driver.muon import MuonAdamW
+
 
 def _adamw(optimizer: MegatronOptimizer) -> Iterator[torch.optim.AdamW]:
     """torch's optimizers inside; the fused ones of Apex and Transformer Engine count in their parameter groups."""
@@ -28,16 +30,26 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
     for inner in _adamw(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
-                inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                inner.state[parameter] = _first_state(inner, parameter)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
             part._set_main_param_and_optimizer_states = functools.partial(_set_states, part)
             if not part.optimizer.state:
                 part.state_dict = functools.partial(_state_of_nothing, part)
+        # megatron.core 0.16 knows a saved group by four keys, which groups with values of their own share. Those that
+        # it is given here are this optimizer's own, in its order (optimizer_kinds.complete).
+        part._filter_and_reorder_param_groups = _as_they_are
+
+
+def _as_they_are(_own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return saved
+
+
+def _first_state(inner: torch.optim.AdamW, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    if isinstance(inner, MuonAdamW):
+        return inner.first_state(parameter)
+    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), dtype=torch.float32), **moments}
 
 
 def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

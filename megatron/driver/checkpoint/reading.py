@@ -11,7 +11,7 @@ import contextlib
 import json
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ _RUN_FIELDS = {
 }
 
 OPTIMIZER_PREFIX = "optimizer."
+AVERAGE_PREFIX = OPTIMIZER_PREFIX + "ema."
+"""Of the moving average of a parameter, in float32 (--ema-decay)."""
+AVERAGED = "ema"
+"""Behind the path of a checkpoint: its moving averages in place of the weights that it trained."""
 METADATA_FILE = ".metadata"
 METADATA_LIMIT = 2**30
 """Bytes; 2 million tensors take about 400 MB."""
@@ -228,6 +232,8 @@ class Checkpoint:
     run: dict[str, Any]
     sources: dict[str, SafeReader]
     """Reader of each model tensor, by name."""
+    averages: frozenset[str] = frozenset()
+    """Names of the tensors whose moving average is read in their place."""
 
     @property
     def names(self) -> list[str]:
@@ -239,12 +245,16 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {self.path} holds no tensor {name!r}")
         return self.sources[name].read_metadata().state_dict_metadata[name]
 
+    def stored(self, name: str) -> str:
+        """What the values of a tensor are called in the files."""
+        return AVERAGE_PREFIX + name if name in self.averages else name
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor, whatever the parallel layout it was written at."""
         return tuple(self._description(name).size)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type that a tensor was written in."""
+        """Type that a tensor was written in; an average is rounded to it."""
         return self._description(name).properties.dtype
 
     def get(self, name: str) -> torch.Tensor:
@@ -254,10 +264,11 @@ class Checkpoint:
             CheckpointError: unknown name, or a damaged file.
         """
         description = self._description(name)
-        tensor = torch.empty(description.size, dtype=description.properties.dtype)
+        kept = torch.float32 if name in self.averages else description.properties.dtype
+        tensor = torch.empty(description.size, dtype=kept)
         with reading_errors(self.path):
-            dcp.load({name: tensor}, storage_reader=self.sources[name], no_dist=True)
-        return tensor
+            dcp.load({self.stored(name): tensor}, storage_reader=self.sources[name], no_dist=True)
+        return tensor.to(description.properties.dtype)
 
 
 @contextlib.contextmanager
@@ -309,16 +320,42 @@ def open_checkpoint(path: Path, run: dict[str, Any]) -> Checkpoint:
 
 
 def read_checkpoint(folder: str | Path, step: int | None = None) -> Checkpoint:
-    """Open a checkpoint for inference or conversion: a save folder (the tracker decides) or one iteration's folder.
+    """Open a checkpoint for inference or conversion: a save folder (the tracker decides) or one iteration's folder, or
+    one of these with `ema` behind it, for its moving averages.
 
     All its files are read once, to compare their checksums.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is damaged, or it holds no averages.
     """
+    folder, averaged = split_averaged(folder)
     path = find_checkpoint(folder, step)
     if path is None:
         raise CheckpointError(f"{folder} holds no checkpoint: {storage.TRACKER} is missing")
     run = read_run(path)
     integrity.check(folders(path, run), together=False)
-    return open_checkpoint(path, run)
+    checkpoint = open_checkpoint(path, run)
+    return with_averages(checkpoint) if averaged else checkpoint
+
+
+def split_averaged(folder: str | Path) -> tuple[Path, bool]:
+    """(the folder of a checkpoint, whether its moving averages are meant): RUN/ema where there is no such folder."""
+    folder = Path(folder)
+    averaged = folder.name == AVERAGED and not folder.exists() and folder.parent.is_dir()
+    return (folder.parent, True) if averaged else (folder, False)
+
+
+def with_averages(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its moving averages in place of what was trained.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    kept = {name for reader in checkpoint.sources.values() for name in reader.read_metadata().state_dict_metadata}
+    averages = frozenset(name for name in checkpoint.sources if AVERAGE_PREFIX + name in kept)
+    if not averages:
+        raise CheckpointError(
+            f"{checkpoint.path} holds no moving average of the weights: the run had no --ema-decay. Give the path "
+            f"without {AVERAGED}"
+        )
+    return replace(checkpoint, averages=averages)

@@ -14,10 +14,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron.driver import rng
 from megatron.driver.arguments import DriverArguments
+from megatron.driver.averaging import tell_left_behind
 from megatron.driver.checkpoint import integrity, storage
 from megatron.driver.checkpoint.checkpointing import layout, optimizer_kind
 from megatron.driver.checkpoint.optimizer_state import provide_step_count, set_step_count
 from megatron.driver.checkpoint.reading import (
+    AVERAGED,
     Checkpoint,
     SafeReader,
     find_checkpoint,
@@ -25,13 +27,25 @@ from megatron.driver.checkpoint.reading import (
     open_checkpoint,
     read_run,
     reading_errors,
+    split_averaged,
 )
-from megatron.driver.checkpoint.sharding import built, chunk_name, metadata, model_tensors, split_frozen
+from megatron.driver.checkpoint.sharding import (
+    FLAT,
+    RESHARDABLE,
+    built,
+    chunk_name,
+    metadata,
+    model_tensors,
+    split_frozen,
+)
 from megatron.driver.collectives import agree, gather
 from megatron.driver.initialize import is_rank_0
+from megatron.driver.optimizer_flags import ADAM
 from megatron.driver.optimizer_kinds import ask_other_kind, complete
+from megatron.driver.schedule_flags import BY_EPOCHS
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.errors import CheckpointError
+from mindspeed_mm.platform.core_optimizer import sharded_state
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +80,12 @@ def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
         state.optimizer.reload_model_params()
     else:
         _load_optimizer(state, args, path, run)
+    if state.average is not None and weights_only:
+        state.average.begin()
+    elif state.average is not None:
+        state.average.load(model_tensors(state.modules), path)
+    elif not weights_only:
+        tell_left_behind(path)
     if not weights_only:
         _resume(state, args, path, run)
     if is_rank_0():
@@ -76,6 +96,12 @@ def load_checkpoint(state: TrainState, args: DriverArguments, hooks: Hooks | Non
 
 def _choose(args: DriverArguments) -> tuple[Path | None, bool]:
     """(folder or None, whether only its weights are wanted)."""
+    for flag, given in (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        if given is not None and split_averaged(given)[1]:
+            raise CheckpointError(
+                f"{flag} {given} means the moving averages of a checkpoint, which no run goes on from; expected the "
+                f"path without {AVERAGED}. Or give the averages as ckpt_path of the parts"
+            )
     if args.load is not None:
         path = find_checkpoint(args.load, args.ckpt_step)
         if path is not None:
@@ -211,11 +237,24 @@ def _load_optimizer(state: TrainState, args: DriverArguments, path: Path, run: d
             f"the optimizer state of {path} was saved with another setting of {flags}: use the same, or give "
             "--no-load-optim to resume without it"
         )
+    if saved_kind.get("optimizer", ADAM) != kind["optimizer"]:  # older checkpoints are all AdamW's
+        raise CheckpointError(
+            f"the optimizer state of {path} was saved with --optimizer {saved_kind.get('optimizer', ADAM)}, this run "
+            f"has {kind['optimizer']}: use the same, or give --no-load-optim to resume without it"
+        )
     settings = [
         {name: group[name] for name in _GROUP_SETTINGS if name in group} for group in state.optimizer.param_groups
     ]
-    sharded = state.optimizer.sharded_state_dict(model_tensors(state.modules), is_loading=True, metadata=metadata())
+    sharded = sharded_state(state.optimizer, model_tensors(state.modules), metadata(), is_loading=True)
     sharding = sharded.get("param_state_sharding_type")
+    saved_sharding = saved_kind.get("sharding", RESHARDABLE if saved_kind["use_distributed_optimizer"] else None)
+    if FLAT in (sharding, saved_sharding) and sharding != saved_sharding:
+        raise CheckpointError(
+            f"the optimizer state of {path} is laid out as {saved_sharding or 'whole tensors'}, this run needs "
+            f"{sharding or 'whole tensors'}: megatron-core 0.12 and its distributed optimizer read and write no other "
+            "layout. Use the same megatron-core and the same setting of --use-distributed-optimizer, or give "
+            "--no-load-optim to resume without it"
+        )
     if saved_kind["use_distributed_optimizer"] != kind["use_distributed_optimizer"]:
         ask_other_kind(
             sharded,
@@ -257,15 +296,21 @@ def _resume(state: TrainState, args: DriverArguments, path: Path, run: dict[str,
 def _resume_schedule(state: TrainState, args: DriverArguments, saved: dict[str, Any]) -> None:
     scheduler = state.scheduler
     current = scheduler.state_dict()
-    differing = [name for name, value in saved.items() if name != "num_steps" and current[name] != value]
+    differing = [name for name, value in saved.items() if name != "num_steps" and current.get(name) != value]
     if args.use_checkpoint_opt_param_scheduler:
+        style = saved["lr_decay_style"]
+        if (style in BY_EPOCHS) != (args.lr_decay_style in BY_EPOCHS):
+            raise CheckpointError(
+                f"--use-checkpoint-opt-param-scheduler: the checkpoint's schedule is {style}; expected "
+                f"--lr-decay-style {style}. Give it, or leave the switch out"
+            )
         for name in differing:
             setattr(scheduler, name, saved[name])
         for group in state.optimizer.param_groups:
             if group.get("default_config", True):  # others have a learning rate of their own
                 group.update(max_lr=saved["max_lr"], min_lr=saved["min_lr"])
     elif differing and not args.override_opt_param_scheduler and is_rank_0():
-        changes = ", ".join(f"{name} {saved[name]} -> {current[name]}" for name in differing)
+        changes = ", ".join(f"{name} {saved[name]} -> {current.get(name)}" for name in differing)
         logger.warning(
             "the learning-rate schedule differs from the checkpoint's (%s): the flags' is used; "
             "--use-checkpoint-opt-param-scheduler keeps the checkpoint's",

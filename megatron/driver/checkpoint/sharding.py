@@ -32,12 +32,17 @@ from mindspeed_mm.errors import CheckpointError
 
 EXTRA_STATE = "_extra_state"
 COMMON_FILE = "common.pt"
+AVERAGES = "ema"
+"""Of the moving averages in what is written and read."""
 
 # Layers are numbered in their names (decoder.layers.3.), not stacked: any part can be read by itself.
 # The distributed optimizer's state meets on the first data-parallel rank, in its host memory, and nowhere else.
+RESHARDABLE, FLAT = "fully_reshardable", "fully_sharded_model_space"
+"""Layouts of the distributed optimizer's state: whole tensors, and the only one of megatron-core 0.12."""
+
 METADATA = {
     "non_homogeneous_layers": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_sharding_type": RESHARDABLE,
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 
