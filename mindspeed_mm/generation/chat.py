@@ -16,8 +16,20 @@ from mindspeed_mm.generation.options import GenerationOptions
 class ChatSession:
     """Keeps the turns. Each question is asked with the whole conversation before it, in the training template."""
 
-    def __init__(self, engine: GenerationEngine, options: GenerationOptions | Mapping[str, Any]) -> None:
-        self._engine, self._options = engine, options
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        options: GenerationOptions | Mapping[str, Any],
+        *,
+        max_context: int | None = None,
+    ) -> None:
+        """`max_context`: most tokens of a prompt and its answer. Where a conversation is longer, the model no longer
+        sees its oldest turns: first of all those without an image. None: such a question is refused."""
+        self._engine, self._max_context = engine, max_context
+        self._asked = options
+        self._options = options if isinstance(options, GenerationOptions) else engine.defaults.options(options)
+        self.forgotten = 0
+        """Turns that the model did not see when it answered the last question."""
         self.system: str | None = None
         self.turns: list[tuple[str, str]] = []
         """(question, answer) pairs; an image stands as IMAGE_TOKEN in front of the question it came with."""
@@ -48,13 +60,7 @@ class ChatSession:
         """Pieces of the answer. The turn is kept once the answer is complete, or as far as it came when the iterator is
         closed or cancelled early; a question that fails (DataError, ConfigError) leaves the conversation as it was."""
         asked = f"{IMAGE_TOKEN}{self._engine.vlm.spec.family.after_image}" * self._pending + question
-        request = GenerationRequest(
-            "chat",
-            turns=(*self.turns, (asked, None)),
-            images=tuple(image for _, image in self.images),
-            system=self.system,
-        )
-        handle = self._handle = self._engine.submit(request, self._options)
+        handle = self._handle = self._engine.submit(self._request(asked), self._asked)
         try:
             yield from handle
         finally:
@@ -65,6 +71,25 @@ class ChatSession:
             if handle.error is None and handle.result is not None:  # None: a step was interrupted
                 self.turns.append((asked, handle.result.text))
                 self._pending = 0
+
+    def _request(self, asked: str) -> GenerationRequest:
+        """The question behind as many of the turns as fit."""
+        turns, images = list(self.turns), [image for _, image in self.images]
+        while True:
+            pairs = (*turns, (asked, None))
+            request = GenerationRequest("chat", turns=pairs, images=tuple(images), system=self.system)
+            self.forgotten = len(self.turns) - len(turns)
+            if not turns or self._fits(request):
+                return request
+            counts = [question.count(IMAGE_TOKEN) for question, _ in turns]
+            number = counts.index(0) if 0 in counts else 0
+            begin = sum(counts[:number])
+            del turns[number], images[begin : begin + counts[number]]
+
+    def _fits(self, request: GenerationRequest) -> bool:
+        if self._max_context is None:
+            return True
+        return len(self._engine.prepare(request)) + self._options.max_new_tokens <= self._max_context
 
     def cancel(self) -> None:
         """End the answer that is being given; what was said is kept. May be called from a signal handler."""

@@ -19,9 +19,10 @@ from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.generation.beam import BeamJob
 from mindspeed_mm.generation.decode import Decoder
+from mindspeed_mm.generation.defaults import ModelDefaults
 from mindspeed_mm.generation.images import ImageFeatures
 from mindspeed_mm.generation.jobs import FinishReason, Generated, SampleJob
-from mindspeed_mm.generation.options import GenerationOptions, generation_options
+from mindspeed_mm.generation.options import GenerationOptions
 from mindspeed_mm.generation.prompts import (
     GenerationRequest,
     expand,
@@ -88,6 +89,9 @@ class GenerationHandle:
         self._engine, self.id = engine, request_id
         self._pieces: deque[str] = deque()
         self._entry: Entry | None = None
+        self._sequences: Sequence[Generated] | None = None
+        """Of a request that has ended. Its entry calls back to this handle, so it is let go then: what a request held,
+        its images above all, is free at once and not when the garbage collector comes to the circle."""
         self.result: GenerationResult | None = None
         """Set at the end; `result.error` says why there is no answer."""
         self.error: ValueError | None = None
@@ -116,9 +120,10 @@ class GenerationHandle:
         Raises:
             ConfigError: the request was refused, so that there is none.
         """
-        if self._entry is None:
+        sequences = self._sequences if self._entry is None else self._entry.job.sequences
+        if sequences is None:
             raise ConfigError(f"request {self.id} was refused and has no sequences: see its error")
-        return self._entry.job.sequences[index]
+        return sequences[index]
 
     def cancel(self) -> None:
         """End the request; what was generated so far becomes its result (finish_reason "cancelled")."""
@@ -142,11 +147,13 @@ class GenerationEngine:
         *,
         batch_size: int = 16,
         image_token_id: int | None = None,
+        defaults: ModelDefaults | None = None,
     ) -> None:
         """`batch_size` is the number of sequences that run together; `image_token_id` stands for image positions in
-        the rules that look back at the prompt (None: -200, which is no token to them)."""
+        the rules that look back at the prompt (None: -200, which is no token to them); `defaults` are what the
+        model's own file says, below options that are given as a mapping."""
         self.vlm, self.tokenizer, self.media = vlm, tokenizer, media
-        self.template = get_template(template, tokenizer)
+        self.template, self.defaults = get_template(template, tokenizer), defaults or ModelDefaults()
         self._image_token_id = image_token_id
         self._decoder = Decoder(vlm)
         self.image_features = ImageFeatures(self._decoder, media)
@@ -176,7 +183,8 @@ class GenerationEngine:
         """Queue a request. Whatever is wrong with it or its options ends up in the handle, not here.
 
         Args:
-            options: a mapping is checked as `generation_options` does; None: greedy.
+            options: a mapping is checked as `generation_options` does, with the model's own defaults below; None:
+                those alone, or greedy where there are none. GenerationOptions are taken as they are.
             on_text: called from `step` with each piece of text and the number of its sequence.
             on_end: called once when the request has ended.
             allowed_tokens_fn: called from `step` with the ids of prompt and answer [S] int64 before each token; gives
@@ -186,11 +194,13 @@ class GenerationEngine:
 
         def end(error: ValueError | None) -> None:
             entry = handle._entry
-            handle.error = error
+            handle.error = _without_frames(error)
             result = self._result(request, entry, error)
             if entry is not None and isinstance(entry.job, BeamJob):  # which beams win is known now
                 for index, sequence in enumerate(result.sequences):
                     text(sequence.text, index)
+            if entry is not None:
+                handle._sequences, handle._entry = entry.job.sequences, None
             handle.result = result
             if on_end is not None:
                 on_end(handle)
@@ -291,13 +301,15 @@ class GenerationEngine:
         return ids
 
     def _entry(self, request, options, text, end, allowed) -> Entry:
+        given = options if options is not None else {}
         if not isinstance(options, GenerationOptions):
-            options = generation_options(options or {})
+            options = self.defaults.options(given)
         check_ids(options, self.vlm.spec.text_decoder.language_vocab_size)
         images = self._images(request)
         plans = self._plans(images)
         prompt = self._prepare(request, plans)
         positions = prompt_positions(self.vlm.spec, prompt, plans)
+        options = self.defaults.fitting(options, given, self.max_length - len(prompt))
         self._decoder.check_length(len(prompt), options.max_new_tokens)
         ids, texts = self._template_stops
         stop_ids = (*(options.eos_token_ids or self.tokenizer.end_ids), *ids)
@@ -314,6 +326,15 @@ class GenerationEngine:
             return GenerationResult(request.id, error=str(error))
         sequences = tuple(map(_sequence, entry.job.sequences))
         return GenerationResult(request.id, sequences, len(entry.prompt), entry.start)
+
+
+def _without_frames(error: ValueError | None) -> ValueError | None:
+    """An error and its causes without the frames they came through, which hold the request."""
+    found: BaseException | None = error
+    while found is not None:
+        found.__traceback__ = None
+        found = found.__cause__ or found.__context__
+    return error
 
 
 def _sequence(found: Generated) -> GeneratedSequence:

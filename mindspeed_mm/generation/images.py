@@ -16,8 +16,9 @@ from PIL import Image
 from mindspeed_mm.data.image import MAX_PIXELS, ImageError, image_size, load_image
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.data.sample import ImageBytes
+from mindspeed_mm.data.storage.objects import StoredImage, is_address
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.generation.decode import Decoder
+from mindspeed_mm.generation.decode import Decoder, ItemFeatures
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.platform import current_platform
 
@@ -59,7 +60,7 @@ class ImageFeatures:
         spec = decoder.vlm.spec
         self.fixed = media.fixed if media is not None else spec.family.fixed_plan(spec)
         """The plan that every image has; None where its size decides."""
-        self._known: OrderedDict[bytes, torch.Tensor | None] = OrderedDict()
+        self._known: OrderedDict[bytes, ItemFeatures] = OrderedDict()
         self._kept: dict[bytes, int] = {}
         """Features of the known images."""
         self._most = KEPT_BYTES // decoder.feature_bytes
@@ -78,7 +79,7 @@ class ImageFeatures:
             return found
         return [image.asked(ids) for image, ids in zip(found, instructions, strict=True)]
 
-    def features(self, requests: Sequence[Sequence[FoundImage]]) -> list[list[torch.Tensor | None] | ImageError]:
+    def features(self, requests: Sequence[Sequence[FoundImage]]) -> list[list[ItemFeatures] | ImageError]:
         """For each of several requests the features of its images, or why one of them cannot be used.
 
         Images of all requests go through the vision encoder together. A request with an image that cannot be used costs
@@ -105,15 +106,16 @@ class ImageFeatures:
         self._remember(found, [image for images in requests for image in images])
         return answers
 
-    def _compute(self, new: dict[bytes, tuple[Media, ItemPlan]]) -> dict[bytes, torch.Tensor | None]:
-        found: dict[bytes, torch.Tensor | None] = {}
+    def _compute(self, new: dict[bytes, tuple[Media, ItemPlan]]) -> dict[bytes, ItemFeatures]:
+        found: dict[bytes, ItemFeatures] = {}
         sizes = {key: max(media.rows[0], plan.count) for key, (media, plan) in new.items()}
         for keys in _groups(sizes, current_platform().inference_tokens):
-            found |= zip(keys, self._decoder.image_features([new[key][0] for key in keys]), strict=True)
+            items = self._decoder.image_features([new[key][0] for key in keys])
+            found |= zip(keys, map(_of_its_own, items), strict=True)
         self.computed += len(new)
         return found
 
-    def _remember(self, found: dict[bytes, torch.Tensor | None], used: Sequence[FoundImage]) -> None:
+    def _remember(self, found: dict[bytes, ItemFeatures], used: Sequence[FoundImage]) -> None:
         self._known.update(found)
         for image in used:
             if image.key in self._known:
@@ -174,6 +176,11 @@ class ImageFeatures:
         return self._processor().plan(height, width)
 
 
+def _of_its_own(item: ItemFeatures) -> ItemFeatures:
+    """Features that do not keep those of the images beside it in memory, as views of one tensor would."""
+    return ItemFeatures(*(None if values is None else values.clone() for values in item))
+
+
 def _groups(sizes: dict[bytes, int], most: int) -> Iterator[list[bytes]]:
     """Keys of images that go through the vision encoder together: at most VISION_ENCODER_BATCH of `most` in size.
 
@@ -204,6 +211,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 def _read(path: str | Path) -> ImageBytes:
     refuse_url(str(path))
+    if is_address(path):
+        return _from_store(StoredImage(str(path)))
     file = Path(path)
     if not file.exists():
         load_image(path)  # raises, and names a file with another suffix
@@ -217,6 +226,13 @@ def _read(path: str | Path) -> ImageBytes:
         raise ImageError(f"image {path} cannot be read ({error.strerror}); correct its permissions") from error
 
 
+def _from_store(image: StoredImage) -> ImageBytes:
+    try:
+        return ImageBytes(str(image), image.read())
+    except FileNotFoundError as error:
+        raise ImageError(f"image {error}; correct the address") from error
+
+
 def _digest(*parts: bytes) -> bytes:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
@@ -225,6 +241,6 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def refuse_url(path: str) -> None:
-    """Raise ImageError for an address: nothing is downloaded."""
-    if urlsplit(path).scheme in ("http", "https", "ftp", "data", "s3"):
+    """Raise ImageError for an address of the net: nothing is downloaded from there."""
+    if urlsplit(path).scheme in ("http", "https", "ftp", "data"):
         raise ImageError(f"image {path[:80]} is an address, and nothing is downloaded: save the image, give its path")

@@ -194,12 +194,14 @@ def _penalised(scores: torch.Tensor, ids: Iterable[int], penalty: float) -> torc
 
 def _biased(scores: torch.Tensor, history: Sequence[int], biases: dict[tuple[int, ...], float]) -> torch.Tensor:
     """Add its bias to each token that completes one of the sequences."""
-    added = torch.zeros_like(scores)
+    tokens, values = [], []
     for ids, bias in biases.items():
         before = len(ids) - 1
-        if before <= len(history) and list(history[len(history) - before :]) == list(ids[:-1]):
-            added[ids[-1]] += bias
-    return scores + added
+        if not before or (before <= len(history) and list(history[len(history) - before :]) == list(ids[:-1])):
+            tokens.append(ids[-1])
+            values.append(bias)
+    index = torch.tensor(tokens, dtype=torch.int64)
+    return scores + torch.zeros_like(scores).index_add_(0, index, torch.tensor(values, dtype=scores.dtype))
 
 
 def _forced(scores: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:

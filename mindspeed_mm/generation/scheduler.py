@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
 from mindspeed_mm.errors import DataError
 from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.images import FoundImage, ImageFeatures
@@ -51,6 +52,8 @@ class Entry:
     length: int = 0
     """Tokens that each of its rows holds in the cache."""
     found_images: list[FoundImage] = field(default_factory=list)
+    shown_features: list[torch.Tensor | None] = field(default_factory=list)
+    """Of all its images, kept while it runs, for an interaction in front of the head."""
     content: np.ndarray | None = None
     """Of the prompt, see prefix.py; None until the images were found."""
     source: int | None = None
@@ -155,6 +158,8 @@ class Scheduler:
         """Choose the row that spares most of the prompt. Images are taken whole or not at all."""
         entry.source, entry.start = longest(entry.content, self._contents())
         entry.start, entry.shown = whole_images(entry.prompt, entry.found_images, entry.start)
+        if entry.shown and self.decoder.beside_text:  # a row's features come from its own prompt
+            entry.start, entry.shown = entry.prompt.index(IMAGE_TOKEN_INDEX), 0
         entry.source = entry.source if entry.start else None
 
     def _contents(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -169,7 +174,8 @@ class Scheduler:
         starts, rests = [entry.start for entry in group], [entry.prompt[entry.start :] for entry in group]
         self._make_room(group, first, max(starts) + max(map(len, rests)))
         positions = [entry.positions[:, entry.start :] for entry in group if entry.positions is not None]
-        logits = self.decoder.prefill(rests, features, first, starts, positions or None)
+        shown = [entry.shown_features for entry in group]
+        logits = self.decoder.prefill(rests, features, first, starts, positions or None, shown)
         for index, entry in enumerate(group):
             entry.rows, entry.said, entry.length = [first + index], [[]], len(entry.prompt)
         self._advance(group, logits, first)
@@ -177,13 +183,16 @@ class Scheduler:
     def _with_features(self, group: list[Entry]) -> tuple[list[Entry], list[torch.Tensor | None]]:
         """The entries whose images can be used, and the features of all that are computed, in their order."""
         kept, features = [], []
-        wanted = [entry.found_images[entry.shown :] for entry in group]
-        for entry, own in zip(group, self.image_features.features(wanted), strict=True):
+        # An interaction looks at the images of what another row spares a prompt, too.
+        firsts = [0 if self.decoder.interacts else entry.shown for entry in group]
+        wanted = [entry.found_images[first:] for entry, first in zip(group, firsts, strict=True)]
+        for entry, first, own in zip(group, firsts, self.image_features.features(wanted), strict=True):
             if isinstance(own, DataError):
                 entry.on_end(own)
                 continue
             kept.append(entry)
-            features += own
+            features += [item.projected for item in own[entry.shown - first :]]
+            entry.shown_features = [item.shown for item in own] if self.decoder.interacts else []
         return kept, features
 
     def _make_room(self, group: list[Entry], first: int, length: int) -> None:
@@ -204,13 +213,13 @@ class Scheduler:
 
     def _decode(self) -> None:
         pairs = [
-            (row, token, entry.length, entry.length + entry.offset)
+            (row, token, entry.length, entry.length + entry.offset, entry.shown_features)
             for entry in self._active
             for row, token in zip(entry.rows, entry.tokens, strict=True)
         ]
-        pairs.sort()
-        _, tokens, lengths, positions = map(list, zip(*pairs, strict=True))
-        logits = self.decoder.step(tokens, lengths, positions)
+        pairs.sort(key=lambda pair: pair[0])
+        _, tokens, lengths, positions, shown = map(list, zip(*pairs, strict=True))
+        logits = self.decoder.step(tokens, lengths, positions, shown)
         entries, self._active = self._active, []
         for entry in entries:
             entry.length += 1

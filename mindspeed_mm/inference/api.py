@@ -12,14 +12,17 @@ import torch
 
 from checkpoint_converters.convert import convert
 from mindspeed_mm.data.media import MediaProcessor
-from mindspeed_mm.data.tokenizer import Tokenizer, load_tokenizer
+from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError
+from mindspeed_mm.generation.defaults import ModelDefaults
 from mindspeed_mm.inference.locate import Located, locate
-from mindspeed_mm.models.adapters.peft_format import own_adapters, with_adapter
+from mindspeed_mm.models.adapters.loaded import own_adapters, with_adapter
 from mindspeed_mm.models.headers import check_weights
 from mindspeed_mm.models.part import DTYPES
+from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.platform import Platform, get_platform
 from mindspeed_mm.platform.distributed import init_single_process
+from mindspeed_mm.weights.blockwise import KINDS
 
 if TYPE_CHECKING:
     from mindspeed_mm.inference.loaded import LoadedVLM
@@ -39,6 +42,7 @@ def load(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     quantize: str | None = None,
+    double_quant: bool = False,
     adapter: str | Path | None = None,
     allow_nonfinite: bool = False,
 ) -> LoadedVLM:
@@ -52,8 +56,9 @@ def load(
         tokenizer, image_processor: folders that override what comes with the weights.
         tensor_model_parallel_size, pipeline_model_parallel_size: spread the model over the processes of a torchrun
             launch, which must be as many as their product; every process then makes the same calls and gets the same
-            answers. `logits`, `vision_features` and `project` need the whole model on each stage.
-        quantize: "int8", "nf4" or "fp4": keep the decoder's linears in 8 or 4 bits (needs bitsandbytes, one process).
+            answers. `logits`, `answer_losses`, `vision_features` and `project` need the whole model on each stage.
+        quantize: "int8", "nf4" or "fp4": keep the linears of the decoder's layers in 8 or 4 bits, each rank its own.
+        double_quant: beside `quantize`: keep their scales in 8 bits, too.
         adapter: a LoRA adapter's folder in PEFT's format, made for this model. It is switched on;
             `vlm.disable_adapter()` is a context in which it is off.
         allow_nonfinite: load weights with NaN or Inf, which are else refused.
@@ -62,15 +67,43 @@ def load(
         WeightError: the path holds no whole model, or a damaged one; the adapter is damaged or another model's.
         ConfigError: the model's spec is missing or wrong; unknown device or dtype; another number of processes.
     """
-    dtype = _dtype(dtype)
-    if quantize is not None and tensor_model_parallel_size * pipeline_model_parallel_size > 1:
-        raise ConfigError(f"quantize {quantize} works in one process: leave the parallel sizes at 1")
-    if quantize is not None and adapter is not None:
-        raise ConfigError(f"quantize {quantize} and an adapter do not go together: merge the adapter first")
     located = locate(Path(path), tokenizer=tokenizer, image_processor=image_processor)
+    return load_located(
+        located,
+        device=device,
+        dtype=dtype,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        quantize=quantize,
+        double_quant=double_quant,
+        adapter=adapter,
+        allow_nonfinite=allow_nonfinite,
+    )
+
+
+def load_located(
+    located: Located,
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    quantize: str | None = None,
+    double_quant: bool = False,
+    adapter: str | Path | None = None,
+    allow_nonfinite: bool = False,
+) -> LoadedVLM:
+    """Load a model whose parts were found, as `load` says."""
+    dtype = _dtype(dtype)
     spec = own_adapters(located.spec, merged=located.sources is not None)
     spec = spec if adapter is None else with_adapter(spec, adapter)
-    words = _words(located.tokenizer) if located.tokenizer else None
+    spec = _quantized(spec, quantize, double_quant=double_quant)
+    words = load_tokenizer(located.tokenizer) if located.tokenizer else None
+    if words is not None and located.generation is not None:
+        words.take_generation(located.generation)
+    if words is not None:
+        spec.family.check_tokens(spec, words.token_to_id)
+        ModelDefaults(words.generation.options, words.generation.where)  # a wrong value is told before weights are read
     if not located.placeholder_ids and words is not None:  # our own layouts, whose files hold no ids of HF's keys
         located = _with_token_ids(located, located.spec.family.token_ids(words.token_to_id))
     media = _media_of(located)
@@ -99,27 +132,36 @@ def load(
         platform.device(),
         sources=located.sources,
         allow_nonfinite=allow_nonfinite,
+        switchable=True,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
-    logger.info("weights of %s:\n%s", path, table(reports))
-    if quantize is not None:
-        from mindspeed_mm.models.kit.quantized import quantize_decoder
-
-        quantize_decoder(vlm.text_decoder, quantize)
+    logger.info("weights of %s:\n%s", located.path, table(reports))
     return LoadedVLM(vlm, located, words, media)
 
 
-def _words(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder; decoding options that lie beside it are told."""
-    words = load_tokenizer(folder)
-    if words.asked_options:
-        logger.info(
-            "%s: generation_config.json asks for %s; answers are greedy unless an option says otherwise",
-            folder,
-            ", ".join(words.asked_options),
+def _quantized(spec: ModelSpec, kind: str | None, *, double_quant: bool) -> ModelSpec:
+    """The spec with its decoder's linears in `kind`; as it is where that is None."""
+    if kind is None:
+        if double_quant:
+            raise ConfigError("double_quant stores the scales of quantised weights: give quantize (--quantize), too")
+        return spec
+    if kind not in KINDS:
+        raise ConfigError(f"quantize {kind!r} is not known: expected one of {', '.join(KINDS)}")
+    stored = {"quantize": kind, "double_quant": double_quant, "freeze": spec.text_decoder.lora is None}
+    spec = spec.model_copy(update={"text_decoder": spec.text_decoder.model_copy(update=stored)})
+    refuse_stored_dora(spec)
+    return spec
+
+
+def refuse_stored_dora(spec: ModelSpec) -> None:
+    """Raise ConfigError for a DoRA adapter on a decoder in 8 or 4 bits."""
+    kind, lora = spec.text_decoder.quantize, spec.text_decoder.lora
+    if kind is not None and lora is not None and lora.use_dora:
+        raise ConfigError(
+            f"quantize {kind} found a DoRA adapter, which takes lengths of the whole weights: merge it first "
+            "(mindspeed-mm merge), or leave quantize out"
         )
-    return words
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from mindspeed_mm.models.adapters.spec import WholePair
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.part import all_parts
 from mindspeed_mm.models.spec import find_family
@@ -113,7 +114,7 @@ def _compare_models(a: str, b: str, foreign: bool, images: list[str], prompts: l
     ours = _our_model(vlm)
     other = _stock_model(b) if foreign else _our_model(api.load(b, device="cpu", dtype="fp32"))
     found = Differences("logits")
-    for ids, inputs in _questions(vlm, images, prompts):
+    for ids, inputs in questions(vlm, images, prompts):
         found.add(ours(ids, inputs), other(ids, inputs))
     return found.figures(foreign=foreign)
 
@@ -122,7 +123,7 @@ def _our_model(vlm) -> Compute:
     return lambda ids, inputs: vlm.logits(ids, **inputs)
 
 
-def _questions(vlm, images: list[str], prompts: list[str]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+def questions(vlm, images: list[str], prompts: list[str]) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """(ids [1, S] with -200 at image positions, the image as the family's processor returns it) of each question."""
     from mindspeed_mm.data.image import image_size, load_image
 
@@ -139,7 +140,7 @@ def _questions(vlm, images: list[str], prompts: list[str]) -> Iterator[tuple[tor
             text = vlm.tokenizer.encode(f"USER: \n{prompts[min(number, len(prompts) - 1)]} ASSISTANT:")
         else:
             rows = min(vlm.spec.text_decoder.language_vocab_size, vlm.image_token_id or 2**31)
-            text = _random_ids(rows, generator).tolist()
+            text = random_ids(rows, generator).tolist()
         ids = text[:1] + list(plan.ids) + text[1:]
         yield torch.tensor([ids]), vlm.spec.family.inputs_of_media(vlm.spec, media)
 
@@ -150,7 +151,7 @@ def _random_image(generator: torch.Generator) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def _random_ids(rows: int, generator: torch.Generator) -> torch.Tensor:
+def random_ids(rows: int, generator: torch.Generator) -> torch.Tensor:
     """[TEXT_TOKENS] ids of a vocabulary of so many rows, without its special tokens."""
     return torch.randint(min(3, rows - 1), rows, (TEXT_TOKENS,), generator=generator)
 
@@ -166,18 +167,25 @@ def _compare_parts(kind: str, sources: Sources, num_attention_heads: int | None)
     generator = torch.Generator().manual_seed(0)
     if kind == DECODER:
         rows = min(ours.language_vocab_size, other.language_vocab_size)
-        inputs = _random_ids(rows, generator).unsqueeze(0)
+        inputs = random_ids(rows, generator).unsqueeze(0)
     else:
         inputs = torch.randn(1, 3, ours.image_size, ours.image_size, generator=generator)
     foreign = _foreign(sources[1], kind)
     found = Differences("logits" if kind == DECODER else "features")
     with torch.inference_mode():
-        right = STOCK[kind](str(sources[1].path), other) if foreign else _our_part(sources[1].part(kind), other)
-        found.add(_our_part(sources[0].part(kind), ours)(inputs), right(inputs))
+        right = STOCK[kind](str(sources[1].path), other) if foreign else our_part(sources[1].part(kind), other)
+        found.add(our_part(sources[0].part(kind), ours)(inputs), right(inputs))
     return found.figures(foreign=foreign)
 
 
-def _our_part(source: PartSource, spec: Any) -> Compute:
+def our_part(
+    source: PartSource, spec: Any, *, adapted: Any = None, pairs: dict[str, WholePair] | None = None
+) -> Compute:
+    """Our module of a decoder (ids -> logits) or a vision encoder (pixels -> features), in float32.
+
+    `adapted`: the spec with a lora block whose adapters, `pairs` by Hugging Face's names, are switched on.
+    """
+    from mindspeed_mm.models.adapters.lora import attach_lora
     from mindspeed_mm.models.describe import part_of_source
     from mindspeed_mm.models.runtime import Runtime
     from mindspeed_mm.weights.loading import load_part
@@ -185,6 +193,8 @@ def _our_part(source: PartSource, spec: Any) -> Compute:
     part = part_of_source(source)
     module = part.build(spec, Runtime(params_dtype=torch.float32)).eval()
     load_part(module, part, spec, Source(source.path, "part", None, {source.part: source}), allow_nonfinite=True)
+    if pairs:
+        attach_lora(module, part, adapted, tp_rank=0, tp_size=1, pairs=pairs)
 
     def logits(ids: torch.Tensor) -> torch.Tensor:
         hidden = module(module.embed(ids), torch.arange(ids.shape[1]).unsqueeze(0))

@@ -13,18 +13,21 @@ from typing import Any
 import torch
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
+from mindspeed_mm.data.expand import Encoding
 from mindspeed_mm.data.image import ImageProcessor
 from mindspeed_mm.data.media import FixedSizeImages, MediaProcessor
+from mindspeed_mm.data.template import get_template
 from mindspeed_mm.data.template_choice import choose_template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.generation.decode import Decoder
+from mindspeed_mm.generation.defaults import ModelDefaults
 from mindspeed_mm.generation.engine import GenerationEngine, GenerationRequest
 from mindspeed_mm.generation.ids import continue_ids
 from mindspeed_mm.generation.images import ImageFeatures
-from mindspeed_mm.generation.options import generation_options
 from mindspeed_mm.generation.prompts import as_prompts
 from mindspeed_mm.generation.rules import PrefixAllowedTokens
+from mindspeed_mm.inference.answer_losses import answer_losses
 from mindspeed_mm.inference.locate import Located
 from mindspeed_mm.models.adapters.lora import adapters_off
 from mindspeed_mm.models.fusion import image_positions
@@ -47,7 +50,10 @@ class LoadedVLM:
         self.template, self._chosen, self._told = chosen.name, chosen, ""
         self._placeholders = located.placeholder_ids
         self._tokenizer, self._media = tokenizer, media
-        self._where = located.path
+        own = None if tokenizer is None else tokenizer.generation
+        self.defaults = ModelDefaults() if own is None else ModelDefaults(own.options, own.where)
+        """Decoding options of the model's own generation_config.json."""
+        self.located, self._where = located, located.path
         self.device = next(vlm.parameters()).device
 
     @property
@@ -123,14 +129,21 @@ class LoadedVLM:
         for token_id in self._placeholders:
             places |= input_ids == token_id
         ids = input_ids.masked_fill(places, IMAGE_TOKEN_INDEX)
-        if family.multimodal_positions:
-            positions = self._positions(ids, attention_mask, media)
-        else:
-            positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
+        find = self._multimodal_positions if family.multimodal_positions else self._text_positions
+        positions = find(ids, attention_mask, media).to(self.device)
         media = None if media is None else media.to(self.device)
         return self.model(ids, positions, media=media, attention_mask=complete_mask(attention_mask, ids))
 
-    def _positions(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, media: Media | None) -> torch.Tensor:
+    def _text_positions(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, _: Media | None) -> torch.Tensor:
+        """[1 or B, S] positions. Learned ones count what is not padding alone, as in transformers' OPT; where rotation
+        or a bias tells how far apart two tokens are, padding before them all changes nothing."""
+        if attention_mask is None or self.spec.text_decoder.traits.position_offset is None:
+            return torch.arange(ids.shape[1]).unsqueeze(0)
+        return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
+
+    def _multimodal_positions(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None, media: Media | None
+    ) -> torch.Tensor:
         """[3, B, S] positions, each row's from its own ids and items; 0 at padding."""
         real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         counts = [] if media is None else list(self.spec.family.item_counts(self.spec, media))
@@ -148,7 +161,7 @@ class LoadedVLM:
                 )
             grids = torch.empty(0, 3, dtype=torch.int64) if media is None else media.grid[first:item]
             positions[:, row, kept] = self.spec.family.positions(self.spec, own[kept], grids)
-        return positions.to(self.device)
+        return positions
 
     @torch.inference_mode()
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -183,6 +196,7 @@ class LoadedVLM:
             template or self.template,
             batch_size=batch_size,
             image_token_id=self.image_token_id,
+            defaults=self.defaults,
         )
 
     def generate(
@@ -207,7 +221,8 @@ class LoadedVLM:
                 each image in the projector's tokens, [N, L] or N lists without padding.
             prefix_allowed_tokens_fn: called before each token with the number of the prompt and the ids of it and its
                 answer [S] int64; gives the tokens that may follow.
-            options: names of transformers' GenerationConfig; greedy by default.
+            options: names of transformers' GenerationConfig. What is not given is as the model's own
+                generation_config.json has it, else greedy.
 
         Returns:
             num_return_sequences answer texts a prompt, or with input_ids the new ids of each row (stop id included).
@@ -216,11 +231,11 @@ class LoadedVLM:
             ConfigError: wrong options, prompts that do not fit the model's context.
             DataError: an image that cannot be used, another number of images than of placeholders.
         """
-        chosen = generation_options(options)
+        chosen = self.defaults.options(options)
         if (prompts is None) == (input_ids is None):
             raise ConfigError("generate takes either prompts or input_ids")
         if input_ids is not None:
-            return self._continue(input_ids, images, chosen, qformer_input_ids, prefix_allowed_tokens_fn)
+            return self._continue(input_ids, images, options, qformer_input_ids, prefix_allowed_tokens_fn)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [images or ()] if isinstance(prompts, str) else list(images or [()] * len(texts))
         if len(rows) != len(texts):
@@ -231,13 +246,34 @@ class LoadedVLM:
         ]
         results = self.engine(template).generate(
             requests,
-            chosen,
+            options,
             max(1, len(requests)) * chosen.num_return_sequences,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
         )
         return [sequence.text for result in results for sequence in result.sequences]
 
-    def _continue(self, input_ids, images, options, instructions, prefix_allowed_tokens_fn) -> list[list[int]]:
+    @torch.inference_mode()
+    def answer_losses(
+        self, prompt: str, images: Sequence[Any], answers: Sequence[str], *, template: str | None = None
+    ) -> list[float]:
+        """How likely each of some answers to a prompt is, for choosing among them (MiniGPT-4's multi_select).
+
+        Args:
+            prompt, images: as `generate` takes one prompt; `template`: default the model's own.
+            answers: texts; what the template writes behind an answer counts as a part of it.
+
+        Returns:
+            The mean loss of a token of each answer, whose smallest is the likeliest answer.
+
+        Raises:
+            ConfigError: no answers, more tokens than the model's context, or a model that is spread over stages.
+            DataError: an empty answer, an image that cannot be used, another number of images than of placeholders.
+        """
+        form = get_template(template or self.template, self.tokenizer)
+        encoding = Encoding(self.tokenizer, form, self.media)
+        return answer_losses(self.model, encoding, prompt, images, answers)
+
+    def _continue(self, input_ids, images, given, instructions, prefix_allowed_tokens_fn) -> list[list[int]]:
         rows = input_ids.tolist() if isinstance(input_ids, torch.Tensor) else list(input_ids)
         rows = [rows] if rows and isinstance(rows[0], int) else rows
         rows = [[IMAGE_TOKEN_INDEX if token in self._placeholders else token for token in row] for row in rows]
@@ -246,6 +282,8 @@ class LoadedVLM:
         shown = [] if images is None else list(images)
         found = image_features.find(shown, self._instructions(instructions, len(shown)))
         prompts = as_prompts(rows, [image.plan for image in found])
+        longest = max(map(len, prompts), default=0)
+        options = self.defaults.fitting(self.defaults.options(given), given, decoder.max_length - longest)
         stop_ids = options.eos_token_ids if options.eos_token_id is not None else self.tokenizer.end_ids
         return continue_ids(
             decoder,

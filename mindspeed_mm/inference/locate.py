@@ -10,6 +10,7 @@ from typing import Any
 from checkpoint_converters.checkpoint import register_checkpoints
 from checkpoint_converters.companions import SAVED_TOKENIZER
 from mindspeed_mm.config.inherit import read_config
+from mindspeed_mm.data.tokenizer_keys import GENERATION_NAME
 from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.complete import read_model
 from mindspeed_mm.models.describe import describe_model
@@ -39,6 +40,8 @@ class Located:
     image_processor: Path | dict[str, Any] | None = None
     template: str | None = None
     """The one that a training checkpoint says it was trained with."""
+    generation: Path | None = None
+    """The folder with the model's own generation_config.json, where another one's tokenizer was asked for."""
     pad: bool = True
     """Pad images to squares, as LLaVA-1.5 does (its image_aspect_ratio "pad")."""
 
@@ -54,14 +57,19 @@ def locate(path: Path, *, tokenizer: str | Path | None = None, image_processor: 
     if path.suffix == ".json" and path.is_file():
         found = _from_model_json(path)
     else:
-        found = _from_source(path, open_source(path))
+        found = locate_source(open_source(path), path)
     return Located(
         **(
             vars(found)
-            | ({"tokenizer": Path(tokenizer)} if tokenizer else {})
+            | ({"tokenizer": Path(tokenizer), "generation": _generation(found)} if tokenizer else {})
             | ({"image_processor": Path(image_processor)} if image_processor else {})
         )
     )
+
+
+def _generation(found: Located) -> Path | None:
+    own = (found.path, found.tokenizer)
+    return next((folder for folder in own if folder is not None and (folder / GENERATION_NAME).is_file()), None)
 
 
 def _from_model_json(path: Path) -> Located:
@@ -78,13 +86,16 @@ def _from_model_json(path: Path) -> Located:
     )
 
 
-def _from_source(path: Path, source: Source) -> Located:
+def locate_source(source: Source, path: Path) -> Located:
+    """A whole model of opened weights; `path` is what they are called. Raises as `locate` does."""
     own = source.layout in (OURS, "checkpoint")
     model = source.config.get("model", source.config) if own and source.config else {}
     family = find_family(source.family or model.get("model_id", DEFAULT_FAMILY))
     missing = [slot for slot in family.slots if slot not in source.parts]
     if missing:
-        source.part(missing[0])  # raises, with the reason that fits the layout
+        if missing[0] in source.advice or source.layout == "projector":
+            source.part(missing[0])  # raises, with the reason that fits the layout
+        raise WeightError(_apart(source, missing))
     sources = dict.fromkeys(source.parts, source)
     if source.family is not None:
         return _of_family(family, path, source, sources)
@@ -103,6 +114,26 @@ def _from_source(path: Path, source: Source) -> Located:
     raise WeightError(
         f"{path}: found layout {source.layout}, which does not say the model's architecture; give a model.json whose "
         "ckpt_path entries name these weights instead"
+    )
+
+
+FLAGS = {
+    "text_decoder": "--text-decoder DECODER",
+    "vision_encoder": "--vision-encoder ENCODER",
+    "vision_projector": "--projector PROJECTOR",
+}
+"""Of `mindspeed-mm convert`: a part, and a word for its path."""
+
+
+def _apart(source: Source, missing: list[str]) -> str:
+    """What to do with weights that are a part of a model."""
+    words = " ".join(
+        f"{flag.split()[0]} {source.path}" if slot in source.parts else flag for slot, flag in FLAGS.items()
+    )
+    return (
+        f"{source.path}: found layout {source.layout} with {', '.join(source.parts)}; expected a whole model, with a "
+        f"{' and a '.join(missing)}. Join it with the others: mindspeed-mm convert {words} TARGET --to llava, then "
+        "give TARGET; or name each by ckpt_path in a model.json."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from checkpoint_converters.checkpoint import register_checkpoints
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.describe import describe_model, describe_part
-from mindspeed_mm.models.part import SLOTS, PartSpec, find_part
+from mindspeed_mm.models.part import ALL_SLOTS, PartSpec, find_part
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, find_family, load_model_spec, model_block
 from mindspeed_mm.weights.sources import Source
@@ -46,9 +46,9 @@ def model_json_of(weights: Sequence[str | Path], *, num_attention_heads: int | N
     _check_complete(specs, [path for path, _ in sources])
     if "vision_projector" not in specs:
         specs["vision_projector"] = _new_projector(family.model_ids.get("vision_projector", "mlp"), specs)
-    block = model_block({slot: specs[slot] for slot in SLOTS if slot in specs}, family.name)
+    block = model_block({slot: specs[slot] for slot in ALL_SLOTS if slot in specs}, family.name)
     for slot, (path, _) in holders.items():
-        holder = block if slot == "text_decoder" else block["image_encoder"]
+        holder = block if slot in ("text_decoder", "interaction") else block["image_encoder"]
         holder[slot] = {**holder[slot], "ckpt_path": path}
     load_model_spec(block, context=", ".join(map(str, weights)))
     return block

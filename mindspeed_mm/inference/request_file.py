@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import pydantic
 
 from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
+from mindspeed_mm.constants import IMAGE_TOKEN
+from mindspeed_mm.data.storage.objects import in_folder, local_file
 from mindspeed_mm.errors import ConfigError, DataError
 
 MAX_BYTES = 2**30
@@ -37,35 +39,69 @@ DIGITS = 16
 """Hexadecimal digits of a digest."""
 
 
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+Images = Annotated[str | list[str], pydantic.AfterValidator(_as_list)]
+"""A path (relative ones start at the file's folder) or several, in reading order."""
+
+
+class AnsweredExample(StrictModel):
+    """A question with its answer, which the model sees in front of the prompt."""
+
+    prompt: str
+    answer: str
+    image: Images = []
+
+
 class Line(StrictModel):
-    """One request. `image` is a path (relative ones start at the file's folder) or several."""
+    """One request."""
 
     id: str | int | None = None
     """Default: the number of the line, from 1."""
     prompt: str
-    image: str | list[str] = []
+    image: Images = []
+    examples: list[AnsweredExample] = []
+    """In context, as earlier turns."""
     system: str | None = None
     options: dict[str, Any] = {}
     """Generation options of this request, on top of the command's."""
 
-    def digest(self, folder: Path) -> str:
-        """Name of all that an answer depends on: the line, and size and time of change of its images' files."""
-        images = [_stamp(folder / image) for image in self.image]
-        return _hash([self.prompt, self.image, self.system, self.options, images])
+    @property
+    def images(self) -> list[str]:
+        """Of the examples and of the prompt, in reading order."""
+        return [image for each in (*self.examples, self) for image in each.image]
 
-    @pydantic.field_validator("image")
-    @classmethod
-    def _as_list(cls, value: str | list[str]) -> list[str]:
-        return [value] if isinstance(value, str) else value
+    def turns(self, after_image: str) -> tuple[tuple[str, str | None], ...]:
+        """(question, answer) pairs, the last one open. Images that have no place in the text of an example, or of the
+        prompt behind examples, stand in front of it, `after_image` behind each."""
+        if not self.examples:
+            return ((self.prompt, None),)
+
+        def placed(each: AnsweredExample | Line) -> str:
+            own = "" if IMAGE_TOKEN in each.prompt else (IMAGE_TOKEN + after_image) * len(each.image)
+            return own + each.prompt
+
+        return (*((placed(each), each.answer) for each in self.examples), (placed(self), None))
+
+    def digest(self, folder: str | Path) -> str:
+        """Name of all that an answer depends on: the line, and size and time of change of its images' files (objects of
+        a store count as never changed)."""
+        found = [in_folder(folder, image) for image in self.images]
+        images = [_stamp(Path(image)) if isinstance(image, str) else None for image in found]
+        examples = [each.model_dump() for each in self.examples]
+        return _hash([self.prompt, self.image, self.system, self.options, images, *([examples] if examples else [])])
 
 
-def read_requests(path: Path) -> dict[str, Line | DataError]:
+def read_requests(path: str | Path) -> dict[str, Line | DataError]:
     """The requests of a file by id, in order. A line without an id has its number for it, or "line <number>" if that
     is another line's id. A line that is no request, or whose id was there before, stands as its error: it fails alone.
 
     Raises:
         DataError: the file cannot be read, is too large, is not UTF-8, or has no line.
     """
+    path = Path(local_file(path))
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path} is larger than {MAX_BYTES} bytes: split it")
@@ -136,7 +172,8 @@ def _line(text: str, where: str) -> tuple[str | None, Line | DataError]:
     except (json.JSONDecodeError, RecursionError) as error:
         return None, DataError(f"{where} is not JSON ({error}); correct it")
     if not isinstance(data, dict):
-        return None, DataError(f'{where} is no JSON object; expected {{"prompt": ..., "image": ...}}')
+        found = "a list: give each of its objects a line of its own" if isinstance(data, list) else "no JSON object"
+        return None, DataError(f'{where} is {found}; expected {{"prompt": ..., "image": ...}}')
     own = data.get("id")
     name = str(own) if isinstance(own, str | int) and not isinstance(own, bool) else None
     try:

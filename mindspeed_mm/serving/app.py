@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,17 +27,22 @@ def make_app(
         try:
             yield
         finally:
-            service.thread.close()
+            await asyncio.to_thread(service.thread.close)  # answers go out while its last step ends
 
     def health() -> dict[str, Any]:
         if not service.thread.alive:
             raise RequestRefused("the engine has stopped", status=UNAVAILABLE)
-        return {"status": "ok", "model": service.name, "in_flight": service.in_flight}
+        return {"status": "ok", "model": service.names[0], "in_flight": service.in_flight}
+
+    async def reload(name: str) -> dict[str, Any]:
+        await service.reload(name)
+        return {"id": name, "status": "reloaded"}
 
     return protocol_app(
         lifespan,
         chat=service.chat,
-        models=lambda: [service.name],
+        reload=reload,
+        models=lambda: service.names,
         known=lambda: service.known,
         health=health,
         metrics=service.metrics.text,

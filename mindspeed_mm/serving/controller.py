@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -20,13 +21,17 @@ from mindspeed_mm.serving.guard import token_refusal
 from mindspeed_mm.serving.limits import ServingLimits
 from mindspeed_mm.serving.page import PAGE
 from mindspeed_mm.serving.protocol_app import protocol_app
-from mindspeed_mm.serving.refusal import UNAVAILABLE, RequestRefused
+from mindspeed_mm.serving.refusal import TIMED_OUT, UNAVAILABLE, RequestRefused
 from mindspeed_mm.serving.relay import RequestRelay
+from mindspeed_mm.serving.reload_relay import reload_everywhere
 from mindspeed_mm.serving.worker_pool import HEARTBEAT_SECONDS, WorkerNotice, WorkerPool
 
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
+KEPT_SECONDS = 30.0
+"""Idle connections to workers. Less than the IDLE_SECONDS of a worker's server: one that closes as it is used again
+looks like a loss."""
 MORE_SECONDS = 10.0
 """A worker's own time-out answers first."""
 NOTICE_BYTES = 2**16
@@ -58,14 +63,14 @@ class ChatController:
         self.client = httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(limits.seconds + MORE_SECONDS, connect=CONNECT_SECONDS, pool=None),
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEPT_SECONDS),
             trust_env=False,  # workers are asked directly
         )
 
     async def chat(self, request: Request) -> Response:
         """Answer a request with a worker's answer. Raises as `RequestRelay.answer` does."""
         try:
-            body = await read_body(request, self.limits.body_bytes)
+            body = await self._body(request)
             model = parse_body(RoutedRequest, body).model
             response = await RequestRelay(self.pool, self.client, model, body).answer(request)
         except (RequestRefused, ClientDisconnect) as error:
@@ -74,6 +79,17 @@ class ChatController:
             raise
         self._requests.labels(str(response.status_code)).inc()
         return response
+
+    async def reload(self, model: str) -> dict[str, Any]:
+        """See `reload_everywhere`."""
+        return await reload_everywhere(self.pool, self.client, model)
+
+    async def _body(self, request: Request) -> bytes:
+        try:
+            return await asyncio.wait_for(read_body(request, self.limits.body_bytes), self.limits.seconds)
+        except asyncio.TimeoutError as error:
+            text = f"the request was not whole within {self.limits.seconds:g} seconds"
+            raise RequestRefused(text, status=TIMED_OUT, code="timeout") from error
 
     async def notice(self, request: Request) -> WorkerNotice:
         """What a worker says. RequestRefused where it does not bear the token, or says it wrongly."""
@@ -109,6 +125,7 @@ def make_controller_app(
     app = protocol_app(
         lifespan,
         chat=controller.chat,
+        reload=controller.reload,
         models=pool.models,
         known=pool.known,
         health=health,

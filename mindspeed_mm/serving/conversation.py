@@ -17,7 +17,7 @@ from mindspeed_mm.serving.limits import ServingLimits
 from mindspeed_mm.serving.protocol import ChatMessage, ImagePart
 from mindspeed_mm.serving.refusal import RequestRefused
 
-DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+;base64,", re.IGNORECASE)
+DATA_URL = re.compile(r"data:image/[a-z0-9.+-]+(;[a-z0-9-]+=[^;,]*)*;base64,", re.IGNORECASE)
 
 MAX_FILE_BYTES = 2**28
 
@@ -56,6 +56,9 @@ def generation_request(
         images += [_image(part, f"messages[{index}]", limits) for part in message.images]
     if len(texts) % 2 == 0:
         raise RequestRefused("the last message must be the user's: there is nothing to answer", param="messages")
+    if not texts[-1].strip():
+        param = f"messages[{len(messages) - 1}].content"
+        raise RequestRefused(f"{param}: the prompt is empty; give it a text or an image", param=param)
     answers: list[str | None] = [*texts[1::2], None]
     turns = tuple(zip(texts[::2], answers, strict=True))
     return GenerationRequest(request_id, turns=turns, images=tuple(images), system=system)
@@ -89,6 +92,12 @@ def _image(part: ImagePart, where: str, limits: ServingLimits) -> ImageBytes:
             raise RequestRefused(f"{param}: the data URL is no base64 ({error})", param=param) from error
     elif url[:7].lower() == "file://":
         data = _file(url, param, limits.media_root)
+    elif url[:5].lower() == "data:":
+        raise RequestRefused(
+            f"{param}: found a data URL that begins {url[:40]!r}; expected data:image/png;base64,... (or another kind "
+            "of image)",
+            param=param,
+        )
     else:
         raise RequestRefused(
             f"{param}: the image is at {url[:40]!r}; expected a data URL (data:image/png;base64,...): this server "

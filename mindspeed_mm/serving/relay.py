@@ -28,7 +28,11 @@ BUSY = (TOO_MANY, UNAVAILABLE)
 KEPT = ("content-type", "retry-after", "cache-control", "x-accel-buffering")
 """Headers of a worker's answer that the client gets."""
 
+DROPPED = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+"""A connection that was there has ended."""
+
 END = b"\n\n"
+NOTHING = httpx.ByteStream(b"")
 
 
 class RequestRelay:
@@ -88,8 +92,8 @@ class RequestRelay:
                 content=self._body,
                 headers={"Content-Type": "application/json"},
             )
-            answer = await self._client.send(asked, stream=True)
-            stack.push_async_callback(answer.aclose)
+            answer = await self._begin(asked)
+            stack.push_async_callback(_close, answer)
             headers = {name: answer.headers[name] for name in KEPT if name in answer.headers}
             if not headers.get("content-type", "").startswith("text/event-stream"):
                 return Response(await answer.aread(), answer.status_code, headers=headers)
@@ -97,6 +101,15 @@ class RequestRelay:
             first = await anext(events, b"")
             pieces = _stream(worker, first, events)
             return RelayedStream(stack.pop_all(), pieces, status_code=answer.status_code, headers=headers)
+
+    async def _begin(self, asked: httpx.Request) -> httpx.Response:
+        """The head of a worker's answer. Asked twice where the connection ends before it: a worker or a proxy that
+        closed an idle connection as it was used again looks like one that is lost, and a new connection tells."""
+        try:
+            return await self._client.send(asked, stream=True)
+        except DROPPED as error:
+            logger.debug("%s: %s, on a new connection once more", asked.url, repr(error))
+        return await self._client.send(asked, stream=True)
 
 
 class RelayedStream(StreamingResponse):
@@ -110,6 +123,11 @@ class RelayedStream(StreamingResponse):
         """See ASGI."""
         async with self._held:
             await super().__call__(scope, receive, send)
+
+
+async def _close(answer: httpx.Response) -> None:
+    await answer.aclose()
+    answer.stream = NOTHING  # which knew the answer: the circle would hold the request's images until it is collected
 
 
 async def _events(answer: httpx.Response) -> AsyncIterator[bytes]:
@@ -134,7 +152,8 @@ async def _stream(worker: KnownWorker, first: bytes, events: AsyncIterator[bytes
 
 
 def _lose(worker: KnownWorker, error: httpx.TransportError) -> None:
-    logger.warning("the worker at %s is lost until it is heard again: %r", worker.notice.address, error)
+    # Its text alone: a handler that keeps records would keep the error's frames, and the request in them.
+    logger.warning("the worker at %s is lost until it is heard again: %s", worker.notice.address, repr(error))
     worker.unreachable = True
 
 

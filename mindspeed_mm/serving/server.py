@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 
+IDLE_SECONDS = 75
+"""How long a connection may wait for its next request. Clients that keep connections (httpx and openai for 5 s, aiohttp
+15, nginx 60) give theirs up before, so that none sends a request on one that closes at that moment and loses it."""
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: any free one. Raises ConfigError where the address cannot be had."""
@@ -27,7 +31,21 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
+        raise _cannot_listen(host, port, error) from error
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigError where `listen` could not have the address. Nobody can connect meanwhile."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise _cannot_listen(host, port, error) from error
+
+
+def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port")
 
 
 class AddressServer(uvicorn.Server):
@@ -42,6 +60,7 @@ class AddressServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=IDLE_SECONDS,
                 timeout_graceful_shutdown=shutdown_seconds,
             )
         )
@@ -49,6 +68,10 @@ class AddressServer(uvicorn.Server):
         self.ready = threading.Event()
         host, port = listening.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def end(self) -> None:
+        """End in order, from any thread."""
+        self.should_exit = True
 
     def serve_until_told(self) -> None:
         """Answer until `should_exit` is set or a signal comes."""

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mindspeed_mm.generation.engine import GenerationEngine
+from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.serving.answers import ChatAnswer
 from mindspeed_mm.serving.bodies import parse_body, read_body, until_gone
 from mindspeed_mm.serving.conversation import generation_request
 from mindspeed_mm.serving.engine_thread import AnswerEnd, AnswerPiece, EngineThread, RunningRequest
 from mindspeed_mm.serving.events import DONE, event
+from mindspeed_mm.serving.lanes import ModelLanes
 from mindspeed_mm.serving.limits import ServingLimits
 from mindspeed_mm.serving.metrics import ServingMetrics
 from mindspeed_mm.serving.protocol import ChatRequest, options_of
+from mindspeed_mm.serving.ranks import RankChannel
 from mindspeed_mm.serving.refusal import TIMED_OUT, TOO_MANY, RequestRefused, unknown_model
 
 logger = logging.getLogger(__name__)
@@ -28,13 +30,13 @@ OK, CLIENT_GONE = "200", "client_gone"
 
 
 class ChatService:
-    """Answers chat completions with one model."""
+    """Answers chat completions with one model, and with it under its adapters."""
 
-    def __init__(self, name: str, make_engine: Callable[[], GenerationEngine], limits: ServingLimits) -> None:
-        """`name` is what requests call the model."""
-        self.name, self.limits = name, limits
-        self.known = f"this server has {name!r}"
-        self.thread = EngineThread(make_engine, limits)
+    def __init__(self, lanes: ModelLanes, limits: ServingLimits, channel: RankChannel | None = None) -> None:
+        """`channel` as in EngineThread."""
+        self.names, self.limits = lanes.names, limits
+        self.known = f"this server has {', '.join(map(repr, self.names))}"
+        self.thread = EngineThread(lanes, limits, channel)
         self.in_flight = 0
         """Requests between their arrival and the end of their answer."""
         self.metrics = ServingMetrics(lambda: self.in_flight)
@@ -56,6 +58,20 @@ class ChatService:
         if not isinstance(response, AnswerStream):  # which closes the exchange itself
             exchange.close(OK)
         return response
+
+    async def reload(self, model: str) -> None:
+        """Read the adapter of a name again.
+
+        Raises:
+            RequestRefused: no adapter has that name, or it cannot be used; the one before stays.
+        """
+        if model not in self.names:
+            raise unknown_model(model, self.known)
+        try:
+            await asyncio.wrap_future(self.thread.reload(model))
+        except (ConfigError, WeightError) as error:
+            raise RequestRefused(str(error), code="adapter_not_read") from error
+        logger.info("the adapter %s was read again", model)
 
     def _admit(self) -> None:
         most = self.limits.batch_size + self.limits.queue
@@ -88,15 +104,20 @@ class Exchange:
         service, limits = self._service, self._service.limits
         body = await self._within(read_body(self._request, limits.body_bytes))
         chat = self._chat = parse_body(ChatRequest, body)
-        if chat.model != service.name:
+        if chat.model not in service.names:
             raise unknown_model(chat.model, service.known)
-        options = options_of(chat, limits)
-        self._form = ChatAnswer(service.name, logprobs=bool(chat.logprobs))
+        options = options_of(
+            chat,
+            limits,
+            vocabulary=service.thread.vocabulary,
+            usual_temperature=service.thread.usual_temperature,
+        )
+        self._form = ChatAnswer(chat.model, logprobs=bool(chat.logprobs))
         asked = await asyncio.to_thread(
             generation_request, self._form.id, chat.messages, limits, after_image=service.thread.after_image
         )
         self._gone = asyncio.create_task(until_gone(self._request))
-        self._running = service.thread.submit(asked, options)
+        self._running = service.thread.submit(chat.model, asked, options)
         # What is wrong with a request is known before its first piece of text, so that a stream has a status, too.
         first = await self._next()
         if chat.stream:

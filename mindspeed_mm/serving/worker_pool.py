@@ -103,16 +103,20 @@ class WorkerPool:
         """Which models there are, in words."""
         return f"the workers have {', '.join(self.models()) or 'none'}"
 
+    def having(self, model: str) -> list[KnownWorker]:
+        """The workers of a model, lost ones among them. RequestRefused where there are none."""
+        found = [worker for worker in self._workers.values() if model in worker.notice.models]
+        if not found:
+            raise unknown_model(model, self.known())
+        return found
+
     def choose(self, model: str, tried: Collection[KnownWorker] = ()) -> KnownWorker | None:
         """The worker with the shortest queue for a model, measured by its capacity; None: all were tried.
 
         Raises:
             RequestRefused: no worker has that model, or those that had it are lost.
         """
-        having = [worker for worker in self._workers.values() if model in worker.notice.models]
-        if not having:
-            raise unknown_model(model, self.known())
-        free = [worker for worker in having if self.is_there(worker) and worker not in tried]
+        free = [worker for worker in self.having(model) if self.is_there(worker) and worker not in tried]
         if not free:
             if tried:
                 return None

@@ -27,9 +27,10 @@ export async function modelNames(token) {
   return (await response.json()).data.map((model) => model.id);
 }
 
-/** Pieces of the answer's text. `signal` ends it; the server sees the connection close and stops, too. */
+/** Pieces of the answer: {text, tokens}, tokens in the last one. `signal` ends it; the server sees the connection close and stops, too. */
 export async function* streamAnswer(body, token, signal) {
-  const request = { method: "POST", headers: headers(token), body: JSON.stringify({ ...body, stream: true }), signal };
+  const streamed = JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } });
+  const request = { method: "POST", headers: headers(token), body: streamed, signal };
   const response = await checked(await fetch("/v1/chat/completions", request));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -43,8 +44,8 @@ export async function* streamAnswer(body, token, signal) {
       if (data === "[DONE]") return;
       const found = JSON.parse(data);
       if (found.error) throw new ServerError(found.error.message, 0);
-      const piece = found.choices[0]?.delta?.content;
-      if (piece) yield piece;
+      const [text, tokens] = [found.choices[0]?.delta?.content ?? "", found.usage?.completion_tokens];
+      if (text || tokens) yield { text, tokens };
     }
   }
 }

@@ -1,36 +1,19 @@
 // The page: a conversation, what is asked next, and the history.
 import { modelNames, streamAnswer } from "./api.js";
-import { drawBoxes, writeText } from "./boxes.js";
 import { dropTalk, keepTalk, loadTalks } from "./store.js";
+import { answerCard, emptyBlock, fillCard, historyRow, make, questionBlock, waitingImage } from "./view.js";
 import { showWords, switchLanguage, word } from "./words.js";
 
 const at = (id) => document.getElementById(id);
 const PARAMETERS = ["temperature", "top_p", "max_tokens", "seed"];
+const KEPT = [...PARAMETERS, "system"]; // in this browser
+const NEAR = 80; // pixels from the end of the conversation within which it is followed
 let talks = [];
 let talk = null;
 let waiting = [];
 let running = null;
 let models = [];
-
-function make(kind, name, text = "") {
-  const node = document.createElement(kind);
-  node.className = name;
-  node.textContent = text;
-  return node;
-}
-
-function button(text, action) {
-  const node = make("button", "", text);
-  node.addEventListener("click", action);
-  return node;
-}
-
-function imageAt(address) {
-  const node = document.createElement("img");
-  node.src = address;
-  node.alt = "";
-  return node;
-}
+let wished = new URLSearchParams(location.search); // /?model=NAME&second=NAME
 
 function notice(text) {
   at("notice").textContent = text;
@@ -43,86 +26,58 @@ function freshTalk() {
 
 // ---- what is shown
 
-function showAnswer(answer, turn, index) {
-  const card = make("div", answer.busy ? "answer busy" : "answer");
-  const text = make("div", "text");
-  const boxes = writeText(text, answer.text);
-  card.append(make("div", "name", answer.stopped ? `${answer.model} (${word("stopped")})` : answer.model), text);
-  const seen = talk.turns.slice(0, index + 1).flatMap((one) => one.images).at(-1);
-  if (boxes.length && seen && !answer.busy) card.append(drawBoxes(seen, boxes));
-  if (answer.error) card.append(make("div", "error", answer.error));
-  if (!answer.busy) {
-    const tools = make("div", "tools");
-    const copy = button(word("copy"), async () => {
-      await navigator.clipboard.writeText(answer.text);
-      copy.textContent = word("copied");
-    });
-    if (navigator.clipboard) tools.append(copy);
-    if (index === talk.turns.length - 1 && !running) tools.append(button(word("again"), () => ask(turn)));
-    card.append(tools);
-  }
-  answer.card = card;
-  return card;
-}
-
 function showTurn(turn, index) {
-  const user = make("div", "user");
-  const thumbs = make("div", "thumbs");
-  thumbs.append(...turn.images.map(imageAt));
-  user.append(thumbs);
-  if (turn.text) user.append(make("div", "bubble text", turn.text));
-  const tools = make("div", "tools");
-  if (!running) tools.append(button(word("edit"), () => editTurn(index)));
-  user.append(tools);
+  const last = index === talk.turns.length - 1;
+  const seen = talk.turns.slice(0, index + 1).flatMap((one) => one.images).at(-1);
+  const again = last && !running ? () => ask(turn) : null;
   const answers = make("div", "answers");
-  answers.append(...turn.answers.map((answer) => showAnswer(answer, turn, index)));
-  return [user, answers];
+  for (const answer of turn.answers) {
+    answer.card = answerCard(answer, { seen, padded: at("padded").checked, again });
+    answers.append(answer.card);
+  }
+  return [questionBlock(turn, running ? null : () => editTurn(index)), answers];
 }
 
-function show() {
+/** Everything anew; `follow` false: where the reader is stays in view. */
+function show(follow = true) {
+  const before = at("turns").scrollTop;
   const nodes = talk.turns.flatMap(showTurn);
-  if (!nodes.length) {
-    const empty = make("div", "empty");
-    empty.append(make("h1", "", word("title")), make("div", "", word("start")));
-    nodes.push(empty);
-  }
+  if (!nodes.length) nodes.push(emptyBlock(choose));
   at("turns").replaceChildren(...nodes);
-  at("turns").scrollTop = at("turns").scrollHeight;
+  if (follow) toEnd();
+  else at("turns").scrollTop = before;
   at("stop").hidden = !running;
   at("send").hidden = Boolean(running);
   showHistory();
 }
 
+function toEnd() {
+  at("turns").scrollTop = at("turns").scrollHeight;
+}
+
+function isAtEnd() {
+  return at("turns").scrollHeight - at("turns").scrollTop - at("turns").clientHeight < NEAR;
+}
+
 function showHistory() {
-  const rows = talks.map((one) => {
-    const row = make("div", one === talk ? "now" : "");
-    const remove = button("\u00d7", () => removeTalk(one));
-    remove.title = word("remove");
-    row.append(button(one.turns[0]?.text || word("you"), () => openTalk(one)), remove);
-    return row;
-  });
+  const rows = talks.map((one) => historyRow(one, one === talk, () => openTalk(one), () => removeTalk(one)));
   at("history").replaceChildren(...rows);
 }
 
 function showWaiting() {
-  const nodes = waiting.map((address, index) => {
-    const node = document.createElement("span");
-    const remove = button("\u00d7", () => {
-      waiting.splice(index, 1);
-      showWaiting();
-    });
-    remove.title = word("remove");
-    node.append(imageAt(address), remove);
-    return node;
-  });
-  at("images").replaceChildren(...nodes);
+  const without = (index) => () => {
+    waiting.splice(index, 1);
+    showWaiting();
+  };
+  at("images").replaceChildren(...waiting.map((address, index) => waitingImage(address, without(index))));
 }
 
 // ---- asking
 
 /** The messages before and with `turn`, as the model in column `column` knows them. Turns without an answer are left out. */
 function messagesOf(turn, column) {
-  const messages = [];
+  const system = at("system").value.trim();
+  const messages = system ? [{ role: "system", content: system }] : [];
   for (const one of talk.turns) {
     const images = one.images.map((url) => ({ type: "image_url", image_url: { url } }));
     const content = images.length ? [...images, ...(one.text ? [{ type: "text", text: one.text }] : [])] : one.text;
@@ -141,14 +96,31 @@ function parameters() {
   return found;
 }
 
+/** Shows an answer's text at most once a frame. */
+function shower(answer) {
+  let planned = false;
+  return () => {
+    if (planned) return;
+    planned = true;
+    requestAnimationFrame(() => {
+      planned = false;
+      const follow = isAtEnd();
+      if (answer.busy) fillCard(answer.card, answer);
+      if (follow) toEnd();
+    });
+  };
+}
+
 async function fill(answer, turn, column) {
   const body = { ...parameters(), model: answer.model, messages: messagesOf(turn, column) };
+  const [start, showSoon] = [performance.now(), shower(answer)];
   try {
-    for await (const piece of streamAnswer(body, at("token").value, running.signal)) {
-      answer.text += piece;
-      writeText(answer.card.querySelector(".text"), answer.text);
-      at("turns").scrollTop = at("turns").scrollHeight;
+    for await (const { text, tokens } of streamAnswer(body, at("token").value, running.signal)) {
+      answer.text += text;
+      if (tokens) answer.tokens = tokens;
+      showSoon();
     }
+    answer.seconds = (performance.now() - start) / 1000;
   } catch (error) {
     if (error.name === "AbortError") answer.stopped = true;
     else answer.error = error.message;
@@ -164,11 +136,12 @@ async function ask(turn) {
   turn.answers = names.map((model) => ({ model, text: "", busy: true }));
   if (!talks.includes(own)) talks.unshift(own);
   show();
+  await keep(own); // so that a page that is closed meanwhile has the question
   await Promise.all(turn.answers.map((answer, column) => fill(answer, turn, column)));
   running = null;
   own.changed = Date.now();
   await keep(own);
-  show();
+  show(isAtEnd());
 }
 
 async function keep(own) {
@@ -188,19 +161,27 @@ async function send() {
   const turn = { text, images: waiting, answers: [] };
   talk.turns.push(turn);
   waiting = [];
-  at("text").value = "";
+  setText(""); // without the focus, which would bring a phone's keyboard back over the answer
   showWaiting();
-  fitText();
   await ask(turn);
 }
 
 function editTurn(index) {
   const [turn] = talk.turns.splice(index);
-  at("text").value = turn.text;
   waiting = [...turn.images];
   showWaiting();
   show();
+  choose(turn.text);
+}
+
+function setText(text) {
+  at("text").value = text;
   fitText();
+}
+
+/** A text to ask, which may be changed before it is sent. */
+function choose(text) {
+  setText(text);
   at("text").focus();
 }
 
@@ -211,6 +192,7 @@ function openTalk(one) {
   talk = one;
   at("side").classList.remove("open");
   show();
+  if (!one.turns.length) at("text").focus();
 }
 
 async function removeTalk(one) {
@@ -221,7 +203,16 @@ async function removeTalk(one) {
   show();
 }
 
+/** What a page that was closed in the middle of an answer has kept. */
+function settledTalk(one) {
+  for (const answer of one.turns.flatMap((turn) => turn.answers)) {
+    if (answer.busy) Object.assign(answer, { busy: false, stopped: true });
+  }
+  return one;
+}
+
 async function addImages(files) {
+  notice("");
   for (const file of files) {
     if (!file.type.startsWith("image/")) {
       notice(`${file.name} ${word("no_image")}`);
@@ -238,8 +229,13 @@ async function addImages(files) {
   showWaiting();
 }
 
+function showPanel(shown) {
+  at("panel").hidden = !shown;
+  at("settings").setAttribute("aria-expanded", String(shown));
+}
+
 function askForToken() {
-  at("panel").hidden = false;
+  showPanel(true);
   notice(word("needs_token"));
   at("token").focus();
 }
@@ -257,7 +253,8 @@ async function findModels() {
 }
 
 function showModels() {
-  const [first, second] = [at("model").value, at("second").value];
+  const [first, second] = ["model", "second"].map((id) => wished?.get(id) ?? at(id).value);
+  wished = null;
   at("model").replaceChildren(...models.map((name) => new Option(name, name)));
   const beside = models.map((name) => new Option(`${word("beside")}: ${name}`, name));
   at("second").replaceChildren(new Option(word("none"), ""), ...beside);
@@ -276,33 +273,24 @@ function setTheme(name) {
   document.documentElement.dataset.theme = name;
 }
 
-function listen() {
-  at("send").addEventListener("click", send);
-  at("stop").addEventListener("click", () => running?.abort());
-  at("new").addEventListener("click", () => openTalk(freshTalk()));
-  at("menu").addEventListener("click", () => at("side").classList.toggle("open"));
-  document.querySelector("main").addEventListener("click", (event) => {
-    if (event.target !== at("menu")) at("side").classList.remove("open");
-  });
-  at("settings").addEventListener("click", () => { at("panel").hidden = !at("panel").hidden; });
-  at("attach").addEventListener("click", () => at("file").click());
-  at("file").addEventListener("change", async () => {
-    await addImages([...at("file").files]);
-    at("file").value = "";
-  });
-  at("language").addEventListener("click", () => { switchLanguage(); showModels(); showWaiting(); show(); });
-  at("theme").addEventListener("click", () => {
-    const other = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-    localStorage.setItem("theme", other);
-    setTheme(other);
-  });
-  at("text").addEventListener("input", fitText);
+function listenToKeys() {
   at("text").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     send();
   });
-  document.addEventListener("keydown", (event) => { if (event.key === "Escape") running?.abort(); });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !at("large").open) running?.abort();
+    if (event.altKey && event.code === "KeyN") openTalk(freshTalk());
+  });
+}
+
+function listenToImages() {
+  at("attach").addEventListener("click", () => at("file").click());
+  at("file").addEventListener("change", async () => {
+    await addImages([...at("file").files]);
+    at("file").value = "";
+  });
   document.addEventListener("paste", (event) => {
     if (event.clipboardData.files.length) addImages([...event.clipboardData.files]);
   });
@@ -313,11 +301,37 @@ function listen() {
     at("composer").classList.remove("over");
     addImages([...event.dataTransfer.files]);
   });
+  at("large").addEventListener("click", () => at("large").close());
+}
+
+function listen() {
+  at("send").addEventListener("click", send);
+  at("stop").addEventListener("click", () => running?.abort());
+  at("new").addEventListener("click", () => openTalk(freshTalk()));
+  at("menu").addEventListener("click", () => at("side").classList.toggle("open"));
+  document.querySelector("main").addEventListener("click", (event) => {
+    if (!at("menu").contains(event.target)) at("side").classList.remove("open");
+  });
+  at("settings").addEventListener("click", () => showPanel(at("panel").hidden));
+  at("language").addEventListener("click", () => { switchLanguage(); showModels(); showWaiting(); show(); });
+  at("theme").addEventListener("click", () => {
+    const other = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+    localStorage.setItem("theme", other);
+    setTheme(other);
+  });
+  at("text").addEventListener("input", fitText);
   at("token").addEventListener("change", findModels);
-  for (const name of PARAMETERS) {
+  for (const name of KEPT) {
     at(name).value = localStorage.getItem(name) ?? "";
     at(name).addEventListener("change", () => localStorage.setItem(name, at(name).value));
   }
+  at("padded").checked = localStorage.getItem("padded") === "true";
+  at("padded").addEventListener("change", () => {
+    localStorage.setItem("padded", String(at("padded").checked));
+    if (!running) show();
+  });
+  listenToKeys();
+  listenToImages();
 }
 
 async function start() {
@@ -328,7 +342,7 @@ async function start() {
   talk = freshTalk();
   show();
   try {
-    talks = await loadTalks();
+    talks = (await loadTalks()).map(settledTalk);
   } catch (error) {
     notice(`${word("not_kept")}: ${error.message}`);
   }
