@@ -1,7 +1,8 @@
 """The end of a run, whatever ends it: what the run opened is closed, and the process ends within seconds.
 
 `closing` stands around every command. What starts processes or threads that could outlive an error says `at_end`, and
-processes that work for another one say `belong_to_parent`. A process that still does not end is made to.
+processes that work for another one say `belong_to_parent`. A rank stops when its torchrun is killed. A process that
+still does not end is made to.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ logger = logging.getLogger(__name__)
 GRACE = 20.0
 """Seconds in which a process ends by itself; then it is ended, and every thread's place is shown."""
 
+COMPLETE_GRACE = 120.0
+"""The same for a run that is complete, which must not end as one that failed: on a busy machine the interpreter's own
+end takes long."""
+
 EXIT_SIGNAL = 128
 """A process that was told to stop by signal n ends with this plus n, as a shell counts it."""
+
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""A variable that torchrun sets for its ranks."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -40,6 +48,10 @@ class Stopped(Exception):
         super().__init__(text)
         self.exit_code = EXIT_SIGNAL + number
         self.result = result
+
+
+class Terminated(BaseException):
+    """SIGTERM came, and the work under way does nothing else about it. No Exception, since it is nobody's to catch."""
 
 
 def at_end(close: Callable[[], None]) -> None:
@@ -84,18 +96,44 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     """Run `main` as the work of this process, and end the process with the code that it returns."""
     global _is_own_process
     _is_own_process = True
+    _stop_with_torchrun()
+    _end_in_order()
     code = main()
-    _limit()
+    _limit(GRACE if code else COMPLETE_GRACE)
     _leave_groups()
     sys.exit(code)
 
 
-def _limit() -> None:
-    """From now on the process has GRACE seconds. Its thread needs no lock of Python's, so that nothing can hold it."""
+def _stop_with_torchrun() -> None:
+    """Have a rank be sent SIGTERM when its torchrun is killed, as torchrun does when it is told to stop. It would go on
+    without anybody to end it, and hold its device."""
+    if TORCHRUN in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end_in_order() -> None:
+    """Have SIGTERM raise Terminated, so that `closing` closes what the run opened and `main` says what happened; a
+    second one ends the process at once. Ranks of a larger run end at once anyway, as they may stand in a collective,
+    and torchrun says it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1" or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        return
+    owner = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:  # a fork, which has inherited this
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _limit(seconds: float = GRACE) -> None:
+    """From now on the process has so many seconds. Their thread needs no lock of Python's: nothing can hold it."""
     global _is_limited
     if _is_own_process and not _is_limited:
         _is_limited = True
-        faulthandler.dump_traceback_later(GRACE, exit=True)
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _leave_groups() -> None:

@@ -31,3 +31,7 @@ class CheckpointError(ValueError):
 
 class TrainingError(ValueError):
     """A training step must not go on: non-finite loss, nothing to learn from, no gradient."""
+
+
+class LostRankError(ValueError):
+    """A process of a launch over several ranks is lost, so that the others cannot go on."""

@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-id", type=int, metavar="N", help="with --cfg-path, as the original's demo takes it: 0")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="image to begin with; repeatable")
     parser.add_argument("--system", metavar="TEXT", help="system text in place of the template's")
+    parser.add_argument(
+        "--max-context-len",
+        type=int,
+        metavar="N",
+        help="most tokens of a prompt and its answer: of a longer talk the model no longer sees the oldest turns",
+    )
     add_option_arguments(parser)
     add_parallel_arguments(parser)
 
@@ -59,14 +65,21 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
 
     refuse_idle_processes(namespace)
     with chat_of_cfg_path(namespace) as defaults:
-        options = generation_options(given_options(namespace, defaults))
-        if options.num_beams > 1 or options.num_return_sequences > 1:
+        given = {"num_beams": 1, "num_return_sequences": 1} | given_options(namespace, defaults)
+        checked = generation_options(given)  # before the weights are read
+        if checked.num_beams > 1 or checked.num_return_sequences > 1:
             raise ConfigError("chat gives one answer as it is written: leave num_beams and num_return_sequences at 1")
         path = model_path(namespace)
         vlm = load_model(namespace, path, device=None, dtype=None, tokenizer=None, image_processor=None)
     from mindspeed_mm.generation.chat import ChatSession
 
-    session = ChatSession(vlm.engine(namespace.template, batch_size=1), options)
+    engine, limit = vlm.engine(namespace.template, batch_size=1), namespace.max_context_len
+    options = engine.defaults.options(given)
+    if limit is not None and limit <= options.max_new_tokens:
+        raise ConfigError(
+            f"--max-context-len: found {limit}, expected more than max_new_tokens {options.max_new_tokens}"
+        )
+    session = ChatSession(engine, given, max_context=limit)
     if namespace.system is not None:
         session.set_system(namespace.system)
     terminal = Terminal(session)
@@ -179,6 +192,8 @@ class Terminal:
                 self._say(piece)
         finally:
             self._ctrl_c_is_for = "nothing"
+        if self._session.forgotten:
+            self._tell(f"[{self._session.forgotten} earlier turns no longer fit and were not seen]")
         ended = self._session.result.sequences[0].finish_reason == "cancelled"
         self._say(" [ended]\n" if ended else "\n")
 

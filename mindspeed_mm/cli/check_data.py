@@ -47,6 +47,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.config.options import take_options
     from mindspeed_mm.data.config import DataConfig
     from mindspeed_mm.data.preflight_report import fix_suffixes, print_table, summary, write_page, write_whole
+    from mindspeed_mm.data.storage.objects import is_address
 
     start = time.monotonic()
     take_options(namespace)
@@ -55,10 +56,12 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     check = _check(namespace, config, model)
     parameters = config.dataset_param
     results, fixed = [], []
-    for basic in [*parameters.basic_parameters, *parameters.validation_parameters]:
+    for basic in parameters.all_sets:
         found = _look(check, config, basic, namespace.workers, [earlier for _, earlier in results])
         results.append((summary(basic.data_path, found), found))
         if namespace.fix_suffix and found.suffixes:
+            if is_address(basic.data_path):
+                raise ConfigError(f"--fix-suffix writes beside the data file, and {basic.data_path} is in a store")
             fixed.append(str(fix_suffixes(Path(basic.data_path), basic.data_folder, found.suffixes)))
     accounts = [account for account, _ in results]
     print_table(accounts, Console(file=sys.stdout))
@@ -89,12 +92,12 @@ def _look(check: Any, config: Any, basic: Any, workers: int | None, earlier: lis
 
     from mindspeed_mm import registry
     from mindspeed_mm.data.build import read_options
-    from mindspeed_mm.data.config import DATASETS
     from mindspeed_mm.data.preflight import Found, shared_records
+    from mindspeed_mm.data.set_config import DATASETS
 
     damage: list[DataError] = []
-    template = next(iter(check.encodings.values())).template
-    options = dataclasses.replace(read_options(config, template), problems=damage)
+    encoding = next(iter(check.encodings.values()))
+    options = dataclasses.replace(read_options(config, encoding.template, encoding.media), problems=damage)
     kind = config.dataset_param.kind_of(basic)
     try:
         source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
@@ -111,6 +114,7 @@ def _look(check: Any, config: Any, basic: Any, workers: int | None, earlier: lis
 
 def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | None) -> Any:
     """Templates, tokenizer and lengths as in training."""
+    from mindspeed_mm.data.build import check_box_words
     from mindspeed_mm.data.expand import Encoding
     from mindspeed_mm.data.image import ImageProcessor
     from mindspeed_mm.data.media import FixedSizeImages
@@ -131,6 +135,8 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
         usual = spec.family.usual_template(spec)
         rows = spec.text_decoder.language_vocab_size
         seq_length, weights = spec.text_decoder.language_max_sequence_length, spec.text_decoder.ckpt_path
+    elif parameters.mm_use_im_start_end:
+        raise ConfigError("dataset_param.mm_use_im_start_end is true: give --mm-model, which says the tokens")
     if media is None or namespace.tokens_per_image:
         processor = ImageProcessor.from_config(parameters.preprocess_parameters.processor_source)
         media = FixedSizeImages(processor, namespace.tokens_per_image or IMAGE_TOKENS)
@@ -139,6 +145,7 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
     if path is None:
         raise ConfigError("no tokenizer: give --tokenizer, --mm-model, or dataset_param.tokenizer_config")
     tokenizer = load_tokenizer(path)
+    check_box_words(config, tokenizer)
     parameters = with_template(config, tokenizer, *usual).dataset_param
     names = [parameters.template_name, *(namespace.templates or "").split(",")]
     encodings = {}

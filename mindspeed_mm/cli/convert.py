@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mindspeed_mm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mindspeed_mm.weights.sources import Source
 
 HELP = "convert weights between layouts"
 EXAMPLE = (
@@ -16,8 +20,14 @@ EXAMPLE = (
     "      --projector mm_projector.bin llava-7b --to llava"
 )
 
-LAYOUTS = ("mindspeed-mm", "llava-hf", "llava", "hf", "clip", "projector", "checkpoint", "peft")
-PART_FLAGS = {"text_decoder": "--text-decoder", "vision_encoder": "--vision-encoder", "vision_projector": "--projector"}
+PART_FLAGS = {
+    "text_decoder": "--text-decoder",
+    "vision_encoder": "--vision-encoder",
+    "vision_projector": "--projector",
+    "interaction": "--interaction",
+}
+TRAINED_ALONE = ("peft", "minigpt4-trained", "flamingo-trained")
+"""Layouts of what a run has trained."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -34,10 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "paths",
         nargs="+",
         metavar="PATH",
-        help="SRC DST: weights in any readable layout or a training checkpoint, and the target; DST alone beside flags "
-        "that name the parts",
+        help="SRC DST: weights in any readable layout, a training checkpoint or a model.json that names weights, and "
+        "the target; DST alone beside flags that name the parts",
     )
-    parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout of the target")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="LAYOUT",
+        help="layout of the target: mindspeed-mm, llava-hf, llava, hf, clip, projector, post-block, checkpoint, peft, "
+        "minigpt4-trained, flamingo-trained, or that of a family (blip2, instructblip, minigpt4, ...; docs/models.md)",
+    )
     for kind, flag in PART_FLAGS.items():
         parser.add_argument(
             flag, dest=kind, metavar="PATH", help=f"{kind} of a model whose parts lie apart; no SRC then"
@@ -62,6 +78,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-processor", metavar="DIR", help="folder of the image processor, instead of the source's"
     )
     parser.add_argument(
+        "--box-tokens",
+        action="store_true",
+        help="add Shikra's 1,007 words of boxes and points (<bin_0> ...) to tokenizer and vocabulary, as mean rows",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=("nf4", "fp4", "int8"),
+        help="the decoder's linears in 4 or 8 bits, as a QLoRA run stores them; --to checkpoint alone",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format that is merged into SRC")
+    parser.add_argument("--double-quant", action="store_true", help="beside --quantize: their scales in 8 bits, too")
+    parser.add_argument(
         "--verify", action="store_true", help="compare tensors, and for whole models logits, afterwards"
     )
 
@@ -83,10 +111,17 @@ def _accept_paths_anywhere(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
     """Convert. Returns the written files for --json."""
     from checkpoint_converters.convert import convert
+    from checkpoint_converters.merge_adapters import record_merged
 
+    if namespace.verify and namespace.to in TRAINED_ALONE:
+        raise ConfigError(
+            f"--verify compares whole models, and --to {namespace.to} writes what was trained alone: leave it out"
+        )
+    if namespace.verify and namespace.quantize:
+        raise ConfigError("--verify compares equal weights, and --quantize rounds them: leave one of them out")
     source, target = _source(namespace)
     written = convert(
-        source,
+        source if namespace.adapter is None else _adapted(source, namespace),
         target,
         to=namespace.to,
         dtype=namespace.dtype,
@@ -97,16 +132,34 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         allow_nonfinite=namespace.allow_nonfinite,
         tokenizer=namespace.tokenizer,
         image_processor=namespace.image_processor,
+        box_tokens=namespace.box_tokens,
+        quantize=namespace.quantize,
+        double_quant=namespace.double_quant,
     )
+    if namespace.adapter is not None and Path(target).is_dir():
+        record_merged(Path(source), [namespace.adapter], Path(target))
     sys.stdout.write("".join(f"wrote {path}\n" for path in written))
     result = {"target": target, "to": namespace.to, "files": [str(path) for path in written]}
-    if namespace.verify and namespace.to == "peft":
-        raise ConfigError("--verify compares whole models, and --to peft writes adapters alone: leave it out")
     if namespace.verify:
         from mindspeed_mm.cli.verify import verify
 
         result["verify"] = verify(source, target, num_attention_heads=namespace.num_attention_heads)
     return result
+
+
+def _adapted(source: str | dict[str, str], namespace: argparse.Namespace) -> Source:
+    """SRC with an adapter merged into it. Raises ConfigError for what does not go with --adapter."""
+    from checkpoint_converters.merge import merged_source
+
+    if isinstance(source, dict) or namespace.verify or namespace.to in TRAINED_ALONE:
+        beside = (
+            "parts that lie apart" if isinstance(source, dict) else "--verify" if namespace.verify else namespace.to
+        )
+        raise ConfigError(
+            f"--adapter merges an adapter into SRC, its base, and was given beside {beside}; expected SRC "
+            "DST alone. mindspeed-mm merge compares the result with the adapter on"
+        )
+    return merged_source(source, [namespace.adapter], dtype=namespace.dtype)
 
 
 def _source(namespace: argparse.Namespace) -> tuple[str | dict[str, str], str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from mindspeed_mm.cli.flags.launcher import add_launcher_flags, check_launcher_flags
 from mindspeed_mm.cli.flags.model import add_model_arguments, add_parallel_arguments, load_model
+from mindspeed_mm.cli.flags.shots import add_shots_arguments, given_shots
 from mindspeed_mm.errors import ConfigError
 
 HELP = "score a model on a benchmark (VLMEvalKit's TSVs and others); a killed run goes on where it was"
@@ -19,15 +22,19 @@ EXAMPLE = (
     "mindspeed-mm evaluate --model llava-1.5-7b-hf --dataset-path AI2D_TEST.tsv --evaluation-dataset ai2d_test "
     "--result-output-path evaluation_outputs"
 )
+logger = logging.getLogger(__name__)
+
 GENERATION_DEFAULTS = {"max_new_tokens": 128, "do_sample": False}
 """Decoding of the guide's evaluate_llava1_5.json."""
+KEY_VARIABLE = "JUDGE_API_KEY"
+"""Variable with the judge's key, which is never written anywhere."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mm-model", metavar="JSON", help="the guide's evaluate_llava1_5.json; flags win over it")
     add_model_arguments(parser)
     add_parallel_arguments(parser)
-    parser.add_argument("--dataset-path", metavar="FILE", help="the benchmark's TSV, or JSON lines")
+    parser.add_argument("--dataset-path", metavar="FILE", help="the benchmark's TSV, JSON lines, or folder")
     parser.add_argument(
         "--evaluation-dataset", metavar="NAME", help="benchmark, or a name of your own for your own table"
     )
@@ -50,9 +57,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare finished runs and do nothing else: a result folder, two *_report.json files, or names of models "
         "in --result-output-path",
     )
-    parser.add_argument("--judge", metavar="URL", help="OpenAI-compatible server that reads what no rule can read")
+    parser.add_argument(
+        "--judge",
+        metavar="URL",
+        help="OpenAI-compatible server that reads what no rule can read; for shr also a judgement.json",
+    )
     parser.add_argument("--judge-model", metavar="NAME", default="judge", help="model that the judge is asked for")
-    parser.add_argument("--judge-key-file", metavar="FILE", help="file with the judge's key")
+    parser.add_argument(
+        "--judge-key-file", metavar="FILE", help="file with the judge's key (default: the variable JUDGE_API_KEY)"
+    )
+    parser.add_argument(
+        "--judge-prompt",
+        metavar="FILE",
+        help="text with {regions}, {facts} and {sentences} that shr's judge is asked with, in place of our own words",
+    )
     parser.add_argument("--batch-size", type=int, default=1, help="questions answered at a time on each device")
     parser.add_argument("--max-new-tokens", type=int, help="at most so many tokens an answer (default 128)")
     parser.add_argument(
@@ -64,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the table is what --evaluation-dataset says, whatever its file name and number of rows speak for",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
+    add_shots_arguments(parser)
     add_launcher_flags(parser)
 
 
@@ -84,22 +103,19 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     config = load_config(
         EvaluationConfig, own | _flags(namespace), what="evaluation config", context=namespace.mm_model
     )
-    given = GENERATION_DEFAULTS | config.generation_config
+    generation_options(config.generation_config, context=namespace.mm_model)  # before a large table is read
+    shots = given_shots(namespace)
+    table, benchmark = _check_table(config, namespace, shots)
+    given = GENERATION_DEFAULTS | dict(getattr(benchmark, "generation", {})) | config.generation_config
     if namespace.max_new_tokens is not None:
         given["max_new_tokens"] = namespace.max_new_tokens
     options = generation_options(given, context=namespace.mm_model)
-    table, benchmark = _check_table(config, namespace)
-    judge = _judge(config, namespace)
+    judge = _judge(config, namespace, benchmark)
+    benchmark = _asking(benchmark, judge, namespace.judge_prompt)
     if namespace.predictions:
-        from evaluation.engine import SingleRank
-        from evaluation.recorded import RecordedAnswers
-
-        communicator = SingleRank()
-        by_order = getattr(benchmark, "by_order", False)
-        engine: Any = RecordedAnswers(namespace.predictions, table, by_order=by_order)
+        communicator, engine = _recorded_engine(namespace, table, benchmark)
     else:
         communicator, engine = _model_engine(config, namespace, options)
-    from evaluation.identity import told_identity
     from evaluation.runner import run as run_evaluation
 
     start = time.perf_counter()
@@ -118,17 +134,34 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         text_questions=namespace.text_questions,
         judge=judge,
         checked=(table, benchmark),
+        shots=shots,
     )
     seconds = time.perf_counter() - start
     if communicator.rank == 0:
         _print(result, namespace.scoring, seconds)
-        sys.stderr.write(f"table {table.path.name}: {told_identity(benchmark, table)}\n")
-        if table.dropped:
-            sys.stderr.write(
-                f"left out, because they have no image: {len(table.dropped)} rows, for example index "
-                f"{table.dropped[0]} (--text-questions asks them too)\n"
-            )
+        _tell_table(benchmark, table)
     return _summary(result, config, namespace, seconds)
+
+
+def _tell_table(benchmark, table) -> None:
+    """Whose table it is, and the rows that were left out."""
+    from evaluation.identity import told_identity
+
+    sys.stderr.write(f"table {table.path.name}: {told_identity(benchmark, table)}\n")
+    if table.dropped:
+        sys.stderr.write(
+            f"left out, because they have no image: {len(table.dropped)} rows, for example index "
+            f"{table.dropped[0]} (--text-questions asks them too)\n"
+        )
+
+
+def _recorded_engine(namespace: argparse.Namespace, table, benchmark):
+    """This process alone, and answers that a file holds already."""
+    from evaluation.engine import SingleRank
+    from evaluation.recorded import RecordedAnswers
+
+    by_order = getattr(benchmark, "by_order", False)
+    return SingleRank(), RecordedAnswers(namespace.predictions, table, by_order=by_order)
 
 
 def _model_engine(config, namespace: argparse.Namespace, options):
@@ -148,15 +181,26 @@ def _model_engine(config, namespace: argparse.Namespace, options):
         tokenizer=config.tokenizer.from_pretrained if config.tokenizer else None,
         image_processor=config.image_processer_path,
     )
+    if vlm.defaults.asked and communicator.rank == 0:
+        logger.info(
+            "%s asks for %s: not used here, an evaluation takes the benchmark's settings (greedy) and those of "
+            "generation_config in --mm-model",
+            vlm.defaults.where,
+            vlm.defaults.asked,
+        )
     return communicator, ModelEngine(vlm, options, namespace.template)
 
 
-def _judge(config, namespace: argparse.Namespace):
+def _judge(config, namespace: argparse.Namespace, benchmark):
     if not namespace.judge:
         return None
+    if "://" not in namespace.judge and getattr(benchmark, "judges_sentences", False):
+        from evaluation.recorded_judge import RecordedJudge
+
+        return RecordedJudge(namespace.judge)
     from evaluation.judge import HttpJudge
 
-    key = None
+    key = os.environ.get(KEY_VARIABLE) or None
     if namespace.judge_key_file:
         try:
             key = Path(namespace.judge_key_file).read_text(encoding="utf-8").strip()
@@ -166,6 +210,17 @@ def _judge(config, namespace: argparse.Namespace):
             ) from error
     cache = Path(config.result_output_path) / "judge_replies.jsonl"
     return HttpJudge(namespace.judge, cache, model=namespace.judge_model, key=key)
+
+
+def _asking(benchmark, judge, path: str | None):
+    """The benchmark that asks its judge with the text of a file."""
+    if not path:
+        return benchmark
+    if judge is None or not getattr(benchmark, "judges_sentences", False):
+        raise ConfigError(
+            f"--judge-prompt {path} is what shr's judge is asked with; expected it there, with --judge. Leave it out"
+        )
+    return benchmark.asking(path)
 
 
 def _compare(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -217,7 +272,7 @@ def _flags(namespace: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _check_table(config, namespace: argparse.Namespace):
+def _check_table(config, namespace: argparse.Namespace, shots):
     """Find what is wrong with the table or the options before the model is loaded, which may take minutes."""
     from evaluation.runner import check
 
@@ -233,6 +288,7 @@ def _check_table(config, namespace: argparse.Namespace):
         image_root=namespace.image_root,
         text_questions=namespace.text_questions,
         accept_table=namespace.accept_table,
+        shots=shots,
     )
 
 
@@ -253,7 +309,8 @@ def _print(result, scoring: str, seconds: float) -> None:
             f"(95% interval {low:.4f} to {high:.4f}), {report.n} questions, {report.unparsed} answers unreadable\n"
         )
         for name, value in report.notes.items():
-            sys.stdout.write(f"  {name.replace('_', ' ')}: {value:.4g}\n")
+            shown = value if isinstance(value, str) else f"{value:.4g}"
+            sys.stdout.write(f"  {name.replace('_', ' ')}: {shown}\n")
     if result.reports:
         for split, row in result.reports[scoring].table.items():
             cells = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if not math.isnan(value))
@@ -279,7 +336,7 @@ def _summary(result, config, namespace: argparse.Namespace, seconds: float) -> d
         "prompt_style": namespace.prompt_style,
         "n": len(result.predictions),
         "metric": report.metric if report else None,
-        "accuracy": report.overall if report else None,
+        "accuracy": report.overall if report and not math.isnan(report.overall) else None,
         "interval_95": list(report.interval) if report else None,
         "unparsed": report.unparsed if report else None,
         "resumed": result.resumed,

@@ -21,6 +21,7 @@ from mindspeed_mm.cli.flags.model import (
     model_path,
     refuse_idle_processes,
 )
+from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.errors import ConfigError, DataError
 
 HELP = "answer prompts about images, from flags alone, an inference_llava.json or a JSONL file"
@@ -83,10 +84,30 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
         questions = config.questions
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return _answer(_engine(namespace, config, path), questions, options, namespace.batch_size)
+    _refuse_hopeless(questions)
+    return _answer(_engine(namespace, config, path, options), questions, options, namespace.batch_size)
 
 
-def _engine(namespace: argparse.Namespace, config, path: str):
+def _refuse_hopeless(questions: list[tuple[str, tuple[str, ...]]]) -> None:
+    """Raise DataError, before weights are read, where no question can be answered: empty prompts, missing images."""
+    from mindspeed_mm.generation.images import refuse_url
+
+    problems = []
+    for number, (prompt, images) in enumerate(questions, start=1):
+        try:
+            for image in images:
+                refuse_url(image)
+                if not Path(image).exists():
+                    raise DataError(f"image {image} is missing; expected a file there. Correct the path.")
+            if not prompt.strip():
+                raise DataError(f"the prompt is empty; give it a text ({IMAGE_TOKEN} alone for an image alone)")
+        except DataError as error:
+            problems.append(f"request {number}: {error}")
+    if len(problems) == len(questions):
+        raise DataError("\n  ".join([f"none of {len(questions)} prompts can be answered:", *problems]))
+
+
+def _engine(namespace: argparse.Namespace, config, path: str, options: dict[str, Any]):
     vlm = load_model(
         namespace,
         path,
@@ -95,7 +116,9 @@ def _engine(namespace: argparse.Namespace, config, path: str):
         tokenizer=config.tokenizer.from_pretrained if config.tokenizer else None,
         image_processor=config.image_processer_path,
     )
-    return vlm.engine(namespace.template, batch_size=namespace.batch_size)
+    engine = vlm.engine(namespace.template, batch_size=namespace.batch_size)
+    engine.defaults.options(options)  # beside what the model's own file says, before anything is asked
+    return engine
 
 
 def _answer(engine, questions, options: dict[str, Any], batch_size: int) -> dict[str, Any]:
@@ -134,9 +157,10 @@ def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict
     """Answers of the file --input into the file --output."""
     from mindspeed_mm.cli.main import is_first_rank
     from mindspeed_mm.data.progress import progress_bar
+    from mindspeed_mm.data.storage.objects import parent_of
     from mindspeed_mm.inference.request_file import Answers, read_requests, weights_stamp
 
-    requests, folder = read_requests(Path(namespace.input)), Path(namespace.input).parent
+    requests, folder = read_requests(namespace.input), parent_of(namespace.input)
     facts = {
         "model": str(Path(path).resolve()),
         "weights": weights_stamp(Path(path)),
@@ -145,7 +169,7 @@ def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict
         "dtype": namespace.dtype or config.dtype,
         "tokenizer": namespace.tokenizer,
         "image_processor": namespace.image_processor,
-        "quantize": namespace.quantize,
+        "quantize": [namespace.quantize, namespace.double_quant] if namespace.double_quant else namespace.quantize,
     }
     if namespace.adapter:
         facts["adapter"] = [str(Path(namespace.adapter).resolve()), weights_stamp(Path(namespace.adapter))]
@@ -161,7 +185,7 @@ def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict
     resumed = len(requests) - len(waiting)
     with answers.open(list(requests)), progress_bar("answers", len(waiting)) as advance:
         if waiting:
-            engine = _engine(namespace, config, path)
+            engine = _engine(namespace, config, path, options)
             for record in _records(engine, waiting, options, folder, AHEAD * namespace.batch_size):
                 answers.append(record if "error" in record else record | {"request": digests[record["id"]]})
                 advance(1)
@@ -175,9 +199,10 @@ def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict
 
 
 def _records(
-    engine, waiting: dict[str, Any], options: dict[str, Any], folder: Path, ahead: int
+    engine, waiting: dict[str, Any], options: dict[str, Any], folder: str | Path, ahead: int
 ) -> Iterator[dict[str, Any]]:
     """One record a request, as they end; so many of them are in flight."""
+    from mindspeed_mm.data.storage.objects import in_folder
     from mindspeed_mm.generation.engine import GenerationRequest
     from mindspeed_mm.generation.images import refuse_url
 
@@ -200,13 +225,14 @@ def _records(
             ended.append({"id": name, "error": str(line)})
             return
         try:
-            for image in line.image:
+            for image in line.images:
                 refuse_url(image)
         except DataError as error:
             ended.append({"id": name, "error": str(error)})
             return
-        images = tuple(str(folder / image) for image in line.image)
-        request = GenerationRequest(name, turns=((line.prompt, None),), images=images, system=line.system)
+        images = tuple(str(in_folder(folder, image)) for image in line.images)
+        turns = line.turns(engine.vlm.spec.family.after_image)
+        request = GenerationRequest(name, turns=turns, images=images, system=line.system)
         engine.submit(request, options | line.options, on_end=note)
 
     left, submitted, answered = iter(waiting.items()), 0, 0

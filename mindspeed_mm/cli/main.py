@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import json
 import logging
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import mindspeed_mm
 from mindspeed_mm import ending
-from mindspeed_mm.errors import CheckpointError, ConfigError, DataError, TrainingError, WeightError
+from mindspeed_mm.errors import CheckpointError, ConfigError, DataError, LostRankError, TrainingError, WeightError
 
-USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError, TrainingError)
+USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError, TrainingError, LostRankError)
 """Errors whose message is for the user. Anything else is a bug of ours and keeps its traceback."""
 
 EXIT_ERROR = 1
@@ -67,8 +69,10 @@ class _ToStderr(logging.Handler):
     """Writes to whatever sys.stderr is at the moment, so that a redirected one is respected."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
-        sys.stderr.flush()
+        text = self.format(record) + "\n"
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe takes no line, and ends no work either
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def set_up_logging() -> None:
@@ -98,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 1 when the command failed with a message for the user, 2 for a wrong command line (argparse),
-        130 when interrupted, 128 plus its number when a signal had the run save and stop.
+        130 when interrupted, 128 plus its number when a signal had the run stop, saved where it can be.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word.replace("-", "_") for word in argv if not word.startswith("-")), None)
@@ -127,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first_rank():
             sys.stderr.write(f"mindspeed-mm {namespace.command}: interrupted\n")
         return EXIT_INTERRUPTED
+    except ending.Terminated:
+        sys.stderr.write(f"mindspeed-mm {namespace.command}: stopped by SIGTERM\n")
+        return ending.EXIT_SIGNAL + signal.SIGTERM
     if namespace.json:
         _print_json(result)
     return 0

@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 from mindspeed_mm.cli.flags.cfg_options import add_cfg_options
+from mindspeed_mm.cli.flags.lora import add_lora_arguments
+from mindspeed_mm.cli.flags.trained import add_trained_arguments, given_flags
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.planning.flags import STRATEGY_FLAGS
 
@@ -58,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--measured-devices", type=int, default=1, metavar="N", help="devices of that run (default 1)")
     machine.add_argument("--calibrate", action="store_true", help="measure this machine's device for some seconds")
     machine.add_argument("--top", type=int, default=10, metavar="N", help="layouts that are listed (default 10)")
+    add_trained_arguments(parser)
+    add_lora_arguments(parser)
     arguments.add_arguments(parser)
     parser.set_defaults(**dict.fromkeys(STRATEGY_FLAGS))
 
@@ -87,7 +91,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.planning import report as tables
     from mindspeed_mm.planning.planner import Planner
 
-    planner = Planner(namespace, platform)
+    planner = Planner(namespace, platform, given_flags(namespace))
     result = planner.search()
     tables.show(result, namespace.top)
     report = tables.as_json(result, namespace.top)

@@ -19,7 +19,7 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `train`: the line of a run serves as it is. Steps, rates, saves and logs change nothing here."""
-    train.add_arguments(parser)
+    train.add_arguments(parser, steps=False)
 
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class FileKeys:
 
     what: the file, as messages and docs/weights.md name it.
     neutral: the values with which a key changes nothing; null is always one of them.
-    supported: for messages: what is supported instead of a refused value.
+    supported: for messages: what is supported instead of a refused value; `cure`: what to do then.
     """
 
     what: str
@@ -60,6 +60,7 @@ class FileKeys:
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     supported: str = "a model without that"
+    cure: str = "Use weights of a supported model."
 
     @property
     def known(self) -> frozenset[str]:
@@ -78,10 +79,7 @@ class FileKeys:
             if key in found and key not in self.honoured and not _is_neutral(found[key], allowed)
         ]
         if problems:
-            raise ConfigError(
-                f"{name}: found {' and '.join(problems)}; {self.supported} is supported. Use weights of a supported "
-                "model."
-            )
+            raise ConfigError(f"{name}: found {' and '.join(problems)}; {self.supported} is supported. {self.cure}")
         known = self.known
         unknown = [key for key, value in found.items() if key not in known and value not in EMPTY]
         if unknown:
@@ -94,11 +92,12 @@ def file_keys(
     neutral: Mapping[str, tuple[Any, ...]] | None = None,
     harmless: Iterable[str] = (),
     supported: str = "a model without that",
+    cure: str = FileKeys.cure,
 ) -> FileKeys:
     """A FileKeys in which what is honoured counts as nothing else, and what is neutral not as harmless."""
     honoured = frozenset(honoured)
     neutral = {key: values for key, values in (neutral or {}).items() if key not in honoured}
-    return FileKeys(what, honoured, neutral, frozenset(harmless) - honoured - frozenset(neutral), supported)
+    return FileKeys(what, honoured, neutral, frozenset(harmless) - honoured - frozenset(neutral), supported, cure)
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,6 +5,7 @@ Only the suite's own files are read so: a public config.json or tokenizer.json h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,18 @@ MAX_FILES = 64
 """Files that one configuration may be made of; a file counts each time that it is named."""
 
 
-def read_config(source: str | Path | ConfigFile) -> dict[str, Any]:
+def read_config(source: str | Path | ConfigFile, read: Callable[[Path], dict[str, Any]] = read_json) -> dict[str, Any]:
     """The JSON object of one of the suite's files, its bases merged in and the command line's changes made.
 
     Objects are merged key by key, all else replaces what the base has. A later base wins over an earlier one, the
-    file over all of them. The result has no `_base_` and no `_delete_`.
+    file over all of them. The result has no `_base_` and no `_delete_`. `read` reads files of another form.
 
     Raises ConfigError: as read_json for each of the files; a circle of files, a base that is no path, too many files,
     an object in the place of something else, a `_delete_` that replaces nothing; a change that cannot be made.
     """
     file = source if isinstance(source, ConfigFile) else ConfigFile(str(source))
     try:
-        return changed(_Reading().of(Path(file.path), ()), file.changes)
+        return changed(_Reading(read).of(Path(file.path), ()), file.changes)
     except RecursionError as error:
         raise ConfigError(f"{file.path} is not a configuration: it is nested too deeply.") from error
 
@@ -41,7 +42,8 @@ def read_config(source: str | Path | ConfigFile) -> dict[str, Any]:
 class _Reading:
     """One configuration that is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Path], dict[str, Any]]) -> None:
+        self._read = read
         self.files = 0
 
     def of(self, path: Path, below: tuple[Path, ...]) -> dict[str, Any]:
@@ -49,7 +51,7 @@ class _Reading:
         self.files += 1
         if self.files > MAX_FILES:
             raise ConfigError(f"more than {MAX_FILES} files are named by {BASE}; expected fewer: join some of them")
-        own = read_json(path)
+        own = self._read(path)
         chain = (*below, path.resolve())
         merged: dict[str, Any] = {}
         for where, base in _bases(path, own.pop(BASE, [])):

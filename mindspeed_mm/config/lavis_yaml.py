@@ -15,6 +15,21 @@ SECTIONS = ("model", "datasets", "run", "evaluation_datasets", "preprocess")
 """What a file holds at the top."""
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, as LAVIS's own reader does, where YAML would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See yaml."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice; keep one of them", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A mapping from a YAML file, without any of YAML's objects.
 
@@ -22,7 +37,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, too large, no YAML, names a Python object, or holds something else.
     """
     try:
-        values = yaml.safe_load(config_bytes(path, "YAML"))
+        values = yaml.load(config_bytes(path, "YAML"), _EachKeyOnce)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{path} is not plain YAML: {' '.join(str(error).split())}. Correct the file there."
@@ -39,12 +54,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parsed_options(texts: Iterable[str]) -> dict[str, Any]:
-    """`--options a.b=v ...` as nested mappings; values are read as YAML.
+    """`--options a.b=v ...`, or `--options a.b v ...` as LAVIS takes it, too, as nested mappings; values are read as
+    YAML.
 
     Raises:
         ConfigError: one has no =, an empty name or a broken value.
     """
     result: dict[str, Any] = {}
+    texts = list(texts)
+    if texts and "=" not in texts[0] and len(texts) % 2 == 0:
+        texts = [f"{name}={value}" for name, value in zip(texts[::2], texts[1::2], strict=True)]
     for text in texts:
         name, equals, value = text.partition("=")
         parts = name.split(".")

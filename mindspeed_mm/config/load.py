@@ -5,6 +5,7 @@ Nothing is coerced (no "1" for 1, no true for 1; an int is accepted where a floa
 
 import difflib
 import json
+import re
 import types
 import typing
 from pathlib import Path
@@ -79,6 +80,10 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
 
 
+KIND = re.compile(r"(str|int|float|bool|none|(list|tuple|dict|literal)\[.*\]|constrained-\w+|function-.*|[A-Z]\w*)")
+"""Names that pydantic gives the kinds of a value."""
+
+
 def load_config(
     model_cls: type[Model], source: str | Path | dict[str, Any], *, what: str, context: str | None = None
 ) -> Model:
@@ -99,7 +104,7 @@ def load_config(
         # JSON mode: strict about types, yet arrays fill tuples and strings fill paths, which have no JSON type.
         return model_cls.model_validate_json(text)
     except pydantic.ValidationError as error:
-        problems = [_problem(model_cls, detail) for detail in error.errors(include_url=False)]
+        problems = _problems(model_cls, data, error.errors(include_url=False))
     where = f"{what} ({context})" if context else what
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     raise ConfigError("\n  ".join([f"{where}: {count}", *dict.fromkeys(problems)]))
@@ -124,10 +129,41 @@ def _refuse_constant(name: str) -> Any:
     raise ConfigError(f"found {name}, which is not JSON; expected a finite number.")
 
 
-def _problem(model_cls: type[pydantic.BaseModel], detail: Any) -> str:
-    """One line for one pydantic error detail."""
+def _problems(model_cls: type[pydantic.BaseModel], data: Any, details: list[Any]) -> list[str]:
+    """One line for each value that is wrong. What may be of several kinds is one value: pydantic tells of each kind."""
+    found = [(*_place(data, detail), detail) for detail in details]
+    inside = {union for location, union, _ in found if union is not None and len(location) > len(union)}
+    lines: dict[tuple, str] = {}
+    for number, (location, union, detail) in enumerate(found):
+        line = _problem(model_cls, json_path(location) or "(top level)", detail)
+        if union is None or len(location) > len(union):
+            lines[location, number] = line
+        elif union not in inside and union in lines:
+            lines[union] += f" or {line.rpartition('input should be ')[2]}"
+        elif union not in inside:
+            lines[union] = line
+    return list(lines.values())
+
+
+def _place(data: Any, detail: Any) -> tuple[tuple[str | int, ...], tuple[str | int, ...] | None]:
+    """Where a pydantic error is, and the place of the value of several kinds that it is in, if any: a kind's name
+    stands in pydantic's location like a key."""
+    place: list[str | int] = []
+    union = None
+    for part in detail["loc"]:
+        known = isinstance(data, dict) and part in data
+        if not known and isinstance(part, str) and KIND.fullmatch(part):
+            union = tuple(place)
+            continue
+        within = known or (isinstance(data, list) and isinstance(part, int) and part < len(data))
+        data = data[part] if within else None
+        place.append(part)
+    return tuple(place), union
+
+
+def _problem(model_cls: type[pydantic.BaseModel], path: str, detail: Any) -> str:
+    """One line for one pydantic error detail at a path."""
     location = detail["loc"]
-    path = json_path(location) or "(top level)"
     kind = detail["type"]
     if kind == "extra_forbidden":
         known = _known_keys(model_cls, location[:-1])

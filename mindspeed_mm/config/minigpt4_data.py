@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mindspeed_mm.config.lavis_yaml import Section
-from mindspeed_mm.config.load import read_json
 from mindspeed_mm.config.minigpt4_model import Mapped
+from mindspeed_mm.config.minigpt4_tasks import DATA_YAMLS as TASK_YAMLS
+from mindspeed_mm.config.minigpt4_tasks import KINDS, map_set
 from mindspeed_mm.errors import ConfigError
 
 SHARDS, ALIGNED = ("laion", "cc_sbu"), "cc_sbu_align"
-DATA_YAMLS = {"laion": "laion/defaults.yaml", "cc_sbu": "cc_sbu/defaults.yaml", ALIGNED: "cc_sbu_align/align.yaml"}
+DATA_YAMLS = {"laion": "laion/defaults.yaml", "cc_sbu": "cc_sbu/defaults.yaml", ALIGNED: "cc_sbu/align.yaml"}
+DATA_YAMLS |= TASK_YAMLS
 """Data set -> the file of its defaults, in minigpt4/configs/datasets of the user's checkout."""
 
 PROCESSOR = {
@@ -33,20 +35,39 @@ def map_data(section: Section, mapped: Mapped) -> dict[str, Any]:
         ConfigError: no data set, one that is not known, both kinds at once, or a key that means nothing here.
     """
     names = section.given()
+    if names and set(names) <= set(KINDS):
+        return _tasks(section, names, mapped)
     known = [*SHARDS, ALIGNED]
     if not names or not set(names) <= set(known) or (ALIGNED in names and len(names) > 1):
         raise ConfigError(
-            f"datasets: found {', '.join(names) or 'none'}; expected laion, cc_sbu or both, or {ALIGNED} alone. Data "
-            "of other kinds are named in a data.json (docs/data.md)."
+            f"datasets: found {', '.join(names) or 'none'}; expected laion, cc_sbu or both, or {ALIGNED} alone, "
+            f"or MiniGPT-v2's sets: {', '.join(KINDS)}. Data of other kinds are named in a data.json (docs/data.md)."
         )
-    sets = [_one(section.section(name), name, mapped) for name in names]
-    aligned = names == [ALIGNED]
-    if len(sets) == 1:
-        del sets[0]["weight"]
+    found = [section.section(name) for name in names]
+    sets = _mixed(section, found, [_one(one, name, mapped) for one, name in zip(found, names, strict=True)], mapped)
+    if names == [ALIGNED]:
+        return _data("minigpt4", mapped.template, sets, mapped)
+    mapped.note(section, "*", "broken images are left out and told, as the original does (image_error of data.json)")
+    data = _data("tar", "minigpt4_caption", sets, mapped)
+    data["dataset_param"]["image_error"] = "skip"
+    return data
+
+
+def _tasks(section: Section, names: list[str], mapped: Mapped) -> dict[str, Any]:
+    """MiniGPT-v2's sets."""
+    sets, found = [], [section.section(name) for name in names]
+    for one, name in zip(found, names, strict=True):
+        one.only("data_type", ("images", "text"), "the data hold images and texts")
+        sets.append(map_set(one.section("build_info"), name, mapped))
+        _processors(one, mapped)
+    return _data("llava", mapped.template, _mixed(section, found, sets, mapped), mapped)
+
+
+def _data(kind: str, template: str, sets: list[dict[str, Any]], mapped: Mapped) -> dict[str, Any]:
     return {
         "dataset_param": {
-            "dataset_type": "minigpt4" if aligned else "tar",
-            "template_name": mapped.template if aligned else "minigpt4_caption",
+            "dataset_type": kind,
+            "template_name": template,
             "basic_parameters": sets,
             "preprocess_parameters": {"train_pipeline": image_processor(mapped)},
             "tokenizer_config": {"from_pretrained": mapped.model["text_decoder"]["ckpt_path"]},
@@ -54,6 +75,39 @@ def map_data(section: Section, mapped: Mapped) -> dict[str, Any]:
         },
         "dataloader_param": {"shuffle": True},
     }
+
+
+def _mixed(section: Section, found: list[Section], sets: list[dict[str, Any]], mapped: Mapped) -> list[dict[str, Any]]:
+    """The sets with their weights, where there are several. Raises ConfigError for keys that nothing has asked for."""
+    weights = _weights(section, found, mapped)
+    for one in found:
+        one.refuse_rest()
+    if len(sets) == 1:
+        return sets
+    return [entry | {"weight": weight} for entry, weight in zip(sets, weights, strict=True)]
+
+
+def _weights(section: Section, sets: list[Section], mapped: Mapped) -> list[float]:
+    """Shares of the samples of the sets; `mapped.batch` is set where they have a batch size. A batch of the original is
+    of one set, drawn by its sample_ratio; here each sample is drawn, as often on average."""
+    ratios, sizes = [_ratio(one) for one in sets], [one.count("batch_size", 0) for one in sets]
+    if 0 in sizes and any(sizes):
+        raise sets[sizes.index(0)].wrong("batch_size", None, "a number, as the other sets have one")
+    if len(sets) > 1:
+        mapped.note(
+            section, "*.sample_ratio, *.batch_size", "differs: a batch holds samples of all sets, as often on average"
+        )
+    if not sizes[0]:
+        return ratios
+    mapped.batch = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True)) / sum(ratios)
+    return [ratio * size for ratio, size in zip(ratios, sizes, strict=True)]
+
+
+def _ratio(section: Section) -> float:
+    found = section.number("sample_ratio", 1)
+    if found <= 0:
+        raise section.wrong("sample_ratio", found, "a number above 0")
+    return found
 
 
 def image_processor(mapped: Mapped) -> dict[str, Any]:
@@ -69,17 +123,13 @@ def _one(section: Section, name: str, mapped: Mapped) -> dict[str, Any]:
         raise build.wrong("storage", storage, "the folder of the data" if name == ALIGNED else "tar files")
     build.refuse_rest()
     _processors(section, mapped)
-    weight = section.number("sample_ratio", 1)
-    if weight <= 0:
-        raise section.wrong("sample_ratio", weight, "a number above 0")
-    section.refuse_rest()
     if name == ALIGNED:
         folder = mapped.path(build, "storage", "the folder with filter_cap.json and image")
         mapped.note(build, "storage", f"data_path and data_folder in {folder}")
-        return {"data_path": str(folder / "filter_cap.json"), "data_folder": str(folder / "image"), "weight": weight}
+        return {"data_path": str(folder / "filter_cap.json"), "data_folder": str(folder / "image")}
     shards = tar_files(build, storage, mapped)
-    mapped.note(section, "build_info.storage, sample_ratio", f"data_path {shards}, weight {weight:g}")
-    return {"data_path": shards, "data_folder": str(Path(shards).parent), "weight": weight}
+    mapped.note(section, "build_info.storage", f"data_path {shards}")
+    return {"caption_processor": "blip_caption", "data_path": shards, "data_folder": str(Path(shards).parent)}
 
 
 def tar_files(build: Section, storage: str, mapped: Mapped) -> str:
@@ -129,15 +179,9 @@ def _processors(section: Section, mapped: Mapped) -> None:
             block.refuse_rest()
         kinds.refuse_rest()
     mapped.note(section, "vis_processor", f"train_pipeline of data.json, {mapped.image_size} pixels")
-    meaning = "differs: captions stay as written, and blip_caption makes them lower case without marks"
+    meaning = "caption_processor of data.json"
+    if section.name.rpartition(".")[2] in KINDS:
+        meaning = "captions, questions and short answers, when the records are made"
     if section.name.endswith(ALIGNED):
         meaning = "no effect: captions stay as written, as in the original"
     mapped.note(section, "text_processor", meaning)
-
-
-def annotations(path: Path) -> list[Any]:
-    """The records of filter_cap.json, which holds them in a list inside an object. Raises ConfigError without one."""
-    found = read_json(path).get("annotations")
-    if not isinstance(found, list):
-        raise ConfigError(f'{path}: found no list "annotations"; expected the one of cc_sbu_align')
-    return found

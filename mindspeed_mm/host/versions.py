@@ -49,6 +49,8 @@ TESTED = (
     VersionSet("cpu", "3.11", "2.13.0", "0.16.0", "5.23.0", source="training, resuming, generation, conversion"),
     VersionSet("cpu", "3.10", "2.13.0", "0.16.1", "5.20.2", source="training, resuming, generation, conversion"),
     VersionSet("cpu", "3.10", "2.13.0", "0.16.0", "5.20.2", source="training, resuming, generation, conversion"),
+    VersionSet("cpu", "3.11", "2.13.0", "0.12.1", "5.23.0", source="training, resuming, generation, conversion"),
+    VersionSet("cpu", "3.10", "2.13.0", "0.12.1", "5.20.2", source="training, resuming, generation, conversion"),
     VersionSet("npu", "3.11", "2.13.0", "0.16.1", "5.23.0", source="a stand-in for torch_npu, on no NPU"),
 )
 """What was run."""
@@ -64,23 +66,22 @@ PAIRED = (
 
 @dataclass(frozen=True)
 class Broken:
-    """Versions of a package below `below` that cannot be used."""
+    """Versions of a package from `since` to below `below` that cannot be used."""
 
     package: str
     below: str
     reason: str
     instead: str
+    since: str = "0"
 
+
+CORE = "pip install 'megatron-core>=0.16,<0.17', or 0.12.1 beside MindSpeed 26.1"
 
 BROKEN = (
     Broken("Python", "3.10", "the code uses syntax of 3.10", "a Python 3.10 to 3.12"),
     Broken("torch", "2.5", "its scaled_dot_product_attention has no grouped heads (enable_gqa)", "torch 2.6 or newer"),
-    Broken(
-        "megatron-core",
-        "0.16",
-        "older ones lack arguments that training and checkpoints use (0.12.1: those of sharded optimizer states)",
-        "pip install 'megatron-core>=0.16,<0.17'",
-    ),
+    Broken("megatron-core", "0.12.1", "nobody ran it here", CORE),
+    Broken("megatron-core", "0.16", "its distributed optimizer stores no whole tensors", CORE, "0.13"),
 )
 
 TABLE = {"Python": "python", "torch": "torch", "megatron-core": "megatron_core", "transformers": "transformers"}
@@ -117,7 +118,7 @@ def judge(package: str, version: str | None, device: str | None = None) -> Findi
     if version is None:
         return Finding(GROUP, package, "not installed", "bad", "pip install -c constraints.txt -e .")
     for broken in BROKEN:
-        if broken.package == package and numbers(version) < numbers(broken.below):
+        if broken.package == package and numbers(broken.since) <= numbers(version) < numbers(broken.below):
             change = f"does not work, since {broken.reason}; use {broken.instead}"
             return Finding(GROUP, package, version, "bad", change)
     field = TABLE[package]

@@ -32,13 +32,19 @@ class Objective(ABC):
     preferences = False
     """Whether it trains on pairs of a chosen and a rejected answer, instead of conversations."""
 
+    auxiliary = False
+    """Whether a conversation of data.json's auxiliary_parameters goes beside each pair."""
+
     reference = False
     """Whether batches bring the log-probabilities of a reference model along (Batch.reference)."""
 
     def configured(self, options: Mapping[str, Any]) -> Objective:
         """The objective with options of data.json or of flags, by their keys. Raises ConfigError for unknown ones."""
         if options:
-            raise ConfigError(f"the objective {self.name} has no options, found {', '.join(options)}: remove them")
+            raise ConfigError(
+                f"the objective {self.name} has no options, found {', '.join(options)}: remove them, or choose "
+                "--objective dpo"
+            )
         return self
 
     def check(self, spec: Any) -> None:

@@ -1,6 +1,6 @@
 """Micro-batches of preference pairs on their way into the model, and the log-probabilities of their answers.
 
-Legend: T positions of the row, N pairs, n supervised positions of this rank.
+Legend: T positions of the row, N pairs, C conversations beside them, n supervised positions of this rank.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ class PairRow(NamedTuple):
     branches: list[tuple[int, ...]]
     """Lengths of the parts of each sequence, of padding, too (see platform/segments.BranchedSegments)."""
     owners: torch.Tensor
-    """[T] int64 in host memory: 2 x pair, + 1 for the rejected side; -1 for what both share and for padding."""
+    """[T] int64 in host memory: 2 x pair, + 1 for the rejected side; 2 x N + number of a conversation beside the pairs;
+    -1 for what both sides share and for padding."""
+    pairs: int
+    """N."""
+    companions: int
+    """C."""
 
 
 def pair_row(batch: Batch, config: Any) -> PairRow:
@@ -46,20 +51,28 @@ def pair_row(batch: Batch, config: Any) -> PairRow:
         row = dataclasses.replace(batch, **{name: getattr(batch, name)[..., :1, :] for name in ROW_FIELDS})
     keeps_padding = config.virtual_pipeline_model_parallel_size is not None
     branches = _sequences(batch, row.input_ids.shape[1], keeps_padding)
-    owners, pair = [], 0
+    pairs = sum(len(lengths) == 3 for lengths in branches)
+    owners: list[int] = []
+    pair = companion = 0
     for lengths in branches:
-        if len(lengths) == 2:  # padding
-            owners += [-1] * sum(lengths)
-            continue
-        for owner, length in zip((-1, 2 * pair, 2 * pair + 1), lengths, strict=True):
+        if len(lengths) == 3:
+            numbers: tuple[int, ...] = (-1, 2 * pair, 2 * pair + 1)
+            pair += 1
+        elif len(lengths) == 1:
+            numbers = (2 * pairs + companion,)
+            companion += 1
+        else:  # padding
+            numbers = (-1, -1)
+        for owner, length in zip(numbers, lengths, strict=True):
             owners += [owner] * length
-        pair += 1
-    return PairRow(row, branches, torch.tensor(owners))
+    branches = [(0, *lengths) if len(lengths) == 1 else lengths for lengths in branches]
+    return PairRow(row, branches, torch.tensor(owners), pairs, companion)
 
 
 def _sequences(batch: Batch, length: int, keeps_padding: bool) -> list[tuple[int, ...]]:
-    """Lengths of the parts of each sequence of the row of `length`: (shared, chosen, rejected) of a pair, (0, n) of
-    padding, which stands at the end, and behind the pairs of each of the batch's rows where it is kept."""
+    """Lengths of the parts of each sequence of the row of `length`: (shared, chosen, rejected) of a pair, (n,) of a
+    conversation beside them, (0, n) of padding, which stands at the end, and behind the others of each of the batch's
+    rows where it is kept."""
     assert batch.branches is not None and batch.segment_ids is not None
     found: list[tuple[int, ...]] = []
     pairs = list(batch.branches)
@@ -80,6 +93,8 @@ class PairSums(NamedTuple):
     """float32: of the positions' mean logits."""
     lengths: torch.Tensor
     """float32: number of tokens."""
+    beside: torch.Tensor
+    """[C] float32, with gradient: of the conversations beside the pairs, the log-probability of a token on average."""
 
 
 def pair_sums(values: torch.Tensor, row: PairRow) -> PairSums:
@@ -89,7 +104,7 @@ def pair_sums(values: torch.Tensor, row: PairRow) -> PairSums:
         values: [n, 2] float32 of this rank's slice of the row.
     """
     labels = row.batch.labels
-    count = 2 * len(row.batch.branches)
+    count = 2 * row.pairs + row.companions
     supervised = (sequence_slice(labels, 1)[0] != IGNORE_INDEX).nonzero().squeeze(1)
     owners = sequence_slice(row.owners, 0)[supervised].to(values.device, non_blocking=True)
     sums = values.new_zeros(count, 2).index_add(0, owners, values)
@@ -99,4 +114,6 @@ def pair_sums(values: torch.Tensor, row: PairRow) -> PairSums:
     lengths = torch.bincount(row.owners[labels[0] != IGNORE_INDEX], minlength=count)
     log_probs, logits = sums.unbind(1)
     lengths = lengths.to(values.device, torch.float32, non_blocking=True)
-    return PairSums(*(x.view(-1, 2) for x in (log_probs, logits.detach(), lengths)))
+    sides = (x[: 2 * row.pairs].view(-1, 2) for x in (log_probs, logits.detach(), lengths))
+    own, tokens = (x[2 * row.pairs :] for x in (log_probs, lengths))
+    return PairSums(*sides, own / tokens.clamp(min=1))  # an answer without a text has no token

@@ -28,6 +28,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 HADPO_KEYS = {"logps": "policy_logps", "reference_logps": "referece_logps"}
 """What HA-DPO's log calls ours; readers of its logs look for the second one as it is spelt there."""
 
+AUXILIARY = "auxiliary loss"
+"""Log key of the conversations beside the pairs."""
+
 
 class DpoOptions(StrictModel):
     """Options of the objective, as data.json's block "objective" and the flags --pref-* give them."""
@@ -44,6 +47,9 @@ class DpoOptions(StrictModel):
     """Compare with a reference that finds both answers equally likely."""
     ftx: NotNegative = 0.0
     """Weight of the chosen answer's own loss, the mean over its tokens."""
+    auxiliary_weight: NotNegative = 0.0
+    """Weight of the loss of the conversation that goes beside each pair (auxiliary_parameters of data.json), the mean
+    over its tokens: HA-DPO's gamma."""
     hadpo_keys: bool = False
     """Log log-probabilities under HA-DPO's names as well, the misspelt one as it is (HADPO_KEYS)."""
 
@@ -53,7 +59,8 @@ class DpoOptions(StrictModel):
         loss = LOSSES[self.loss]
         for name in ("label_smoothing", "length_average", "gamma"):
             if name in self.model_fields_set and getattr(self, name) and name not in loss.uses:
-                raise ValueError(f'{name} is given, but the loss "{self.loss}" does not use it; leave it out')
+                hint = " (HA-DPO's gamma is auxiliary_weight here)" if name == "gamma" else ""
+                raise ValueError(f'{name} is given, but the loss "{self.loss}" does not use it; leave it out{hint}')
         if self.reference_free and not loss.reference:
             raise ValueError(f'the loss "{self.loss}" has no reference anyway; leave reference_free out')
         return self
@@ -70,7 +77,8 @@ class Dpo(Objective):
         self.options = options or DpoOptions()
         self._loss = LOSSES[self.options.loss]
         self.reference = self._loss.reference and not self.options.reference_free
-        names = _metric_names(self.reference, self.options.ftx > 0)
+        self.auxiliary = self.options.auxiliary_weight > 0
+        names = _metric_names(self.reference, self.options.ftx > 0, self.auxiliary)
         self.metrics = (*names, *(_hadpo_keys(names) if self.options.hadpo_keys else ()))
 
     def configured(self, options: Mapping[str, Any]) -> Dpo:
@@ -85,6 +93,11 @@ class Dpo(Objective):
                     f"{kind}.lora.dropout is {part.lora.dropout}, but the objective dpo compares log-probabilities of "
                     "policy and reference, which dropout would make random: set it to 0"
                 )
+        if spec.text_decoder.neftune_noise_alpha:
+            raise ConfigError(
+                f"text_decoder.neftune_noise_alpha is {spec.text_decoder.neftune_noise_alpha:g}, but the objective dpo "
+                "compares log-probabilities of policy and reference, which noise would make random: set it to 0"
+            )
         if all(part.freeze for part in spec.part_specs().values()):
             raise ConfigError(
                 "the objective dpo has nothing to train: freeze is true for every part. Give --lora-r for adapters on "
@@ -148,13 +161,18 @@ class Dpo(Objective):
         own = -scores.policy_means[:, 0]
         if self.options.ftx:
             losses = losses + self.options.ftx * own
+        beside = -sums.beside
+        total = losses.sum() + self.options.auxiliary_weight * beside.sum()
         reports = parallel_state.get_context_parallel_rank() == 0
         count = torch.full((), len(losses) if reports else 0, dtype=torch.int, device=values.device)
-        logged = self._logged(sums, scores, own) | {"lm loss": losses.detach()}
-        found = {name: (total.sum() * reports, count) for name, total in logged.items()}
+        logged = self._logged(sums, scores, own)
+        found = {name: (figures.sum() * reports, count) for name, figures in logged.items()}
+        found["lm loss"] = (total.detach() * reports, count)
+        if self.auxiliary:
+            found[AUXILIARY] = (beside.detach().sum() * reports, len(beside) * reports)
         for number, side in enumerate(("chosen", "rejected")):
             found[f"logits/{side}"] = (sums.logits[:, number].sum() * reports, sums.lengths[:, number].sum() * reports)
-        return losses.sum(), count, found
+        return total, count, found
 
     def _reference_of(self, row: PairRow, sums: PairSums) -> torch.Tensor:
         if not self.reference:
@@ -187,11 +205,11 @@ class Dpo(Objective):
         return found | ({"sft loss": own.detach()} if self.options.ftx else {})
 
 
-def _metric_names(reference: bool, own_loss: bool) -> list[str]:
+def _metric_names(reference: bool, own_loss: bool, auxiliary: bool) -> list[str]:
     names = [f"rewards/{what}" for what in ("chosen", "rejected", "accuracies", "margins")]
     names += [f"{what}/{side}" for what in ("logps", "logits") for side in ("chosen", "rejected")]
     names += ["reference_logps/chosen", "reference_logps/rejected"] if reference else []
-    return [*names, "sft loss"] if own_loss else names
+    return [*names, *(["sft loss"] if own_loss else []), *([AUXILIARY] if auxiliary else [])]
 
 
 def _hadpo_keys(names: Iterable[str]) -> dict[str, str]:

@@ -11,12 +11,14 @@ H width, h heads, g key/value heads, D head size, F MLP width, T tensor-, C cont
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mindspeed_mm.models.operations import LayerShape
 from mindspeed_mm.models.part import PartSpec
 from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.kernels import Kernels, kernels_of
+from mindspeed_mm.planning.parameters import held_numbers
 from mindspeed_mm.platform.capped import BLOCK_SCORES
 from mindspeed_mm.weights.blockwise import MADE
 
@@ -136,6 +138,12 @@ def layer(sizes: LayerSizes, *, without_core: bool = False) -> float:
     return norms + linear_inputs + attention_inputs(sizes, single=single) + core + mlp(sizes)
 
 
+def asked_alone(sizes: LayerSizes) -> float:
+    """What of a last layer is kept of the positions alone that the head is asked about: MLP and its norms."""
+    linear_input = sizes.tokens * sizes.width if sizes.trained else 0.0
+    return sizes.shape.norms / 2 * norm(sizes) + linear_input + mlp(sizes)
+
+
 def decoder_sizes(job: TrainingJob) -> LayerSizes:
     """The text decoder's layers."""
     return LayerSizes(
@@ -145,7 +153,7 @@ def decoder_sizes(job: TrainingJob) -> LayerSizes:
         element=job.element,
         tensor=job.tensor,
         context=job.context,
-        trained=job.trained("text_decoder"),
+        trained=job.linears.layers,
         kernels=kernels_of(job.device, job.runtime.params_dtype),
         sequences=job.joined_sequences,
         longest=max(job.row.lengths),
@@ -168,6 +176,36 @@ def vision_encoder_sizes(job: TrainingJob) -> LayerSizes:
     )
 
 
+def cross(job: TrainingJob) -> float:
+    """One block of gated cross-attention in front of a decoder layer.
+
+    Both norms; query, keys and values; the attention's output, log-sums and its mask as scores; outputs in front of
+    both gates; what GELU takes. The inputs of the linears on top where these are trained.
+    """
+    crossing, sizes = job.crossing, decoder_sizes(job)
+    shape, tokens, element = crossing.shape, sizes.tokens, sizes.element
+    heads = shape.heads / job.tensor
+    single = sizes.kernels.single_attention
+    inner = heads * shape.head_size
+    taken = (tokens + 2 * crossing.rows * crossing.features) * inner * (SINGLE if single else element)
+    output = tokens * (inner * (SINGLE if single else element) + heads * SINGLE)
+    mask = tokens * (crossing.features * (SINGLE if single else element) + 1)
+    norms = 2 * sizes.norm_tokens * (sizes.width + 2 * SINGLE)
+    gates = 2 * sizes.norm_tokens * sizes.width
+    activated = tokens * shape.ffn_hidden_size / job.tensor * element
+    kept = taken + output + mask + norms + gates + activated
+    if job.linears.cross:
+        rows = tokens if sizes.kernels.keeps_gathered else sizes.norm_tokens
+        kept += 2 * rows * sizes.width + tokens * inner * element + activated
+    return kept
+
+
+def beside(job: TrainingJob) -> float:
+    """Features beside the text, and who sees what of them: once for all blocks of a stage."""
+    crossing = job.crossing
+    return 0.0 if crossing is None else crossing.memory * job.element
+
+
 @dataclass(frozen=True)
 class Stack:
     """Bytes of a stack of layers under its recomputation."""
@@ -177,29 +215,52 @@ class Stack:
     """More in the backward pass of a layer: the gradients inside it, and what is run again for it."""
 
 
-def stack(sizes: LayerSizes, layers: int) -> Stack:
-    """`layers` layers with the spec's recompute_* applied."""
+def stack(sizes: LayerSizes, further: Sequence[float], asked: float = 1.0) -> Stack:
+    """Layers with the spec's recompute_* applied; `further` has for each what stands in front of it keeps, `asked` is
+    the share of positions that the last one's MLP runs on."""
     spec, shape = sizes.part, sizes.shape
+    if not further:
+        return Stack(0.0, 0.0)
     boundary = sizes.norm_tokens * sizes.width
-    # In a layer's backward pass the gated product and the first linear's output have gradients, as has the residual,
-    # beside one factor on the way, while what is no longer needed of the forward pass is given back.
-    inner = sizes.element * shape.ffn_hidden_size / sizes.tensor * sizes.tokens * (3 if sizes.trained else 4)
-    gradients = max(inner, capped_scores(sizes)) + boundary + whole_weight(sizes)
     # Once for the stack: cosines and sines of half a head each.
     angles = sizes.tokens * sizes.element * shape.kv_channels if shape.rotary else 0.0
-    if spec.recompute_granularity == "selective":
-        return Stack(layers * layer(sizes, without_core=True) + angles, gradients)
-    whole = layer(sizes)
-    if spec.recompute_granularity is None or layers == 0:
-        return Stack(layers * whole + (angles if layers else 0.0), gradients if layers else 0.0)
+    one = layer(sizes, without_core=spec.recompute_granularity == "selective")
+    kept = [one + more for more in further]
+    kept[-1] -= (1 - asked) * asked_alone(sizes)
+    whole, last = gradients(sizes), gradients(sizes, asked)
+    # The last layer comes first in the backward pass. What it kept is free by the time of those in front of it.
+    inside = max(last, whole - kept[-1]) if len(kept) > 1 else last
+    if spec.recompute_granularity != "full":
+        return Stack(sum(kept) + angles, inside)
     # Full: the layer's input.
     if spec.recompute_method == "uniform":
-        group = spec.recompute_num_layers
-        return Stack(-(-layers // group) * boundary + angles, group * whole + gradients)
+        groups = [
+            kept[start : start + spec.recompute_num_layers] for start in range(0, len(kept), spec.recompute_num_layers)
+        ]
+        again = sum(groups[-1]) + (inside if len(groups[-1]) > 1 else last)
+        for behind, group in enumerate(reversed(groups[:-1]), start=1):
+            again = max(again, sum(group) + whole - behind * boundary)
+        return Stack(len(groups) * boundary + angles, again)
     # The layers that are not run again come first in the backward pass: their memory is free by then.
-    again = min(spec.recompute_num_layers, layers)
-    others = (layers - again) * whole
-    return Stack(again * boundary + angles + others, max(gradients, whole + gradients - others))
+    again = min(spec.recompute_num_layers, len(kept))
+    others = sum(kept[again:])
+    return Stack(again * boundary + angles + others, max(inside, max(kept[:again]) + whole - others))
+
+
+def gradients(sizes: LayerSizes, asked: float = 1.0) -> float:
+    """More in the backward pass of a layer whose MLP runs on the share `asked` of the positions: the gated product and
+    the first linear's output have gradients, as has the residual, beside one factor on the way, while what is no longer
+    needed of the forward pass is given back."""
+    inner = sizes.element * sizes.shape.ffn_hidden_size / sizes.tensor * sizes.tokens * (3 if sizes.trained else 4)
+    return max(asked * inner, capped_scores(sizes)) + sizes.norm_tokens * sizes.width + whole_weight(sizes)
+
+
+def decoder(job: TrainingJob, stage: int) -> Stack:
+    """The text decoder's layers on a pipeline stage, with cross-attention in front of some."""
+    numbers, shape = held_numbers(job, stage), job.spec.text_decoder.cross_shape
+    further = [0.0 if shape is None else shape.on([number]) * cross(job) for number in numbers]
+    found = stack(decoder_sizes(job), further, job.asked if stage == job.pipeline - 1 else 1.0)
+    return Stack(found.kept + beside(job), found.at_work)
 
 
 def vision_encoder(job: TrainingJob) -> Stack:
@@ -207,7 +268,7 @@ def vision_encoder(job: TrainingJob) -> Stack:
     if not job.trained("vision_encoder"):
         return Stack(0.0, 0.0)
     spec, sizes = job.spec.vision_encoder, vision_encoder_sizes(job)
-    layers = stack(sizes, spec.num_built_layers)
+    layers = stack(sizes, [0.0] * spec.num_built_layers)
     pixels = job.encoded.pixels * job.element
     return Stack(layers.kept + pixels + spec.outer_norms * norm(sizes), layers.at_work)
 
@@ -229,6 +290,18 @@ def embedding(job: TrainingJob) -> float:
     return ids + job.images.tokens * 2 * INDEX
 
 
+def interaction(job: TrainingJob) -> float:
+    """What stands in front of the head keeps of the positions on which it runs, and of all features it looks at."""
+    own = job.spec.interaction
+    if own is None:
+        return 0.0
+    lengths = [length / job.context for length in job.row.lengths] * job.micro_batch_size
+    products = own.head_products(job.supervised, job.images.features, lengths)
+    return job.element * sum(
+        (product.activated + product.kept) / (job.tensor if product.split else 1) for product in products
+    )
+
+
 @dataclass(frozen=True)
 class Head:
     """Bytes of the head and the loss, which run on supervised positions alone."""
@@ -241,19 +314,24 @@ class Head:
 
 
 def head(job: TrainingJob) -> Head:
-    """Final norm, head, and cross-entropy."""
-    if not job.gradients_flow("text_decoder"):
+    """Final norm, interaction, head, and cross-entropy."""
+    own = job.spec.interaction
+    if not job.gradients_flow("text_decoder" if own is None else "interaction"):
         return Head(0.0, 0.0, 0.0)
     sizes, decoder = decoder_sizes(job), job.spec.text_decoder
     vocabulary = decoder.language_vocab_size / job.tensor
     rows = min(job.supervised, HEAD_CHUNK)
     softmax = rows * vocabulary * SINGLE
-    kept = norm(sizes) + job.supervised * INDEX
+    kept = (
+        (job.asked * norm(sizes) if job.gradients_flow("text_decoder") else 0.0)
+        + job.supervised * INDEX
+        + interaction(job)
+    )
     logits = rows * vocabulary * job.element if job.mixed else 0.0
     # A bound of the logits keeps its tanh.
     softmax += rows * vocabulary * job.element if decoder.traits.final_soft_cap is not None else 0.0
-    weight = vocabulary * decoder.hidden_size * job.element if sizes.trained else 0.0
+    weight = vocabulary * decoder.hidden_size * job.element if job.linears.head else 0.0
     gradients = logits + weight - (softmax if job.mixed else 0.0)
     if job.supervised > HEAD_CHUNK:  # chunks keep the hidden states that they are run again from
         return Head(kept + job.supervised * sizes.width, logits + softmax, gradients + softmax)
-    return Head(kept + softmax + (rows * sizes.width if sizes.trained else 0), logits, gradients)
+    return Head(kept + softmax + (rows * sizes.width if job.linears.head else 0), logits, gradients)

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from mindspeed_mm.models.part import PartSpec
+from mindspeed_mm.planning.activations import beside
 from mindspeed_mm.planning.job import TrainingJob
-from mindspeed_mm.planning.parameters import held_layers, stage_parameters
+from mindspeed_mm.planning.parameters import held_blocks, held_layers, stage_parameters
 
 SINGLE = 4
 
@@ -80,7 +81,10 @@ def _decoder_traffic(job: TrainingJob, stage: int) -> tuple[float, float]:
     # Two sums over the ranks in each direction; one is a reduce-scatter and an all-gather.
     sums = 2 * passes + (2 if flow else 0)
     once_more = 1.0 if job.runtime.sequence_parallel and flow and trained else 0.0
-    tensor = layers * (2 * sums + 2 * once_more) * ring(hidden, job.tensor)
+    blocks, crossing = held_blocks(job, stage), job.crossing
+    tensor = (layers + blocks) * (2 * sums + 2 * once_more) * ring(hidden, job.tensor)
+    if crossing is not None and job.gradients_flow("vision_projector"):  # keys and values sum the features' gradients
+        tensor += 2 * blocks * ring(crossing.memory * job.element, job.tensor)
     heads = (2 * spec.num_attention_heads + 2 * spec.num_query_groups) / job.tensor
     exchanged = job.tokens * heads * spec.kv_channels * job.element
     if spec.recompute_granularity == "selective":
@@ -127,10 +131,11 @@ def _head_traffic(job: TrainingJob) -> float:
 
 
 def _pipeline_traffic(job: TrainingJob, stage: int) -> float:
-    """To the next stage forwards, to the one before backwards; virtual stages close the ring."""
+    """To the next stage forwards, to the one before backwards, with the features beside a text; virtual stages close
+    the ring."""
     if job.pipeline == 1:
         return 0.0
-    hidden = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element
+    hidden = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element + beside(job)
     last, wraps = stage == job.pipeline - 1, job.virtual - 1
     forwards = job.virtual if not last else wraps
     backwards = job.virtual if stage > 0 else wraps

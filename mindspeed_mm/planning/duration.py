@@ -14,7 +14,7 @@ from mindspeed_mm.planning import activations
 from mindspeed_mm.planning.communication import stage_traffic
 from mindspeed_mm.planning.hardware import Hardware
 from mindspeed_mm.planning.job import TrainingJob
-from mindspeed_mm.planning.parameters import held_layers, stage_parameters
+from mindspeed_mm.planning.parameters import held_blocks, held_layers, stage_parameters
 from mindspeed_mm.trainer.flops import forward_flops, step_flops
 
 PASSES_OVER_ACTIVATIONS = 5
@@ -62,10 +62,13 @@ def stage_flops(job: TrainingJob, stage: int) -> float:
     flow = {kind: job.gradients_flow(kind) for kind in job.spec.part_specs()}
     trained = {kind: job.trained(kind) for kind in job.spec.part_specs()}
     share = held_layers(job, stage) / job.spec.text_decoder.num_layers
-    text = 1 + flow["text_decoder"] + trained["text_decoder"]
-    decoder = forward.decoder * (text + _again(job, "text_decoder", stage))
-    decoder += forward.scores * (flow["text_decoder"] - trained["text_decoder"] + _scores_again(job))
+    linears, back, again = job.linears, flow["text_decoder"], _again(job, "text_decoder", stage)
+    decoder = forward.decoder * (1 + back + linears.layers + again)
+    decoder += forward.scores * (back - linears.layers + _scores_again(job))
     total = share * decoder / job.context
+    if job.crossing is not None:
+        cross = forward.cross * (1 + back + linears.cross + again) + forward.cross_scores * (1 + 2 * back + again)
+        total += held_blocks(job, stage) / job.crossing.shape.blocks * cross / job.context
     if stage == 0:
         again = _again(job, "vision_encoder", 0)
         image = (forward.vision_encoder + forward.patches) * (3 + again if trained["vision_encoder"] else 1)
@@ -73,7 +76,9 @@ def stage_flops(job: TrainingJob, stage: int) -> float:
         image += forward.projector * (1 + flow["vision_projector"] + trained["vision_projector"])
         total += image
     if stage == job.pipeline - 1:
-        total += forward.head * text / job.context
+        back = "interaction" if "interaction" in flow else "text_decoder"
+        total += forward.head * (1 + flow[back] + linears.head) / job.context
+        total += forward.interaction * (1 + flow[back] + trained.get("interaction", False)) / job.context
     return job.micro_batch_size * total / job.tensor
 
 
@@ -120,6 +125,7 @@ def _elementwise(job: TrainingJob, stage: int) -> float:
     total = 0.0
     if job.gradients_flow("text_decoder"):
         total += held_layers(job, stage) * activations.layer(activations.decoder_sizes(job))
+        total += held_blocks(job, stage) * activations.cross(job) if job.crossing is not None else 0.0
     if stage == 0:
         layers = job.spec.vision_encoder.num_built_layers * activations.layer(activations.vision_encoder_sizes(job))
         total += layers if job.trained("vision_encoder") else layers * 2 / PASSES_OVER_ACTIVATIONS

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from mindspeed_mm.models.operations import EncoderWork
+from mindspeed_mm.models.operations import CrossShape, EncoderWork
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
+from mindspeed_mm.models.trainable import TrainedLinears, trained_linears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,22 @@ class PlannedRow:
         return len(self.lengths) > 1
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """Cross-attention of a micro-batch to features beside its text."""
+
+    shape: CrossShape
+    rows: int
+    """Rows of the micro-batch, once samples stand one behind the other."""
+    features: float
+    """Features beside each of them, those of all its images, or of a blank one."""
+
+    @property
+    def memory(self) -> float:
+        """Values of the features of all rows."""
+        return self.rows * self.features * self.shape.memory_size
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
     """One training run as the planner sees it."""
@@ -44,6 +62,10 @@ class TrainingJob:
     num_micro_batches: int = 1
     """Micro-batches of a step on each data-parallel rank."""
     use_distributed_optimizer: bool = False
+    muon: bool = False
+    """Muon moves the matrices of linears, whose state is one float32 value less than AdamW's."""
+    averaged: bool = False
+    """A moving average of the trained weights is kept."""
     row: PlannedRow
     device: str = "cuda"
     """cuda, npu or cpu: its kernels decide what is kept for the backward pass."""
@@ -151,15 +173,40 @@ class TrainingJob:
         return max(0.0, sum(self.row.lengths) - self.row_work.tokens)
 
     @property
+    def asked(self) -> float:
+        """Share of this rank's positions on which the last layer's MLP and the final norm run
+        (models/kit/asked_rows.py)."""
+        if self.runtime.sequence_parallel or not self.spec.asks_early:
+            return 1.0
+        return min(1.0, self.supervised / self.tokens) or 1.0
+
+    @property
     def supervised(self) -> float:
         """Labels of a micro-batch on the rank that has most of them (labels stand at the end of a row)."""
         return self.micro_batch_size * min(self.row_supervised, self.positions / self.context)
 
     def gradients_flow(self, kind: str) -> bool:
         """Whether the backward pass goes through a part: it is trained, or stands behind a trained one."""
-        order = ("vision_encoder", "vision_projector", "text_decoder")
+        order = ("vision_encoder", "vision_projector", "text_decoder", "interaction")
         return any(self.spec.part(before).trains for before in order[: order.index(kind) + 1])
 
     def trained(self, kind: str) -> bool:
         """Whether a part's weights are trained."""
         return self.spec.part(kind).trains
+
+    @cached_property
+    def linears(self) -> TrainedLinears:
+        """Which linears of the decoder keep their inputs: those that are trained, or that have adapters."""
+        spec = self.spec.text_decoder
+        found = trained_linears(self.spec.parts()["text_decoder"], spec)
+        return found._replace(layers=found.layers or spec.lora is not None)
+
+    @property
+    def crossing(self) -> Crossing | None:
+        """Cross-attention of a micro-batch on one rank; None where the decoder has none."""
+        shape = self.spec.text_decoder.cross_shape
+        if shape is None:
+            return None
+        rows = 1 if self.joined_sequences > 1 else self.micro_batch_size
+        features = max(1.0, self.images.items / rows) * self.spec.vision_projector.num_latents
+        return Crossing(shape, rows, features)

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from mindspeed_mm.planning import activations
 from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.planning.kernels import kernels_of
-from mindspeed_mm.planning.parameters import held_layers, stage_parameters
+from mindspeed_mm.planning.parameters import Parameters, stage_parameters
 
 SINGLE = 4
+MUON_COPIES = 5
+"""Float32 copies of a matrix while Muon makes it orthogonal: momentum, stand-in, product, result, and as stored."""
 PROCESS_BYTES = 410 * 10**6
 """Resident memory of a rank that trains a model of 6,304 parameters on the CPU: 387 MiB in its log. What a
 device's own libraries add is not known here."""
@@ -50,28 +52,28 @@ def rank_memory(job: TrainingJob, stage: int) -> RankMemory:
     """Memory of a rank of one pipeline stage."""
     counts = stage_parameters(job, stage)
     shared = job.sharing_ranks if job.use_distributed_optimizer else 1
-    state = state_bytes(job)
     kept, forward, backward, again = _stage_activations(job, stage)
     under_way = micro_batches_under_way(job, stage)
     in_step = max(forward, backward, again)
-    optimizer_buffers = _optimizer_buffers(job, counts.trained / shared)
+    optimizer_buffers = _optimizer_buffers(job, counts) / shared
     # The optimizer runs when the activations are gone; what counts is which of the two moments is the higher.
     temporaries = max(in_step, optimizer_buffers - under_way * kept)
     return RankMemory(
         stage=stage,
         parameters=counts.bytes,
         gradients=counts.trained * SINGLE,
-        optimizer=state * counts.trained / shared,
+        optimizer=state_bytes(job, counts) / shared,
         activations=under_way * kept,
         temporaries=temporaries,
         batch=_batch_bytes(job),
     )
 
 
-def state_bytes(job: TrainingJob) -> int:
-    """Bytes of optimizer state of a trained parameter: a float32 copy, where it is not float32 itself, and AdamW's two
-    moments."""
-    return SINGLE * (3 if job.mixed else 2)
+def state_bytes(job: TrainingJob, counts: Parameters) -> int:
+    """Bytes of optimizer state of the trained ones among some parameters: for each a float32 copy, where it is not
+    float32 itself, AdamW's two moments or Muon's momentum, and its moving average, where one is kept."""
+    values = counts.trained * (2 + job.mixed + job.averaged)
+    return SINGLE * (values - (counts.matrices if job.muon else 0))
 
 
 def peak_memory(job: TrainingJob) -> RankMemory:
@@ -93,13 +95,14 @@ def _stage_activations(job: TrainingJob, stage: int) -> tuple[float, float, floa
     first, last = stage == 0, stage == job.pipeline - 1
     kept = again = forward = backward = 0.0
     if job.gradients_flow("text_decoder"):
-        layers = activations.stack(activations.decoder_sizes(job), held_layers(job, stage))
+        layers = activations.decoder(job, stage)
         kept, again = layers.kept, layers.at_work
     if first:
         vision_encoder = activations.vision_encoder(job)
         kept += vision_encoder.kept + activations.projector(job) + activations.embedding(job)
         again = max(again, vision_encoder.at_work)
-    hidden = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element
+    # Features beside the text go with the hidden states, and their copy is theirs.
+    hidden = job.sequence_tokens * job.spec.text_decoder.hidden_size * job.element + activations.beside(job)
     # The schedule keeps what a stage sends; and what it receives, which the first norm keeps where gradients flow.
     kept += hidden * ((not last) + (not first and not job.gradients_flow("text_decoder")))
     if last:
@@ -109,9 +112,12 @@ def _stage_activations(job: TrainingJob, stage: int) -> tuple[float, float, floa
     return kept, forward, backward, again
 
 
-def _optimizer_buffers(job: TrainingJob, parameters: float) -> float:
-    """AdamW's denominator of all parameters at once; the fused AdamW of the CPU needs no memory."""
-    return SINGLE * parameters if kernels_of(job.device, job.runtime.params_dtype).foreach_optimizer else 0.0
+def _optimizer_buffers(job: TrainingJob, counts: Parameters) -> float:
+    """AdamW's denominator of all its parameters at once; the fused AdamW of the CPU needs no memory. Muon works on one
+    matrix at a time, whole on every tensor-parallel rank."""
+    adam = counts.trained - (counts.matrices if job.muon else 0)
+    adam = adam if kernels_of(job.device, job.runtime.params_dtype).foreach_optimizer else 0
+    return SINGLE * max(adam, MUON_COPIES * counts.largest * job.tensor if job.muon else 0)
 
 
 def _batch_bytes(job: TrainingJob) -> float:
@@ -161,8 +167,8 @@ class CheckpointBytes:
 def checkpoint_bytes(job: TrainingJob) -> CheckpointBytes:
     """Sizes of a run's checkpoints, whatever the layout."""
     whole = stage_parameters(on_one_rank(job), 0)
-    state = state_bytes(job)
-    return CheckpointBytes((job.element + state) * whole.trained, whole.bytes - job.element * whole.trained)
+    each = job.element * whole.trained
+    return CheckpointBytes(each + state_bytes(job, whole), whole.bytes - each)
 
 
 def on_one_rank(job: TrainingJob) -> TrainingJob:

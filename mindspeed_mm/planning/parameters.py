@@ -6,18 +6,18 @@ models/parallel.py says.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 
 from mindspeed_mm.models.adapters.splits import places
 from mindspeed_mm.models.adapters.targets import all_sites, sites
 from mindspeed_mm.models.parallel import stage_layers
-from mindspeed_mm.models.part import SLOTS
 from mindspeed_mm.models.trainable import setting
 from mindspeed_mm.planning.job import TrainingJob
 from mindspeed_mm.weights.blockwise import bytes_of
-from mindspeed_mm.weights.rule_names import is_layered
+from mindspeed_mm.weights.rule_names import is_layered, layer_of
 from mindspeed_mm.weights.rules import Step
 from mindspeed_mm.weights.shards import padded_vocab_size
 
@@ -35,95 +35,117 @@ class Parameters:
     """Of the largest trained tensor."""
     bytes: float
     """That hold all of them."""
+    matrices: int
+    """Of the trained ones, those in matrices of linears and in adapters' A and B; counted where Muon moves them."""
 
 
 @dataclass(frozen=True)
 class _HeldTensor:
-    """A tensor on one rank: its elements, the share of them that is trained, and its bytes."""
+    """A tensor on one rank: its elements, whether they are trained, and its bytes."""
 
     size: int
-    trained: float
+    trained: bool
     bytes: float
+    matrix: bool = False
+    """Whether it is what Muon moves."""
+
+
+def held_numbers(job: TrainingJob, stage: int) -> list[int]:
+    """Numbers, from 0, of the decoder layers of a pipeline stage, over all its chunks."""
+    chunks = stage_layers(job.spec.text_decoder, job.runtime.stages)
+    ends = list(itertools.accumulate(chunks, initial=0))
+    return [number for chunk in range(stage, len(chunks), job.pipeline) for number in range(*ends[chunk : chunk + 2])]
 
 
 def held_layers(job: TrainingJob, stage: int) -> int:
     """Decoder layers of a pipeline stage, over all its chunks."""
-    return sum(stage_layers(job.spec.text_decoder, job.runtime.stages)[stage :: job.pipeline])
+    return len(held_numbers(job, stage))
+
+
+def held_blocks(job: TrainingJob, stage: int) -> int:
+    """Blocks of gated cross-attention on a pipeline stage."""
+    shape = job.spec.text_decoder.cross_shape
+    return 0 if shape is None else shape.on(held_numbers(job, stage))
 
 
 def stage_parameters(job: TrainingJob, stage: int) -> Parameters:
     """Parameters that a rank of this pipeline stage holds."""
-    parts = [part_parameters(job, kind, stage) for kind in SLOTS]
+    parts = [part_parameters(job, kind, stage) for kind in job.spec.part_specs()]
     return Parameters(
         sum(part.total for part in parts),
         sum(part.trained for part in parts),
         max(part.largest for part in parts),
         sum(part.bytes for part in parts),
+        sum(part.matrices for part in parts),
     )
 
 
 def part_parameters(job: TrainingJob, kind: str, stage: int) -> Parameters:
     """Those of one part."""
     tensors = [*_tensors(job, kind, stage)]
-    tensors += [_HeldTensor(size, 1.0, size * job.element) for size in _adapter_sizes(job, kind, stage)]
+    adapters = _adapter_sizes(job, kind, stage)
+    tensors += [_HeldTensor(size, True, size * job.element, matrix) for size, matrix in adapters]
+    trained = [tensor for tensor in tensors if tensor.trained]
     return Parameters(
         sum(tensor.size for tensor in tensors),
-        round(sum(tensor.size * tensor.trained for tensor in tensors)),
-        max((tensor.size for tensor in tensors if tensor.trained), default=0),
+        sum(tensor.size for tensor in trained),
+        max((tensor.size for tensor in trained), default=0),
         sum(tensor.bytes for tensor in tensors),
+        sum(tensor.size for tensor in trained if tensor.matrix),
     )
 
 
-def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[int]:
-    """Elements of each A and B of one part on this stage; layers count as many times as the stage holds them."""
+def _adapter_sizes(job: TrainingJob, kind: str, stage: int) -> Iterator[tuple[int, bool]]:
+    """(elements, whether it is a matrix) of each A and B of one part on this stage, and of DoRA's lengths."""
     spec, part = job.spec.part(kind), job.spec.parts()[kind]
-    if spec.lora is None or (kind != "text_decoder" and stage > 0):
+    if spec.lora is None or (kind != "text_decoder" and stage != _home(job, kind)):
         return
-    shapes = part.shapes(spec)
-    share = held_layers(job, stage) / spec.geometry.num_layers if kind == "text_decoder" else 1.0
+    shapes, held = part.shapes(spec), set(held_numbers(job, stage))
     for site in sites(part, spec):
+        if kind == "text_decoder" and not _stands_on(site.step, job, stage, held):
+            continue
         rows, columns = shapes.get(site.step.target) or shapes[site.step.rule.target]
         own = places(site, rows, spec.geometry)
         rows = rows if own is None else len(own)
         split = job.tensor if site.step.rule.axis == 0 else 1, job.tensor if site.step.rule.axis == 1 else 1
-        yield round(share * spec.lora.r * rows / split[0])
-        yield round(share * spec.lora.r * columns / split[1])
+        rank = spec.lora.rank_of(site.module)
+        yield round(rank * rows / split[0]), True
+        yield round(rank * columns / split[1]), True
         if spec.lora.use_dora:
-            yield round(share * rows / split[0])
+            yield round(rows / split[0]), False
 
 
 def _tensors(job: TrainingJob, kind: str, stage: int) -> Iterator[_HeldTensor]:
-    """The tensors of one part on this stage; the trained layers are taken to be spread evenly over the stages."""
+    """The tensors of one part on this stage."""
     spec, part = job.spec.part(kind), job.spec.parts()[kind]
-    if kind != "text_decoder" and stage > 0:
+    if kind != "text_decoder" and stage != _home(job, kind):
         return
-    shapes = part.shapes(spec)
-    stored = {site.step.target for site in all_sites(part, spec)} if spec.quantize else set()
-    layered: list[_HeldTensor] = []
+    shapes, held = part.shapes(spec), set(held_numbers(job, stage))
+    linears = {site.step.target for site in all_sites(part, spec)} if spec.quantize or job.muon else set()
+    stored = linears if spec.quantize else set()
     for step in part.rules["ours"].steps(spec.geometry):
-        if step.unused:
+        if step.unused or (kind == "text_decoder" and not _stands_on(step, job, stage, held)):
             continue
         shape = shapes.get(step.target) or shapes[step.rule.target]
         size = _share(step, shape, job.tensor)
-        held = bytes_of(size, spec.quantize) if step.target in stored else size * job.element
-        tensor = _HeldTensor(size, setting(spec, step.target).trained, held)
-        if kind == "text_decoder" and is_layered(step.rule.target):
-            layered.append(tensor)
-        elif kind != "text_decoder" or _stands_on(step.target, job, stage):
-            yield tensor
-    # Layers are alike, and steps come rule by rule, each for all layers: every num_layers-th is another tensor.
-    layers = spec.geometry.num_layers
-    for first in range(0, len(layered), layers):
-        alike = layered[first : first + layers]
-        mean = replace(alike[0], trained=sum(tensor.trained for tensor in alike) / layers)
-        yield from [mean] * held_layers(job, stage)
+        few = bytes_of(size, spec.quantize, small_scales=spec.double_quant) if step.target in stored else None
+        held_bytes = size * job.element if few is None else few
+        yield _HeldTensor(size, setting(spec, step.target).trained, held_bytes, step.target in linears)
 
 
-def _stands_on(target: str, job: TrainingJob, stage: int) -> bool:
-    if target.startswith(ON_LAST_STAGE):
+def _home(job: TrainingJob, kind: str) -> int:
+    """The pipeline stage that holds a part which is not spread."""
+    return job.pipeline - 1 if kind == "interaction" else 0
+
+
+def _stands_on(step: Step, job: TrainingJob, stage: int, held: Container[int]) -> bool:
+    """Whether a tensor of the text decoder is on a stage that has the layers `held`."""
+    if is_layered(step.rule.target):
+        return layer_of(step.rule.target, step.target) in held
+    if step.target.startswith(ON_LAST_STAGE):
         return stage == job.pipeline - 1
     # A tied head on another stage than the embedding holds a copy of it.
-    tied = job.spec.text_decoder.geometry.tied and target.startswith("embedding.")
+    tied = job.spec.text_decoder.geometry.tied and step.target.startswith("embedding.")
     return stage == 0 or (tied and stage == job.pipeline - 1)
 
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 
 from megatron.driver import arguments
 from megatron.driver.arguments import DriverArguments, with_virtual_stages
+from megatron.driver.optimizer_flags import MUON
+from mindspeed_mm.config.trained_parts import ModelFlags
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from mindspeed_mm.data.dataset import MultimodalDataset
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.errors import ConfigError
-from mindspeed_mm.models.complete import read_model
 from mindspeed_mm.models.operations import EncoderWork
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.planning.flags import STRATEGY_FLAGS
@@ -21,7 +23,7 @@ from mindspeed_mm.planning.hardware import Hardware, find_hardware, from_records
 from mindspeed_mm.planning.job import PlannedRow, TrainingJob
 from mindspeed_mm.planning.search import ParallelStrategy, Plan, evaluate, ranked, strategies, with_recompute
 from mindspeed_mm.platform import Platform
-from mindspeed_mm.trainer.inputs import RunInputs, check_flags, runtime_of
+from mindspeed_mm.trainer.inputs import RunInputs, check_flags, model_spec, runtime_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,11 @@ class PlanResult:
 class Planner:
     """One call of the command."""
 
-    def __init__(self, namespace: argparse.Namespace, platform: Platform) -> None:
-        self.namespace, self.platform = namespace, platform
+    def __init__(self, namespace: argparse.Namespace, platform: Platform, flags: ModelFlags | None = None) -> None:
+        """`flags`: what the command line changes of the model config."""
+        self.namespace, self.platform, self.flags = namespace, platform, flags or ModelFlags()
         _check_numbers(namespace)
-        self.spec = read_model(namespace.mm_model)
+        self.spec = model_spec(namespace.mm_model, self.flags)
         if not any(part.trains for part in self.spec.part_specs().values()):
             raise ConfigError("nothing to train: all parts are frozen; set freeze to false for at least one part")
         self.samples = namespace.samples
@@ -93,7 +96,7 @@ class Planner:
         namespace.seq_length = given.seq_length or self.spec.text_decoder.language_max_sequence_length
         if self._given() != strategy or given.sequence_parallel:
             namespace.sequence_parallel = strategy.tensor > 1
-        if not self._given().decided:  # sharing optimizer state costs nothing, so a search takes it
+        if not self._given().decided and given.optimizer != MUON:  # sharing optimizer state costs nothing
             shared = given.devices // (strategy.tensor * strategy.pipeline)
             namespace.use_distributed_optimizer = given.use_distributed_optimizer or shared > 1
         return arguments.from_namespace(namespace, world_size=given.devices)
@@ -147,7 +150,7 @@ class Planner:
         given, text = self.namespace, self.spec.text_decoder
         length = given.seq_length or text.language_max_sequence_length
         if given.mm_data is not None:
-            self.samples, row = _look_at_data(given, self.platform, self.samples)
+            self.samples, row = _look_at_data(given, self.platform, self.flags, self.samples)
             return row
         images = 1.0 if given.sample_images is None else given.sample_images
         tokens = float(length) if given.sample_tokens is None else given.sample_tokens
@@ -165,6 +168,8 @@ def job_of(args: DriverArguments, spec: ModelSpec, row: PlannedRow, device: str)
         micro_batch_size=args.micro_batch_size,
         num_micro_batches=args.num_micro_batches,
         use_distributed_optimizer=args.use_distributed_optimizer,
+        muon=args.optimizer == MUON,
+        averaged=args.ema_decay is not None,
         row=row,
         device=device,
         num_workers=args.num_workers,
@@ -199,7 +204,9 @@ def _check_numbers(namespace: argparse.Namespace) -> None:
         raise ConfigError("the command line cannot be used:\n  " + "\n  ".join(problems))
 
 
-def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: int | None) -> tuple[int, PlannedRow]:
+def _look_at_data(
+    namespace: argparse.Namespace, platform: Platform, flags: ModelFlags, samples: int | None
+) -> tuple[int, PlannedRow]:
     """(samples of an epoch, the mean row) of a data config; the data is checked as `train` checks it."""
     single = copy.copy(namespace)
     for flag in STRATEGY_FLAGS:
@@ -207,22 +214,18 @@ def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: in
     single.sequence_parallel, single.global_batch_size = False, 1
     single.lr, single.train_iters = 1e-4, 10**6
     args = arguments.from_namespace(single, world_size=1)
-    inputs = RunInputs(args, platform, namespace.mm_model, namespace.mm_data, weights=False)
+    inputs = RunInputs(args, platform, namespace.mm_model, namespace.mm_data, flags=flags, weights=False)
     dataset = inputs.dataset
-    chosen = sorted({round(number * (len(dataset) - 1) / (SAMPLED - 1)) for number in range(SAMPLED)})
-    with progress_bar("samples", len(chosen)) as advance:
-        found = []
-        for number in chosen:
-            found.append(dataset[number])
-            advance(1)
-    lengths = [len(sample.input_ids) for sample in found]
-    work = _mean_work(inputs.spec, found)
-    supervised = sum(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in found) / len(found)
-    mean = sum(lengths) / len(lengths)
+    longest, mean, supervised, work = _mean_sample(inputs.spec, dataset)
+    if inputs.companions is not None:  # a pair shares its row with a conversation
+        other, length, more, images = _mean_sample(inputs.spec, inputs.companions)
+        return samples or dataset.epoch_samples, PlannedRow(
+            positions=longest + other, lengths=(mean, length), work=work + images, supervised=supervised + more
+        )
     loading = inputs.data_config.dataloader_param
     if not loading.packing:
         return samples or dataset.epoch_samples, PlannedRow(
-            positions=max(lengths), lengths=(mean,), work=work, supervised=supervised
+            positions=longest, lengths=(mean,), work=work, supervised=supervised
         )
     length = loading.packing_length or dataset.max_length
     together = max(1, int(length / mean))
@@ -231,6 +234,19 @@ def _look_at_data(namespace: argparse.Namespace, platform: Platform, samples: in
     return rows, PlannedRow(
         positions=length, lengths=(mean,) * together, work=work.times(together), supervised=together * supervised
     )
+
+
+def _mean_sample(spec: ModelSpec, dataset: MultimodalDataset) -> tuple[int, float, float, EncoderWork]:
+    """(longest, mean length, supervised positions, work on the images) of some samples of a data set."""
+    chosen = sorted({round(number * (len(dataset) - 1) / (SAMPLED - 1)) for number in range(SAMPLED)})
+    found = []
+    with progress_bar("samples", len(chosen)) as advance:
+        for number in chosen:
+            found.append(dataset[number])
+            advance(1)
+    lengths = [len(sample.input_ids) for sample in found]
+    supervised = sum(sum(label != IGNORE_INDEX for label in sample.labels[1:]) for sample in found) / len(found)
+    return max(lengths), sum(lengths) / len(lengths), supervised, _mean_work(spec, found)
 
 
 def _mean_work(spec: ModelSpec, samples: list[Encoded]) -> EncoderWork:

@@ -12,8 +12,8 @@ from mindspeed_mm.models.headers import check_weights
 from mindspeed_mm.models.spec import ModelSpec
 
 NOT_ARCHITECTURE = {"freeze", "ckpt_path", "fresh", "params_dtype", "bf16", "fp16", "pipeline_num_layers"}
-NOT_ARCHITECTURE |= {"lr", "weight_decay", "parameters"}
-NOT_ARCHITECTURE |= {"dropout", "load", "init_seed", "loraplus_lr_ratio"}  # of a lora block
+NOT_ARCHITECTURE |= {"lr", "weight_decay", "layer_decay", "parameters", "neftune_noise_alpha"}
+NOT_ARCHITECTURE |= {"dropout", "load", "init_seed", "loraplus_lr_ratio", "modules_to_save"}  # of a lora block
 """Spec keys that may differ between a checkpoint and the run that loads it (besides recompute_*)."""
 
 
@@ -71,6 +71,8 @@ def compare_architectures(saved: dict[str, Any], current: dict[str, Any], path: 
         ours, theirs = current.get(key), saved.get(key)
         if key == "lora" and theirs is None:
             continue  # adapters may begin beside a run's weights; whether they may here, the driver decides
+        if key not in saved and (ours is False or ours == {}):
+            continue  # an older checkpoint, of before there was such a key
         if isinstance(ours, dict) and isinstance(theirs, dict):
             lines += compare_architectures(theirs, ours, f"{path}{key}.")
         elif ours != theirs:

@@ -15,6 +15,7 @@ from typing import Any
 
 from mindspeed_mm.data.sample import Batch
 from mindspeed_mm.models.operations import EncoderWork
+from mindspeed_mm.models.trainable import trained_linears
 
 
 def stack_score_flops(*, layers: int, windows: Sequence[int | None], **one: Any) -> float:
@@ -55,6 +56,12 @@ class ForwardFlops:
     scores: float
     """The attention in them: QK^T and the product with V."""
     head: float
+    cross: float = 0.0
+    """The linears of cross-attention to features beside the text, and its MLPs."""
+    cross_scores: float = 0.0
+    """The attention in it."""
+    interaction: float = 0.0
+    """What stands in front of the head."""
 
 
 def forward_flops(
@@ -69,6 +76,7 @@ def forward_flops(
     """
     text, vision_encoder = spec.text_decoder, spec.vision_encoder
     lengths, layer = list(lengths), text.layer
+    tokens = sum(lengths)
     scores = stack_score_flops(
         layers=text.num_layers,
         windows=text.traits.windows,
@@ -77,19 +85,42 @@ def forward_flops(
         lengths=lengths,
         causal=True,
     )
+    # The last MLP runs where the head asks (kit/asked_rows.py).
+    unasked = 0.0 if not spec.asks_early or not supervised else tokens - supervised
     own = vision_encoder.layer
     encoder = 2.0 * vision_encoder.num_built_layers * work.positions * own.weights
     products = spec.vision_projector.products(work if projected is None else projected)
     linears = [2.0 * product.rows * product.inputs * product.outputs for product in products]
+    cross, cross_scores = _cross_flops(spec, tokens, work if projected is None else projected)
     return ForwardFlops(
+        cross=cross,
+        cross_scores=cross_scores,
         patches=2.0 * work.patches * vision_encoder.patch_channels * vision_encoder.hidden_size,
         vision_encoder=encoder + 4.0 * own.num_attention_heads * own.kv_channels * work.pairs,
         projector=sum(linears),
-        projector_first=linears[0],
-        decoder=2.0 * text.num_layers * sum(lengths) * layer.weights + scores,
+        projector_first=0.0 if products[0].behind_weights else linears[0],
+        decoder=2.0 * (text.num_layers * tokens * layer.weights - unasked * layer.mlp_weights) + scores,
         scores=scores,
         head=2.0 * supervised * text.hidden_size * text.language_vocab_size,
+        interaction=_interaction_flops(spec, supervised, work, lengths),
     )
+
+
+def _cross_flops(spec, tokens: float, work: EncoderWork) -> tuple[float, float]:
+    """(linears, attention) of a decoder's cross-attention. A row has all its images beside it, at least a blank one."""
+    shape = spec.text_decoder.cross_shape
+    if shape is None:
+        return 0.0, 0.0
+    features = max(work.items, 1.0) * spec.vision_projector.num_latents
+    linears = 2.0 * shape.blocks * (tokens * shape.tokens + features * shape.features)
+    return linears, 4.0 * shape.blocks * shape.heads * shape.head_size * tokens * features
+
+
+def _interaction_flops(spec, supervised: float, work: EncoderWork, lengths: Sequence[float]) -> float:
+    if spec.interaction is None:
+        return 0.0
+    products = spec.interaction.head_products(supervised, work.features, lengths)
+    return sum(2.0 * product.rows * product.inputs * product.outputs for product in products)
 
 
 def step_flops(
@@ -116,14 +147,19 @@ def step_flops(
     vision_encoder = spec.vision_encoder.trains
     projector, decoder = spec.vision_projector.trains, spec.text_decoder.trains
     own = {kind: part.trains and part.lora is None for kind, part in spec.part_specs().items()}
+    linears = trained_linears(spec.parts()["text_decoder"], spec.text_decoder)
     flow = vision_encoder or projector or decoder
+    block = own.get("interaction", False)
     return (
         forward.patches * (1 + own["vision_encoder"])
         + forward.vision_encoder * (1 + vision_encoder + own["vision_encoder"])
         + forward.projector * (1 + (vision_encoder or projector) + own["vision_projector"])
         - forward.projector_first * (projector and not vision_encoder)
-        + (forward.decoder - forward.scores + forward.head) * (1 + flow + own["text_decoder"])
-        + forward.scores * (1 + 2 * flow)
+        + (forward.decoder - forward.scores) * (1 + flow + linears.layers)
+        + forward.cross * (1 + flow + linears.cross)
+        + forward.interaction * (1 + (flow or block) + block)
+        + forward.head * (1 + (flow or block) + linears.head)
+        + (forward.scores + forward.cross_scores) * (1 + 2 * flow)
     )
 
 

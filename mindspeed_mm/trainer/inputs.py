@@ -14,6 +14,8 @@ from megatron.driver.arguments import DriverArguments, with_virtual_stages
 from megatron.driver.state import TrainState
 from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.options import ConfigFile
+from mindspeed_mm.config.trained_parts import ModelFlags
+from mindspeed_mm.data.auxiliary import check_auxiliary
 from mindspeed_mm.data.build import build_dataset, build_loader, check_user_tokens
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.dataset import MultimodalDataset, Positions
@@ -52,13 +54,13 @@ class RunInputs:
         model_path: str | ConfigFile,
         data_path: str | ConfigFile,
         objective: str | None = None,
-        lora: dict[str, Any] | None = None,
+        flags: ModelFlags | None = None,
         objective_options: dict[str, Any] | None = None,
         *,
         weights: bool = True,
     ) -> None:
-        """Reads the files. `lora`: keys of the text_decoder's lora block that flags give; they win over the file's, and
-        so do `objective` and its options over data.json's. `weights`: compare what the run begins with with the model
+        """Reads the files. `flags`: what the command line changes of the model config; `objective` and its options win
+        over data.json's. `weights`: compare what the run begins with with the model
         config; False for a plan, which needs none.
 
         Raises:
@@ -67,7 +69,7 @@ class RunInputs:
             DataError: the data cannot be read.
         """
         register_checkpoints()
-        self.spec = _model_spec(model_path, lora or {})
+        self.spec = model_spec(model_path, flags or ModelFlags())
         self.args, self.platform = with_facts_of(self.spec, args), platform
         self.data_config = DataConfig.load(data_path)
         self.objective = _objective(self.data_config, objective, objective_options or {})
@@ -79,13 +81,17 @@ class RunInputs:
         self.tokenizer_path = _tokenizer_path(self.data_config, self.spec)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
         check_user_tokens(self.tokenizer, self.spec.text_decoder.language_vocab_size, str(self.tokenizer_path))
+        self.spec.family.check_tokens(self.spec, self.tokenizer.token_to_id)
         self.data_config = with_template(self.data_config, self.tokenizer, *self.spec.family.usual_template(self.spec))
         self.media = media_of_data(self.spec, self.data_config)
+        check_auxiliary(self.data_config, self.objective.auxiliary)
         self.dataset = self.build_dataset()
+        self.companions = self.build_dataset(companions=True) if self.objective.auxiliary else None
+        """Conversations that go beside preference pairs."""
         _tell_precision(self.spec, self.runtime)
 
-    def build_dataset(self, *, validation: bool = False):
-        """The training set, or the validation set."""
+    def build_dataset(self, *, validation: bool = False, companions: bool = False):
+        """The training set, the validation set, or the conversations beside preference pairs."""
         return build_dataset(
             self.data_config,
             self.tokenizer,
@@ -93,7 +99,8 @@ class RunInputs:
             self.args.seq_length,
             positions=self.positions,
             validation=validation,
-            preferences=self.objective.preferences,
+            preferences=self.objective.preferences and not companions,
+            auxiliary=companions,
         )
 
     def loader(self, dataset: MultimodalDataset, state: TrainState, **more: Any) -> Iterator[Batch]:
@@ -144,12 +151,9 @@ def _objective(config: DataConfig, name: str | None, options: dict[str, Any]) ->
     return find_objective(chosen).configured({**(written if chosen == given else {}), **options})
 
 
-def _model_spec(path: str | ConfigFile, lora: dict[str, Any]) -> ModelSpec:
-    model = read_config(path)
-    decoder = model.get("text_decoder")
-    if lora and isinstance(decoder, dict):
-        model = {**model, "text_decoder": {**decoder, "lora": {**(decoder.get("lora") or {}), **lora}}}
-    return read_model(model, context=str(path) + (" with the --lora flags" if lora else ""))
+def model_spec(path: str | ConfigFile, flags: ModelFlags) -> ModelSpec:
+    """The spec of a model.json with what flags change of it. Raises as `read_model` does."""
+    return read_model(flags.applied(read_config(path)), context=str(path) + (" with the flags" if flags.given else ""))
 
 
 def with_facts_of(spec: ModelSpec, args: DriverArguments) -> DriverArguments:

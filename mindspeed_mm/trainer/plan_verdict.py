@@ -6,6 +6,9 @@ import logging
 import os
 
 from megatron.driver.initialize import is_rank_0
+from mindspeed_mm.models.adapters.targets import ADAPTER, sites
+from mindspeed_mm.models.part import Part, PartSpec
+from mindspeed_mm.models.trainable import names_of, setting
 from mindspeed_mm.planning.memory import host_memory, on_one_rank, peak_memory, state_bytes
 from mindspeed_mm.planning.parameters import part_parameters
 from mindspeed_mm.planning.planner import job_of
@@ -33,13 +36,24 @@ def trained_table(inputs: RunInputs) -> str:
     lines = [f"{'part':18}{'parameters':>16}{'trained':>16}{'optimizer':>14}  learning rate"]
     for slot, part in inputs.spec.part_specs().items():
         count = part_parameters(job, slot, 0)
-        rate = inputs.args.lr if part.lr is None else part.lr
-        own = {rate, *(rule.lr for rule in part.parameters if rule.lr)}
-        own |= {rate * part.lora.loraplus_lr_ratio} if part.lora else set()
-        rates = ", ".join(f"{rate:g}" for rate in sorted(own)) if count.trained else "-"
-        state = f"{count.trained * state_bytes(job) / 1e9:.3f} GB"
-        lines.append(f"{slot:18}{count.total:>16,}{count.trained:>16,}{state:>14}  {rates}")
+        rates = learning_rates(inputs.spec.parts()[slot], part, inputs.args.lr)
+        state = f"{state_bytes(job, count) / 1e9:.3f} GB"
+        lines.append(f"{slot:18}{count.total:>16,}{count.trained:>16,}{state:>14}  {rates if count.trained else '-'}")
     return "\n  ".join(lines)
+
+
+def learning_rates(part: Part, spec: PartSpec, run: float) -> str:
+    """The highest learning rates of a part's parameters; `run` is the run's. Several are shown by their ends."""
+    found = {}
+    names = list(names_of(part, spec))
+    if spec.lora is not None:
+        names += [f"{site.owner}{ADAPTER}{site.short}.{which}" for site in sites(part, spec) for which in "ab"]
+    for name in names:
+        own = setting(spec, name)
+        if own.trained:
+            found[run * own.lr_factor if own.lr is None else own.lr] = None
+    ordered = [f"{rate:g}" for rate in sorted(found)]
+    return ", ".join(ordered) if len(ordered) <= 4 else f"{ordered[0]} to {ordered[-1]} ({len(ordered)} of them)"
 
 
 def verdict(inputs: RunInputs) -> tuple[bool, str]:

@@ -130,8 +130,16 @@ class ReferenceModel:
 
     def on_disk(self) -> dict[str, Any]:
         """Where the log-probabilities are, how many pairs have one by now, whichever rank wrote it, and how many more
-        that is than at the start. Read anew: each rank knows its own share."""
+        that is than at the start. Read anew: each rank knows its own share. Collective.
+
+        Raises TrainingError where some could not be written.
+        """
         assert self._store is not None
+        if unwritten := sum(gather(self._store.unwritten)):
+            raise TrainingError(
+                f"--pref-cache {self.folder}: {unwritten} pairs could not be written; expected a folder with room. "
+                "Free some space, or name another folder; what was written is not computed again"
+            )
         now = ReferenceStore(self._store.folder.parent, self._store.folder.name)
         return {"folder": str(now.folder), "pairs": len(now), "computed": len(now) - self._store.found}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint.reading import find_checkpoint
 from megatron.driver.state import BatchFacts, Hooks, TrainState
 from mindspeed_mm.config.options import ConfigFile
+from mindspeed_mm.config.trained_parts import ModelFlags
 from mindspeed_mm.data.build import DataCounts
-from mindspeed_mm.data.config import READ_BY
+from mindspeed_mm.data.config import BasicParameters
 from mindspeed_mm.data.sample import Batch
+from mindspeed_mm.data.set_config import READ_BY
 from mindspeed_mm.data.template_check import describe_sample
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.inference.locate import TOKENIZER_FOLDER
@@ -28,6 +30,7 @@ from mindspeed_mm.models.build import build_vlm
 from mindspeed_mm.models.vlm import VLM
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.trainer.architecture import compare_architectures, starting_checkpoint
+from mindspeed_mm.trainer.base_weights import base_hashes
 from mindspeed_mm.trainer.curves import leave_loss_curve
 from mindspeed_mm.trainer.feature_cache import CacheOptions, forward_steps
 from mindspeed_mm.trainer.flops import batch_flops
@@ -57,16 +60,18 @@ class TrainingRun:
         model_path: str | ConfigFile,
         data_path: str | ConfigFile,
         objective: str | None = None,
-        lora: dict[str, Any] | None = None,
+        flags: ModelFlags | None = None,
         objective_options: dict[str, Any] | None = None,
     ) -> None:
-        self.inputs = RunInputs(args, platform, model_path, data_path, objective, lora, objective_options)
+        self.inputs = RunInputs(args, platform, model_path, data_path, objective, flags, objective_options)
         self.reference = ReferenceModel(self.inputs) if self.inputs.objective.reference else None
         self.validation = Validation(self.inputs, self._prepare)
-        self.counts, self._saved_counts, self._saved_early_stop = DataCounts(), {}, {}
+        self.counts, self._saved = DataCounts(), {}
+        self.base: dict[str, str] = {}
 
     def keep_reference(self, folder: str) -> None:
-        """Keep the reference's log-probabilities in a folder. Raises ConfigError without a reference, or for a file."""
+        """Keep the reference's log-probabilities in a folder, which is made. Raises ConfigError without a reference, or
+        where there can be none."""
         if self.reference is None:
             raise ConfigError(
                 f"--pref-cache is given, but the objective {self.inputs.objective.name} with these options has no "
@@ -74,18 +79,25 @@ class TrainingRun:
             )
         if Path(folder).exists() and not Path(folder).is_dir():
             raise ConfigError(f"--pref-cache {folder} is not a folder: name one, or a path that does not exist yet")
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--pref-cache {folder} cannot be made: {error.strerror}; name another folder") from error
         self.reference.folder = Path(folder)
         self.inputs.dataset.names_pairs = True
 
     def run(self) -> dict[str, Any]:
         """Train to the end and say where the result is."""
         check_images(self.inputs.dataset)
+        if self.inputs.companions is not None:
+            check_images(self.inputs.companions)
         hooks = self._hooks()
         state = setup.setup(self.inputs.args, self._model_provider, self.inputs.platform, hooks)
         if state.iteration:
-            self.counts.resume_from(self._saved_counts)
-            self.validation.early_stop.resume_from(self._saved_early_stop)
+            self.counts.resume_from(self._saved.get("data_counts", {}))
+            self.validation.early_stop.resume_from(self._saved.get("early_stop", {}))
         if self.inputs.args.save and initialize.is_rank_0():
+            self.base = base_hashes(self.inputs.args, self.inputs.spec, self._saved)
             self.inputs.tokenizer.save(Path(self.inputs.args.save) / TOKENIZER_FOLDER)
         first = self.inputs.dataset[0]
         logger.info(
@@ -180,6 +192,7 @@ class TrainingRun:
             epoch=self.inputs.dataset.epoch,
             global_batch_size=self.inputs.args.global_batch_size,
             counts=self.counts,
+            companions=self.inputs.companions,
         )
 
     def _describe(self, batch: Batch) -> BatchFacts:
@@ -228,14 +241,14 @@ class TrainingRun:
             },
             "data_counts": self.counts.as_saved(self.inputs.dataset.sets),
             "early_stop": self.validation.early_stop.as_saved(),
+            "base": self.base,
             "objective": self.inputs.objective.name,
             "reference": None if self.reference is None else self.reference.kind,
             "versions": {"mindspeed_mm": mindspeed_mm.__version__, "torch": torch.__version__},
         }
 
     def _compare(self, saved: dict[str, Any]) -> list[str]:
-        self._saved_counts = saved.get("data_counts", {})
-        self._saved_early_stop = saved.get("early_stop", {})
+        self._saved = saved
         self._warn_about_order(saved.get("order", {}))
         if self.reference is not None:
             self.reference.resume_from(saved.get("reference"))
@@ -246,14 +259,11 @@ def order_facts(inputs: RunInputs) -> dict[str, Any]:
     """Everything that the order of samples is made of; each is named as the user changes it."""
     args, config, dataset = inputs.args, inputs.data_config, inputs.dataset
     loading, mixing = config.dataloader_param, config.dataset_param.mixing
-    sets = []
-    for basic in config.dataset_param.basic_parameters:
-        unset = {name for name in READ_BY if getattr(basic, name) is None}
-        sets.append(basic.model_dump(mode="json", exclude={"data_folder", "name", *unset}))
     facts = {
         "--seed": args.seed,
         "samples": len(dataset),
-        "basic_parameters of the data config": sets,
+        "basic_parameters of the data config": _set_facts(config.dataset_param.basic_parameters),
+        "auxiliary_parameters of the data config": _set_facts(config.dataset_param.auxiliary_parameters),
         "mixing of the data config": mixing and mixing.model_dump(mode="json", exclude_none=True),
         "shuffle, packing or group_by_modality_length of the data config": [
             *(loading.shuffle, loading.packing, loading.group_by_modality_length),
@@ -264,4 +274,13 @@ def order_facts(inputs: RunInputs) -> dict[str, Any]:
         facts["lengths of the samples"] = sum(int(length) for length in dataset.lengths)
     if loading.group_by_modality_length:  # batches are formed by length; else the order is that of single samples
         facts["--global-batch-size"] = args.global_batch_size
+    return facts
+
+
+def _set_facts(sets: Iterable[BasicParameters]) -> list[dict[str, Any]]:
+    """What of the sets decides which samples they give."""
+    facts = []
+    for basic in sets:
+        unset = {name for name in READ_BY if getattr(basic, name) is None}
+        facts.append(basic.model_dump(mode="json", exclude={"data_folder", "name", *unset}))
     return facts

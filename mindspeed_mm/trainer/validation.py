@@ -33,6 +33,11 @@ class Validation:
         """Checks the sets. `prepare` as in Hooks. Raises ConfigError where there are sets but no interval, or early
         stopping without sets or with values that it cannot use."""
         self._inputs, self._dataset, self._prepare = inputs, None, prepare
+        if inputs.args.ema_validation and not inputs.data_config.dataset_param.validation_parameters:
+            raise ConfigError(
+                "--ema-validation needs a validation set: add validation_parameters to the data config, and "
+                "--eval-interval"
+            )
         self.early_stop = EarlyStop(inputs.args, validates=bool(inputs.data_config.dataset_param.validation_parameters))
         args, parameters = inputs.args, inputs.data_config.dataset_param
         if not parameters.validation_parameters:
@@ -50,16 +55,25 @@ class Validation:
             return
         whole = max(1, len(self._dataset) // args.global_batch_size)
         batches = min(args.eval_iters or whole, whole)
-        hooks = Hooks(pad_to_one_length=self._inputs.pad_to_one_length, prepare=self._prepare)
-        loss = validation.evaluate(
-            state, args, self._inputs.objective.forward_step, self._batches(state, batches), batches, hooks
-        )
+        loss = self._measure(state, batches, "validation loss")
+        if args.ema_validation:
+            assert state.average is not None  # the flag needs --ema-decay
+            with state.average.in_place(state.modules):
+                loss = self._measure(state, batches, "validation loss of the moving average")
         self.early_stop.add(loss, state.iteration)
+
+    def _measure(self, state: TrainState, batches: int, what: str) -> float:
+        """The loss of the model as it is now, logged as `what`. Collective."""
+        args, objective = self._inputs.args, self._inputs.objective
+        hooks = Hooks(pad_to_one_length=self._inputs.pad_to_one_length, prepare=self._prepare)
+        data = self._batches(state, batches)
+        loss = validation.evaluate(state, args, objective.forward_step, data, batches, hooks)
         if is_rank_0():
-            name = self._inputs.objective.loss_name
+            name = objective.loss_name
             perplexity = math.exp(min(loss, 700.0)) if name == "lm loss" else None
             samples = batches * args.global_batch_size
-            logger.info("%s", validation_line(state, args, loss, perplexity, samples, name))
+            logger.info("%s", validation_line(state, args, loss, perplexity, samples, name, what))
+        return loss
 
     def _batches(self, state: TrainState, batches: int):
         """The first micro-batches of the set in the order of the file; read in this process."""

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 FOLDER = "from_yaml"
 """Below output_dir: what was made of the YAML file."""
+
+OF_EPOCHS = ("iters_per_epoch", "lr_decay_rate")
+"""Flags that mean nothing to another schedule, which the command line may ask for."""
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,9 @@ def apply_cfg_path(namespace: argparse.Namespace) -> None:
     namespace.mm_model, namespace.mm_data = _written(run, folder)
     given = {word.partition("=")[0] for word in namespace.words if word.startswith("--")}
     kept = []
+    if "--lr-decay-style" in given:
+        for name in OF_EPOCHS:
+            run.flags.pop(name, None)
     for name, value in run.flags.items():
         flags = ("--bf16", "--fp16") if name == "fp16" else ("--" + name.replace("_", "-"),)
         if given.isdisjoint(flags):
@@ -76,7 +83,8 @@ def apply_cfg_path(namespace: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def chat_of_cfg_path(namespace: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Set the model, template and --quantize of `mindspeed-mm chat` as the YAML file says; inside, its files are there.
+    """Set the model, template, context and --quantize of `mindspeed-mm chat` as the YAML file says; inside, its files
+    are there.
 
     Yields the generation options of the original's demo, or none without --cfg-path.
 
@@ -95,20 +103,22 @@ def chat_of_cfg_path(namespace: argparse.Namespace) -> Iterator[dict[str, Any]]:
             f"--gpu-id: found {namespace.gpu_id}, expected 0: choose a card by its number in the environment's "
             "CUDA_VISIBLE_DEVICES or ASCEND_RT_VISIBLE_DEVICES"
         )
-    from mindspeed_mm.config.minigpt4_yaml import CHAT, map_chat
+    from mindspeed_mm.config.minigpt4_yaml import map_chat
 
-    mapped, low_resource = map_chat(namespace.cfg_path, namespace.options)
+    mapped, low_resource, context, options = map_chat(namespace.cfg_path, namespace.options)
     if low_resource and namespace.quantize is None:
         namespace.quantize = "int8"
+    namespace.template = namespace.template or mapped.template
+    if namespace.max_context_len is None:
+        namespace.max_context_len = context
     tell(namespace.cfg_path, mapped)
     if mapped.checkpoint.is_dir():
-        namespace.load = str(mapped.checkpoint)  # a training checkpoint of ours is a whole model with its template
-        yield CHAT
+        namespace.load = str(mapped.checkpoint)  # a training checkpoint of ours is a whole model
+        yield options
         return
-    namespace.template = namespace.template or mapped.template
     with tempfile.TemporaryDirectory() as folder:
         namespace.model = str(write_model(mapped, Path(folder)))
-        yield CHAT
+        yield options
 
 
 def tell(path: str, mapped: Mapped) -> None:
@@ -132,15 +142,31 @@ def write_model(mapped: Mapped, folder: Path) -> Path:
 
 def _written(run: MappedRun, folder: Path) -> tuple[str, str]:
     """Paths of model.json and data.json. The ranks of a run write the same, each beside and then in place."""
-    from mindspeed_mm.config.minigpt4_data import annotations
-
     model = write_model(run.mapped, folder)
-    first = run.data["dataset_param"]["basic_parameters"][0]
-    if run.data["dataset_param"]["dataset_type"] == "minigpt4":
-        _write(folder / "records.json", annotations(Path(first["data_path"])))
-        first["data_path"] = str(folder / "records.json")
+    for entry in run.data["dataset_param"]["basic_parameters"]:
+        if entry.get("name") in run.mapped.conversions:
+            entry["data_path"] = str(_converted(entry["name"], run.mapped.conversions[entry["name"]], folder))
     _write(folder / "data.json", run.data)
     return str(model), str(folder / "data.json")
+
+
+def _converted(name: str, files: list[Path], folder: Path) -> Path:
+    """The records of one of MiniGPT-v2's sets, which an earlier start has made where the same files lay there."""
+    from mindspeed_mm.data.multitask import TASKS, records_of
+
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    made_of = zlib.crc32(repr((state, TASKS[name].questions)).encode())
+    path = folder / f"{name}-{made_of:08x}.jsonl"
+    if path.is_file():
+        return path
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records_of(name, list(files)))
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
 
 
 def _write(path: Path, values: Any) -> None:

@@ -12,8 +12,8 @@ from mindspeed_mm.errors import ConfigError
 SHORT_OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `load_model`."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, several_adapters: bool = False) -> None:
+    """Flags of `load_model`. With `several_adapters`, `adapter` becomes a list, for `adapters.named_adapters`."""
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--model", metavar="PATH", help="weights in any layout, or a training checkpoint")
     weights.add_argument("--load", metavar="DIR", help="training checkpoint to answer with (as --model)")
@@ -21,8 +21,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="DIR", help="default: the tokenizer that comes with the weights")
     parser.add_argument("--image-processor", metavar="DIR", help="default: the one that comes with the weights")
     parser.add_argument("--dtype", help="fp32, bf16 or fp16")
-    parser.add_argument("--quantize", choices=("int8", "nf4", "fp4"), help="decoder in 8 or 4 bits (bitsandbytes)")
-    parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter in PEFT's format, on top of the weights")
+    parser.add_argument("--quantize", choices=("int8", "nf4", "fp4"), help="decoder in 8 or 4 bits")
+    parser.add_argument("--double-quant", action="store_true", help="with --quantize: its scales in 8 bits, too")
+    if several_adapters:
+        parser.add_argument(
+            "--adapter",
+            action="append",
+            metavar="[NAME=]DIR",
+            help="LoRA adapter in PEFT's format, on top of the weights; with NAME= beside them, for requests that give "
+            "this name as their model; repeatable",
+        )
+    else:
+        parser.add_argument("--adapter", metavar="DIR", help="LoRA adapter in PEFT's format, on top of the weights")
     parser.add_argument("--allow-nonfinite", action="store_true", help="also load weights with NaN or Inf")
     parser.add_argument("--device", choices=("npu", "cuda", "cpu"), help="default: the first that this machine has")
 
@@ -107,6 +117,7 @@ def load_model(namespace: argparse.Namespace, path: str, **defaults: str | None)
     return api.load(
         path,
         quantize=namespace.quantize,
+        double_quant=namespace.double_quant,
         adapter=namespace.adapter,
         allow_nonfinite=namespace.allow_nonfinite,
         tensor_model_parallel_size=getattr(namespace, "tensor_model_parallel_size", 1),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-KEYS = ("loss", "beta", "label_smoothing", "ftx", "gamma", "reference_free", "length_average", "hadpo_keys")
+KEYS = (
+    *("loss", "beta", "label_smoothing", "ftx", "gamma", "reference_free", "length_average", "auxiliary_weight"),
+    "hadpo_keys",
+)
 
 
 def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +26,12 @@ def add_preference_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--pref-length-average", action="store_const", const=True, help="log-probabilities of a token on average"
+    )
+    group.add_argument(
+        "--pref-auxiliary-weight",
+        type=float,
+        metavar="W",
+        help="weight of the loss of a conversation of auxiliary_parameters beside each pair (default 0)",
     )
     group.add_argument(
         "--pref-hadpo-keys",

@@ -9,15 +9,16 @@ import logging
 import threading
 from collections.abc import Iterator
 from functools import partial
+from urllib.parse import urlsplit
 
 from mindspeed_mm.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 OF_MODELS = (
-    *("model", "load", "template", "tokenizer", "image_processor", "dtype", "quantize", "adapter", "device"),
+    *("model", "load", "template", "tokenizer", "image_processor", "dtype", "quantize", "double_quant", "adapter"),
     *("served_model_name", "media_root", "limit_batch_size", "limit_queue", "limit_new_tokens", "limit_images"),
-    "limit_pixels",
+    *("limit_pixels", "device"),
 )
 """Flags that a controller has no use for: they belong to its workers."""
 
@@ -44,7 +45,7 @@ def check_role(namespace: argparse.Namespace) -> None:
     """Raise ConfigError for flags that do not belong to the role, or are missing from it."""
     role = namespace.role
     if role == "controller":
-        given = [name for name in OF_MODELS if getattr(namespace, name) is not None]
+        given = [name for name in OF_MODELS if getattr(namespace, name) not in (None, False)]
         if given:
             flag = "--" + given[0].replace("limit_batch", "batch").replace("limit_queue", "queue").replace("_", "-")
             raise ConfigError(f"serve controller has no model, but found {flag}: give it to serve worker")
@@ -58,6 +59,9 @@ def check_role(namespace: argparse.Namespace) -> None:
     if role == "worker":
         if namespace.controller is None:
             raise ConfigError("serve worker needs --controller http://HOST:PORT, the address of serve controller")
+        for flag, address in (("--controller", namespace.controller), ("--worker-address", namespace.worker_address)):
+            if address is not None and not _is_address(address, bare=flag == "--worker-address"):
+                raise ConfigError(f"{flag}: found {address!r}; expected http://HOST:PORT")
         if namespace.token_file is not None:
             raise ConfigError("serve worker is asked by its controller alone: give --worker-token-file FILE instead")
         if namespace.worker_address is None and _is_everywhere(namespace.host):
@@ -66,13 +70,13 @@ def check_role(namespace: argparse.Namespace) -> None:
             )
 
 
-def heartbeat_of(namespace: argparse.Namespace, address: str, model: str, capacity: int, token: str | None):
+def heartbeat_of(namespace: argparse.Namespace, address: str, models: list[str], capacity: int, token: str | None):
     """The WorkerHeartbeat of a worker; None for another role, or where the server leaves at once."""
     if namespace.role != "worker" or namespace.check:
         return None
     from mindspeed_mm.serving.heartbeat import WorkerHeartbeat
 
-    return WorkerHeartbeat(namespace.controller, namespace.worker_address or address, [model], capacity, token)
+    return WorkerHeartbeat(namespace.controller, namespace.worker_address or address, models, capacity, token)
 
 
 @contextlib.contextmanager
@@ -107,6 +111,16 @@ def serve_controller(namespace: argparse.Namespace, limits, token: str | None, w
     with address_server(make, namespace.host, namespace.port, token, limits, leave=namespace.check) as server:
         server.serve_until_told()
     return {"address": server.address}
+
+
+def _is_address(text: str, *, bare: bool) -> bool:
+    """Whether a server can be reached there; `bare`: with its port and nothing behind, as a controller registers it."""
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return False
+    return bool(known and (not bare or (parts.port and text == f"{parts.scheme}://{parts.netloc}")))
 
 
 def _is_everywhere(host: str) -> bool:

@@ -23,6 +23,13 @@ SIDE = 28
 STEPS = 20
 RESUME_AT = 3
 RESUMED_TO = 5
+COARSE = (
+    "--lr 0.05 --weight-decay 2 --adam-beta1 0.6 --adam-beta2 0.8 --adam-eps 1e-2 --clip-grad 0.1 --micro-batch-size 1"
+)
+"""AdamW each of whose numbers shows in the weights at once: with the usual ones a lost weight decay or another eps
+moves them less than a trajectory may differ. The samples of a step are micro-batches whose gradients add up."""
+
+COARSE_STEPS = 3
 LENGTHS = ((21, 33), (17, 26))
 """Tokens of the samples of a step: rows of different lengths, so that padding and packing take part."""
 
@@ -86,11 +93,12 @@ def samples(step: int) -> list[Encoded]:
     return found
 
 
-def batches(first: int) -> Iterator[Batch]:
-    """One batch for each step from `first` on."""
+def batches(first: int, together: bool = True) -> Iterator[Batch]:
+    """The micro-batches of each step from `first` on: its samples together, or each alone."""
     collate = Collator(0)
     while True:
-        yield collate(samples(first))
+        found = samples(first)
+        yield from [collate(found)] if together else [collate([sample]) for sample in found]
         first += 1
 
 
@@ -123,16 +131,22 @@ def _keep(found: Values, name: str, _module: torch.nn.Module, _inputs: Any, outp
 
 def trajectory(platform: Platform, dtype: torch.dtype) -> Values:
     """Losses and gradient norms of STEPS steps through the driver, and the weights behind them."""
-    losses, norms, weights = _train(platform, dtype, STEPS)
+    losses, norms, _, weights = _train(platform, dtype, STEPS)
     found = {"trajectory: losses": losses, "trajectory: gradient norms": norms}
     return found | {f"trajectory: weights: {name}": value for name, value in weights.items()}
 
 
+def optimized(platform: Platform, dtype: torch.dtype) -> Values:
+    """What COARSE_STEPS of the optimizer changed in the weights."""
+    _, _, start, weights = _train(platform, dtype, COARSE_STEPS, COARSE)
+    return {f"optimizer: change of {name}": value - start[name] for name, value in weights.items()}
+
+
 def resumed(platform: Platform, dtype: torch.dtype, folder: Path) -> Values:
     """By how much a run that was saved and resumed differs from one that went on: zeros where it does not."""
-    whole, _, weights = _train(platform, dtype, RESUMED_TO)
+    whole, _, _, weights = _train(platform, dtype, RESUMED_TO)
     _train(platform, dtype, RESUME_AT, f"--save {folder}")
-    rest, _, own = _train(platform, dtype, RESUMED_TO, f"--load {folder}")
+    rest, _, _, own = _train(platform, dtype, RESUMED_TO, f"--load {folder}")
     found = {"save and resume: losses": rest - whole[RESUME_AT:]}
     for name, value in weights.items():
         found[f"save and resume: weights: {name}"] = (own[name] - value).norm() / value.norm()
@@ -140,7 +154,8 @@ def resumed(platform: Platform, dtype: torch.dtype, folder: Path) -> Values:
 
 
 def _train(platform: Platform, dtype: torch.dtype, steps: int, flags: str = "") -> tuple[Any, ...]:
-    """(losses [steps], gradient norms [steps], weights by name) of a run; those of a resumed run from its start on."""
+    """(losses [steps], gradient norms [steps], first and last weights by name) of a run; a resumed one's from its start
+    on."""
     from megatron.driver import initialize, loop, setup
     from megatron.driver.checkpoint.saver import Saver
     from megatron.driver.state import Hooks
@@ -151,7 +166,8 @@ def _train(platform: Platform, dtype: torch.dtype, steps: int, flags: str = "") 
     initialize.initialize(args, platform)
     try:
         state = setup.setup(args, lambda *_: build(platform, torch.float32), platform)
-        data = loop.MeteredIterator(batches(state.iteration), Hooks().describe)
+        data = loop.MeteredIterator(batches(state.iteration, args.micro_batch_size > 1), Hooks().describe)
+        start = _weights(state.modules[0])
         losses, norms = [], []
         with loop.StopRequest() as stop, Saver(state, args, Hooks()) as saver:
             while state.iteration < steps:
@@ -161,10 +177,14 @@ def _train(platform: Platform, dtype: torch.dtype, steps: int, flags: str = "") 
             if args.save is not None:
                 saver.save()
                 saver.wait()
-        weights = {name: parameter.detach().float().cpu() for name, parameter in state.modules[0].named_parameters()}
-        return torch.tensor(losses), torch.tensor(norms), weights
+        return torch.tensor(losses), torch.tensor(norms), start, _weights(state.modules[0])
     finally:
         initialize.shutdown()
+
+
+def _weights(module: torch.nn.Module) -> Values:
+    """Copies of all weights, by name."""
+    return {name: weight.detach().to("cpu", torch.float32, copy=True) for name, weight in module.named_parameters()}
 
 
 def _arguments(dtype: torch.dtype, steps: int, flags: str):
@@ -189,7 +209,8 @@ def generation(platform: Platform, dtype: torch.dtype) -> Values:
     image = Media.of_images(drawn((1, 3, SIDE, SIDE), torch.Generator().manual_seed(3)))
     lengths = [len(prompt) for prompt in PROMPTS]
     decoder.cache.reserve(len(PROMPTS), max(lengths) + len(FORCED))
-    logits = [decoder.prefill(PROMPTS, decoder.image_features([image]), 0)]
+    features = [item.projected for item in decoder.image_features([image])]
+    logits = [decoder.prefill(PROMPTS, features, 0)]
     for number, tokens in enumerate(FORCED):
         logits.append(decoder.step(list(tokens), [length + number for length in lengths]))
     return {f"generation: logits of token {n}": each.float().cpu() for n, each in enumerate(logits)}

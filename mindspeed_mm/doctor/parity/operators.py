@@ -23,6 +23,11 @@ LENGTHS = (7, 1, 20, 12)
 BRANCHES = ((5, 8, 9), (0, 7), (3, 4, 4))
 """Of each sequence: what its branches share, then the branches; S in all."""
 
+ROWS, WIDE = 300, 128
+"""Positions and channels beyond a kernel's first block, which S and D stay within."""
+
+WIDE_LENGTHS = (131, 1, 168)
+
 WINDOW = 9
 SCALE = D**-0.5
 CAP = 5.0
@@ -39,9 +44,19 @@ def cases(platform: Platform) -> Iterator[tuple[str, Case, tuple[tuple[int, ...]
             yield f"attention in sequences of a row, {kind}, {name}", _segments(platform, options), shapes
         for kind, options in {"causal": {}, "window": {"window": WINDOW}}.items():
             yield f"attention in branches, {kind}, {name}", _branches(platform, options), shapes
+    options = {"causal": True, "scale": WIDE**-0.5}
+    shapes = ((1, H, ROWS, WIDE), (1, G, ROWS, WIDE), (1, G, ROWS, WIDE))
+    yield "attention, causal, many positions and channels", _attention(platform, options), shapes
+    shapes = ((ROWS, H, WIDE), (ROWS, G, WIDE), (ROWS, G, WIDE))
+    yield (
+        "attention in sequences of a row, many positions and channels",
+        _segments(platform, options, WIDE_LENGTHS),
+        shapes,
+    )
     held = {"mask": _held(platform.device())}
     yield "attention of one new token", _attention(platform, held), ((B, H, 1, D), (B, G, S, D), (B, G, S, D))
     yield "rms_norm", lambda x, weight: platform.rms_norm(x, weight, 1e-5), ((S, B, CHANNELS), (CHANNELS,))
+    yield "add_rms_norm", _added(platform), ((S, B, CHANNELS), (S, B, CHANNELS), (CHANNELS,))
     yield "swiglu", platform.swiglu, ((S, B, 2 * CHANNELS),)
     yield "geglu", platform.geglu, ((S, B, 2 * CHANNELS),)
     yield "rotate_qk", _rotation(platform, D), ((S, B, G * (H // G + 2) * D),)
@@ -81,8 +96,8 @@ def _attention(platform: Platform, options: dict) -> Case:
     return lambda query, key, value: platform.attention(query, key, value, **common)
 
 
-def _segments(platform: Platform, options: dict) -> Case:
-    segments = Segments.of_lengths(LENGTHS, platform.device())
+def _segments(platform: Platform, options: dict, lengths: tuple[int, ...] = LENGTHS) -> Case:
+    segments = Segments.of_lengths(lengths, platform.device())
     common = {"scale": SCALE, "dropout": 0.0} | options
     return lambda query, key, value: platform.segment_attention(query, key, value, segments, **common)
 
@@ -98,6 +113,15 @@ def _rotation(platform: Platform, channels: int) -> Case:
     angles = (torch.arange(S)[:, None] * frequencies).view(S, 1, 1, 1, channels // 2)
     cos, sin = (half.to(platform.device()) for half in (angles.cos(), angles.sin()))
     return lambda qkv: platform.rotate_qk(qkv, cos.to(qkv.dtype), sin.to(qkv.dtype), G, D)
+
+
+def _added(platform: Platform) -> Case:
+    """Both results in one, so that gradients flow into the sum and into its norm."""
+
+    def both(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.cat(platform.add_rms_norm(x, residual, weight, 1e-5), dim=-1)
+
+    return both
 
 
 def _cross_entropy(logits: torch.Tensor) -> torch.Tensor:

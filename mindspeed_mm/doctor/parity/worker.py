@@ -50,6 +50,7 @@ def _all_cases(platform: Platform, dtype: torch.dtype, folder: Path) -> Iterator
     yield from compute(platform, dtype)
     yield "random state", functools.partial(random_state, platform)
     yield "trajectory", functools.partial(model.trajectory, platform, dtype)
+    yield "optimizer", functools.partial(model.optimized, platform, dtype)
     yield "save and resume", functools.partial(model.resumed, platform, dtype, folder)
     yield "layer", lambda: init_single_process(platform) or model.layers(platform, dtype)
     yield "generation", functools.partial(model.generation, platform, dtype)
@@ -71,7 +72,34 @@ def collectives(platform: Platform, rank: int, ranks: int) -> Values:
         first = own[rank].to(device, copy=True)
         torch.distributed.broadcast(first, 0)
         found[f"{name}: collective: broadcast"] = (first.cpu() - own[0]).float()
+        largest = own[rank].to(device, copy=True)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        found[f"{name}: collective: all-reduce, largest"] = (largest.cpu() - torch.stack(own).amax(0)).float()
+        share = torch.empty(4096 // ranks, dtype=dtype, device=device)
+        torch.distributed.reduce_scatter_tensor(share, own[rank][: share.numel() * ranks].to(device))
+        wanted = total[rank * share.numel() :][: share.numel()]
+        found[f"{name}: collective: reduce-scatter"] = (share.cpu() - wanted).float()
+        parts = torch.empty_like(share).repeat(ranks)
+        torch.distributed.all_to_all_single(parts, own[rank][: parts.numel()].to(device))
+        wanted = torch.cat([values[rank * share.numel() :][: share.numel()] for values in own])
+        found[f"{name}: collective: all-to-all"] = (parts.cpu() - wanted).float()
+        found[f"{name}: collective: send and receive"] = (
+            _from_neighbour(own[rank].to(device)).cpu() - own[rank - 1]
+        ).float()
     return found
+
+
+def _from_neighbour(own: torch.Tensor) -> torch.Tensor:
+    """The tensor of the rank before, the last one's for the first. Collective."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    theirs = torch.empty_like(own)
+    exchange = [
+        torch.distributed.P2POp(torch.distributed.isend, own, (rank + 1) % ranks),
+        torch.distributed.P2POp(torch.distributed.irecv, theirs, (rank - 1) % ranks),
+    ]
+    for work in torch.distributed.batch_isend_irecv(exchange):
+        work.wait()
+    return theirs
 
 
 def write(found: Collected, folder: Path) -> None:
