@@ -11,6 +11,8 @@ import jinja2
 _FOLDER = Path(__file__).parent
 UNNAMED_LINES = ("none", "all", "points")
 """Names of the one line of a table without splits; they say nothing to a reader."""
+ROUNDING = 1e-9
+"""Share by which a sum of rates may exceed its scale."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def _per_cent(value: float, top: float) -> float:
 
 
 def track_top(scale: float, values: Iterable[float]) -> float:
-    """Upper end of a track: the scale of rates, or the largest value where points go beyond it."""
-    return max([scale, *values])
+    """Upper end of a track: the scale of rates, or the largest value where points or CIDEr go beyond it."""
+    return max([scale, *(value for value in values if value > scale * (1 + ROUNDING))])
 
 
 def table_lines(score: Mapping[str, Any]) -> list[ScoreLine]:
@@ -84,8 +86,7 @@ def table_lines(score: Mapping[str, Any]) -> list[ScoreLine]:
         ends = intervals.get(name, {}) if intervals is not None else dict.fromkeys(values)
         drawn = [column for column in values if column in ends]
         highest = [end for column in drawn for end in ends[column] or ()]
-        points = score["statistic"] == "MME points"
-        top = track_top(score["table_scale"], [values[column] for column in drawn] + highest if points else [])
+        top = track_top(score["table_scale"], [values[column] for column in drawn] + highest)
         lines.append(
             ScoreLine(
                 "" if len(score["table"]) == 1 and name in UNNAMED_LINES else "no split" if name == "none" else name,

@@ -53,6 +53,11 @@ def compare_reports(first: str | Path, second: str | Path, mode: str = "strict")
         if mode not in report["scores"]:
             raise DataError(f"{path} has no {mode} scores; found {', '.join(report['scores']) or 'none'}.")
         scores.append(report["scores"][mode])
+    if scores[0]["metric"] != scores[1]["metric"]:
+        raise DataError(
+            f"the two runs cannot be compared: {first} measures {scores[0]['metric']} and {second} "
+            f"{scores[1]['metric']}; score both with a judge, or both without."
+        )
     left, right = (score["units"] for score in scores)
     common = [name for name in left if name in right]
     if not common or len(left[common[0]]) != len(right[common[0]]):

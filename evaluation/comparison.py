@@ -19,6 +19,8 @@ MAX_ROWS = 500
 _FACTS = {
     "table": "table",
     "prompt_style": "prompts",
+    "shots": "shots",
+    "shots_seed": "seed of the shots",
     "template": "template",
     "dtype": "precision",
     "weights": "weights",

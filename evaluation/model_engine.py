@@ -11,14 +11,17 @@ from typing import Any
 import torch
 
 from evaluation.engine import EvaluationRequest
+from evaluation.prompts import SHORT_INSTRUCTION
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.image import image_size
+from mindspeed_mm.data.template import get_template
 from mindspeed_mm.data.template_choice import template_fact
 from mindspeed_mm.errors import ContextError, DataError
 from mindspeed_mm.generation import engine as generation
 from mindspeed_mm.generation.images import DIGEST_BYTES, FoundImage
 from mindspeed_mm.generation.options import GenerationOptions
 from mindspeed_mm.inference.loaded import LoadedVLM
+from mindspeed_mm.models.adapters.spec import LoraSpec
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +42,14 @@ class ModelEngine:
     """An evaluation.engine.Engine that asks a LoadedVLM. The next images are decoded and preprocessed by a thread
     while the model answers."""
 
-    def __init__(self, vlm: LoadedVLM, options: GenerationOptions, template: str | None = None):
+    def __init__(
+        self, vlm: LoadedVLM, options: GenerationOptions, template: str | None = None, *, as_written: bool = False
+    ):
+        """`as_written`: texts go to the template as they are, as in training; else what a family's models know behind
+        an image takes the place of LLaVA's line feed."""
+        self._as_written = as_written
         self._vlm, self._template, self._options = vlm, template, options
+        self._asks_for_short_answers = get_template(template or vlm.template, vlm.tokenizer).asks_for_short_answers
         self._facts = {
             **_weights(vlm),
             **_adapters(vlm),
@@ -57,7 +66,10 @@ class ModelEngine:
         ended: deque[tuple[EvaluationRequest, generation.GenerationHandle]] = deque()
         open_requests = 0
         for request, images in self._with_images(requests, ahead=batch_size):
-            turns = placed(request.turns or (), self._vlm.spec.family.after_image)
+            turns = request.turns or ()
+            if not self._as_written:
+                turns = placed(turns, self._vlm.spec.family.after_image)
+                turns = without_instruction(turns) if self._asks_for_short_answers else turns
             asked = generation.GenerationRequest(str(request.id), turns, request.text, images)
             engine.submit(asked, self._options, on_end=lambda handle, request=request: ended.append((request, handle)))
             open_requests += 1
@@ -105,6 +117,11 @@ def placed(turns: Iterable[tuple[str, str | None]], after_image: str) -> tuple[t
     return tuple((text.replace(f"{IMAGE_TOKEN}\n", IMAGE_TOKEN + after_image), answer) for text, answer in turns)
 
 
+def without_instruction(turns: Iterable[tuple[str, str | None]]) -> tuple[tuple[str, str | None], ...]:
+    """Turns without LLaVA's words for a short answer, for templates that ask for one themselves."""
+    return tuple((text.removesuffix(f"\n{SHORT_INSTRUCTION}"), answer) for text, answer in turns)
+
+
 def _texts(ended: deque[tuple[EvaluationRequest, generation.GenerationHandle]]) -> Iterator[tuple[int | str, str]]:
     """Take the requests that have ended: (id, text). One that does not fit into the model's context (seven images of
     MMMU) has no answer, "", and is told. Raises DataError for one that failed otherwise."""
@@ -122,7 +139,11 @@ def _texts(ended: deque[tuple[EvaluationRequest, generation.GenerationHandle]]) 
 def _adapters(vlm: LoadedVLM) -> dict[str, Any]:
     """What the weights of adapters do not show of them; empty without any."""
     blocks = {slot: part.lora for slot, part in vlm.spec.part_specs().items() if part.lora is not None}
-    shown = {slot: {"r": lora.r, "scale": lora.scale} for slot, lora in blocks.items()}
+    shown: dict[str, Any] = {}
+    for slot, lora in blocks.items():
+        patterns = {"rank_pattern": lora.rank_pattern, "alpha_pattern": lora.alpha_pattern}
+        own = {"r": lora.r, "scale": LoraSpec(r=lora.r, alpha=lora.alpha, use_rslora=lora.use_rslora).scale_of("")}
+        shown[slot] = own | {key: pattern for key, pattern in patterns.items() if pattern}
     return {"adapters": shown} if shown else {}
 
 

@@ -58,11 +58,25 @@ def write_outputs(
     if report is not None:
         files["accuracy"] = folder / f"{stem}{TABLE_SUFFIX}"
         replace(files["accuracy"], lambda path: path.write_text(report.to_csv(), encoding="utf-8"))
+        files |= _attach(folder, stem, report.attachments)
     summary = {**summary, "cells_cut_in_sheet": cut, "files": {kind: path.name for kind, path in files.items()}}
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     replace(files["report"], lambda path: path.write_text(text, encoding="utf-8"))
     page = render_page(table, answers, report, summary)
     replace(files["page"], lambda path: path.write_text(page, encoding="utf-8"))
+    return files
+
+
+def _attach(folder: Path, stem: str, attachments: Mapping[str, Any]) -> dict[str, Path]:
+    """Write a report's further files; returns their paths."""
+    files = {}
+    for name, content in attachments.items():
+        lines = name.endswith(".jsonl")
+        parts = [json.dumps(part, ensure_ascii=False, allow_nan=False) for part in content] if lines else []
+        text = "\n".join(parts) if lines else json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+        text += "\n"
+        files[name.removesuffix(".jsonl")] = folder / (f"{stem}_{name}" if lines else f"{stem}_{name}.json")
+        replace(files[name.removesuffix(".jsonl")], lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return files
 
 

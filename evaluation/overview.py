@@ -90,5 +90,4 @@ def headline_bar(score: dict[str, Any], group: Sequence[dict[str, Any]]) -> Bar 
         for end in (other["overall"], *other["interval_95"])
         if end is not None
     ]
-    top = track_top(1.0, highest if score["statistic"] == "MME points" else [])
-    return make_bar(score["overall"], score["interval_95"], top)
+    return make_bar(score["overall"], score["interval_95"], track_top(1.0, highest))

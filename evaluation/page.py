@@ -3,17 +3,16 @@
 The page needs nothing from the network and runs no script but its own filter.
 """
 
-import base64
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import PIL.Image
 
 from evaluation.charts import table_lines, template
+from evaluation.drawing import encoded, with_boxes
 from evaluation.report import Report
 from evaluation.tsv import Row, Table
-from evaluation.wording import decoding_text
+from evaluation.wording import decoding_text, shots_text
 from mindspeed_mm.errors import DataError
 
 MAX_ROWS = 500
@@ -43,6 +42,7 @@ def render_page(
         chart=table_lines(scores[scoring]) if scoring in scores else [],
         rows=shown,
         total=len(rows),
+        drawn=report is not None and bool(report.boxes),
         categories=sorted({row["category"] for row in shown if row["category"]}),
     )
 
@@ -52,6 +52,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     facts = {
         "table": f"{summary.get('table')}: {summary.get('table_is')}",
         "prompts": summary.get("prompt_style"),
+        "examples before each question": shots_text(summary),
         "template": summary.get("template"),
         "decoding": decoding_text(summary.get("decoding")),
         "precision": summary.get("dtype"),
@@ -70,9 +71,13 @@ def _row(
     cells = row.cells
     images, problem = [], ""
     try:
-        images = thumbnails.get(row.image) or [_thumbnail(image) for image in table.images(row)]
-        if row.image:
-            thumbnails[row.image] = images
+        boxes = report.boxes.get(row.index) if report is not None else None
+        if boxes is not None:
+            images = [encoded(with_boxes(image, boxes)) for image in table.images(row)]
+        else:
+            images = thumbnails.get(row.image) or [_thumbnail(image) for image in table.images(row)]
+            if row.image:
+                thumbnails[row.image] = images
     except DataError as error:  # answers that were recorded elsewhere are scored all the same
         problem = str(error)
     return {
@@ -92,6 +97,4 @@ def _row(
 def _thumbnail(image: PIL.Image.Image) -> str:
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
-    data = io.BytesIO()
-    small.save(data, "JPEG", quality=75)
-    return base64.b64encode(data.getvalue()).decode("ascii")
+    return encoded(small)

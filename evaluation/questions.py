@@ -11,17 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluation.image_files import find_images, root_of
 from evaluation.prompts import SHORT_INSTRUCTION
+from evaluation.shr_files import genome_folder, is_shr, read_shr
 from evaluation.tsv import (
     Row,
     Table,
     digests_of_files,
-    find_images,
     image_digest,
     meant_columns,
     read_table,
     typed_indices,
 )
+from mindspeed_mm.data.storage.objects import is_address, local_file, parent_of
 from mindspeed_mm.errors import DataError
 
 COLUMN_OF_KEY = {
@@ -30,6 +32,7 @@ COLUMN_OF_KEY = {
     "text": "question",
     "image": "image_path",
     "img_path": "image_path",
+    "file_path": "image_path",
     "label": "answer",
 }
 """Columns for the keys that differ from them."""
@@ -45,29 +48,34 @@ _SUFFIXES = (".json", ".jsonl")
 
 
 def read_questions(path: str | Path, *, image_root: str | Path | None = None, text_questions: bool = False) -> Table:
-    """Read and check a benchmark's file; a folder must hold POPE's three sets. `text_questions` keeps the rows of a TSV
-    that have no image. Raises DataError (see read_table)."""
-    path = Path(path)
+    """Read and check a benchmark's file; a folder holds POPE's three sets, or SHR. `text_questions` keeps the rows of a
+    TSV that have no image. Raises DataError (see read_table)."""
+    image_root = parent_of(path) if image_root is None and is_address(path) else image_root
+    path = Path(local_file(path))
+    if path.is_dir() and is_shr(path):
+        root = genome_folder(path, image_root)
+        records, sha256 = read_shr(path, root)
+        return _table(path, records, (sha256, ""), root)
     if path.is_dir():
         files = [path / POPE_FILE.format(name) for name in POPE_SETS]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise DataError(
-                f"{path} is a folder without {', '.join(missing)}; give a TSV, JSON lines or POPE's folder."
+                f"{path} is a folder without {', '.join(missing)}; give a TSV, JSON lines, or POPE's or SHR's folder."
             )
         records = [
             record | {"index": f"{name}/{record['index']}", "category": name}
             for name, file in zip(POPE_SETS, files, strict=True)
             for record in _records(file)
         ]
-        return _table(path, files, records, image_root)
+        return _table(path, records, digests_of_files(files), image_root)
     if path.suffix not in _SUFFIXES:
         return read_table(path, image_root=image_root, text_questions=text_questions)
     records = _records(path)
     for name in POPE_SETS:
         if path.name == POPE_FILE.format(name):
             records = [{"category": name} | record for record in records]
-    return _table(path, [path, *_add_labels(path, records)], records, image_root)
+    return _table(path, records, digests_of_files([path, *_add_labels(path, records)]), image_root)
 
 
 def _records(path: Path) -> list[dict[str, str]]:
@@ -103,11 +111,16 @@ def _cells(line: str, where: str) -> dict[str, str]:
         raise DataError(f"{where} is not JSON: {error}; expected one question a line.") from error
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: found {line[:60]}; expected an object.")
+    if "imageId" in record:  # GQA's own files
+        record = {"img_path": f"{record['imageId']}.jpg"} | {k: v for k, v in record.items() if k != "imageId"}
     names = meant_columns([COLUMN_OF_KEY.get(key, key) for key in record], where, told=False)
     if len(set(names)) < len(names):
         raise DataError(f"{where}: two keys mean the same column ({', '.join(sorted(record))}); keep one.")
     if "image_path" not in names:
-        raise DataError(f"{where}: found keys {', '.join(sorted(record))}; expected image or img_path among them.")
+        raise DataError(
+            f"{where}: found keys {', '.join(sorted(record))}; expected image or img_path (file_path, imageId) "
+            "among them."
+        )
     return {name: _text(value) for name, value in zip(names, record.values(), strict=True)}
 
 
@@ -142,11 +155,11 @@ def _add_labels(path: Path, records: list[dict[str, str]]) -> list[Path]:
     return files
 
 
-def _table(path: Path, files: list[Path], records: list[dict[str, str]], image_root: str | Path | None) -> Table:
+def _table(path: Path, records: list[dict[str, str]], digests: tuple[str, str], image_root: str | Path | None) -> Table:
     folder = path if path.is_dir() else path.parent
-    candidates = [Path(image_root)] if image_root is not None else [folder / name for name in IMAGE_FOLDERS]
     first = records[0]["image_path"]
-    root = next((root for root in candidates if (root / first).is_file()), candidates[0])
+    candidates = [folder / name for name in IMAGE_FOLDERS if (folder / name / first).is_file()]
+    root = root_of(image_root) if image_root is not None else (candidates or [folder])[0]
     texts = [record["index"] for record in records]
     (index, uses), *_ = Counter(texts).most_common(1)
     if uses > 1:
@@ -163,5 +176,5 @@ def _table(path: Path, files: list[Path], records: list[dict[str, str]], image_r
         for i, (index, cells) in enumerate(zip(typed_indices(texts), records, strict=True))
     )
     columns = tuple(records[0])
-    sha256, md5 = digests_of_files(files)
+    sha256, md5 = digests
     return Table(path, columns, rows, tuple(records), (), sha256, root, is_json_lines=True, md5=md5)

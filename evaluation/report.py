@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from evaluation.drawing import DrawnBoxes
 from evaluation.statistics import evaluate, interval
 
 
@@ -72,6 +73,10 @@ class Report:
     """What the rates of `table` are made of, by line and column; counts are not among them."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """What a reader of the numbers should know, such as how many answers a judge read."""
+    attachments: Mapping[str, Any] = field(default_factory=dict)
+    """Further files in the benchmark's own form, by the end of their name: JSON, or lines of it ("name.jsonl")."""
+    boxes: Mapping[Any, DrawnBoxes] = field(default_factory=dict)
+    """Boxes of rows, which the page draws, by index."""
 
     @property
     def n(self) -> int:

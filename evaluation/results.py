@@ -20,13 +20,17 @@ NAME_DIGITS = 8
 _OTHER_SUFFIXES = (SHEET_SUFFIX, TABLE_SUFFIX, PAGE_SUFFIX)
 
 TRACKER = "latest_checkpointed_iteration.txt"
+AVERAGED = "ema"
+"""Behind the path of a training checkpoint: its moving averages (megatron.driver.checkpoint.reading)."""
 _ITERATION = re.compile(r"iter_\d{7}|release")
 
 
 def checkpoint_name(path: str | Path) -> str:
     """Name of a model in result files: of its folder, with the iteration for a training checkpoint, so that two
-    iterations of one run have two names."""
+    iterations of one run have two names. RUN/ema, its moving average, ends in "_ema"."""
     path = Path(path).resolve()
+    if path.name == AVERAGED and not path.exists():
+        return f"{checkpoint_name(path.parent)}_{AVERAGED}"
     if _ITERATION.fullmatch(path.name):
         return f"{path.parent.name}_{path.name}"
     if (path / TRACKER).is_file():

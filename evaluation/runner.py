@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from evaluation.benchmark import MODES, Benchmark, Mode
 from evaluation.benchmarks import find_benchmark, refuse_other_table
 from evaluation.engine import Communicator, Engine, EvaluationRequest, SingleRank
+from evaluation.few_shot import Examples, Shots
 from evaluation.identity import told_identity
 from evaluation.journal import FINGERPRINT_DIGITS, Journal, fingerprint
 from evaluation.judge_protocol import Judge
@@ -65,6 +67,7 @@ def run(
     judge: Judge | None = None,
     checked: tuple[Table, Benchmark] | None = None,
     accept_table: bool = False,
+    shots: Shots | None = None,
 ) -> EvaluationResult:
     """Evaluate `engine` on the table `tsv` as `benchmark` and write <model>_<benchmark>.* into `out_dir`.
 
@@ -76,7 +79,7 @@ def run(
     `accept_table` scores a table as `benchmark` although its file's name or number of rows speaks for another one.
     `limit` asks the first rows of the table only, `text_questions` also those of a TSV that have no image. `judge`
     reads, on rank 0, the answers that the rules cannot. `checked` is what `check` returned for the same arguments, so
-    that a large table is read once.
+    that a large table is read once. `shots` puts answered questions in front of each one (evaluation.few_shot).
 
     Results of another fingerprint (model, table, prompts, decoding) are never overwritten: where they have the name,
     digits of this run's fingerprint are added to it. As soon as the folder holds several evaluations, overview.html
@@ -84,49 +87,70 @@ def run(
 
     Raises DataError for an unusable table, name, folder or journal, before the first question is asked.
     """
-    communicator = communicator or SingleRank()
-    folder = Path(out_dir)
-    table, found = checked or check(
-        benchmark,
-        tsv,
-        folder,
-        model=model,
-        prompt_style=prompt_style,
-        scoring=scoring,
-        batch_size=batch_size,
-        limit=limit,
-        image_root=image_root,
-        text_questions=text_questions,
-        accept_table=accept_table,
-    )
+    communicator, folder = communicator or SingleRank(), Path(out_dir)
+    asked = {"model": model, "prompt_style": prompt_style, "scoring": scoring, "batch_size": batch_size}
+    asked |= {"limit": limit, "image_root": image_root, "text_questions": text_questions}
+    asked |= {"accept_table": accept_table, "shots": shots}
+    table, found = checked or check(benchmark, tsv, folder, **asked)
     prompts, rows = found.prompts(table, prompt_style), table.rows[:limit]
-    facts = _facts(found, table, prompt_style, prompts, engine)
+    examples = None if shots is None else Examples(shots, found, table, prompts, prompt_style)
+    prompts = prompts if examples is None else examples.prompts
+    facts = _facts(found, table, prompt_style, prompts, engine) | (examples.facts if examples else {})
     _tell_name(model, _on_first_rank(communicator, lambda: free_name(folder, model, benchmark, facts)), communicator)
     journal = Journal(folder / f"{model}_{benchmark}{JOURNAL_SUFFIX}", facts, communicator.rank)
     bar = AnswersBar(found.name, communicator, show=progress)
+
+    def ask(pending: Sequence[Row], writer: Journal | None) -> dict[int | str, str]:
+        return _answer(_requests(pending, table, prompts, examples), engine, writer, batch_size, bar.advance)
+
+    answers, resumed = _all_answers(rows, prompts, journal, communicator, bar, ask)
+    reports = _on_first_rank(communicator, lambda: _score(found, table, answers, judge))
+    name, files = _on_first_rank(
+        communicator, lambda: _write(folder, model, benchmark, found, table, answers, reports, scoring, facts, limit)
+    )
+    return EvaluationResult(reports, answers, files if communicator.rank == 0 else {}, resumed=resumed, model=name)
+
+
+def _all_answers(
+    rows: Sequence[Row],
+    prompts: dict[int | str, Prompt],
+    journal: Journal,
+    communicator: Communicator,
+    bar: AnswersBar,
+    ask: Callable[[Sequence[Row], Journal | None], dict[int | str, str]],
+) -> tuple[dict[int | str, str], int]:
+    """(the answers of all rows by index, how many of them earlier runs had): each copy of the model asks its share of
+    what no journal answers."""
     earlier = _merge(communicator.all_gather(journal.read()))
     pending = [row for row in rows if row.index not in earlier]
     own = split_work(pending, prompts, communicator.replicas)[communicator.replica]
     with bar.asking(len(pending)):
-        writer = journal if communicator.is_leader else None
-        new = _answer(own, table, prompts, engine, writer, batch_size, bar.advance)
+        new = ask(own, journal if communicator.is_leader else None)
         bar.wait_for_others()
         collected = {**earlier, **_merge(communicator.all_gather(new))}
-    answers = {row.index: collected[row.index] for row in rows}
-    reports = _on_first_rank(communicator, lambda: _score(found, table, answers, judge))
+    return {row.index: collected[row.index] for row in rows}, len(rows) - len(pending)
 
-    def write() -> tuple[str, dict[str, Path]]:
-        name, _ = free_name(folder, model, benchmark, facts)  # another run may have ended since the first look
-        stem = f"{name}_{benchmark}"
-        summary = _summary(name, table, facts, limit, scoring, reports, answers)
-        summary["table_is"] = told_identity(found, table)
-        files = write_outputs(folder, stem, table, answers, reports.get(scoring), summary)
-        files |= write_submission(folder, stem, getattr(found, "submission", None), table, answers)
-        return name, files | write_overview(folder)
 
-    name, files = _on_first_rank(communicator, write)
-    files = files if communicator.rank == 0 else {}
-    return EvaluationResult(reports, answers, files, resumed=len(rows) - len(pending), model=name)
+def _write(
+    folder: Path,
+    model: str,
+    benchmark: str,
+    found: Benchmark,
+    table: Table,
+    answers: Mapping[int | str, str],
+    reports: dict[str, Report],
+    scoring: str,
+    facts: dict[str, Any],
+    limit: int | None,
+) -> tuple[str, dict[str, Path]]:
+    """Write all files of a finished run; returns the model's name in them, and their paths by kind."""
+    name, _ = free_name(folder, model, benchmark, facts)  # another run may have ended since the first look
+    stem = f"{name}_{benchmark}"
+    summary = _summary(name, table, facts, limit, scoring, reports, answers)
+    summary["table_is"] = told_identity(found, table)
+    files = write_outputs(folder, stem, table, answers, reports.get(scoring), summary)
+    files |= write_submission(folder, stem, getattr(found, "submission", None), table, answers)
+    return name, files | write_overview(folder)
 
 
 def _tell_name(model: str, found: tuple[str, str], communicator: Communicator) -> None:
@@ -194,6 +218,7 @@ def check(
     image_root: str | Path | None = None,
     text_questions: bool = False,
     accept_table: bool = False,
+    shots: Shots | None = None,
 ) -> tuple[Table, Benchmark]:
     """Read and check all that `run` needs but the engine, as `run` does. Raises DataError."""
     check_output_name(benchmark, "the benchmark's name")
@@ -209,30 +234,36 @@ def check(
     table = read_questions(tsv, image_root=image_root, text_questions=text_questions)
     found = find_benchmark(benchmark, table)
     refuse_other_table(found, table, accept_table=accept_table)
+    if shots is not None:
+        shots.support(found, table)
     check_folder(Path(out_dir))
     return table, found
 
 
+def _requests(
+    rows: Sequence[Row], table: Table, prompts: dict[int | str, Prompt], examples: Examples | None
+) -> list[EvaluationRequest]:
+    images = table.images if examples is None else examples.images
+    return [
+        EvaluationRequest(
+            row.index,
+            prompts[row.index].turns,
+            prompts[row.index].text,
+            row.image if examples is None else examples.image_key(row),
+            functools.partial(images, row),
+        )
+        for row in rows
+    ]
+
+
 def _answer(
-    rows: Sequence[Row],
-    table: Table,
-    prompts: dict[int | str, Prompt],
+    requests: Sequence[EvaluationRequest],
     engine: Engine,
     journal: Journal | None,
     batch_size: int,
     advance: Callable[[], None],
 ) -> dict[int | str, str]:
-    """Ask the engine for every row and write each answer into the journal (of the copy's first rank) as it comes."""
-    requests = [
-        EvaluationRequest(
-            row.index,
-            prompts[row.index].turns,
-            prompts[row.index].text,
-            row.image,
-            functools.partial(table.images, row),
-        )
-        for row in rows
-    ]
+    """Ask the engine every request and write each answer into the journal (of the copy's first rank) as it comes."""
     answers: dict[int | str, str] = {}
     expected = {request.id for request in requests}
     try:
@@ -280,7 +311,7 @@ def _summary(
         "fingerprint": fingerprint(facts),
         "scoring": scoring,
         "metric": chosen.metric if chosen else None,
-        "accuracy": chosen.overall if chosen else None,
+        "accuracy": chosen.overall if chosen and not math.isnan(chosen.overall) else None,
         "unparsed": chosen.unparsed if chosen else None,
         "scores": {mode: report.to_json() for mode, report in reports.items()},
         "rows": [_row_summary(row, answers[row.index], reports) for row in table.rows if row.index in answers],

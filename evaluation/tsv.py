@@ -5,7 +5,6 @@ file, is checked while the table is opened and read again from the file when the
 gigabyte needs memory for its texts only.
 """
 
-import ast
 import binascii
 import csv
 import hashlib
@@ -13,15 +12,17 @@ import io
 import logging
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import PIL.Image
 
+from evaluation.image_files import find_images, image_texts, read_image, root_of
 from evaluation.pandas_rules import NA_TEXTS
+from mindspeed_mm.data.storage.objects import local_file, parent_of
 from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ class Table:
     all_cells: tuple[dict[str, str], ...]
     dropped: tuple[int | str, ...]
     sha256: str
-    image_root: Path
+    image_root: Path | str
+    """A folder, or the address of one."""
     is_json_lines: bool = False
     """Whether the file has the form of a benchmark's own questions instead of VLMEvalKit's table."""
     md5: str = ""
@@ -78,18 +80,19 @@ class Table:
         if row.image_count == 0:
             return ()
         if "image" not in self.columns:
-            contents = [path.read_bytes() for path in find_images(row.cells["image_path"], self.image_root, where)]
+            found = find_images(row.cells["image_path"], self.image_root, where)
+            contents = [read_image(image, where) for image in found]
         else:
             cells = _read_record(self.path, row.image_source)
-            contents = [_decode(text, where) for text in _image_texts(cells[self.columns.index("image")], where)]
+            contents = [_decode(text, where) for text in image_texts(cells[self.columns.index("image")], where)]
         return tuple(_open_image(content, where) for content in contents)
 
     def image_sizes(self) -> str | None:
         """Digest of the sizes of the image files, which tells other images under the same names apart without
-        reading them; None where the images stand in the table itself."""
-        if "image" in self.columns:
+        reading them; None where the images stand in the table itself, or in an object store."""
+        if "image" in self.columns or isinstance(self.image_root, str):
             return None
-        names = {name for row in self.rows if row.image_count for name in _image_texts(row.cells["image_path"], "")}
+        names = {name for row in self.rows if row.image_count for name in image_texts(row.cells["image_path"], "")}
         digest = hashlib.sha256()
         for name in sorted(names):
             digest.update(f"{name} {(self.image_root / name).stat().st_size}\n".encode("utf-8", "surrogatepass"))
@@ -107,63 +110,78 @@ def read_table(path: str | Path, *, image_root: str | Path | None = None, text_q
     Raises DataError with file and row: unreadable file, missing or repeated column, short or long row, repeated index,
     unclosed quote, bad base64, reference to a row without an image, missing image file.
     """
-    path = Path(path)
-    root = Path(image_root) if image_root is not None else path.parent
+    given, path = path, Path(local_file(path))
+    root = root_of(image_root if image_root is not None else parent_of(given))
     records = _records(path)
     columns = _check_columns(next(records, (0, []))[1], path)
-    image_column = columns.index("image") if "image" in columns else columns.index("image_path")
-    index_column = columns.index("index")
-
-    texts: list[str] = []
-    all_cells: list[dict[str, str]] = []
-    offsets: list[int] = []
-    kinds: list[str | int] = []
-    images: list[str] = []
-    problems: list[str] = []
-    rows_read = 0
-    for offset, record in records:
-        where = f"{path}, data row {rows_read + 1}"
-        rows_read += 1
-        if len(record) != len(columns):
-            own = f" (index {record[index_column][:40]})" if len(record) > index_column else ""
-            problems.append(
-                f"{where} has {len(record)} cells; expected {len(columns)} as in the header{own}. Check its tabs and "
-                "quotes."
-            )
-            continue
-        index = record[index_column]
-        if not index:
-            problems.append(f"{where} has no index; give every row its own.")
-            continue
-        where = f"{path}, row with index {index}"
-        try:
-            kinds.append(_check_image_cell(record[image_column], columns[image_column], root, where))
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        images.append(image_digest(record[image_column]))
-        texts.append(index)
-        offsets.append(offset)
-        all_cells.append({name: cell for name, cell in zip(columns, record, strict=True) if name != "image"})
-    refuse_all(problems)
-    if not texts:
+    read = _checked_records(records, columns, path, root)
+    if not read:
         raise DataError(f"{path} has a header but no rows; expected at least one question.")
-    sources = _image_sources(texts, kinds, path)
+    texts, cells = [record.index for record in read], tuple(record.cells for record in read)
+    sources = [read[place] for place in _image_sources(texts, [record.kind for record in read], path)]
     indices = typed_indices(texts)
     rows = tuple(
-        Row(indices[i], all_cells[i], i, offsets[sources[i]], int(kinds[sources[i]]), images[sources[i]])
-        for i in range(len(texts))
-        if kinds[i] != 0 or text_questions
+        Row(indices[i], cells[i], i, sources[i].offset, int(sources[i].kind), sources[i].image)
+        for i in range(len(read))
+        if read[i].kind != 0 or text_questions
     )
     if not rows:
         raise DataError(
-            f"{path}: none of the {len(texts)} rows has an image; fill column {columns[image_column]}, or ask for "
+            f"{path}: none of the {len(read)} rows has an image; fill column {_image_column(columns)}, or ask for "
             "text questions too."
         )
     kept = {row.position for row in rows}
     dropped = tuple(index for i, index in enumerate(indices) if i not in kept)
     sha256, md5 = digests_of_files([path])
-    return Table(path, columns, rows, tuple(all_cells), dropped, sha256, root, md5=md5)
+    return Table(path, columns, rows, cells, dropped, sha256, root, md5=md5)
+
+
+class _TableRecord(NamedTuple):
+    """A record whose number of cells, index and image are as they should be."""
+
+    offset: int
+    index: str
+    kind: str | int
+    """What _check_image_cell says of its image."""
+    image: str
+    """image_digest of its image cell."""
+    cells: dict[str, str]
+
+
+def _image_column(columns: Sequence[str]) -> str:
+    return "image" if "image" in columns else "image_path"
+
+
+def _checked_records(
+    records: Iterable[tuple[int, list[str]]], columns: Sequence[str], path: Path, root: Path
+) -> list[_TableRecord]:
+    """All records. Raises DataError with the problems of every one."""
+    image_name = _image_column(columns)
+    image_place, index_place = columns.index(image_name), columns.index("index")
+    read: list[_TableRecord] = []
+    problems: list[str] = []
+    for number, (offset, record) in enumerate(records, 1):
+        where = f"{path}, data row {number}"
+        if len(record) != len(columns):
+            own = f" (index {record[index_place][:40]})" if len(record) > index_place else ""
+            problems.append(
+                f"{where} has {len(record)} cells; expected {len(columns)} as in the header{own}. Check its tabs and "
+                "quotes."
+            )
+            continue
+        index, image = record[index_place], record[image_place]
+        if not index:
+            problems.append(f"{where} has no index; give every row its own.")
+            continue
+        try:
+            kind = _check_image_cell(image, image_name, root, f"{path}, row with index {index}")
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        cells = {name: cell for name, cell in zip(columns, record, strict=True) if name != "image"}
+        read.append(_TableRecord(offset, index, kind, image_digest(image), cells))
+    refuse_all(problems)
+    return read
 
 
 MAX_NAMED = 20
@@ -177,7 +195,7 @@ def refuse_all(problems: Sequence[str]) -> None:
         raise DataError("\n  ".join([*problems[:MAX_NAMED], *more]))
 
 
-def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | int:
+def _check_image_cell(cell: str, column: str, root: Path | str, where: str) -> str | int:
     """What an image cell holds: the number of its images, or the index of the row that is referred to."""
     if cell in NA_TEXTS:
         return 0
@@ -185,7 +203,7 @@ def _check_image_cell(cell: str, column: str, root: Path, where: str) -> str | i
         return len(find_images(cell, root, where))
     if len(cell) <= MAX_REFERENCE_CHARACTERS:
         return cell
-    return len([_decode(text, where) for text in _image_texts(cell, where)])
+    return len([_decode(text, where) for text in image_texts(cell, where)])
 
 
 def _image_sources(texts: list[str], kinds: list[str | int], path: Path) -> list[int]:
@@ -257,19 +275,6 @@ def meant_columns(names: Sequence[str], where: Path | str, *, told: bool = True)
     return meant
 
 
-def _image_texts(cell: str, where: str) -> list[str]:
-    """The base64 texts of an image cell, or the names of an image_path cell: one, or a Python list of them."""
-    if not cell.startswith("["):
-        return [cell]
-    try:
-        values = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-        raise DataError(f"{where}: the image list is not a Python list of texts: {cell[:40]}...") from error
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) and value for value in values):
-        raise DataError(f"{where}: the image list must hold one or more texts; found {cell[:40]}...")
-    return values
-
-
 def _decode(text: str, where: str) -> bytes:
     try:
         return binascii.a2b_base64(text, strict_mode=True)
@@ -278,21 +283,6 @@ def _decode(text: str, where: str) -> bytes:
             f"{where}: the image is not base64 ({error}); found {text[:20]!r}..., {len(text)} characters. "
             "Export the row again."
         ) from error
-
-
-def find_images(cell: str, root: Path, where: str) -> list[Path]:
-    """Files that an image_path cell names. Raises DataError for one that is missing or outside `root`."""
-    paths = []
-    for name in _image_texts(cell, where):
-        target = (root / name).resolve()
-        if not target.is_relative_to(root.resolve()):
-            raise DataError(
-                f"{where}: image file {name} lies outside {root}; give the folder that holds it as image_root."
-            )
-        if not target.is_file():
-            raise DataError(f"{where}: image file {name} does not exist below {root}.")
-        paths.append(target)
-    return paths
 
 
 def _open_image(content: bytes, where: str) -> PIL.Image.Image:

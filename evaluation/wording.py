@@ -10,6 +10,13 @@ _NEVER_TOLD = ("logprobs", "bos_token_id", "pad_token_id")
 """They change no answer."""
 
 
+def shots_text(report: Mapping[str, Any]) -> str | None:
+    """The examples of a few-shot run in words; None without examples."""
+    if "shots" not in report:
+        return None
+    return f"{report['shots']} of {report['shots_table']}, seed {report['shots_seed']}"
+
+
 def decoding_text(decoding: Mapping[str, Any] | None) -> str:
     """Decoding options in words: the method, the longest answer, and what differs from the defaults."""
     if not decoding:

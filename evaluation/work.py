@@ -46,7 +46,7 @@ def split_work(rows: Sequence[Row], prompts: Mapping[int | str, Prompt], replica
 
 
 def _length(prompt: Prompt) -> int:
-    return len(prompt.text if prompt.turns is None else prompt.turns[0][0])
+    return len(prompt.text or "") if prompt.turns is None else sum(len(question) for question, _ in prompt.turns)
 
 
 def _cost(part: Sequence[Row], prompts: Mapping[int | str, Prompt]) -> int:

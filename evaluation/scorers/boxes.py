@@ -4,7 +4,7 @@ A box is (left, top, right, bottom), 0..1 of the image padded to a square; in te
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -73,9 +73,13 @@ def fill_placeholders(
 
 
 def read_box(text: str, brackets: Brackets | None = None) -> list[float] | None:
-    """The one box of an answer, None if there is none or more; without `brackets` either kind is read."""
+    """The one box of an answer, None if there is none or more.
+
+    Without `brackets` all of Shikra's forms are read: both kinds of brackets, and words.
+    """
     kinds = (brackets,) if brackets else tuple(MARKS)
     groups = [group for kind in kinds for group in extract_boxes(text, kind)]
+    groups += [] if brackets else BinNotation().parse(text)
     return groups[0][0] if len(groups) == 1 and len(groups[0]) == 1 else None
 
 
@@ -100,16 +104,21 @@ def exact_iou(first: Box, second: Box) -> Fraction:
 
 
 def rec_metrics(
-    predictions: Sequence[str], targets: Sequence[str], brackets: Brackets | None, *, strict: bool
+    predictions: Sequence[str],
+    targets: Sequence[str],
+    brackets: Brackets | None,
+    *,
+    strict: bool,
+    read: Callable[[str, Brackets | None], list[float] | None] = read_box,
 ) -> dict[str, float]:
-    """Accuracy (IoU > 0.5), mean IoU and parse failures.
+    """Accuracy (IoU > 0.5), mean IoU and parse failures; `read` finds the one box of a text.
 
     Public rule: unreadable targets stay in the accuracy's denominator. Strict: over readable targets, exact arithmetic.
     Raises IndexError (public rule only) when no target is readable, as the public code does.
     """
     overlaps, failed, target_failed = [], 0, 0
     for prediction, target in zip(predictions, targets, strict=True):
-        box, gold = read_box(prediction, brackets), read_box(target, brackets)
+        box, gold = read(prediction, brackets), read(target, brackets)
         if gold is None:
             target_failed += 1
             continue

@@ -1,7 +1,7 @@
 """REC, referring-expression comprehension, in Shikra's form (Chen et al., 2023): a box for a phrase, IoU above 0.5.
 
 Questions are JSON lines with img_path, expression and bbox (left, top, right, bottom in pixels). Boxes are fractions
-of the image padded to a square; either kind of bracket is read.
+of the image padded to a square; either kind of bracket is read, and words such as <bin_250>.
 """
 
 import json
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from evaluation.benchmark import Mode
+from evaluation.drawing import DrawnBoxes
 from evaluation.judge_protocol import Judge
 from evaluation.prompts import Prompt, PromptStyle
 from evaluation.report import Report, Rows, RowScore, mean_cell, mean_units
@@ -76,7 +77,7 @@ class REC:
     ) -> Report:
         """Share of boxes with IoU > 0.5, and the mean IoU."""
         rows = [row for row in table.rows if row.index in predictions]
-        scores, overlaps, failed = Rows(), [], 0
+        scores, overlaps, failed, drawn, detail = Rows(), [], 0, {}, []
         overlap_of = boxes.exact_iou if mode == "strict" else boxes.iou
         for row in rows:
             box, target = boxes.read_box(predictions[row.index]), self.target(row, table)
@@ -84,6 +85,8 @@ class REC:
             overlap = overlap_of(box or boxes.FAILED_BOX, target)
             overlaps.append(overlap)
             said = boxes.format_boxes([box]) if box else None
+            drawn[row.index] = DrawnBoxes(target, box)
+            detail.append({"pred": predictions[row.index], "target": ANSWER.format(box=boxes.format_boxes([target]))})
             log = f"IoU {float(overlap):.4f} with {boxes.format_boxes([target])}"
             scores[row.index] = RowScore(said, int(overlap > boxes.IOU_THRESHOLD), log)
         count = len(rows)
@@ -109,6 +112,8 @@ class REC:
             metric="accuracy at IoU 0.5",
             dropped=len(table.dropped),
             missing=missing,
+            attachments={"extra_prediction.jsonl": detail},
+            boxes=drawn,
         )
 
 

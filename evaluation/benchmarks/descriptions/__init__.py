@@ -1,0 +1,1 @@
+"""Benchmarks of descriptions, whose sentences a judge reads."""

@@ -1,0 +1,1 @@
+"""Answers to sets of a data.json: asked, judged, written in order and drawn (docs/prediction.md)."""
