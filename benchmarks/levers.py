@@ -2,8 +2,8 @@
 
     python benchmarks/levers.py --out benchmarks/results/levers_cpu.json
 
-One process, all variants in turn, round after round; the first round warms up, then medians are taken. `one row` is
-taken back where rows are not packed, `attention by sequence` where they are. Memory is the highest resident memory
+One process a kind, all variants in turn, round after round; the first round warms up, then medians are taken. `one row`
+is taken back where rows are not packed, `attention by sequence` where they are. Memory is the highest resident memory
 during a variant's steps above what the process had before the model was built; the allocator keeps memory between
 variants, so that one which needs less than those before it shows too much: `--only` runs it alone beside all levers.
 """
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -31,24 +34,28 @@ from training_work import KINDS, make_work
 ALL = "all levers"
 
 
-def _plain_rms_norm(_platform, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _plain_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _plain_swiglu(_platform, x: torch.Tensor) -> torch.Tensor:
+def _plain_swiglu(x: torch.Tensor) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def _plain_rotation(_platform, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, groups: int) -> torch.Tensor:
+def _plain_rotation(qkv, cos, sin, groups: int, head_size: int | None = None) -> torch.Tensor:
+    if head_size not in (None, 2 * cos.shape[-1]):
+        raise ValueError("a part of each head is rotated; the models of these benchmarks rotate whole heads")
     heads = qkv.view(*qkv.shape[:2], groups, -1, 2 * cos.shape[-1])
     first, second = heads[..., :-1, :].chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return torch.cat((turned, heads[..., -1:, :]), dim=3).flatten(2)
 
 
-def _masked_attention(platform, query, key, value, segments, *, scale: float, dropout: float) -> torch.Tensor:
+def _masked_attention(platform, query, key, value, segments, *, scale: float, dropout: float, **others) -> torch.Tensor:
     """Attention over the whole row under a dense mask."""
+    if others.pop("causal") is not True or any(option is not None for option in others.values()):
+        raise ValueError(f"the models of these benchmarks have plain causal attention, found {others}")
     lengths = segments.offsets.diff()
     numbers = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     mask = (numbers[:, None] == numbers) & torch.ones(len(numbers), len(numbers), dtype=torch.bool).tril()
@@ -67,21 +74,34 @@ def _slow_adamw(side: OurTraining) -> Iterator[None]:
         group["fused"] = True
 
 
+def arithmetic() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """Name of each lever that computes otherwise than plain torch -> a context without it, models at hand included."""
+    from mindspeed_mm.platform import fused, host_products
+
+    def plain(name: str, operation: Callable) -> Callable[[], contextlib.AbstractContextManager]:
+        return lambda: mock.patch.object(fused, name, SimpleNamespace(apply=operation))
+
+    return {
+        "chosen products": lambda: mock.patch.object(host_products, "choose", lambda *_: host_products.PLAIN),
+        "fused RMSNorm": plain("FusedRMSNorm", _plain_rms_norm),
+        "fused SwiGLU": plain("SwiGLU", _plain_swiglu),
+        "fused rotation": plain("RotateQK", _plain_rotation),
+    }
+
+
 def variants(side: OurTraining, kind: str) -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """Name of the lever that is taken back -> a context without it."""
     from mindspeed_mm.models import loss
+    from mindspeed_mm.models.vlm import VLM
     from mindspeed_mm.objectives import sft
-    from mindspeed_mm.platform import host_products
 
     platform = type(side.platform)
     taken_back: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
         ALL: contextlib.nullcontext,
-        "chosen products": lambda: mock.patch.object(host_products, "choose", lambda *_: host_products.PLAIN),
-        "fused RMSNorm": lambda: mock.patch.object(platform, "rms_norm", _plain_rms_norm),
-        "fused SwiGLU": lambda: mock.patch.object(platform, "swiglu", _plain_swiglu),
-        "fused rotation": lambda: mock.patch.object(platform, "rotate_qk", _plain_rotation),
+        **arithmetic(),
         "fused AdamW": lambda: _slow_adamw(side),
         "head in chunks": lambda: mock.patch.object(loss, "CHUNK", 10**9),
+        "last MLP where asked": lambda: mock.patch.object(VLM, "_places", lambda *_: None),
     }
     if kind == "mixed":
         taken_back["attention by sequence"] = lambda: mock.patch.object(
@@ -98,6 +118,7 @@ def measure(kind: str, args: argparse.Namespace, weights: str) -> dict[str, Any]
     batches = make_work(kind, args.size, batch, 1).ours
     OurTraining.load_libraries("cpu")
     base = resident()[0]
+    torch.set_num_threads(args.threads)
     side = OurTraining(TrainedJob(kind, args.size, "cpu", False, batch, 1, args.threads, weights, False))
     contexts = variants(side, kind)
     names = [ALL, *([args.only] if args.only != ALL else [])] if args.only else list(contexts)
@@ -127,18 +148,19 @@ def measure(kind: str, args: argparse.Namespace, weights: str) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("tiny", "small"), default="small")
-    parser.add_argument("--kind", choices=KINDS, nargs="+", default=["equal"], help="each in a run of its own is best")
+    parser.add_argument("--kind", choices=KINDS, nargs="+", default=["equal"])
     parser.add_argument("--only", metavar="LEVER", help="take back this one alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", metavar="JSON", help="default: stdout")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     results: dict[str, Any] = {"settings": vars(args) | {"device": "cpu"} | machine()}
     with tempfile.TemporaryDirectory() as folder:
         save_model(args.size, folder)
         for kind in args.kind:
-            results[kind] = measure(kind, args, folder)
+            # A process of its own each: megatron-core's process groups are made once in a process.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                results[kind] = process.submit(measure, kind, args, folder).result()
             for name, found in results[kind].items():
                 sys.stderr.write(
                     f"{kind}, without {name}: {found['seconds']:.2f} s, {found['slower']:.2f}x "

@@ -7,7 +7,8 @@ weigh
 more in them: see docs/performance.md.
 
 "light" is no LLaVA-1.5: its vision encoder has five sixths as many parameters as its decoder, like CLIP-L before a
-decoder of half a billion.
+decoder of half a billion. "blocks" and "tiny blocks" have widths of whole blocks of 64 values, as weights in 4 bits
+need them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ SHAPES = {
     "tiny": Shape(256, 2, 2, 688, 2048, 64, 3, 1),
     "light": Shape(256, 6, 2, 688, 2048, 256, 6, 4),
     "small": Shape(512, 6, 4, 1376, 4096, 128, 6, 2),
+    "blocks": Shape(512, 6, 4, 1408, 4096, 128, 6, 2),
+    "tiny blocks": Shape(256, 2, 2, 704, 2048, 64, 3, 1),
     "7b": Shape(4096, 32, 32, 11008, 32000, 1024, 24, 16),
 }
 

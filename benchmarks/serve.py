@@ -79,11 +79,12 @@ def bodies(count: int, size: str, new_tokens: int, seed: int) -> list[dict]:
 def our_app(vlm: mm.LoadedVLM, batch_size: int) -> fastapi.FastAPI:
     """The server of this suite."""
     from mindspeed_mm.serving.app import make_app
+    from mindspeed_mm.serving.lanes import ModelLanes
     from mindspeed_mm.serving.limits import ServingLimits
     from mindspeed_mm.serving.service import ChatService
 
     limits = ServingLimits(batch_size=batch_size, queue=1024)
-    return make_app(ChatService(NAME, lambda: vlm.engine(batch_size=batch_size), limits))
+    return make_app(ChatService(ModelLanes(NAME, lambda: vlm.engine(batch_size=batch_size)), limits))
 
 
 def their_app(vlm: mm.LoadedVLM, folder: str, threads: int) -> fastapi.FastAPI:

@@ -42,6 +42,22 @@ class TrainedJob(NamedTuple):
     threads: int
     weights: str | None
     recompute: bool
+    mode: str = "full"
+    """full; lora: adapters of the decoder's linears and the projector; qlora: the decoder's linears in NF4 besides."""
+
+
+LORA = {"r": 16, "alpha": 32.0, "target_modules": "all-linear"}
+"""The decoder's adapters, on both sides."""
+
+
+def our_model(job: TrainedJob) -> dict[str, Any]:
+    """The model.json of a job."""
+    model = model_json(job.size, TRAINED[job.kind], job.weights, job.recompute)
+    if job.mode != "full":
+        model["text_decoder"]["lora"] = LORA
+    if job.mode == "qlora":
+        model["text_decoder"] |= {"quantize": "nf4", "double_quant": True}
+    return model
 
 
 class OurTraining:
@@ -76,7 +92,7 @@ class OurTraining:
         flags += f" --lr {LEARNING_RATE} --lr-decay-style constant --weight-decay 0 --clip-grad 1"
         flags += " --bf16" if job.bf16 else ""
         args = arguments.from_namespace(parser.parse_args(flags.split()), world_size=1)
-        spec = load_model_spec(model_json(job.size, TRAINED[job.kind], job.weights, job.recompute))
+        spec = load_model_spec(our_model(job))
         initialize.initialize(args, self.platform)
         runtime = Runtime(params_dtype=torch.bfloat16 if job.bf16 else torch.float32)
 
@@ -114,26 +130,60 @@ class TheirTraining:
         import transformers
 
         self.job, self.device = job, torch.device(job.device)
-        frozen_dtype = torch.bfloat16 if job.bf16 else torch.float32
-        if job.weights:
-            model = transformers.LlavaForConditionalGeneration.from_pretrained(job.weights, dtype=torch.float32)
-        else:
-            with self.device:
-                model = transformers.LlavaForConditionalGeneration(transformers_config(job.size))
-        self.model = model.to(self.device).train()
-        names = {"text_decoder": "language_model", "vision_projector": "multi_modal_projector"}
-        trained = [names[part] for part in TRAINED[job.kind]]
-        for name, parameter in self.model.named_parameters():
-            is_trained = any(part in name for part in trained) or (
-                "lm_head" in name and "text_decoder" in TRAINED[job.kind]
-            )
-            parameter.requires_grad_(is_trained)
-            if not is_trained:
-                parameter.data = parameter.data.to(frozen_dtype)
+        model = self._loaded(transformers.LlavaForConditionalGeneration)
+        self.model = (self._adapted(model) if job.mode != "full" else self._opened(model)).train()
         if job.recompute:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+
+    def _loaded(self, kind: Any) -> torch.nn.Module:
+        if not self.job.weights:
+            with self.device:
+                return kind(transformers_config(self.job.size))
+        if self.job.mode != "qlora":
+            return kind.from_pretrained(self.job.weights, dtype=torch.float32).to(self.device)
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.bfloat16 if self.job.bf16 else torch.float32
+        stored = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+        )
+        place = {"": self.device.type}
+        return kind.from_pretrained(self.job.weights, dtype=compute, quantization_config=stored, device_map=place)
+
+    def _opened(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Train what the job says, whole."""
+        names = {"text_decoder": "language_model", "vision_projector": "multi_modal_projector"}
+        trained = [names[part] for part in TRAINED[self.job.kind]]
+        trained += ["lm_head"] if "text_decoder" in TRAINED[self.job.kind] else []
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in name for part in trained))
+        return self._narrowed(model)
+
+    def _adapted(self, model: torch.nn.Module) -> torch.nn.Module:
+        """PEFT's adapters of the decoder, and the projector."""
+        import peft
+
+        targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+        config = peft.LoraConfig(r=LORA["r"], lora_alpha=LORA["alpha"], target_modules=targets)
+        model = peft.get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "multi_modal_projector" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        return self._narrowed(model)
+
+    def _narrowed(self, model: torch.nn.Module) -> torch.nn.Module:
+        """With --bf16 what is frozen is bf16."""
+        for parameter in model.parameters():
+            if self.job.bf16 and not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        return model
 
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Inputs on the host."""
