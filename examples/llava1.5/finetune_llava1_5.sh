@@ -37,7 +37,11 @@ case "$(basename "$MM_MODEL")" in
     *) TP="${TP:-1}" ;;
 esac
 MM_TOOL="${MM_TOOL:-examples/llava1.5/tools.json}"
-PRETRAINED_PATH="${PRETRAINED_PATH:-}" # save folder of stage 1; not needed where MM_MODEL names a trained projector
+# Save folder of stage 1, or a projector file; not needed where MM_MODEL names a trained projector. A base in 4 bits takes the
+# projector alone from it (PROJECTOR_PATH).
+PRETRAINED_PATH="${PRETRAINED_PATH:-}"
+PROJECTOR_PATH="${PROJECTOR_PATH:-}"
+if [[ -f "$PRETRAINED_PATH" ]]; then PROJECTOR_PATH="$PRETRAINED_PATH" PRETRAINED_PATH=""; fi
 SAVE_PATH="${SAVE_PATH:-save_dir_finetune}"
 LOAD_PATH="${LOAD_PATH:-$SAVE_PATH}" # where there is no checkpoint yet, training starts from PRETRAINED_PATH
 
@@ -46,6 +50,7 @@ TRAIN_ITERS="${TRAIN_ITERS:-5197}"
 
 PRETRAINED_ARGS=()
 if [[ -n "$PRETRAINED_PATH" ]]; then PRETRAINED_ARGS=(--pretrained-checkpoint "$PRETRAINED_PATH"); fi
+if [[ -n "$PROJECTOR_PATH" ]]; then PRETRAINED_ARGS+=(--pretrain-mm-mlp-adapter "$PROJECTOR_PATH"); fi
 
 # Ranks share the optimizer's state: 7B needs 55 GB a device on 8 devices with it, 149 GB without.
 MEMORY_ARGS=(--use-distributed-optimizer)

@@ -27,9 +27,9 @@ WORLD_SIZE=$((NPUS_PER_NODE * NNODES))
 TP="${TP:-1}"
 PP="${PP:-1}"
 STAGE="${STAGE:-1}"
-case "$STAGE" in # batch of each rank, steps, peak and last learning rate, warm-up steps
-    1) STAGE_MBS=64 STEPS=20000 LR=1e-4 MIN_LR=8e-5 WARMUP=5000 ;;
-    2) STAGE_MBS=12 STEPS=1000 LR=3e-5 MIN_LR=1e-5 WARMUP=200 ;;
+case "$STAGE" in # batch of each rank, steps, those of an epoch, peak and last learning rate, warm-up steps
+    1) STAGE_MBS=64 STEPS=20000 EPOCH=5000 LR=1e-4 MIN_LR=8e-5 WARMUP=5000 ;;
+    2) STAGE_MBS=12 STEPS=1000 EPOCH=200 LR=3e-5 MIN_LR=1e-5 WARMUP=200 ;;
     *) echo "STAGE is $STAGE; expected 1 or 2" >&2; exit 2 ;;
 esac
 MBS="${MBS:-$STAGE_MBS}"
@@ -37,7 +37,7 @@ PRECISION="${PRECISION:-bf16}" # bf16, fp16 or fp32
 GBS="${GBS:-$((WORLD_SIZE * MBS / (TP * PP)))}"
 
 LLM="${LLM:-vicuna}" # vicuna (with the Q-Former), llama2 or gemma
-MM_DATA="${MM_DATA:-examples/minigpt4/data_stage$STAGE.json}"
+MM_DATA="${MM_DATA:-examples/minigpt4/data_stage${STAGE}_$LLM.json}"
 MM_MODEL="${MM_MODEL:-examples/minigpt4/model_$LLM.json}"
 SAVE_PATH="${SAVE_PATH:-save_dir_stage$STAGE}"
 LOAD_PATH="${LOAD_PATH:-$SAVE_PATH}" # where there is no checkpoint yet, training begins with the weights of MM_MODEL
@@ -69,9 +69,10 @@ exec torchrun \
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
     --micro-batch-size "$MBS" --global-batch-size "$GBS" --seq-length "$SEQ_LENGTH" \
     ${MEMORY_ARGS[@]+"${MEMORY_ARGS[@]}"} ${PRECISION_ARGS[@]+"${PRECISION_ARGS[@]}"} \
-    --lr "$LR" --min-lr "$MIN_LR" --train-iters "$TRAIN_ITERS" --lr-decay-style cosine \
-    --lr-warmup-iters "$WARMUP" --weight-decay 0.05 --clip-grad 0.0 --adam-beta1 0.9 --adam-beta2 0.999 \
+    --lr "$LR" --min-lr "$MIN_LR" --train-iters "$TRAIN_ITERS" \
+    --lr-decay-style linear_warmup_cosine_lr --iters-per-epoch "$EPOCH" --lr-warmup-iters "$WARMUP" --lr-warmup-init 1e-6 \
+    --weight-decay 0.05 --clip-grad 0.0 --adam-beta1 0.9 --adam-beta2 0.999 \
     --num-workers 8 --distributed-backend nccl \
     ${PRETRAINED_ARGS[@]+"${PRETRAINED_ARGS[@]}"} \
-    --load "$LOAD_PATH" --save "$SAVE_PATH" --save-interval 1000 --log-interval 1 \
+    --load "$LOAD_PATH" --save "$SAVE_PATH" --save-interval "$EPOCH" --log-interval 1 \
     "$@"

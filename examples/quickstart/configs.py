@@ -1,5 +1,6 @@
 """model.json, data.json and inference_llava.json of the toy, in the shape of examples/llava1.5."""
 
+import copy
 from pathlib import Path
 
 from examples.quickstart.make_data import IMAGE_SIZE
@@ -9,8 +10,11 @@ LONGEST_SAMPLE = 256
 """Tokens of the longest sample that is trained on, at most."""
 
 
-def model_config(converted: Path, vocab_size: int) -> dict:
-    """All three parts train, which real LLaVA stages never do: these weights start from nothing."""
+def model_config(vision: Path, text: Path, vocab_size: int, image_size: int = IMAGE_SIZE) -> dict:
+    """All three parts train, which real LLaVA stages never do: these weights start from nothing.
+
+    `vision` and `text` are the weights of both, in any layout.
+    """
     return {
         "model_id": "llava",
         "text_encoder": None,
@@ -22,10 +26,10 @@ def model_config(converted: Path, vocab_size: int) -> dict:
                 "hidden_size": VISION["hidden_size"],
                 "ffn_hidden_size": VISION["intermediate_size"],
                 "num_attention_heads": VISION["num_attention_heads"],
-                "image_size": IMAGE_SIZE,
+                "image_size": image_size,
                 "patch_size": PATCH_SIZE,
                 "freeze": False,
-                "ckpt_path": str(converted / "converted_clip.pt"),
+                "ckpt_path": str(vision),
             },
             "vision_projector": {
                 "model_id": "mlp",
@@ -47,7 +51,7 @@ def model_config(converted: Path, vocab_size: int) -> dict:
             "max_position_embeddings": MAX_POSITIONS,
             "language_max_sequence_length": LONGEST_SAMPLE,
             "freeze": False,
-            "ckpt_path": str(converted / "converted_vicuna.pt"),
+            "ckpt_path": str(text),
         },
     }
 
@@ -80,8 +84,19 @@ def data_config(data: Path, records: str, models: Path, template: str) -> dict:
 
 
 def write_configs(folder: Path, data: Path, models: Path, converted: Path, vocab_size: int) -> None:
-    """Writes model.json, data_pretrain.json and data_finetune.json into `folder`."""
+    """Writes model.json and the data configs of the two stages and of the third act into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "model.json", model_config(converted, vocab_size))
+    weights = converted / "converted_clip.pt", converted / "converted_vicuna.pt"
+    write_json(folder / "model.json", model_config(*weights, vocab_size))
     write_json(folder / "data_pretrain.json", data_config(data, "stage1.json", models, "plain"))
     write_json(folder / "data_finetune.json", data_config(data, "stage2.json", models, "v1"))
+    write_json(folder / "data_parity.json", data_config(data, "parity.json", models, "v1"))
+
+
+def lora_config(model: dict, trained: Path) -> dict:
+    """The model.json of the third act: adapters of the decoder, on the weights of a save folder."""
+    model = copy.deepcopy(model)
+    for block in (*model["image_encoder"].values(), model["text_decoder"]):
+        block |= {"freeze": True, "ckpt_path": str(trained)}
+    model["text_decoder"] |= {"freeze": False, "lora": {"r": 16, "alpha": 32, "target_modules": "all-linear"}}
+    return model

@@ -5,15 +5,14 @@ goes on where it was, and a folder of another run is refused.
 """
 
 import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
-from examples.quickstart.commands import StepError, say
+from examples.quickstart.commands import StepError
 from examples.quickstart.settings import FAST, FULL, Settings
-from examples.quickstart.state import FolderError, RunFolder, exclusive
+from examples.quickstart.state import RunFolder, exclusive
 from examples.quickstart.steps import STEPS, Run
+from examples.quickstart.walk import ended, walk
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,18 +30,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def walk(run: Run) -> float:
-    """All steps that are not done yet; returns the seconds that all steps took, earlier runs included."""
-    for number, (name, title, step) in enumerate(STEPS, start=1):
-        done = run.folder.result(name)
-        say(f"\n[{number}/{len(STEPS)}] {title}" + (": done before" if done is not None else ""))
-        if done is None:
-            start = time.monotonic()
-            result = step(run)
-            run.folder.finish(name, {**result, "seconds": round(time.monotonic() - start, 1)})
-    return sum(run.folder.result(name)["seconds"] for name, _, _ in STEPS)
-
-
 def verdict(run: Run) -> None:
     """Raises StepError when the answers are not what this form of the quickstart must reach."""
     result, required = run.folder.result("evaluate"), run.settings.required_accuracy
@@ -57,12 +44,14 @@ def quickstart(out: Path, settings: Settings, clean: bool) -> dict:
     with exclusive(out):
         run = Run(RunFolder(out, settings.fingerprint()), settings)
         run.folder.open(clean)
-        seconds = walk(run)
+        seconds = walk(run.folder, STEPS, run)
         verdict(run)
         result = run.folder.result("evaluate")
+        act = run.folder.result("lora")
         return {
             "accuracy": result["accuracy"],
             "n": result["n"],
+            **({"odd_or_even": {"before": act["before"], "after": act["after"]}} if act else {}),
             "seconds": round(seconds, 1),
             "checkpoint": run.folder.result("stage2")["checkpoint"],
         }
@@ -72,18 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 on success, 1 with a message otherwise, 130 when interrupted; the last line is JSON on success."""
     options = parse(argv)
     out = (Path(options.relative_to) / options.out).resolve()
-    try:
-        result = quickstart(out, FAST if options.fast else FULL, options.clean)
-    except (StepError, FolderError) as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"\nquickstart: error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("\nquickstart: interrupted; the same command goes on where it was\n")
-        return 130
-    say(f"\nEverything is in {out}")
-    say(json.dumps(result))
-    return 0
+    return ended("quickstart", out, lambda: quickstart(out, FAST if options.fast else FULL, options.clean))
 
 
 if __name__ == "__main__":

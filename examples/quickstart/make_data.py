@@ -30,6 +30,8 @@ CAPTIONS = (
 )
 NAMING = ("Which digit is this?", "What number was written here?", "Read the digit.")
 CHOOSING = ("Which digit is shown?", "Which digit is in the picture?", "What number was written here?")
+PARITIES = ("even", "odd")
+PARITY_QUESTION = "Is the digit odd or even?"
 TSV_COLUMNS = ("index", "question", *LETTERS, "answer", "category", "split", "image")
 
 
@@ -70,14 +72,15 @@ def naming_turn(digit: int, rng: random.Random) -> tuple[str, str]:
     return rng.choice(NAMING), NAMES[digit]
 
 
-def comparing_turn(digit: int, rng: random.Random) -> tuple[str, str]:
-    word, holds = rng.choice((("larger", digit.__gt__), ("smaller", digit.__lt__)))
-    other = rng.randrange(10)
-    return f"Is the digit {word} than {other}?", "Yes" if holds(other) else "No"
-
-
 def parity_turn(digit: int, rng: random.Random) -> tuple[str, str]:
-    return "Is the digit even or odd?", "Odd" if digit % 2 else "Even"
+    """A question that the first two stages never ask: which of two words, in either order."""
+    words = rng.sample(PARITIES, 2)
+    return choice_question(PARITY_QUESTION, dict(zip("AB", words, strict=True))), "AB"[words.index(parity(digit))]
+
+
+def parity(digit: int) -> str:
+    """Its word in PARITIES."""
+    return PARITIES[digit % 2]
 
 
 def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -111,6 +114,11 @@ def question_records(rows: list[int], labels: np.ndarray, per_digit: int, rng: r
     return records
 
 
+def parity_records(rows: list[int], labels: np.ndarray, rng: random.Random) -> list[dict]:
+    """The third act: one record per training digit."""
+    return [record(row, "parity", [parity_turn(int(labels[row]), rng)]) for row in rows]
+
+
 def record(row: int, kind: str, turns: list[tuple[str, str]]) -> dict:
     return {"id": f"digit-{row:04d}-{kind}", "image": image_name(row), "conversations": conversation(turns)}
 
@@ -142,6 +150,19 @@ def benchmark_rows(rows: list[int], labels: np.ndarray, scans: np.ndarray, rng: 
     return table
 
 
+def parity_rows(table: list[dict]) -> list[dict]:
+    """The same held-out digits, asked whether they are odd or even; each letter is right equally often."""
+    rows = []
+    for row in table:
+        right = parity(NAMES.index(row["category"]))
+        other = next(word for word in PARITIES if word != right)
+        first = row["index"] % 4 < 2  # the table's letters change with the index modulo 4, digits do not
+        words = (right, other) if first else (other, right)
+        choices = dict(zip("AB", words, strict=True)) | {"C": "", "D": ""}
+        rows.append(row | choices | {"question": PARITY_QUESTION, "answer": "A" if first else "B"})
+    return rows
+
+
 def write_tsv(path: Path, table: list[dict]) -> None:
     with path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, TSV_COLUMNS, delimiter="\t", lineterminator="\n")
@@ -150,7 +171,7 @@ def write_tsv(path: Path, table: list[dict]) -> None:
 
 
 def make_data(folder: Path, questions_per_digit: int) -> dict[str, int]:
-    """Writes images/, stage1.json, stage2.json and digits_mcq.tsv into `folder` and returns how many of each."""
+    """Writes images/, three files of records and two tables into `folder` and returns how many of each."""
     digits = load_digits()
     scans, labels = digits.images, digits.target
     held_out = held_out_indices(labels)
@@ -164,5 +185,8 @@ def make_data(folder: Path, questions_per_digit: int) -> dict[str, int]:
     table = benchmark_rows(held_out, labels, scans, random.Random("benchmark"))
     (folder / "stage1.json").write_text(json.dumps(captions, indent=1), encoding="utf-8")
     (folder / "stage2.json").write_text(json.dumps(questions, indent=1), encoding="utf-8")
+    parities = parity_records(training, labels, random.Random("parity"))
+    (folder / "parity.json").write_text(json.dumps(parities, indent=1), encoding="utf-8")
     write_tsv(folder / "digits_mcq.tsv", table)
+    write_tsv(folder / "parity_mcq.tsv", parity_rows(table))
     return {"images": len(labels), "captions": len(captions), "questions": len(questions), "benchmark": len(table)}

@@ -51,8 +51,11 @@ def training_lines(records: list[dict]) -> list[str]:
     return lines
 
 
-def make_tokenizer(folder: Path, lines: list[str]) -> int:
-    """A SentencePiece BPE model with the settings of Llama's, saved like a slow Llama tokenizer; returns its size."""
+def make_tokenizer(folder: Path, lines: list[str], *, split_digits: bool = True) -> int:
+    """A SentencePiece BPE model with the settings of Llama's, saved like a slow Llama tokenizer; returns its size.
+
+    Without `split_digits` a whole number may be one piece.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -62,7 +65,7 @@ def make_tokenizer(folder: Path, lines: list[str]) -> int:
         vocab_size=VOCABULARY,
         character_coverage=1.0,
         byte_fallback=True,
-        split_digits=True,
+        split_digits=split_digits,
         split_by_unicode_script=False,
         split_by_whitespace=False,
         max_sentencepiece_length=200,
@@ -95,12 +98,15 @@ def make_tokenizer(folder: Path, lines: list[str]) -> int:
     return sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue()).vocab_size()
 
 
-def make_clip(folder: Path, seed: int) -> int:
-    """A CLIPVisionModel folder (config, safetensors, preprocessor); returns its number of parameters."""
+def make_clip(folder: Path, seed: int, image_size: int = IMAGE_SIZE) -> int:
+    """A CLIPVisionModel folder (config, safetensors, preprocessor) for images of so many pixels a side.
+
+    Returns its number of parameters.
+    """
     torch.manual_seed(seed)
     config = CLIPVisionConfig(
         **VISION,
-        image_size=IMAGE_SIZE,
+        image_size=image_size,
         patch_size=PATCH_SIZE,
         hidden_act="quick_gelu",
         initializer_range=INITIALIZER_RANGE,
@@ -112,10 +118,10 @@ def make_clip(folder: Path, seed: int) -> int:
         {
             "image_processor_type": "CLIPImageProcessor",
             "do_resize": True,
-            "size": {"shortest_edge": IMAGE_SIZE},
+            "size": {"shortest_edge": image_size},
             "resample": 3,
             "do_center_crop": True,
-            "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            "crop_size": {"height": image_size, "width": image_size},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,

@@ -13,6 +13,7 @@ class Settings:
     form: str
     stage1_steps: int
     stage2_steps: int
+    lora_steps: int
     save_interval: int
     interrupt_at: int
     """Stage 2 is killed once this iteration is logged, which lies behind a checkpoint."""
@@ -27,6 +28,7 @@ class Settings:
     global_batch_size: int = 32
     stage1_lr: float = 1e-3
     stage2_lr: float = 1e-3
+    lora_lr: float = 3e-3
     adam_beta2: float = 0.98
     warmup_fraction: float = 0.03
     seed: int = 1234
@@ -43,6 +45,7 @@ FULL = Settings(
     form="full",
     stage1_steps=250,
     stage2_steps=1000,
+    lora_steps=200,
     save_interval=300,
     interrupt_at=340,
     required_accuracy=0.90,
@@ -52,6 +55,7 @@ FAST = Settings(
     form="fast",
     stage1_steps=60,
     stage2_steps=80,
+    lora_steps=10,
     save_interval=30,
     interrupt_at=40,
     required_accuracy=None,

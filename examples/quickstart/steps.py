@@ -17,16 +17,16 @@ from examples.quickstart.commands import (
     say,
     shortened,
 )
-from examples.quickstart.configs import write_configs
+from examples.quickstart.configs import lora_config, write_configs
 from examples.quickstart.make_data import CHOOSING, image_name, make_data
-from examples.quickstart.make_models import make_models
+from examples.quickstart.make_models import make_models, write_json
 from examples.quickstart.plots import plot_losses, plot_test_sheet
 from examples.quickstart.results import loss_drop, read_answers, read_metrics
 from examples.quickstart.settings import Settings
 from examples.quickstart.state import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARK = "digits_mcq"
+BENCHMARK, PARITY = "digits_mcq", "parity_mcq"
 MODEL_NAME = "quickstart"
 METRICS = "metrics.jsonl"
 
@@ -185,18 +185,36 @@ def stage_result(run: Run, stage: str, steps: int) -> dict:
 
 def evaluate(run: Run) -> dict:
     """All held-out questions, from the training checkpoint."""
-    target = run.folder.fresh("evaluation")
+    result = asked(run, "evaluate", "stage2", BENCHMARK)
+    return {key: result[key] for key in ("accuracy", "n", "unparsed", "files")}
+
+
+def asked(run: Run, name: str, stage: str, table: str) -> dict:
+    """The result of a table's questions, answered by a stage's checkpoint."""
     lines = run.command(
-        "evaluate",
-        *("mindspeed-mm", "evaluate", "--load", run.out / "stage2"),
-        *("--dataset-path", run.out / "data" / f"{BENCHMARK}.tsv", "--evaluation-dataset", BENCHMARK),
-        *("--evaluation-model", MODEL_NAME, "--result-output-path", target),
+        name,
+        *("mindspeed-mm", "evaluate", "--load", run.out / stage),
+        *("--dataset-path", run.out / "data" / f"{table}.tsv", "--evaluation-dataset", table),
+        *("--evaluation-model", MODEL_NAME, "--result-output-path", run.folder.fresh(f"evaluation/{name}")),
         *("--batch-size", "32", "--max-new-tokens", "8", "--json"),
         OMP_NUM_THREADS=1,
     )
     result = json_result(lines)
     say(f"    {result['n']} questions, accuracy {result['accuracy']:.4f}, {result['unparsed']} answers unreadable")
-    return {key: result[key] for key in ("accuracy", "n", "unparsed", "files")}
+    return result
+
+
+def lora(run: Run) -> dict:
+    """A question that the model was never asked, before and after adapters of its decoder are trained on it."""
+    before = asked(run, "parity_before", "stage2", PARITY)
+    model = json.loads((run.out / "configs" / "model.json").read_text(encoding="utf-8"))
+    write_json(run.out / "configs" / "model_lora.json", lora_config(model, run.out / "stage2"))
+    words = training_words(run, "finetune_llava1_5.sh", run.settings.lora_steps, run.settings.lora_lr)
+    variables = training_variables(run, "lora", "data_parity.json")
+    run.command("lora", *words, **variables | {"MM_MODEL": run.out / "configs" / "model_lora.json"})
+    after = asked(run, "parity_after", "lora", PARITY)
+    say(f"    odd or even: {before['accuracy']:.4f} right before, {after['accuracy']:.4f} after")
+    return {"before": before["accuracy"], "after": after["accuracy"], "checkpoint": str(run.out / "lora")}
 
 
 def infer(run: Run) -> dict:
@@ -244,5 +262,6 @@ STEPS: tuple[tuple[str, str, Callable[[Run], dict]], ...] = (
     ("stage2", "Stage 2 again: the same command resumes", stage2),
     ("evaluate", "Evaluate on the held-out questions", evaluate),
     ("infer", "Ask about one held-out image", infer),
+    ("lora", "A new question: odd or even? LoRA on the trained model", lora),
     ("images", "Draw the loss curves and the test sheet", images),
 )
