@@ -67,6 +67,8 @@ def decoder_alone(folder, capsys):  # noqa: F811
     names = load_file(folder / "vlm" / "adapter_model.safetensors")
     assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)  # vLLM's, too
     base = mm.load(folder / "model.json", device="cpu").spec.text_decoder.ckpt_path
+    hashes = {name: json.loads((folder / name / "base_weights.json").read_text()) for name in ("own", "vlm")}
+    assert hashes["own"] == hashes["vlm"] and len(hashes["own"]["text_decoder"]) == 16
     stock = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(stock, folder / "own").eval()
     ids = torch.arange(3, 20)[None]

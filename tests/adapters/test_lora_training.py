@@ -91,13 +91,18 @@ def whole(shards, part, spec):
     return found
 
 
-def gradients_of(model):
-    """Gradients of a model of PEFT, by its names without the wrapper's."""
+def values_of(model):
+    """What trains of a model of PEFT, by its names without the wrapper's."""
     return {
-        key.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        key.removeprefix("base_model.model.").replace(".default", ""): parameter
         for key, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def gradients_of(model):
+    """The gradients of it."""
+    return {key: parameter.grad for key, parameter in values_of(model).items()}
 
 
 def check_spread(ranks, name, path, spread, losses, wanted):
@@ -143,7 +148,7 @@ def test_three_steps_of_adamw(tmp_path, kind):
     ours.train()
     ids = rows(length=24)
     labels = labels_of(ids)
-    rate, options = 1e-3 if kind == "lora+" else 1e-2, {"eps": 1e-6, "weight_decay": 0.1}
+    rate, options = 1e-3 if kind == "lora+" else 1e-2, {"eps": 1e-2, "weight_decay": 0.1}
     groups = [
         {"params": [parameter], "lr": rate * parameter.optimizer_values.get("lr_factor", 1.0)}
         for parameter in ours.parameters()
@@ -151,7 +156,7 @@ def test_three_steps_of_adamw(tmp_path, kind):
     ]
     steps = [torch.optim.AdamW(groups, **options)]
     if kind == "lora+":
-        options = {"eps": 1e-6, "loraplus_weight_decay": 0.1, "loraplus_lr_ratio": 8.0}
+        options = {"eps": 1e-2, "loraplus_weight_decay": 0.1, "loraplus_lr_ratio": 8.0}
         steps.append(create_loraplus_optimizer(model, torch.optim.AdamW, lr=rate, **options))
     else:
         steps.append(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, **options))
@@ -164,11 +169,24 @@ def test_three_steps_of_adamw(tmp_path, kind):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    with torch.no_grad():
-        wanted = F.cross_entropy(model(input_ids=ids).logits.transpose(1, 2), labels, ignore_index=-100)
-        torch.testing.assert_close(
-            ours(ids, torch.arange(24)[None], labels=labels).mean(), wanted, atol=2e-5, rtol=2e-5
-        )
+    check_adapters(ours, model)
+
+
+def check_adapters(ours, model):
+    """Every A, B and length of rows is that of PEFT's model: within 1e-5 of the largest value of the tensor."""
+    wanted = {key: value for key, value in values_of(model).items() if ".lora_" in key}
+    part, spec = find_part("text_decoder", "qwen2"), ours.spec.text_decoder
+    held = dict(ours.text_decoder.named_parameters())
+    for site in sites(part, spec):
+        for which, name in PEFT_NAMES.items():
+            tensor = held.get(f"{site.owner}.lora.{site.short}.{which}")
+            if tensor is None:
+                continue
+            theirs, tensor = wanted.pop(f"{site.module}.{name}.weight").detach(), tensor.detach()
+            found = tensor if which == "a" else their_b(site, tensor.view(len(tensor), -1), spec.geometry)
+            error = (found.view(theirs.shape) - theirs).abs().max()
+            assert error <= 1e-5 * theirs.abs().max(), (site.module, which)
+    assert not wanted
 
 
 @pytest.mark.parametrize("kind", RECOMPUTED)
@@ -215,7 +233,7 @@ def test_the_plan_counts_adapters(tmp_path):
     runtime = SimpleNamespace(stages=1)
     job = SimpleNamespace(spec=spec, tensor=1, pipeline=1, runtime=runtime)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert sum(_adapter_sizes(job, "text_decoder", 0)) == trained
+    assert sum(size for size, _ in _adapter_sizes(job, "text_decoder", 0)) == trained
 
 
 def staged(path):

@@ -13,8 +13,11 @@ import mindspeed_mm as mm
 from checkpoint_converters.merge import merge
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.models.adapters.peft_format import read_peft, write_peft
+from mindspeed_mm.models.adapters.base_hash import base_hash, write_base
+from mindspeed_mm.models.adapters.peft_format import read_peft
+from mindspeed_mm.models.adapters.peft_writing import write_peft
 from mindspeed_mm.models.adapters.targets import sites
+from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import load_model_spec
 from tests.helpers import tiny_qwen
 from tests.helpers.tiny_decoders import make, rows, save
@@ -25,15 +28,21 @@ ALL = {"target_modules": "all-linear"}
 DECODER = {"target_modules": r".*language_model.*\.(q_proj|down_proj|gate_proj)", "use_rslora": True}
 
 
+def drawn(model, seed, word):
+    """(parameter, random values) of those whose names hold a word."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if word in name:
+            yield parameter, 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
 def adapted(model, folder, seed=3, **changes):
     """PEFT's model with random A and B, saved in `folder`."""
     config = peft.LoraConfig(**({"r": 3, "lora_alpha": 7} | changes))
     wrapped = peft.get_peft_model(model, config).eval()
-    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for key, parameter in wrapped.named_parameters():
-            if "lora_" in key:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        for parameter, values in drawn(wrapped, seed, "lora_"):
+            parameter.copy_(values)
     wrapped.save_pretrained(folder)
     return wrapped
 
@@ -230,7 +239,8 @@ def changed(folder, **values):
         ({"use_dora": True}, r"expected base_model.model.<module>.lora_A.weight and .*lora_magnitude_vector"),
         ({"bias": "all"}, "found bias 'all'; expected 'none'"),
         ({"peft_type": "IA3"}, "found peft_type 'IA3'"),
-        ({"rank_pattern": {"q_proj": 4}}, "found rank_pattern"),
+        ({"rank_pattern": {"q_proj": 4}}, "A and B of .*q_proj have shapes .* another r"),
+        ({"rank_pattern": {"q_(": 4}}, "which is no regular expression"),
         ({"r": 5}, "A and B of .* have shapes .* another r"),
     ],
 )
@@ -242,7 +252,7 @@ def test_adapters_of_another_kind(decoder, tmp_path, values, message):
 
 
 def test_whole_modules_beside_an_adapter(tmp_path):
-    """PEFT's modules_to_save: merged, and refused where nothing is merged."""
+    """PEFT's modules_to_save, merged; tests/adapters/test_whole_modules.py switches them on."""
     model = llava(clip())
     base = save_llava(model, tmp_path / "base")
     kept = ["lm_head", "multi_modal_projector"]
@@ -262,8 +272,6 @@ def test_whole_modules_beside_an_adapter(tmp_path):
     merged = merge(base, [tmp_path / "adapter"], tmp_path / "merged")
     assert len(merged.replaced) == 4 + 4 + 1
     close(mm.load(tmp_path / "merged", device="cpu").logits(ids, pixel_values=pixels), wanted)
-    with pytest.raises(WeightError, match="found 5 whole tensors beside the adapter"):
-        mm.load(base, device="cpu", adapter=tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("lm_head.weight"))
@@ -296,11 +304,39 @@ def test_damaged_and_foreign_folders(decoder, tmp_path):
         mm.load(path, device="cpu", adapter=tmp_path / "hf")
 
 
+def recorded_base(path, folder):
+    """Write the hash of a decoder's weights into an adapter's folder."""
+    spec = load_model_spec(path)
+    part, block = spec.parts()["text_decoder"], spec.text_decoder
+    write_base(folder, {"text_decoder": base_hash(part, block, open_source(block.ckpt_path))})
+
+
+def test_an_adapter_of_other_weights(decoder, tmp_path):
+    theirs, base, path = decoder
+    theirs.to(torch.bfloat16).float().save_pretrained(base)  # as releases are: every precision holds the same
+    adapted(make("llama"), tmp_path / "adapter", target_modules=["q_proj"])
+    recorded_base(path, tmp_path / "adapter")
+    assert mm.load(path, device="cpu", adapter=tmp_path / "adapter").spec.text_decoder.lora is not None
+    for name, dtype in (("half", torch.float16), ("bf16", torch.bfloat16)):
+        theirs.to(dtype).save_pretrained(tmp_path / name)
+        path.write_text(path.read_text().replace(str(base), str(tmp_path / name)))
+        mm.load(path, device="cpu", adapter=tmp_path / "adapter")
+        path.write_text(path.read_text().replace(str(tmp_path / name), str(base)))
+    merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    (tmp_path / "merged" / "merged_adapters.json").unlink()
+    with pytest.raises(WeightError, match="was trained on other weights of the text_decoder: base_weights.json says"):
+        merge(tmp_path / "merged", [tmp_path / "adapter"], tmp_path / "twice")
+    path.write_text(path.read_text().replace(str(base), str(tmp_path / "merged")))
+    with pytest.raises(WeightError, match="was trained on other weights"):
+        mm.load(path, device="cpu", adapter=tmp_path / "adapter")
+
+
 def test_what_does_not_go_together(decoder, tmp_path):
     theirs, _, path = decoder
-    adapted(theirs, tmp_path / "adapter", target_modules=["q_proj"])
-    with pytest.raises(ConfigError, match="do not go together"):
-        mm.load(path, device="cpu", adapter=tmp_path / "adapter", quantize="nf4")
+    adapted(theirs, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(ConfigError, match="quantize nf4 found a DoRA adapter"):
+        mm.load(path, device="cpu", adapter=tmp_path / "dora", quantize="nf4")
+    adapted(make("llama"), tmp_path / "adapter", target_modules=["q_proj"])
     with pytest.raises(ConfigError, match="was loaded without an adapter"):
         mm.load(path, device="cpu").disable_adapter()
     given = {"r": 3, "alpha": 7, "load": str(tmp_path / "adapter")}
@@ -356,8 +392,7 @@ def test_modules_that_take_no_adapter(decoder, tmp_path):
 
 def test_bases_without_what_is_adapted(tmp_path):
     model = llava_next(clip())
-    base = save_llava(model, tmp_path / "base")
-    original = save_original(model, tmp_path / "original")
+    base, original = save_llava(model, tmp_path / "base"), save_original(model, tmp_path / "original")
     adapted(model, tmp_path / "adapter", **ALL)
     with pytest.raises(WeightError, match="it adapts the vision_encoder, which lies in"):
         merge(original, [tmp_path / "adapter"], tmp_path / "merged")

@@ -12,7 +12,16 @@ from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.describe import describe_part
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import load_model_spec
-from mindspeed_mm.weights.blockwise import KINDS, Blocks, bytes_of, dequantize, quantize
+from mindspeed_mm.weights.blockwise import (
+    Blocks,
+    bytes_of,
+    dequantize,
+    plain_values,
+    quantize,
+    shrink_scales,
+    stored_scales,
+    whole_scales,
+)
 from tests.adapters.test_lora_training import check_spread, gradients_of
 from tests.helpers.decoder_ranks import DecoderStep, Spread, labels_of, take_step
 from tests.helpers.golden_training import full_tensors
@@ -32,18 +41,49 @@ SPREADS = {
 }
 
 
-def test_codes_and_values_are_those_of_bitsandbytes():
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_and_values_are_those_of_bitsandbytes(kind, dtype):
     functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = (torch.randn(96, 320, generator=torch.Generator().manual_seed(3)) * 0.02).to(dtype)
-        ours = quantize(weight, "nf4")
-        codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-        assert torch.equal(ours.codes, codes.view(96, -1))
-        assert torch.equal(ours.scales, state.absmax.view(96, -1).float())
-        assert torch.equal(dequantize(ours, "nf4", dtype), functional.dequantize_4bit(codes, state))
+    weight = (torch.randn(96, 320, generator=torch.Generator().manual_seed(3)) * 0.02).to(dtype)
+    ours = quantize(weight, kind)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    codes_alike = torch.equal(ours.codes, codes.view(96, -1))
+    assert codes_alike or (kind, dtype) == (
+        "fp4",
+        torch.bfloat16,
+    )  # half-way between levels they choose by another rule
+    assert torch.equal(ours.scales, state.absmax.view(96, -1).float())
+    ours = Blocks(codes.view(96, -1), ours.scales)
+    theirs = functional.dequantize_4bit(codes, state)
+    assert torch.equal(plain_values(ours, kind, dtype), theirs)
+    assert torch.equal(dequantize(ours, kind, dtype), theirs)
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("nf4", 0.16), ("int8", 0.0040)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scales_in_8_bits(axis):
+    """Closer than bitsandbytes' own second quantisation; a rank's share is stored as the whole is."""
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    weight = torch.randn(600, 1024, generator=torch.Generator().manual_seed(6)) * 0.02
+    exact = quantize(weight, "nf4")
+    small = shrink_scales(exact.scales, axis)
+    assert small.codes.dtype == torch.uint8 and small.codes.shape == exact.scales.shape
+    again = whole_scales(small, axis)
+    _, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    theirs = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    error, their_error = ((found.view(600, 16) - exact.scales).abs().mean() for found in (again, theirs))
+    assert 0 < error < their_error < 0.01 * exact.scales.mean()
+    assert again.amax() == exact.scales.amax()
+    half = shrink_scales(exact.scales.chunk(2, axis)[1].contiguous(), axis)
+    assert torch.equal(half.codes, small.codes.chunk(2, axis)[1])
+    assert torch.equal(half.ranges, small.ranges.chunk(2, axis)[1])
+    bits = small.ranges.view(torch.int32)
+    assert torch.equal(stored_scales([small.codes, bits], axis), again)
+    zeros = shrink_scales(torch.zeros(3, 2), axis)
+    assert torch.equal(whole_scales(zeros, axis), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("nf4", 0.16), ("fp4", 0.17), ("int8", 0.0040)])
 def test_error_bytes_and_zeros(kind, bound):
     """The error is at most half the widest gap between levels, by block; a block of zeros stays zero."""
     weight = torch.randn(24, 256, generator=torch.Generator().manual_seed(4))
@@ -62,7 +102,10 @@ def test_columns_that_are_no_whole_blocks():
         quantize(torch.ones(2, 96), "nf4")
 
 
-@pytest.fixture(scope="module", params=[("llama", "nf4"), ("qwen2", "nf4"), ("llama", "int8")], ids=" ".join)
+PAIRS = [("llama", "nf4"), ("qwen2", "nf4"), pytest.param(("llama", "int8"), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=" ".join)
 def pair(request, tmp_path_factory):
     """(family, model.json of an adapter beside stored weights, PEFT's model on the same values, its losses)."""
     (name, kind), folder = request.param, tmp_path_factory.mktemp("qlora")
@@ -110,6 +153,8 @@ def test_what_is_held(pair):
         assert held["scales"].dtype == torch.int32 and held["scales"].shape[1] == columns // 64
         width = columns // 2 if spec.text_decoder.quantize == "nf4" else columns
         assert held["codes"].shape == (linear.output_size, width) and held["codes"].element_size() == 1
+        numbers = held["codes"].nbytes + held["scales"].nbytes
+        assert numbers == bytes_of(linear.output_size * columns, spec.text_decoder.quantize)
         assert not any(parameter.requires_grad for parameter in held.values())
     assert vlm.text_decoder.embedding.word_embeddings.weight.dtype == torch.bfloat16
 
@@ -122,14 +167,20 @@ def test_what_cannot_be_stored(tmp_path):
     block["text_decoder"]["freeze"] = False
     with pytest.raises(ConfigError, match='found quantize "nf4" in a part whose own weights are trained'):
         load_model_spec(block)
-    assert KINDS == ("nf4", "int8")
+    block["text_decoder"] |= {"freeze": True, "quantize": None, "double_quant": True}
+    with pytest.raises(ConfigError, match="found double_quant in a part without quantize"):
+        load_model_spec(block)
+    opened = {"quantize": "nf4", "parameters": [{"names": "decoder.layers.1.*", "freeze": False}]}
+    block["text_decoder"] |= {"freeze": False, "double_quant": False, "lora": {"r": 2}} | opened
+    with pytest.raises(ConfigError, match="found freeze false for .*linear_qkv.weight, which quantize nf4 stores and"):
+        load_model_spec(block)
 
 
 # --- Runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def run_folder(golden, base_folder, tmp_path):  # noqa: F811
+def run_folder(golden, base_folder, tmp_path, request):  # noqa: F811
     """A model whose decoder of random weights is stored, with data.json."""
     made = json.loads((base_folder / "model.json").read_text())
     theirs = make("llama", **SIZES | {"vocab_size": 1000, "max_position_embeddings": 256})
@@ -137,7 +188,7 @@ def run_folder(golden, base_folder, tmp_path):  # noqa: F811
     text = describe_part(open_source(tmp_path / "llama").part("text_decoder"))
     lora = {"r": 3, "alpha": 7, "target_modules": TARGETS}
     block = text.model_dump(mode="json", exclude_defaults=True) | {"ckpt_path": str(tmp_path / "llama")}
-    made["text_decoder"] = block | {"quantize": "nf4", "lora": lora}
+    made["text_decoder"] = block | {"quantize": "nf4", "double_quant": request.param, "lora": lora}
     made["image_encoder"]["vision_projector"] |= {"hidden_size": 128, "ffn_hidden_size": 128}
     made["image_encoder"]["vision_projector"] |= {"ckpt_path": None, "fresh": True}
     (tmp_path / "model.json").write_text(json.dumps(made))
@@ -145,7 +196,11 @@ def run_folder(golden, base_folder, tmp_path):  # noqa: F811
     return tmp_path
 
 
-@pytest.mark.parametrize("flags", ["--tensor-model-parallel-size 2", "--use-distributed-optimizer --bf16"])
+@pytest.mark.parametrize(
+    ("run_folder", "flags"),
+    [(True, "--tensor-model-parallel-size 2"), (False, "--use-distributed-optimizer --bf16")],
+    indirect=["run_folder"],
+)
 def test_a_run_goes_on_at_another_layout_and_is_read_whole(ranks, golden, run_folder, flags):
     place, flags = str(run_folder), f"--train-iters 4 --lr 1e-2 {flags}"
     assert ranks(2).run(train, place, "whole", flags) == [0, 0]
@@ -157,17 +212,42 @@ def test_a_run_goes_on_at_another_layout_and_is_read_whole(ranks, golden, run_fo
     assert ours[f"{linear}.codes"].dtype == torch.uint8 and f"{linear}.weight" not in ours
     one = "--train-iters 6 --lr 1e-2" + (" --bf16" if "bf16" in flags else "")
     assert ranks(1).run(train, place, "cut", f"{one} --load {place}/cut") == [0]  # blocks are the same at every layout
-    again, stored = full_tensors(run_folder / "cut"), [name for name in theirs if name.endswith((".codes", ".scales"))]
-    assert len(stored) == 24 and all(torch.equal(again[name], theirs[name]) for name in stored)
-    assert ranks(1).run(train, place, "alone", one) == [0]
-    alone = full_tensors(run_folder / "alone")
-    assert all(torch.equal(alone[name], theirs[name]) for name in stored)  # gate above up, however they were split
+    again, stored = (
+        full_tensors(run_folder / "cut"),
+        [name for name in theirs if name.endswith((".codes", ".scales", ".ranges"))],
+    )
+    double = f"{linear}.ranges" in theirs
+    assert len(stored) == (36 if double else 24) and all(torch.equal(again[name], theirs[name]) for name in stored)
     vlm = mm.load(run_folder / "whole", device="cpu", dtype="fp32")
     lora = 7 / 3 * theirs[f"{linear}.lora.down_proj.b"].float() @ theirs[f"{linear}.lora.down_proj.a"].float()
-    stored = Blocks(theirs[f"{linear}.codes"], theirs[f"{linear}.scales"].view(torch.float32))
+    scales = stored_scales([theirs[f"{linear}.{key}"] for key in ("scales", "ranges")[: 1 + double]], axis=1)
+    stored = Blocks(theirs[f"{linear}.codes"], scales)
     wanted = dequantize(stored, "nf4", torch.float32) + lora
     found = vlm.model.text_decoder.decoder.layers[1].mlp.linear_fc2.weight
     torch.testing.assert_close(found, wanted, atol=2e-2 if "bf16" in flags else 1e-6, rtol=0)
+
+
+@pytest.mark.slow  # test_quantized_base.py begins with stored weights, too
+@pytest.mark.parametrize("run_folder", [True], indirect=True)
+def test_stage_2_begins_with_stage_1_in_4_bits(ranks, run_folder):
+    """Stage 1 trains the projector beside the stored decoder; stage 2 adds adapters to both (XTuner's recipe)."""
+    place, model = str(run_folder), json.loads((run_folder / "model.json").read_text())
+    first = json.loads(json.dumps(model))
+    del first["text_decoder"]["lora"]
+    first["text_decoder"]["freeze"] = True
+    (run_folder / "model.json").write_text(json.dumps(first))
+    assert ranks(1).run(train, place, "one", "--train-iters 2 --lr 1e-2") == [0]
+    vision = model["image_encoder"]["vision_encoder"]
+    vision["freeze"], vision["lora"] = False, {"r": 2, "alpha": 1, "target_modules": "all-linear"}
+    (run_folder / "model.json").write_text(json.dumps(model))
+    flags = f"--train-iters 2 --lr 1e-2 --pretrained-checkpoint {place}/one"
+    assert ranks(1).run(train, place, "two", flags) == [0]
+    one, two = full_tensors(run_folder / "one"), full_tensors(run_folder / "two")
+    added = two.keys() - one.keys()
+    assert added and all(".lora." in name for name in added)
+    kept = [name for name in one if "projector" not in name]
+    assert all(torch.equal(one[name], two[name]) for name in kept)
+    assert any(name.startswith("image_encoder.encoder") and two[name].any() for name in added if name.endswith(".b"))
 
 
 def test_the_plan_counts_stored_bytes():

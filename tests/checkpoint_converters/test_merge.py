@@ -125,7 +125,8 @@ def test_a_vision_encoder_in_shards_stays_whole_and_is_not_changed_in_one_of_two
     ("partial", "message"),
     [
         ({"lm_head.weight": torch.zeros(7, 16)}, r"lm_head.weight has shape \[7, 16\]; expected \[1003, 16\]"),
-        ({"model.post_decoder.weight": torch.zeros(1)}, "tensor model.post_decoder.weight has no place"),
+        ({"model.post_norm.weight": torch.zeros(1)}, "tensor model.post_norm.weight has no place"),
+        ({"model.post_decoder.weight": torch.zeros(1)}, "blocks.0.mlp.fc1.weight"),
         ({PEFT + "model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1)}, "found LoRA adapters"),
         ({"lm_head.weight": torch.full((1003, 16), torch.nan)}, "lm_head.weight has 16048 NaN or Inf"),
         ({}, "found no partial weights"),

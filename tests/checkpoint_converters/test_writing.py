@@ -267,6 +267,6 @@ def test_the_command_takes_one_source_or_several(source, golden, tmp_path, capsy
     assert main([str(word) for word in command]) == 0
     assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.bfloat16}
     assert main([str(word) for word in ["convert", *parts, source, tmp_path / "b", "--to", "hf"]]) == 1
-    assert "expected --text-decoder --vision-encoder --projector and DST alone" in capsys.readouterr().err
+    assert "expected --text-decoder --vision-encoder --projector --interaction and DST alone" in capsys.readouterr().err
     assert main(["convert", str(source), "--to", "hf"]) == 1
     assert issubclass(ConfigError, ValueError) and "expected SRC DST" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def repository(weights, tmp_path, monkeypatch):
         },
         "datasets/laion/defaults.yaml": shards("laion", "{00000..00002}"),
         "datasets/cc_sbu/defaults.yaml": shards("cc_sbu", "{00000..00000}"),
-        "datasets/cc_sbu_align/align.yaml": {
+        "datasets/cc_sbu/align.yaml": {
             "datasets": {"cc_sbu_align": {"data_type": "images", "build_info": {"storage": "align"}}}
         },
     }
@@ -185,6 +185,8 @@ def test_first_stage(repository, caplog):
     namespace = flags_of("--cfg-path", first_stage(repository), "--seed", 7, "--options", *options)
     assert (namespace.lr, namespace.min_lr, namespace.train_iters, namespace.save_interval) == (2e-4, 8e-5, 20, 5)
     assert (namespace.seq_length, namespace.seed, namespace.clip_grad) == (1 + 7 + 32, 7, 0)
+    assert (namespace.lr_decay_style, namespace.iters_per_epoch) == ("linear_warmup_cosine_lr", 5)
+    assert (namespace.lr_warmup_init, namespace.lr_warmup_iters) == (1e-6, 3)
     model, data = (json.loads(open(path).read()) for path in (namespace.mm_model, namespace.mm_data))
     projector = model["image_encoder"]["vision_projector"]
     assert (
@@ -194,36 +196,79 @@ def test_first_stage(repository, caplog):
         and model["text_decoder"]["freeze"]
     )
     sets = data["dataset_param"]["basic_parameters"]
-    assert [basic["weight"] for basic in sets] == [115, 14]
+    assert [basic["weight"] for basic in sets] == [115, 14] and sets[1]["caption_processor"] == "blip_caption"
+    assert data["dataset_param"]["image_error"] == "skip"
     assert sets[0]["data_path"].endswith("laion/[0-9][0-9][0-9][0-9][0-9].tar")
     for part in (
         "1 of 3 shards are missing: 00001.tar",
         "command line decides on --seed",
-        "lr_sched, warmup_lr: differs",
+        "lr_sched, lr_decay_rate: --lr-decay-style linear_warmup_cosine_lr",
     ):
         assert part in caplog.text
 
 
+def test_a_batch_size_of_each_set(repository):
+    """As the public files have it; run.batch_size_train is the older key."""
+    path = first_stage(repository)
+    options = ["datasets.laion.batch_size=64", "datasets.cc_sbu.batch_size=64"]
+    run = map_run(path, [*options, "run.batch_size_train=null"])
+    assert run.flags["micro_batch_size"] == 64 and "batch_size_train" not in run.flags
+    weights = [basic["weight"] for basic in run.data["dataset_param"]["basic_parameters"]]
+    assert weights[0] / weights[1] == 115 / 14
+    with pytest.raises(ConfigError, match=r"batch_size_train: found 2, expected 64, as datasets\.\*\.batch_size say"):
+        map_run(path, options)
+    pairs = ["datasets.laion.batch_size", "4", "datasets.cc_sbu.batch_size", "2", "run.batch_size_train", "null"]
+    assert map_run(path, pairs).flags["micro_batch_size"] == 4  # 3.8 on average; LAVIS's other form of --options
+    alone = second_stage(repository)
+    found = map_run(alone, ["datasets.cc_sbu_align.batch_size=12", "run.batch_size_train=12"])
+    assert found.flags["micro_batch_size"] == 12 and "weight" not in str(found.data)
+
+
+def test_earlier_names_and_empty_paths(repository):
+    own = {"arch": "mini_gpt4", "model_type": "pretrain_vicuna0", "ckpt": "checkpoint_3.pth"}
+    path = written(repository / "eval_configs" / "old.yaml", {"model": own, "run": {"task": "image_text_pretrain"}})
+    assert map_chat(path)[0].template == "minigpt4_vicuna_chat"
+    with pytest.raises(ConfigError, match=r"model\.ckpt: found '', expected the path of a checkpoint"):
+        map_chat(path, ["model.ckpt=''"])
+    with pytest.raises(ConfigError, match=r"q_former_model: found 'blip2_pretrained_flant5xxl\.pth', expected a file"):
+        map_chat(path, ["model.q_former_model=null"])
+    (repository / "blip2_pretrained_flant5xxl.pth").symlink_to((repository / "weight" / "q.pth").resolve())
+    found = map_chat(path, ["model.q_former_model=null"])[0]
+    assert [file.name for file in found.files] == ["blip2_pretrained_flant5xxl.pth", "checkpoint_3.pth"]
+
+
+def test_another_schedule_of_the_command_line(repository):
+    namespace = flags_of("--cfg-path", first_stage(repository), "--lr-decay-style", "cosine")
+    assert namespace.iters_per_epoch is None and namespace.save_interval == 5
+
+
 def test_second_stage_trains(repository, single_process):
     path = second_stage(repository)
-    options = ["run.max_epoch=1", "run.iters_per_epoch=2", "run.warmup_steps=0"]
+    options = ["run.max_epoch=2", "run.iters_per_epoch=1", "run.warmup_steps=0"]
     line = ["train", "--cfg-path", path, "--options", *options, "--cfg-options", *SIZES, "--device", "cpu"]
     assert main(line) == 0
     assert (repository / "out" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert len(list((repository / "out").glob("iter_*"))) == 2  # one of each epoch
     assert sorted(path.name for path in (repository / "out" / "from_yaml" / "bridge").iterdir()) == [
         "checkpoint_3.pth",
         "q.pth",
     ]
+    assert main(["convert", "out", "checkpoint_4.pth", "--to", "minigpt4-trained"]) == 0
+    before, after = (torch.load(f"checkpoint_{number}.pth", weights_only=True)["model"] for number in (3, 4))
+    assert set(after) == {"llama_proj.weight", "llama_proj.bias"} == set(before)
+    assert not torch.equal(after["llama_proj.weight"], before["llama_proj.weight"])
+    assert main([*line, "--options", "model.ckpt=checkpoint_4.pth", "run.output_dir=next", "run.max_epoch=1"]) == 0
 
 
 def test_chat(repository, monkeypatch):
     values = {"arch": "minigpt4", "model_type": "pretrain_vicuna0", "low_resource": True, "ckpt": "checkpoint_3.pth"}
     path = written(repository / "eval_configs" / "eval.yaml", {"model": values, "datasets": {}, "run": {"task": "x"}})
     namespace = argparse.Namespace(
-        cfg_path=path, options=[], gpu_id=0, model=None, load=None, quantize=None, template=None
+        cfg_path=path, options=[], gpu_id=0, model=None, load=None, quantize=None, template=None, max_context_len=None
     )
     with chat_of_cfg_path(namespace) as options:
-        assert options["top_p"] == 0.9 and namespace.quantize == "int8" and namespace.template == "minigpt4_vicuna"
+        assert options["top_p"] == 0.9 and namespace.quantize == "int8" and namespace.max_context_len == 2000
+        assert namespace.template == "minigpt4_vicuna_chat"
         folder = json.loads(open(namespace.model).read())["image_encoder"]["vision_projector"]["ckpt_path"]
         assert folder.endswith("bridge")
     with pytest.raises(ConfigError, match=r"run\.output_dir: found nothing, expected a folder|model\.low_resource"):
@@ -259,10 +304,18 @@ def test_without_a_qformer(repository):
     run = map_run(second_stage(repository, end_sym="</s>", prompt_template="[INST] {} [/INST] "), options)
     assert run.mapped.model["image_encoder"]["vision_projector"]["feature_scale"] == width**0.5
     assert run.mapped.template == "minigpt4_gemma_guide"
+    turns = {"end_sym": "<end_of_turn>"}
+    turns["prompt_template"] = "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
+    own = second_stage(repository, **turns)
+    assert map_run(own, options).mapped.template == "minigpt4_gemma" == map_chat(own, options).mapped.template
+    with pytest.raises(ConfigError, match="prompt_template: .*the one of model_type pretrain_llama2"):
+        map_run(own, ["model.model_type=pretrain_llama2"])
 
 
 REFUSED = {
-    "model.arch=minigpt_v2": r"model\.arch: found 'minigpt_v2', expected 'minigpt4'",
+    "model.arch=minigpt_v3": r"model\.arch: found 'minigpt_v3', expected 'minigpt4' or 'minigpt_v2'",
+    "model.arch=minigpt_v2": r"model\.model_type: found 'pretrain_vicuna0', expected 'pretrain' \(model_types of",
+    "model.chat_template=true": r"model\.chat_template: found True, expected False",
     "model.model_type=pretrain": r"model\.model_type: found 'pretrain', expected 'pretrain_vicuna0' or",
     "model.llama_model=none": r"model\.llama_model: found 'none', expected the path of the decoder",
     "model.q_former_model=none.pth": r"model\.q_former_model: found 'none\.pth', expected a file that is there",
@@ -276,22 +329,38 @@ REFUSED = {
     "model.freeze_vit=1": r"model\.freeze_vit: found 1, expected true or false",
     "datasets.gqa.x=1": r"datasets: found laion, cc_sbu, gqa; expected laion, cc_sbu or both, or cc_sbu_align alone",
     "datasets.laion=1": r"datasets\.laion: found 1; expected keys and values",
-    "datasets.laion.batch_size=2": r"datasets\.laion\.batch_size: has no meaning here",
+    "datasets.laion.batch_size=2": r"datasets\.cc_sbu\.batch_size: found nothing, expected a number, as the other sets",
+    "datasets.laion.batchsize=2": r"datasets\.laion\.batchsize: has no meaning here; did you mean \"batch_size\"",
     "datasets.laion.sample_ratio=0": r"datasets\.laion\.sample_ratio: found 0\.0, expected a number above 0",
     "datasets.laion.build_info.storage=null": r"datasets\.laion\.build_info\.storage: found nothing, expected tar",
     "datasets.laion.build_info.storage=laion/{0..9}0.tar": r"none of the range is in",
     "datasets.laion.build_info.storage=laion/{00000..00001}.tar": r"00002\.tar is beyond it",
     "datasets.laion.build_info.storage=laion/{0..10}.tar": r"numbers of one length",
     "datasets.laion.vis_processor.train.image_size=48": r"vis_processor\.train\.image_size: found 48, expected 28",
-    "run.lr_sched=linear_warmup_step_lr": r"run\.lr_sched: found 'linear_warmup_step_lr', expected",
+    "run.lr_sched=constant_lr": r"run\.lr_sched: found 'constant_lr', expected 'linear_warmup_cosine_lr' or",
     "run.accum_grad_iters=2": r"run\.accum_grad_iters: found 2, expected 1",
     "run.iters_per_epoch=0": r"run\.iters_per_epoch: found 0, expected at least 1",
     "run.max_epochs=3": r"run\.max_epochs: has no meaning here; did you mean \"max_epoch\"",
+    "run.min_lr=1": r"run\.min_lr: found 1\.0, expected at most init_lr, 0\.0001",
     "run.output_dir=null": r"run\.output_dir: found nothing, expected a folder",
     "run": r"--options: found 'run'; expected NAME=VALUE",
     "runs.x=1": r"expected a name that begins with model",
     "run.seed=[": r"the value is not plain YAML",
 }
+
+
+def test_minigpt_v2_has_no_qformer(repository):
+    own = {"arch": "minigpt_v2", "model_type": "pretrain", "llama_model": "decoder", "has_qformer": True}
+    with pytest.raises(ConfigError, match=r"model\.has_qformer: found True, expected false with arch minigpt_v2"):
+        map_run(second_stage(repository, **own))
+
+
+def test_steps_of_epochs(repository):
+    own = {"lr_sched": "linear_warmup_step_lr", "lr_decay_rate": 0.9, "warmup_lr": None, "warmup_steps": 9}
+    run = map_run(first_stage(repository, **own))
+    assert (run.flags["lr_decay_style"], run.flags["lr_decay_rate"]) == ("linear_warmup_step_lr", 0.9)
+    assert run.flags["lr_warmup_init"] == run.flags["lr"]  # without warmup_lr there is nothing to warm up from
+    assert any("--lr-warmup-in-epoch begins it anew" in line for line in run.mapped.report)
 
 
 @pytest.mark.parametrize("option", REFUSED)
@@ -305,14 +374,11 @@ def test_refused_files_and_flags(repository):
     with pytest.raises(ConfigError, match=r"model\.prompt_path: .*'What\?' differs|model\.prompt_path: .* differs"):
         (repository / "prompts" / "alignment.txt").write_text("<Img><ImageHere></Img> What?\n")
         map_run(path)
-    aligned = repository / "align" / "filter_cap.json"
-    aligned.write_text("{}")
-    with pytest.raises(ConfigError, match='found no list "annotations"'):
-        flags_of("--cfg-path", path, "--options", "model.prompt_path=null")
     for text, message in {
         "a: 1": "a: unknown section; expected one of model",
         "- 1": "expected sections such as model",
         "model: 1": "model: found 1; expected keys",
+        "model:\n  arch: a\n  ckpt: b\n  arch: c": "is not plain YAML: the key 'arch' stands twice; .*line 4",
         "model: !!python/object/apply:os.getcwd []": "is not plain YAML: could not determine a constructor",
     }.items():
         (repository / "bad.yaml").write_text(text)

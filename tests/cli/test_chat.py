@@ -128,8 +128,10 @@ def test_template_without_system_text():
 
     from mindspeed_mm.errors import TemplateError
     from mindspeed_mm.generation.chat import ChatSession
+    from mindspeed_mm.generation.defaults import ModelDefaults
 
-    session = ChatSession(SimpleNamespace(template=SimpleNamespace(with_system=None)), {})
+    engine = SimpleNamespace(template=SimpleNamespace(with_system=None), defaults=ModelDefaults())
+    session = ChatSession(engine, {})
     with pytest.raises(TemplateError, match="no place for a system text"):
         session.set_system("x")
 
@@ -160,3 +162,40 @@ def test_no_line_breaks_the_parsers(line):
 
 def test_file_addresses():
     assert local_path("file:///a%20b.png") == "/a b.png"
+
+
+def test_a_long_talk_forgets_its_oldest_turns(golden):
+    import mindspeed_mm as mm
+    from mindspeed_mm.data.image import load_image
+    from mindspeed_mm.generation.chat import ChatSession
+
+    engine = mm.load(golden / "models" / "llava_hf", device="cpu").engine()
+    seen, submit = [], engine.submit
+    engine.submit = lambda request, *rest: (seen.append(request), submit(request, *rest))[1]
+    shown = load_image(golden / "images" / "src" / "gray.png")
+    whole = ChatSession(engine, {"max_new_tokens": 3})
+    session = ChatSession(engine, {"max_new_tokens": 3}, max_context=None)
+    for talk in (whole, session):
+        talk.add_image("gray.png", shown)
+        for question in ("One?", "Two, which is long?", "Three?"):
+            list(talk.ask(question))
+    longest = len(engine.prepare(seen[2])) + 3
+    session = ChatSession(engine, {"max_new_tokens": 3}, max_context=longest - 1)
+    session.add_image("gray.png", shown)
+    seen.clear()
+    for question in ("One?", "Two, which is long?", "Three?"):
+        list(session.ask(question))
+    assert [question for question, _ in seen[2].turns] == ["<image>\nOne?", "Three?"] and len(seen[2].images) == 1
+    assert session.forgotten == 1 and len(session.turns) == 3
+    session.add_image("again.png", shown)
+    list(session.ask("Four?"))
+    assert [question for question, _ in seen[3].turns][-1] == "<image>\nFour?"
+    assert len(seen[3].images) == sum("<image>" in question for question, _ in seen[3].turns)
+    assert len(engine.prepare(seen[3])) + 3 <= longest - 1
+
+
+def test_a_context_that_is_too_short_is_refused(chat):
+    code, output = chat("Hi", flags=["--max-context-len", "4"])
+    assert code == 1 and "--max-context-len: found 4, expected more than max_new_tokens 4" in output.err
+    code, output = chat("Hi", "And now?", flags=["--max-context-len", "60"])
+    assert code == 0 and "[1 earlier turns no longer fit and were not seen]" in output.err

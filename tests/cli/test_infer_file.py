@@ -40,20 +40,21 @@ def test_letter_g_answers_stand_in_order_and_bad_lines_fail_alone(golden, comman
         {"prompt": ""},
         {"prompt": "<image> and <image>", "image": image},
         {"prompt": "Hi", "extra": 1},
-        {"id": 9, "prompt": "Hi", "system": "Be brief.", "options": {"max_new_tokens": 2, "num_beams": 2}},
+        [{"prompt": "Hi"}],
+        {"id": 10, "prompt": "Hi", "system": "Be brief.", "options": {"max_new_tokens": 2, "num_beams": 2}},
         '{"prompt": "one \u2028 line \x85", "options": {"logprobs": 2}}\n',
     ]
     assert command(lines=lines) == 1
-    assert "7 of 10 requests failed" in capsys.readouterr().err
+    assert "8 of 11 requests failed" in capsys.readouterr().err
     found = answers(tmp_path)
-    assert [record["id"] for record in found] == ["long", *map(str, range(2, 11))]
+    assert [record["id"] for record in found] == ["long", *map(str, range(2, 12))]
     errors = [record.get("error") for record in found]
-    assert errors[0] is errors[8] is None and found[8]["tokens"] == 2 and found[0]["finish_reason"] == "length"
-    assert len(found[9]["logprobs"]) == found[9]["tokens"] == 3 and "logprobs" not in found[0]
-    for token, value, likeliest in zip(*(found[9][name] for name in LOGPROBS), strict=True):
+    assert errors[0] is errors[9] is None and found[9]["tokens"] == 2 and found[0]["finish_reason"] == "length"
+    assert len(found[10]["logprobs"]) == found[10]["tokens"] == 3 and "logprobs" not in found[0]
+    for token, value, likeliest in zip(*(found[10][name] for name in LOGPROBS), strict=True):
         assert likeliest[str(token)] == value == max(likeliest.values()) and len(likeliest) == 2
     for error, part in zip(
-        errors[1:8],
+        errors[1:9],
         (
             "cannot be decoded",
             "line 3 is not JSON",
@@ -62,6 +63,7 @@ def test_letter_g_answers_stand_in_order_and_bad_lines_fail_alone(golden, comman
             "is empty",
             "found 1 images and 2",
             "extra",
+            "line 9 is a list: give each of its objects a line",
         ),
         strict=True,
     ):

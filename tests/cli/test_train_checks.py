@@ -77,7 +77,7 @@ def test_resuming_with_another_order_is_told(train):
 
 def test_keys_of_sets_that_are_not_given_are_no_part_of_the_order(train):
     """A checkpoint from before a key existed resumes without a warning."""
-    from mindspeed_mm.data.config import READ_BY
+    from mindspeed_mm.data.set_config import READ_BY
 
     saved = json.loads((Path(train("--train-iters", "2")[1]["checkpoint"]) / "run.json").read_text())
     assert "grounding" in READ_BY and "basic_parameters of the data config" in json.dumps(saved)

@@ -69,6 +69,22 @@ def test_validation(train, capsys):
     assert "samples: 4" in lines[0]
 
 
+def test_validation_of_the_moving_average(train, capsys):
+    """Both losses are told, the weights' as without it; early stop looks at the average's."""
+    held_out = {"validation_parameters": [train.records("held_out.json", 4, "red.png")]}
+    flags = ["--eval-interval", "3", "--ema-decay", "0.9", "--lr", "1e-2", "--early-stop-patience", "1"]
+    code, run = train(*flags, **held_out)
+    plain = run["extra"]["early_stop"]["best"]
+    assert code == 0 and "moving average " not in capsys.readouterr().err.partition("step 3/3")[2]
+    code, run = train(*flags, "--ema-validation", **held_out)
+    said = capsys.readouterr().err
+    averaged = run["extra"]["early_stop"]["best"]
+    assert code == 0 and abs(averaged - plain) > 0.1
+    assert f"validation loss {plain:#.4g}" in said and f"loss of the moving average {averaged:#.4g}" in said
+    code, _ = train("--ema-decay", "0.9", "--ema-validation")
+    assert code == 1 and "--ema-validation needs a validation set" in capsys.readouterr().err
+
+
 def test_the_screen_and_the_curve_of_a_run(train, tmp_path, capsys):
     """Letter P: short lines, what the weights are in words, and loss_curve.png."""
     held_out = train.records("held_out.json", 4, "red.png")

@@ -62,7 +62,10 @@ def on_a_rank(folder, name, *flags):
             del os.environ[variable]
 
 
-@pytest.mark.parametrize(("world", "flags"), [(1, ()), (2, ()), (2, ("--pipeline-model-parallel-size", "2"))])
+@pytest.mark.parametrize(
+    ("world", "flags"),
+    [(1, ()), pytest.param(2, (), marks=pytest.mark.slow), (2, ("--pipeline-model-parallel-size", "2"))],
+)
 def test_losses_are_those_without_a_cache(ranks, folder, world, flags):
     cache = folder / f"cache{world}{len(flags)}"
     plain, filling, full = (

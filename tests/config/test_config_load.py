@@ -34,6 +34,32 @@ def test_load_from_file_with_byte_order_mark(tmp_path):
     assert whole.decoder.size == (1, 2)
 
 
+class Several(StrictModel):
+    value: str | list[str]
+    part: ToyPart | bool = False
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ({"value": 3}, ["value: found 3 (integer); input should be a valid string or a valid array"]),
+        ({"value": ["a", 3]}, ["value[1]: found 3 (integer); input should be a valid string"]),
+        (
+            {"value": "a", "part": {"num_layer": 1}},
+            ["part.num_layers: missing", "part.num_layer: unknown key; did you"],
+        ),
+        ({"part": 3}, ["value: missing", "part: found 3 (integer); input should be an object or a valid boolean"]),
+    ],
+)
+def test_a_value_of_several_kinds_is_one_problem(bad, told):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Several, bad, what="toy")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"toy: {len(told)} problem") and len(lines) == len(told) + 1
+    for line, words in zip(lines[1:], told, strict=True):
+        assert line.strip().startswith(words)
+
+
 def test_all_problems_at_once():
     parts = [{"num_layers": "4"}, {"num_layers": True}]
     bad = {"model_id": 3, "decoder": {"num_layer": 4, "freeze": 1}, "parts": parts}

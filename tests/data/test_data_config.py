@@ -108,7 +108,7 @@ def test_the_smallest_maximum_length_counts():
     [
         ("dataset_param.template_nam", "v1", 'template_nam: unknown key; did you mean "template_name"'),
         ("dataset_param.template_name", "llava-plane", 'unknown template "llava-plane"; did you mean "llava-plain"'),
-        ("dataset_param.dataset_type", "video", 'found "video", expected one of: multimodal, image, grounding, ha_dpo'),
+        ("dataset_param.dataset_type", "video", 'found "video", expected one of: multimodal, image, caption'),
         ("dataset_param.basic_parameters.data_path", "-", r"basic_parameters\[0\].data_path: missing"),
         ("dataset_param.basic_parameters", [], "is an empty list"),
         ("dataset_param.basic_parameters.repeat_time", 1.5, "found 1.5, expected a share"),
@@ -133,7 +133,6 @@ def test_the_smallest_maximum_length_counts():
         ("dataset_param.tokenizer_config.trust_remote_code", True, "is never run"),
         ("dataset_param.tokenizer_config.from_pretrained", "-", "from_pretrained: missing"),
         ("dataset_param.use_text_processer", False, "text is always tokenised"),
-        ("dataset_param.mm_use_im_start_end", True, "not in its vocabulary"),
         ("dataset_param.image_error", "ignore", "image_error: found"),
         ("dataloader_param.dataloader_mode", "variable", "depends on --seed alone"),
         ("dataloader_param.sampler_type", "Other", "there is one sampler"),
@@ -150,7 +149,7 @@ def test_what_is_refused(path, value, message):
 
 
 def test_all_problems_at_once():
-    data = changed("dataset_param.mm_use_im_start_end", True)
+    data = changed("dataset_param.use_text_processer", False)
     data["dataloader_param"]["batch_size"] = 3
     with pytest.raises(ConfigError, match=r"data config: 2 problems(.|\n)*dataloader_param.batch_size"):
         DataConfig.load(data)

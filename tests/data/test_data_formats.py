@@ -10,10 +10,10 @@ from PIL import Image
 
 from mindspeed_mm import registry
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.config import DATASETS, BasicParameters
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.rendering import render_turns
 from mindspeed_mm.data.sample import ImageBytes
+from mindspeed_mm.data.set_config import DATASETS, BasicParameters
 from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, DataError
 from tests.helpers.media import dataset_of
@@ -101,7 +101,7 @@ def test_preference_records(read):
         "preference",
         {"prompt": "<image>\nWhat?", "chosen": "A cat.", "rejected": "A dog.", "images": ["red.png"]},
         {"question": "What?", "chosen": "A cat.", "reject": "A dog.", "image": "red.png"},
-        {"prompt": [question], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "No"}]},
+        {"prompt": [question], "chosen": [question, ASSISTANT], "rejected": [{"role": "assistant", "content": "No"}]},
         {"chosen": [question, ASSISTANT], "rejected": [question, {"role": "assistant", "content": "No"}]},
         {
             "conversations": [{"from": "human", "value": "Hi"}],
@@ -146,12 +146,13 @@ def test_preference_records_need_their_objective(make_config, tokenizer):
             "a system turn that is not the first",
         ),
         ("sharegpt", {"conversations": [{"from": "human", "value": "\ud800"}]}, "half of a surrogate pair"),
-        ("preference", {"prompt": "a", "chosen": "b"}, '"rejected" is missing; expected one of rejected, reject'),
+        ("preference", {"prompt": "a", "chosen": "b"}, '"rejected" is missing; expected one answer under'),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "c", "reject": "c"}, '"rejected" is given twice'),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": "b"}, "there is nothing to prefer"),
         ("preference", {"prompt": "a", "chosen": "", "rejected": "b"}, '"chosen" is empty'),
         ("preference", {"prompt": "a", "question": "a", "chosen": "c", "rejected": "b"}, 'has "prompt" and "question"'),
         ("preference", {"prompt": "a", "chosen": [USER], "rejected": "b"}, "\"chosen\" is from 'user'"),
+        ("preference", {"prompt": "a", "chosen": [USER, ASSISTANT], "rejected": "b"}, "1 messages before its answer"),
         ("preference", {"prompt": [USER, ASSISTANT], "chosen": "c", "rejected": "b"}, "must end with a question"),
         ("preference", {"chosen": [USER, ASSISTANT], "rejected": [USER | {"content": ""}, ASSISTANT]}, "differ"),
         (

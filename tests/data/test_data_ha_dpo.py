@@ -5,9 +5,10 @@ import json
 import pytest
 
 from mindspeed_mm import registry
-from mindspeed_mm.data.config import DATASETS, BasicParameters, DataConfig
+from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.datasets.ha_dpo import QUESTIONS
+from mindspeed_mm.data.set_config import DATASETS, BasicParameters
 from mindspeed_mm.data.template import get_template
 from mindspeed_mm.errors import ConfigError, DataError
 from tests.helpers.media import dataset_of
@@ -128,3 +129,21 @@ def test_a_mix_of_both_is_trained_on(make_config, tokenizer, image_folder, tmp_p
 
 def parameters(config, sets):
     return config.dataset_param.model_dump(mode="json", exclude_none=True) | {"basic_parameters": sets}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"corect": True}, 'did you mean "correct"'),  # the row would have been trained on
+        ({"image": "VG_100K/2.jpg"}, "'image' is not read here: a row of ha_dpo names images by \"image_id\""),
+        ({"promt": "Look."}, None),
+        ({"video": "a.mp4"}, "videos and audio are not trained on"),
+        ({"rejct": "No."}, 'did you mean "reject"'),
+    ],
+)
+def test_letter_a_keys_of_rows(read, row, message):
+    if message is None:
+        assert read([POPE | row])[0].ignored == ("promt",)
+        return
+    with pytest.raises(DataError, match=message):
+        read([POPE | row])

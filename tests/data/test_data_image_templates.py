@@ -1,15 +1,20 @@
 """Templates that give images a place of their own: BLIP-2's, InstructBLIP's and MiniGPT-4's."""
 
+from pathlib import Path
+
 import pydantic
 import pytest
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data.encode import encode, encode_prompt
-from mindspeed_mm.data.rendering import render, segments_of
+from mindspeed_mm.data.rendering import generation_prompt, render, render_turns, segments_of
 from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.data.template import get_template
-from mindspeed_mm.data.template_check import supervised_runs
+from mindspeed_mm.data.template_check import check_template, supervised_runs
 from mindspeed_mm.data.template_form import Template
+from mindspeed_mm.data.tokenizer import load_tokenizer
+from mindspeed_mm.errors import TemplateError
+from tests.helpers.tiny_flamingo import letters
 
 
 def test_images_stand_where_the_template_wants_them(tokenizer):
@@ -94,3 +99,59 @@ def test_later_questions_of_minigpt4_begin_a_sequence(tokenizer):
     assert ids.count(tokenizer.bos_token_id) == 2
     answers = [tokenizer.encode(text, add_bos=False) for text in ("So.</s>", "Yes.</s>")]
     assert supervised_runs(labels) == answers
+
+
+SYSTEM = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+    "Please answer my questions."
+)
+SHOWN = "<Img><image></Img> What is it?"
+CHATS = {
+    "minigpt4_vicuna_chat": f"{SYSTEM}###Human: {SHOWN}###Assistant: A cat.###Human: Why?###Assistant: ",
+    "minigpt4_llama2_chat": f"{SYSTEM}<s>[INST] {SHOWN} [/INST] A cat.</s><s>[INST] Why? [/INST] ",
+    "minigpt4_v2_chat": f"<s>[INST] {SHOWN} [/INST]A cat.</s><s>[INST] Why? [/INST]",
+    "minigpt4_gemma_guide_chat": f"{SYSTEM}<bos>[INST] {SHOWN} [/INST] A cat.</s><bos>[INST] Why? [/INST] ",
+    "minigpt4_gemma": f"<start_of_turn>user\n{SHOWN}<end_of_turn>\n<start_of_turn>model\nA cat.<end_of_turn>\n"
+    "<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n",
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_minigpt4s_demo(name):
+    """System text, roles and separators of the demo, over two questions; with another system text."""
+    pairs = [("<image>\nWhat is it?", "A cat."), ("Why?", None)]
+    assert generation_prompt(pairs, name) == CHATS[name]
+    opened = [Turn("system", "Be brief."), Turn("human", "Why?"), Turn("gpt", "So.")]
+    wanted = "<start_of_turn>user\nBe brief.\n\nWhy?<end" if name == "minigpt4_gemma" else "Be brief."
+    assert render_turns(opened, name).startswith(wanted)
+    stops = {"minigpt4_vicuna_chat": "###", "minigpt4_gemma": "<end_of_turn>"}
+    assert stops.get(name, "</s>") in get_template(name).stop
+
+
+def test_the_marks_of_llama_2s_demo_are_tokens(tokenizer):
+    """`<s>` of the role is the token that begins a sequence, also behind the one that begins this."""
+    ids = encode_prompt([("Hi", None)], tokenizer, "minigpt4_v2_chat")
+    assert ids[:2] == [tokenizer.bos_token_id] * 2
+    user = encode_prompt([("<s>", None)], tokenizer, "minigpt4_v2_chat", special_text="text")
+    assert user.count(tokenizer.bos_token_id) == 2
+
+
+def test_flamingo_forms(tmp_path):
+    """Images in front, EOS behind the last answer alone; captions with others as examples."""
+    turns = [{"from": "human", "value": "<image>\nw3?"}, {"from": "gpt", "value": "w4"}]
+    assert render(turns, "otter") == "<image>User: w3? GPT:<answer> w4<|endofchunk|>"
+    assert render(turns, "flamingo") == "<image>Question:w3? Short answer:w4<|endofchunk|>"
+    assert render(turns, "flamingo_pretrain") == "<image>w4<|endofchunk|>"
+    assert render(turns * 2, "flamingo_caption") == "<image>Output:w4<|endofchunk|>" * 2
+    pairs = [("<image>w3", "w4"), ("<image>w5", None)]
+    assert generation_prompt(pairs, "flamingo_caption") == "<image>Output:w4<|endofchunk|><image>Output:"
+    with pytest.raises(TemplateError, match="gpt turn, behind others as examples; found 4 turns with 1 and 0 images"):
+        render([*turns, {"from": "human", "value": "w5"}, turns[1]], "flamingo_caption")
+    tokenizer = load_tokenizer(Path(letters(131).save_pretrained(tmp_path)[0]).parent)
+    for template in ("otter", "flamingo", "flamingo_caption"):
+        check_template(template, tokenizer)
+        ids, labels = encode(turns * 2, tokenizer, template)
+        assert ids[-2:] == labels[-2:] == [tokenizer.token_to_id("<|endofchunk|>"), tokenizer.eos_token_id]
+        answers = [tokenizer.decode(run).strip() for run in supervised_runs(labels)]
+        assert answers == ["w4", "w4"] and labels.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.eos_token_id not in encode_prompt([("<image>w3", None)], tokenizer, template)

@@ -24,7 +24,7 @@ def source(make_config):
     """source(kind, records, unknown_keys=...) -> the records of that kind of file, all looked at."""
     from mindspeed_mm import registry
     from mindspeed_mm.data.build import read_options
-    from mindspeed_mm.data.config import DATASETS
+    from mindspeed_mm.data.set_config import DATASETS
     from mindspeed_mm.data.template import get_template
 
     def build(kind, records, **parameters):

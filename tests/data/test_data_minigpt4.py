@@ -28,6 +28,32 @@ def test_captions_get_one_of_four_questions(tmp_path):
     assert found[3].images == (f"{tmp_path}/3.jpg",) and found[3].turns[1].text == "A cat."
 
 
+def read(path):
+    return DATASET(
+        BasicParameters(data_path=str(path), data_folder=str(path.parent)), ReadOptions(get_template("minigpt4_vicuna"))
+    )
+
+
+def test_the_list_inside_filter_cap(tmp_path):
+    rows = [{"image_id": "7", "caption": "A cat."}, {"image_id": "8", "caption": "A dog."}]
+    path = tmp_path / "filter_cap.json"
+    path.write_text(json.dumps({"annotations": rows}))
+    found = read(path)
+    assert len(found) == 2 and found[1].images == (f"{tmp_path}/8.jpg",) and found[1].turns[1].text == "A dog."
+    for content, message in (
+        ('{"annotations": 1}', '"annotations" is 1; expected a list of records'),
+        ('{"annotations": []}', "expected a list of records"),
+        ('{"annotations": [{}', "filter_cap.json is not JSON"),
+        ('{"annotations": [1]}', "record 0 of its annotations is 1; expected an object"),
+        ('{"annotations": [{"caption": "x"}]}', "record 0 of its annotations: is .*expected a record such as"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=message):
+            read(path)
+    with pytest.raises(DataError, match="cannot read the data file .*none.json"):
+        read(tmp_path / "none.json")
+
+
 def test_instructions(tmp_path):
     row = {"image": "a.png", "instruction_input": "<Img><ImageHere></Img> [vqa] Why? ", "answer": "So."}
     (sample,) = [records(tmp_path, row)[0]]
@@ -42,3 +68,8 @@ def test_broken_records_are_refused(tmp_path):
         records(tmp_path, {"image": "a.png", "answer": "So."})
     with pytest.raises(DataError, match="expected a record such as"):
         records(tmp_path, {"caption": "So."})
+    both = {"image": "a.png", "caption": "A cat.", "instruction_input": "Why?", "answer": "So."}
+    with pytest.raises(DataError, match='has "caption" beside "instruction_input" and "answer"'):
+        records(tmp_path, both)
+    with pytest.raises(DataError, match='did you mean "caption"'):
+        records(tmp_path, {"image_id": "3", "caption": "A cat.", "captions": "A dog."})

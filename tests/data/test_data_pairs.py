@@ -22,6 +22,11 @@ def answer(text):
     return {"role": "assistant", "content": text}
 
 
+def parts(message):
+    """A message of text alone, in parts."""
+    return message | {"content": [{"type": "text", "text": message["content"]}]}
+
+
 @pytest.fixture
 def pairs(make_config, tokenizer):
     """pairs(*records, max_length=.., **dataset_param) -> MultimodalDataset"""
@@ -75,6 +80,17 @@ def test_every_form_gives_the_same_tokens(pairs):
                 "images": ["red.png"],
             },
             {
+                "prompt": [{"role": "user", "content": "What is it?"}],
+                "chosen": [parts(answer("A cat."))],
+                "rejected": [parts(answer("A small dog."))],
+                "images": ["red.png"],
+            },
+            {
+                "chosen": [{"role": "user", "content": "What is it?"}, answer("A cat.")],
+                "rejected": [{"role": "user", "content": "What is it?"}, answer("A small dog.")],
+                "images": ["red.png"],
+            },
+            {
                 "conversations": turns,
                 "chosen": {"from": "gpt", "value": "A cat."},
                 "rejected": {"from": "gpt", "value": "A small dog."},
@@ -86,6 +102,22 @@ def test_every_form_gives_the_same_tokens(pairs):
         assert (sample.input_ids, sample.labels, sample.branches) == dataclasses.astuple(samples[0])[1:3] + (
             samples[0].branches,
         )
+
+
+def test_images_without_a_place_stand_first(pairs):
+    several = RECORD | {"prompt": "Which?", "images": ["red.png", "red.png"]}
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
+    for record in (several, several | {"prompt": talk}):
+        turns = pairs(record).sample(0).turns
+        assert turns[-2].text == "<image>\n<image>\nWhich?" and len(turns[-2].literal) == 0
+    for broken in (several | {"prompt": "<image> Which?"}, several | {"prompt": [QUESTION]}):
+        with pytest.raises(DataError, match='1 image parts or <image> .* "images" lists 2'):
+            pairs(broken)[0]
+    seen = [{"role": "assistant", "content": [{"type": "image"}]}]
+    with pytest.raises(DataError, match='"chosen" holds .*image.* in its answer; expected'):
+        pairs(RECORD | {"chosen": seen})[0]
+    with pytest.raises(DataError, match='"rejected" is missing; expected one answer under "rejected" or "reject"'):
+        pairs({key: value for key, value in RECORD.items() if key != "rejected"})[0]
 
 
 def test_earlier_answers_are_prompt(pairs):

@@ -21,7 +21,7 @@ class Records:
         return len(self.names)
 
     def sample(self, index):
-        return SimpleNamespace(where=f"rows.json: record {index}", images=(self.names[index],))
+        return SimpleNamespace(where=f"rows.json: record {index}", files=(self.names[index],))
 
 
 @pytest.fixture

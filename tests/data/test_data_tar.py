@@ -27,6 +27,9 @@ def write(path, members):
             archive.addfile(info, io.BytesIO(content))
 
 
+RECORD = (
+    b'{"id": "own", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": "Red."}]}'
+)
 TEXT_ONLY = b'{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}'
 
 
@@ -37,12 +40,8 @@ def pair(name, text="A caption."):
 @pytest.fixture
 def build(make_config, tokenizer, tmp_path):
     def make(path=tmp_path / "shards", **dataset_param):
-        config = make_config(
-            [],
-            basic_parameters={"data_path": str(path)},
-            dataset_type="tar",
-            **({"template_name": "plain"} | dataset_param),
-        )
+        usual = {"template_name": "plain", "basic_parameters": {"data_path": str(path)}}
+        config = make_config([], dataset_type="tar", **(usual | dataset_param))
         return dataset_of(config, tokenizer, 4, 100)
 
     (tmp_path / "shards").mkdir()
@@ -66,6 +65,15 @@ def test_shards(build, tmp_path, tokenizer):
     assert all(sample.media[0].pixels.shape == (1, 3, 28, 28) for sample in samples)
     assert len(build(tmp_path / "shards" / "[b-z].tar")) == 2
     assert len(build(overlong="drop").lengths) == 3
+
+
+def test_captions_as_blip_has_them(build, tmp_path, tokenizer):
+    members = pair("a", 'A "Cat" (here)!') + [("b.png", image("blue")), ("b.json", RECORD)]
+    write(tmp_path / "shards" / "a.tar", members)
+    basic = {"data_path": str(tmp_path / "shards"), "caption_processor": "blip_caption"}
+    dataset = build(basic_parameters=basic)
+    texts = [tokenizer.decode([label for label in dataset[n].labels if label != -100]).strip() for n in (0, 1)]
+    assert texts == ["a cat here", "Red."]  # a conversation stays as it is
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,11 @@ SHORT = {
     "infer": "--device cpu --max-new-tokens 3 --dtype fp32",
     "chat": "--device cpu --max-new-tokens 3",
     "evaluate": "--device cpu --max-new-tokens 3 --dtype fp32 --accept-table",
+    "predict": "--device cpu --dtype fp32",
     "doctor": "--device cpu",
     "serve": "--device cpu --port 0 --check",
     "serve controller": "--port 0 --check",
+    "bench-serve": "--requests 3 --rate 50",
 }
 """Flags put behind a command's own: the small model has little to learn and to say, and tables are short."""
 
@@ -35,8 +37,11 @@ ELSEWHERE = {
 }
 """Flags that are read, and then left out with so many values, and the test that runs what they ask for."""
 
-CI = {"examples/quickstart/run.sh", "scripts/test.sh"}
-"""Scripts that .ci/run runs: the whole job and the whole test suite."""
+CI = {
+    *("examples/quickstart/run.sh", "examples/hallucination/digits.sh", "examples/grounding/digits.sh"),
+    "scripts/test.sh",
+}
+"""Scripts that .ci/run runs: the whole job, the studies and the whole test suite."""
 
 SETTING_UP = {"git", "cd", "source", "export", "conda", "sbatch", "apt-get", "wandb", "swanlab"}
 """What a reader does before: nothing of ours to try."""

@@ -8,7 +8,7 @@ from mindspeed_mm.cli.main import build_parser, command_names
 from tests.docs.pages import ROOT
 
 PAGE = "docs/coming_from.md"
-SUITES = ("MindSpeed-MM", "XTuner", "LLaVA", "LLaMA-Factory")
+SUITES = ("MindSpeed-MM", "XTuner", "LLaVA", "LLaMA-Factory", "HA-DPO")
 CODE = re.compile(r"`([^`]+)`")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 

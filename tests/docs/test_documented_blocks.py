@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 
 import pytest
 
@@ -17,6 +18,8 @@ from tests.docs.executor import PageReader
 from tests.docs.pages import PAGES, ROOT, Block, blocks, blocks_of
 from tests.docs.stand_ins import make_stand_ins
 from tests.docs.test_coming_from import flags_of
+from tests.helpers.loopback import app_on_loopback
+from tests.helpers.scripted_server import scripted_app
 
 RUN = {"bash", "python"}
 SHOWN = {"text", "json", "toml", "mermaid"}
@@ -71,7 +74,10 @@ def test_letter_e_the_example_of_the_help_runs(command, stand_ins, ranks, single
         for name in ("save_dir", "save_dir_finetune"):
             shutil.copytree(folder / "other_dir", folder / name)
     example = importlib.import_module(f"mindspeed_mm.cli.{command}").EXAMPLE
-    PageReader(folder, ranks).run(Block(f"{command} --help", 1, "bash", example))
+    with app_on_loopback(scripted_app()[0]) if command == "bench_serve" else nullcontext() as server:
+        if server is not None:
+            example = example.replace("http://127.0.0.1:8000", server.address)
+        PageReader(folder, ranks).run(Block(f"{command} --help", 1, "bash", example))
 
 
 def untried(block: Block) -> str:

@@ -23,7 +23,8 @@ def test_what_the_tests_run_with_is_in_the_table():
     [
         ("Python", "3.9.18", r"Python 3.9.18: does not work, since the code uses syntax of 3.10"),
         ("torch", "2.4.1+cpu", r"torch 2.4.1\+cpu: does not work, since its scaled_dot_product_attention"),
-        ("megatron-core", "0.12.1", "megatron-core 0.12.1: does not work, since older ones lack arguments"),
+        ("megatron-core", "0.12.0", "megatron-core 0.12.0: does not work, since nobody ran it here"),
+        ("megatron-core", "0.15.3", "megatron-core 0.15.3: does not work, since its distributed optimizer stores"),
         ("megatron-core", None, "megatron-core not installed: pip install"),
     ],
 )

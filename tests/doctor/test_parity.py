@@ -75,6 +75,58 @@ def neighbours(original, self, query, key, value, segments, *, causal=True, **op
 
 
 ATTENTION = {"operator", "layer", "loss", "gradient", "trajectory", "generation"}
+
+
+def one_ahead(original, self, query, key, value, segments, *, causal=True, window=None, **options):
+    """In packed rows alone, each query sees the key behind its own."""
+    if not causal or window is not None:
+        return original(self, query, key, value, segments, causal=causal, window=window, **options)
+    outputs = []
+    for place in segments.slices:
+        length = place.stop - place.start
+        seen = torch.ones(length, length, dtype=torch.bool).tril(1)[None, None]
+        row = (x[place].transpose(0, 1)[None] for x in (query, key, value))
+        outputs.append(self.attention(*row, mask=seen, causal=False, **options)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def pairs_for_halves(original, self, qkv, cos, sin, groups, head_size=None):
+    """Rotates channels 2i and 2i + 1 together, where Llama rotates i and i + D/2."""
+    rotated = 2 * cos.shape[-1]
+    order = torch.arange(rotated).view(-1, 2).t().flatten()
+    x = qkv.reshape(*qkv.shape[:2], groups, -1, head_size or rotated).clone()
+    x[..., :-1, :rotated] = x[..., :-1, order]
+    x = original(self, x.view(qkv.shape), cos, sin, groups, head_size).view(x.shape).clone()
+    x[..., :-1, order] = x[..., :-1, :rotated].clone()
+    return x.view(qkv.shape)
+
+
+def nearly_the_epsilon(original, self, x, weight, eps):
+    """1e-6 for 1e-5, which values of size 1 hide."""
+    return original(self, x, weight, eps / 10)
+
+
+def one_more_in_the_window(original, self, *tensors, window=None, **options):
+    return original(self, *tensors, window=None if window is None else window + 1, **options)
+
+
+def wrong_behind_a_block(original, self, query, key, value, **options):
+    """A kernel whose second block of queries is wrong."""
+    output = original(self, query, key, value, **options)
+    return torch.cat((output[:, :, :128], 1.01 * output[:, :, 128:]), dim=2)
+
+
+def wrong_for_wide_heads(original, self, query, key, value, **options):
+    return original(self, query, key, value, **options) * (1.01 if query.shape[3] >= 128 else 1)
+
+
+def first_key_hidden(original, self, query, key, value, *, mask, **options):
+    """Behind a cache alone."""
+    if query.shape[2] == 1 and mask is not None:
+        mask = mask & (torch.arange(mask.shape[3]) > 0)
+    return original(self, query, key, value, mask=mask, **options)
+
+
 FAULTS = {
     "wrong mask": ("attention", wrong_mask, ATTENTION),
     "wrong scale": ("attention", wrong_scale, {"operator", "layer", "gradient"}),
@@ -84,6 +136,13 @@ FAULTS = {
     "halves exchanged, gelu": ("geglu", wrong_half, {"operator"}),
     "rotated backwards": ("rotate_qk", wrong_direction, {"operator", "layer"}),
     "neighbours seen": ("segment_attention", neighbours, {"operator", "layer", "loss", "gradient"}),
+    "one key ahead in packed rows": ("segment_attention", one_ahead, {"operator", "layer", "loss", "gradient"}),
+    "pairs rotated for halves": ("rotate_qk", pairs_for_halves, ATTENTION),
+    "a tenth of the epsilon": ("rms_norm", nearly_the_epsilon, {"layer", "gradient"}),
+    "one key more in a window": ("attention", one_more_in_the_window, {"operator"}),
+    "wrong behind a block": ("attention", wrong_behind_a_block, {"operator"}),
+    "wrong for wide heads": ("attention", wrong_for_wide_heads, {"operator"}),
+    "first key hidden in decoding": ("attention", first_key_hidden, {"operator"}),
 }
 
 TWICE = ("wrong mask", "wrong scale", "swapped heads")
@@ -94,6 +153,8 @@ TWICE = ("wrong mask", "wrong scale", "swapped heads")
 def test_planted_faults_are_found(cpu, monkeypatch, tmp_path, name):
     method, fault, kinds = FAULTS[name]
     dtypes = ("fp32", "bf16") if name in TWICE else ("fp32",)
+    if kinds == {"operator"}:  # nothing else needs to be computed
+        monkeypatch.setattr(worker, "_all_cases", lambda platform, dtype, folder: operators.compute(platform, dtype))
     found = differing(cpu, with_fault(monkeypatch, tmp_path, method, fault, dtypes))
     missed = {(dtype, kind) for dtype in dtypes for kind in kinds} - found
     assert not missed
@@ -131,6 +192,63 @@ def test_a_lost_optimizer_state_is_found(cpu, monkeypatch, tmp_path):
     )
     found = worker.collect(get_platform("cpu"), tmp_path, ("fp32",))
     assert ("fp32", "save and resume") in differing(cpu, found)
+
+
+def adamw_with(monkeypatch, **changes):
+    """Every AdamW of the run takes other numbers than it was given, at its steps too."""
+    import megatron.core.optimizer as core
+
+    def build(*args, **options):
+        built = core_adam(*args, **options)
+        step = built.step
+
+        def changed(*args):
+            for group in built.param_groups:
+                group.update(changes)
+            return step(*args)
+
+        built.step = changed
+        return built
+
+    core_adam = core.Adam
+    monkeypatch.setattr(core, "Adam", build)
+
+
+@pytest.mark.parametrize("changes", [{"weight_decay": 0.0}, {"eps": 1e-8}, {"betas": (0.9, 0.999)}])
+def test_a_number_that_adamw_loses_is_found(cpu, monkeypatch, changes):
+    adamw_with(monkeypatch, **changes)
+    found = model.optimized(get_platform("cpu"), torch.float32)
+    assert ("fp32", "optimizer") in differing(cpu, Collected({f"fp32: {name}": value for name, value in found.items()}))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_gradients_clipped_not_at_all_or_twice_are_found(cpu, monkeypatch, times):
+    import megatron.core.optimizer.optimizer as core
+
+    clip = core.clip_grad_by_total_norm_fp32
+    monkeypatch.setattr(
+        core, "clip_grad_by_total_norm_fp32", lambda *args, **options: [clip(*args, **options) for _ in range(times)]
+    )
+    found = model.optimized(get_platform("cpu"), torch.float32)
+    assert ("fp32", "optimizer") in differing(cpu, Collected({f"fp32: {name}": value for name, value in found.items()}))
+
+
+def test_a_gradient_of_a_bias_that_is_lost_is_found(cpu, monkeypatch):
+    from mindspeed_mm.platform import host_linear
+    from mindspeed_mm.platform.distributed import init_single_process
+
+    backward = host_linear._Linear.backward
+
+    def without_bias(ctx, grad):
+        x, weight, bias = backward(ctx, grad)
+        return x, weight, None if bias is None else torch.zeros_like(bias)
+
+    monkeypatch.setattr(host_linear._Linear, "backward", staticmethod(without_bias))
+    init_single_process(get_platform("cpu"))
+    found = model.layers(get_platform("cpu"), torch.float32)
+    rows = compare(cpu, Collected({f"fp32: {name}": value for name, value in found.items()}))
+    wrong = [row.case for row in rows if row.verdict == "different"]
+    assert wrong and all(name.endswith(".bias") for name in wrong)
 
 
 def test_a_random_state_that_is_not_put_back_is_found(cpu, monkeypatch, tmp_path):
@@ -192,7 +310,34 @@ def test_the_table_names_what_differs(console):
 
 def test_collectives_of_two_ranks(ranks):
     for found in ranks(2).run(_collectives):
-        assert len(found) == 6 and not [name for name, value in found.items() if value]
+        assert len(found) == 14 and not [name for name, value in found.items() if value]
+
+
+def test_a_reduction_that_averages_is_found(ranks):
+    for found in ranks(2).run(_averaging):
+        assert {name for name, value in found.items() if value} == {
+            f"{dtype}: collective: {name}" for dtype in ("fp32", "bf16") for name in ("all-reduce", "reduce-scatter")
+        }
+
+
+def _averaging():
+    """As if averages were asked for, where sums are."""
+
+    reduce, scatter = torch.distributed.all_reduce, torch.distributed.reduce_scatter_tensor
+    ranks = torch.distributed.get_world_size()
+
+    def averaged(tensor, kind=torch.distributed.ReduceOp.SUM):
+        reduce(tensor, kind)
+        tensor /= ranks if kind == torch.distributed.ReduceOp.SUM else 1
+
+    def averaged_share(share, tensor):
+        scatter(share, tensor)
+        share /= ranks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_reduce", averaged)
+        patch.setattr(torch.distributed, "reduce_scatter_tensor", averaged_share)
+        return _collectives()
 
 
 def _collectives():

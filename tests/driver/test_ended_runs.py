@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
+from mindspeed_mm import ending
 from tests.helpers.golden_model import model_json
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +123,42 @@ def test_letter_j_every_way_out_of_training_at_every_size(folder, flags):
         if ranks == 2 or cause[-1] not in "01"
     ]
     check_training(cases, ended(folder, cases))
+
+
+RANK = """
+import os, signal
+from mindspeed_mm import ending
+ending.run_process(lambda: print(os.getpid(), flush=True) or signal.pause())
+"""
+LAUNCHER = "import signal, subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); signal.pause()"
+
+
+def test_letter_j_a_rank_stops_when_its_torchrun_is_killed():
+    variables = os.environ | {ending.TORCHRUN: "none"}
+    program = [sys.executable, "-c", LAUNCHER, RANK]
+    with subprocess.Popen(program, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as launcher:
+        rank = psutil.Process(int(launcher.stdout.readline()))
+        launcher.kill()
+        _, alive = psutil.wait_procs([rank], timeout=60)
+        for process in alive:
+            process.kill()
+    assert not alive
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_letter_k_sigterm_is_the_last_word_of_a_command_alone(tmp_path, ranks):
+    """Ranks of several end at once, and torchrun says it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, mindspeed_mm.cli.infer as command\n"
+        "command.run = lambda _: os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "WORLD_SIZE": str(ranks), "RANK": "0"}
+    command = [sys.executable, "-m", "mindspeed_mm", "infer"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    if ranks == 1:
+        assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "mindspeed-mm infer: stopped by SIGTERM\n")
+    else:
+        assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
 def answering(golden, folder, command, cause, ranks):

@@ -48,7 +48,7 @@ def launch(place, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", ["TERM to the launcher", "USR1 to every process"])
+@pytest.mark.parametrize("sent", ["TERM to the launcher", "USR1 to every process", "KILL to the launcher"])
 def test_a_signal_saves_the_run(golden, folder, sent):  # noqa: F811
     describe_data(golden, folder)
     with launch(folder) as first:
@@ -59,6 +59,8 @@ def test_a_signal_saves_the_run(golden, folder, sent):  # noqa: F811
                 break
         if sent.startswith("TERM"):
             first.terminate()
+        elif sent.startswith("KILL"):  # the ranks are told, and go on until they have saved
+            first.kill()
         else:  # as Slurm does before the time limit
             ranks = subprocess.check_output(["ps", "--ppid", str(first.pid), "-o", "pid="], text=True).split()
             assert len(ranks) == 2

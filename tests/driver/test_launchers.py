@@ -14,7 +14,7 @@ from megatron.driver.arguments import add_arguments, from_namespace
 from mindspeed_mm.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("pretrain", "finetune", "finetune_lora", "finetune_qlora")
+NAMES = ("pretrain", "finetune", "finetune_lora", "finetune_qlora", "finetune_task")
 SCRIPTS = {name: ROOT / "examples" / "llava1.5" / f"{name}_llava1_5.sh" for name in NAMES}
 SCRIPTS["dpo"] = ROOT / "examples" / "hallucination" / "dpo_llava1_5.sh"
 TORCHRUN = """#!/usr/bin/env python3
@@ -111,6 +111,43 @@ def test_lora_of_llava_1_5(launch):
     assert told["process"] == told["launcher"]
 
 
+def test_a_task_of_ones_own(launch):
+    """LLaVA's finetune_task begins with a whole LLaVA-1.5; its LoRA form is told by flags."""
+    from mindspeed_mm.config.inherit import read_config
+    from mindspeed_mm.models.spec import load_model_spec
+
+    namespace, args = train_flags(launch("finetune_task"), 8)
+    assert (args.lr, args.global_batch_size, args.save, args.pretrained_checkpoint) == (
+        2e-5,
+        128,
+        "save_dir_task",
+        None,
+    )
+    spec = load_model_spec(read_config(ROOT / namespace.mm_model))
+    assert [part.trains for part in spec.part_specs().values()] == [True, False, True]
+    assert spec.text_decoder.ckpt_path == spec.vision_projector.ckpt_path == "llava-v1.5-7b"
+    script = SCRIPTS["finetune_task"].read_text()
+    (flags,) = [line.partition(" with ")[2].rstrip(".").split() for line in script.splitlines() if "--lora-r" in line]
+    told = launch("finetune_task", *flags)["arguments"]
+    assert told[-len(flags) :] == flags and flags[:4] == ["--lora-r", "128", "--lora-alpha", "256"]
+
+
+def test_what_stage_2_begins_with(launch, tmp_path):
+    """Stage 1's save folder, or any projector file; QLoRA takes the projector alone from either."""
+    file = tmp_path / "mm_projector.bin"
+    file.write_bytes(b"")
+
+    def begun(name, path):
+        words = launch(name, PRETRAINED_PATH=str(path))["arguments"]
+        flags = ("--pretrained-checkpoint", "--pretrain-mm-mlp-adapter")
+        return {flag: words[words.index(flag) + 1] for flag in flags if flag in words}
+
+    assert begun("finetune", "stage1") == {"--pretrained-checkpoint": "stage1"}
+    assert begun("finetune_lora", file) == {"--pretrain-mm-mlp-adapter": str(file)}
+    for path in ("stage1", file):
+        assert begun("finetune_qlora", path) == {"--pretrain-mm-mlp-adapter": str(path)}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_variable_comes_from_the_environment(launch, name):
     told = launch(
@@ -185,6 +222,7 @@ MODELS = [
     ("finetune", "model_13b_finetune.json"),
     ("finetune_lora", "model_finetune_lora.json"),
     ("finetune_qlora", "model_finetune_qlora.json"),
+    ("finetune_task", "model_finetune_task.json"),
 ]
 
 

@@ -57,6 +57,7 @@ def check(tmp_path, kills, seed, steps):
 
 
 @pytest.mark.usefixtures("single_process")
+@pytest.mark.slow
 def test_three_kills(tmp_path):
     check(tmp_path, kills=3, seed=1, steps=40)
 
@@ -94,7 +95,7 @@ def test_twenty_kills_of_the_command(golden, folder):  # noqa: F811
     check_train(golden, folder, kills=20, seed=4, steps=300)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_stopped_is_lost(tmp_path, victim):
     """SIGSTOP: alive, its connections are open, it does not answer. Rank 0 keeps the store, which is silent then."""
     starts = killed_runs(

@@ -36,6 +36,25 @@ def test_every_host_starts_the_launcher_with_its_number(tmp_path):
         assert line.endswith("--train-iters 7")
 
 
+def test_any_launcher_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAIN_ITERS", "7")
+    found = submitted(tmp_path, "examples/grounding/rec_llava1_5.sh")
+    assert found.stdout.count("--mm-data examples/grounding/data_rec.json") == 2, found.stderr
+
+
+def test_the_launcher_of_rec_asks_for_its_steps(tmp_path):
+    (tmp_path / "torchrun").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    place = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    place.pop("TRAIN_ITERS", None)
+    script = ["bash", "examples/grounding/rec_llava1_5.sh", "--lr", "4e-5"]
+    without = subprocess.run(script, cwd=ROOT, env=place, capture_output=True, text=True)
+    assert without.returncode != 0 and "give TRAIN_ITERS, epochs x lines of the data file / 64" in without.stderr
+    done = subprocess.run(script, cwd=ROOT, env=place | {"TRAIN_ITERS": "7"}, capture_output=True, text=True)
+    assert "--train-iters 7" in done.stdout and "--global-batch-size 64" in done.stdout
+    assert done.stdout.strip().endswith("--lr 4e-5")
+
+
 def test_a_wrong_launcher_is_refused(tmp_path):
     found = submitted(tmp_path, "evaluate-all")
     assert found.returncode == 1

@@ -1,8 +1,11 @@
-"""A small multiple-choice table and an engine that answers from a dictionary."""
+"""A small multiple-choice table, an engine that answers from a dictionary, and a judge on this machine."""
 
 import base64
 import csv
+import http.server
 import io
+import json
+import threading
 
 from PIL import Image
 
@@ -57,3 +60,72 @@ class FakeEngine:
             self.asked.append(request)
             self.images.append([image.copy() for image in request.images()])
             yield request.id, self.answers[request.id]
+
+
+class JudgeServer:
+    """Replies with what `reply` makes of the prompt, and notes what it was asked."""
+
+    def __init__(self):
+        self.reply, self.asked, self.headers, self.bodies = lambda prompt: "B", [], [], []
+        self.body = None
+        self.statuses: list[int] = []
+        """Of the next replies; then 200."""
+        self.location = ""
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                prompt = request["messages"][0]["content"]
+                outer.asked.append((self.path, request["model"], prompt))
+                outer.headers.append(dict(self.headers))
+                outer.bodies.append(request)
+                message = {"choices": [{"message": {"content": outer.reply(prompt)}}]}
+                data = outer.body or json.dumps(message).encode()
+                status = outer.statuses.pop(0) if outer.statuses else 200
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", outer.location)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class ThreadRank:
+    """One of several ranks that live as threads of the test."""
+
+    def __init__(self, rank, values, barrier):
+        self.rank, self.world_size, self._values, self._barrier = rank, len(values), values, barrier
+        self.replica, self.replicas, self.is_leader = rank, len(values), True
+        self.counted = None  # answers of all ranks, where a test shows the bar
+
+    def count(self, answers):
+        self.counted.append(answers)
+        return sum(self.counted)
+
+    def all_gather(self, value):
+        self._values[self.rank] = value
+        self._barrier.wait(timeout=30)
+        found = list(self._values)
+        self._barrier.wait(timeout=30)
+        return found
+
+
+def on_ranks(count, function):
+    """What `function(communicator)` returns on each of `count` threads."""
+    values, barrier, results = [None] * count, threading.Barrier(count), {}
+    threads = [
+        threading.Thread(target=lambda rank=rank: results.update({rank: function(ThreadRank(rank, values, barrier))}))
+        for rank in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[rank] for rank in range(count)]

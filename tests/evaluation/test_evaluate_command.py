@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -63,6 +64,21 @@ def test_answers_are_those_of_the_api(golden, table_path, tmp_path):
         question += "Answer with the option's letter from the given choices directly."
         assert [answers[row.index]] == vlm.generate(question, list(table.images(row)), max_new_tokens=3)
     assert report["decoding"]["method"] == "greedy" and report["template"] == "v1"
+
+
+def test_letter_b_the_models_sampling_is_told_and_not_used(golden, table_path, tmp_path, capsys):
+    """A benchmark is greedy, whatever the model's own generation_config.json asks for."""
+    shutil.copytree(golden / "models" / "llava_hf", tmp_path / "drawing")
+    (tmp_path / "drawing" / "generation_config.json").write_text('{"do_sample": true, "temperature": 1.7}')
+    line = command(golden, table_path, tmp_path / "out", "--limit", "1")
+    line[2] = str(tmp_path / "drawing")
+    assert main(line) == 0
+    assert "generation_config.json asks for do_sample True, temperature 1.7: not used here" in capsys.readouterr().err
+    assert main(command(golden, table_path, tmp_path / "out", "--limit", "1")) == 0
+    drawn, plain = (
+        json.loads((tmp_path / "out" / f"{name}_toy_report.json").read_text()) for name in ("drawing", "llava_hf")
+    )
+    assert drawn["decoding"] == plain["decoding"] and drawn["decoding"]["method"] == "greedy"
 
 
 def test_both_prompt_styles_and_an_unknown_benchmark(golden, table_path, tmp_path, capsys):

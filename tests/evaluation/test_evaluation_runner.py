@@ -1,11 +1,10 @@
 import base64
 import json
 import os
-import threading
 
 import openpyxl
 import pytest
-from evaluation_helpers import FakeEngine, choice_rows, image_cell, write_table
+from evaluation_helpers import FakeEngine, choice_rows, image_cell, on_ranks, write_table
 
 from evaluation.recorded import RecordedAnswers
 from evaluation.runner import run
@@ -22,39 +21,6 @@ def evaluate(table, out, engine=None, **options):
 
 def outputs(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-class ThreadRank:
-    """One of several ranks that live as threads of the test."""
-
-    def __init__(self, rank, values, barrier):
-        self.rank, self.world_size, self._values, self._barrier = rank, len(values), values, barrier
-        self.replica, self.replicas, self.is_leader = rank, len(values), True
-        self.counted = None  # answers of all ranks, where a test shows the bar
-
-    def count(self, answers):
-        self.counted.append(answers)
-        return sum(self.counted)
-
-    def all_gather(self, value):
-        self._values[self.rank] = value
-        self._barrier.wait(timeout=30)
-        found = list(self._values)
-        self._barrier.wait(timeout=30)
-        return found
-
-
-def on_ranks(count, function):
-    values, barrier, results = [None] * count, threading.Barrier(count), {}
-    threads = [
-        threading.Thread(target=lambda rank=rank: results.update({rank: function(ThreadRank(rank, values, barrier))}))
-        for rank in range(count)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [results[rank] for rank in range(count)]
 
 
 def test_files_hold_the_table_the_answers_and_the_scores(table_path, tmp_path):

@@ -1,6 +1,5 @@
 """The judge, against a server on this machine."""
 
-import http.server
 import json
 import socket
 import threading
@@ -15,41 +14,6 @@ from mindspeed_mm.cli.main import main
 from mindspeed_mm.errors import DataError
 
 OPTIONS = {"A": "cat", "B": "dog"}
-
-
-class Server:
-    """Replies with what `reply` makes of the prompt, and notes what it was asked."""
-
-    def __init__(self):
-        self.reply, self.asked, self.headers, self.body = lambda prompt: "B", [], [], None
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = request["messages"][0]["content"]
-                outer.asked.append((self.path, request["model"], prompt))
-                outer.headers.append(dict(self.headers))
-                message = {"choices": [{"message": {"content": outer.reply(prompt)}}]}
-                data = outer.body or json.dumps(message).encode()
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.http = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-
-@pytest.fixture
-def server():
-    started = Server()
-    yield started
-    started.http.shutdown()
-    started.http.server_close()
 
 
 def test_replies_are_kept(server, tmp_path):
@@ -88,7 +52,48 @@ def test_a_reply_that_is_no_letter_ends_the_run(server, tmp_path):
     server.reply = lambda prompt: "Perhaps the dog"
     with pytest.raises(DataError, match="replied 'PERHAPS THE DOG'; expected one of A, B or Z"):
         HttpJudge(server.url, tmp_path / "j.jsonl").pick("?", OPTIONS, "x")
-    assert not (tmp_path / "j.jsonl").exists()
+    assert not (tmp_path / "j.jsonl").exists() and len(server.asked) == 3
+    assert [body["temperature"] for body in server.bodies] == [0, 0.5, 0.5]
+
+
+def test_a_reply_that_cannot_be_read_is_asked_for_again(server, tmp_path):
+    replies = iter(["Perhaps", "a"])
+    server.reply = lambda prompt: next(replies)
+    judge = HttpJudge(server.url, tmp_path / "j.jsonl")
+    assert judge.pick("?", OPTIONS, "x") == "A" == judge.pick("?", OPTIONS, "x") and judge.asked == 2
+
+
+def test_a_busy_judge_is_asked_again_and_a_closed_one_is_not(server, tmp_path):
+    server.statuses = [503, 429]
+    judge = HttpJudge(server.url, tmp_path / "j.jsonl", waits=(0.01, 0.01))
+    assert judge.pick("?", OPTIONS, "x") == "B" and judge.asked == 3
+    server.statuses = [401]
+    with pytest.raises(DataError, match="cannot be asked: HTTP Error 401: Unauthorized"):
+        judge.pick("?", OPTIONS, "y")
+    assert judge.asked == 4
+
+
+def test_the_key_goes_to_the_judge_alone(server, tmp_path, caplog):
+    """Not along a redirection, not into an error that the server makes of it, not into the kept replies."""
+    server.statuses, server.location = [302], server.url + "/elsewhere"
+    server.reply = lambda prompt: "B" if "x" in prompt else "my key is secret-1"
+    judge = HttpJudge(server.url, tmp_path / "j.jsonl", key="secret-1", waits=())
+    with pytest.raises(DataError, match="302") as moved:
+        judge.pick("?", OPTIONS, "x")
+    assert len(server.headers) == 1
+    server.statuses, server.body = [403], b"no access for secret-1"
+    with pytest.raises(DataError, match=r"no access for \[key\]") as refused:
+        judge.pick("?", OPTIONS, "x")
+    server.body = None
+    with pytest.raises(DataError, match="expected one of A, B or Z") as echoed:
+        judge.pick("?", OPTIONS, "y")
+    assert judge.verdicts("1", ["a"], "z", lambda reply: True) == "my key is [key]"
+    seen = f"{moved.value}{refused.value}{echoed.value}{caplog.text}{(tmp_path / 'j.jsonl').read_text()}"
+    assert "secret" not in seen.lower()
+    for key in ("two words", "line\nend", "\u00e9"):
+        with pytest.raises(DataError, match="it is not shown") as error:
+            HttpJudge(server.url, tmp_path / "j.jsonl", key=key)
+        assert key not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_an_unfinished_last_reply_is_asked_again(tmp_path, caplog):
 
 
 def test_an_unreachable_judge_is_never_a_guess(table_path, tmp_path):
-    judge = HttpJudge("http://127.0.0.1:9/v1", tmp_path / "j.jsonl")
+    judge = HttpJudge("http://127.0.0.1:9/v1", tmp_path / "j.jsonl", waits=(0.01,))
     answers = dict.fromkeys(range(6), "who knows")
     with pytest.raises(DataError, match="cannot be asked: .*leave out --judge"):
         run("toy", table_path, FakeEngine(answers), tmp_path / "o", model="m", progress=False, judge=judge)
@@ -146,7 +151,7 @@ def test_wrong_addresses_and_damaged_caches(tmp_path):
         judge._keep("a", "B")
 
 
-def test_the_command_asks_the_judge(server, table_path, tmp_path, capsys):
+def test_the_command_asks_the_judge(server, table_path, tmp_path, capsys, monkeypatch):
     (tmp_path / "answers.json").write_text(json.dumps(dict.fromkeys(range(6), "who knows")))
     (tmp_path / "key").write_text("secret\n")
     line = ["evaluate", "--predictions", str(tmp_path / "answers.json"), "--dataset-path", str(table_path), "--json"]
@@ -157,3 +162,8 @@ def test_the_command_asks_the_judge(server, table_path, tmp_path, capsys):
     assert server.headers[0]["Authorization"] == "Bearer secret"
     assert main([*line, "--judge-key-file", str(tmp_path / "no")]) == 1
     assert "expected a file with the judge's key" in capsys.readouterr().err
+    monkeypatch.setenv("JUDGE_API_KEY", "from-the-variable")
+    assert main([*line, "--judge-model", "another"]) == 0
+    assert server.headers[-1]["Authorization"] == "Bearer from-the-variable"
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert b"from-the-variable" not in written and b"secret" not in written

@@ -52,10 +52,10 @@ def changed(folder, target, file="config.json", **changes):
         ),
         ({"text_config__rope_parameters": {"full_attention": {"rope_type": "default"}}}, "of their own for full_atten"),
         ({"text_config__hidden_act": "gelu"}, "the decoder's MLP is SwiGLU"),
-        ({"projector_hidden_act": "relu"}, "found activation 'relu'"),
-        ({"multimodal_projector_bias": False}, "bias False; gelu with biases is supported"),
-        ({"vision_feature_layer": 7}, "select_layer 7 is outside the 3 layers"),
-        ({"vision_feature_layer": [-2, -1]}, r"select_layer: found \[-2, -1\]"),
+        ({"projector_hidden_act": "relu"}, 'found projector_hidden_act "relu"'),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias false; gelu with biases is supported"),
+        ({"vision_feature_layer": 7}, r"select_layer 7 \(HF's vision_feature_layer\) is outside the 3 layers"),
+        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer \[-2, -1\]; expected one layer"),
         ({"vision_feature_select_strategy": "cls"}, "strategy 'cls'; expected default or full"),
         ({"text_config__num_key_value_heads": 4}, "num_attention_heads 6 is not a multiple of num_query_groups 4"),
         ({"text_config__max_position_embeddings": 16}, "expected more than the 16 tokens of one image"),
@@ -94,6 +94,11 @@ FOREIGN = {
     ("llava_next", "qwen2_5_vl"): 'image_processor_type is "Qwen2VLImageProcessor',
     ("qwen2_5_vl", "llava"): "CLIPImageProcessor",
     ("qwen2_5_vl", "llava_next"): "LlavaNextImageProcessor",
+}
+FOREIGN |= {
+    (name, other): f'image_processor_type is "{kind}'
+    for name in ("blip2", "instructblip", "minigpt4", "flamingo")
+    for other, kind in (("llava_next", "LlavaNextImageProcessor"), ("qwen2_5_vl", "Qwen2VLImageProcessor"))
 }
 
 

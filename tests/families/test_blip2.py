@@ -49,6 +49,19 @@ def test_logits(pair):
         close(ours.logits(**own), theirs(**own).logits)
 
 
+def test_padding_as_the_processor_has_it(pair):
+    """It puts an image before the padding on the left, so that zeros stand inside a row; OPT counts what is real."""
+    theirs, ours, folder = pair
+    words = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    processor = transformers.Blip2Processor(square_processor(), words, num_query_tokens=QUERIES)
+    texts, images = ["w3 w4 w5 w6", "w7", "w8 w9"], [image(30, 50), image(9, 4), image(41, 40)]
+    given = processor(text=texts, images=images, return_tensors="pt", padding=True)
+    assert given["attention_mask"][1].tolist() == [1] * QUERIES + [0, 0, 0, 1]
+    with torch.no_grad():
+        kept = given["attention_mask"].bool()
+        close(ours.logits(**given)[kept], theirs(**given).logits[kept])
+
+
 def test_greedy_text(pair):
     theirs, ours, _ = pair
     shown = [image(30, 50), image(90, 20)]

@@ -95,18 +95,19 @@ def test_our_own_layout_round_trip(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"mm_patch_merge_type": "flat"}, "a tensor model.image_newline with mm_patch_merge_type spatial_unpad alone"),
         (
-            {"mm_patch_merge_type": "flat"},
-            "anyres' with mm_patch_merge_type 'flat'; expected anyres with spatial_unpad",
+            {"mm_patch_merge_type": "maxpool2x2"},
+            "with mm_patch_merge_type 'maxpool2x2'; expected anyres with spatial_unpad, spatial, flat",
         ),
         ({"image_aspect_ratio": "anyres_max_9"}, "found image_aspect_ratio 'anyres_max_9'"),
         ({"image_aspect_ratio": "pad"}, "found image_aspect_ratio 'pad' with mm_patch_merge_type 'spatial_unpad'"),
-        ({"mm_use_im_start_end": True}, "found mm_use_im_start_end true: such a model .LLaVA v1.0."),
+        ({"mm_use_im_start_end": True}, "found mm_use_im_start_end true with tiles of LLaVA-1.6"),
         ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "found image_grid_pinpoints .*expected pairs of pixels"),
         ({"image_grid_pinpoints": [[28, 56], [30, 56]]}, r"found \[56, 30\], expected multiples of .* image_size 28"),
         (
             {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"},
-            "tiles go with image_aspect_ratio anyres, mm_patch_merge_type spatial_unpad",
+            "tiles go with image_aspect_ratio anyres, and a tensor model.image_newline",
         ),
         ({"mm_vision_select_feature": "cls_patch"}, "a class token has no place"),
     ],
@@ -121,16 +122,17 @@ def test_pinpoints_as_text_are_read(base, tmp_path):
     assert describe_model(open_source(folder)).vision_projector.image_grid_pinpoints == [[28, 56], [56, 28]]
 
 
-@pytest.mark.parametrize("changes", [{"image_aspect_ratio": "anyres"}, {"mm_patch_merge_type": "spatial"}])
-def test_weights_without_newline_are_no_llava_of_tiles(base, tmp_path, changes):
-    """Case: a LLaVA-1.5 checkpoint whose config.json asks for tiles was read as if it did not."""
-    folder = save_original(base[0], tmp_path, **({"mm_patch_merge_type": "flat"} | changes))
-    from safetensors.torch import load_file, save_file
+def test_weights_without_newline_have_no_place_for_it(base, tmp_path):
+    """Case: a checkpoint whose config.json asks for the newline vector of LLaVA-1.6 was read as if it did not."""
+    folder = save_original(base[0], tmp_path, newline=False)
+    with pytest.raises(ConfigError, match="a tensor model.image_newline with mm_patch_merge_type spatial_unpad alone"):
+        mm.load(folder, device="cpu")
 
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.image_newline"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match="tiles go with image_aspect_ratio anyres"):
+
+def test_tiles_of_an_original_model_need_their_sizes(base, tmp_path):
+    """The original code has no default of image_grid_pinpoints; transformers' default is another model's."""
+    folder = save_original(base[0], tmp_path, mm_patch_merge_type="flat", newline=False, image_grid_pinpoints=None)
+    with pytest.raises(ConfigError, match="found image_grid_pinpoints 'None'; expected pairs of pixels"):
         mm.load(folder, device="cpu")
 
 
@@ -216,18 +218,15 @@ def test_parts_that_do_not_fit_are_refused(base):
         load_model_spec({**model, "image_encoder": {**model["image_encoder"], "vision_projector": plain}})
 
 
-def test_llava_refuses_a_start_and_an_end_token(base, tmp_path):
+def test_llava_needs_its_start_and_end_token(base, tmp_path):
     """Case: LLaVA v1.0's <im_start> and <im_end> were left out without a word."""
-    from safetensors.torch import load_file, save_file
-
-    folder = save_original(base[0], tmp_path, image_aspect_ratio="pad", mm_patch_merge_type="flat")
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.image_newline"]
-    save_file(tensors, folder / "model.safetensors")
+    folder = save_original(base[0], tmp_path, image_aspect_ratio="pad", mm_patch_merge_type="flat", newline=False)
     assert mm.load(folder, device="cpu").spec.model_id == "llava"
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": True}))
-    with pytest.raises(ConfigError, match="found mm_use_im_start_end true: such a model"):
+    with pytest.raises(
+        ConfigError, match="found mm_use_im_start_end true, and no <im_start> and no <im_end> in the vocabulary"
+    ):
         mm.load(folder, device="cpu")
 
 

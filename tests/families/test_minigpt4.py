@@ -11,6 +11,7 @@ import mindspeed_mm as mm
 from mindspeed_mm.cli.main import main
 from mindspeed_mm.data.tokenizer import load_tokenizer
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.complete import read_model
 from mindspeed_mm.models.describe import describe_model, describe_part
 from mindspeed_mm.models.families.blip2 import BLIP2
 from mindspeed_mm.models.sources import open_source
@@ -47,6 +48,15 @@ def test_with_a_qformer(base):
     found = ours.logits(torch.tensor([row.input_ids]), pixel_values=given["pixel_values"])
     with torch.no_grad():
         close(found, theirs(**given).logits)
+
+
+def test_a_model_json_of_a_whole_folder_needs_no_sizes(base, tmp_path):
+    _, folder, spec = base
+    part = {"ckpt_path": str(folder), "freeze": True}
+    images = {"vision_encoder": part, "vision_projector": part | {"freeze": False}}
+    block = {"model_id": "minigpt4", "text_decoder": part, "image_encoder": images}
+    found, wanted = read_model(block).vision_projector, spec.vision_projector
+    assert found == wanted.model_copy(update={"ckpt_path": str(folder)})
 
 
 @pytest.mark.parametrize("decoder, scale", [("llama", None), ("gemma", 48**0.5), ("gemma", 1.0)])

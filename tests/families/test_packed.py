@@ -37,4 +37,4 @@ def test_gradients(base, alone, ranks, name, tmp_path):
     found = gradients(base, ranks, LAYOUTS[name], tmp_path)
     unused = {key for key, gradient in alone.items() if not gradient.any()}
     assert not any(found[key].any() for key in unused)
-    compare({key: gradient for key, gradient in found.items() if key not in unused}, alone, 1e-6)
+    compare({key: gradient for key, gradient in found.items() if key not in unused}, alone, 3e-6)

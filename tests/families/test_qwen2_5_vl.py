@@ -13,11 +13,12 @@ from mindspeed_mm.data.image import ImageError
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.models.families.qwen2_5_vl import QWEN2_5_VL
+from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import find_family
 from tests.helpers.golden_training import GoldenLayout
 from tests.helpers.tiny_llava import SIZES, close, image, sample, their_greedy
-from tests.helpers.tiny_qwen import inputs, patch_processor, qwen, save
+from tests.helpers.tiny_qwen import TAGS, VISION, inputs, patch_processor, qwen, save
 from tests.helpers.vlm_ranks import ADAM, GRADIENT, STEP, compare, stored, train, trained
 
 FAMILY = find_family("qwen2_5_vl")
@@ -279,3 +280,33 @@ def test_another_model_type_is_not_read_by_its_tensors(base, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
     with pytest.raises(ConfigError, match='found model_type "qwen3_vl" .*; expected qwen2_5_vl'):
         mm.load(tmp_path, device="cpu")
+
+
+def test_the_flat_config_of_the_hub(caplog):
+    """As the 7B folder has it, down to keys that nobody reads: none is told, and the numbers are transformers'."""
+    flat = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "vocab_size": 152064}
+    flat |= {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    flat |= {"num_key_value_heads": 4, "max_position_embeddings": 128000, "max_window_layers": 28, "vision_token_id": 9}
+    flat |= {"sliding_window": 32768, "use_sliding_window": False, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    flat |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "tie_word_embeddings": False}
+    vision = {"depth": 32, "hidden_size": 1280, "in_chans": 3, "out_hidden_size": 3584, "spatial_patch_size": 14}
+    split = FAMILY.split_config(flat | TAGS | {"vision_config": vision}, "qwen2_5_vl")
+    text = find_part("text_decoder", "qwen2").from_hf(split["text_decoder"])
+    theirs = transformers.Qwen2_5_VLConfig(**flat).text_config
+    assert (text.rotary_base, text.sliding_window) == (theirs.rope_parameters["rope_theta"], theirs.sliding_window)
+    assert text.mrope_section == tuple(theirs.rope_parameters["mrope_section"])
+    assert find_part("vision_encoder", "qwen2_5_vl").from_hf(split["vision_encoder"]).hidden_size == 1280
+    assert "not known here" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fullatt_block_indexes": [9]}, r"full_attention_layers \[9\] \(HF's fullatt_block_indexes\) are outside"),
+        ({"window_size": 5}, "window_size 5 holds no square of 2 x 2 patches of 6 pixels"),
+        ({"hidden_size": 36}, "kv_channels 18 is no multiple of 4"),
+    ],
+)
+def test_encoders_that_cannot_be_built(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        find_part("vision_encoder", "qwen2_5_vl").from_hf(VISION | changes)

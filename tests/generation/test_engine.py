@@ -1,5 +1,9 @@
 """Requests to answers: placeholders, batches, stop marks, limits."""
 
+import gc
+import io
+import weakref
+
 import pytest
 from PIL import Image
 
@@ -75,3 +79,37 @@ def test_sampling_does_not_depend_on_the_batch(engine):
 def test_too_long_prompt_gives_the_numbers(engine):
     with pytest.raises(ConfigError, match=r"a prompt of \d+ tokens and max_new_tokens 5 exceed .* 2048 tokens"):
         list(engine.generate([request("a", "word " * 3000)], SHORT))
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "failed"),
+    [
+        ("Hi", {}, False),
+        ("Hi", {"num_beams": 2}, False),
+        ("word " * 3000, {}, True),  # too long, known at once
+        ("Hi", {"broken": True}, True),  # known when its turn comes
+    ],
+)
+def test_what_a_request_held_is_free_when_it_has_ended(engine, image, text, more, failed):
+    """Its images above all: no circle of references keeps them until the garbage collector comes to it."""
+    from mindspeed_mm.data.sample import ImageBytes
+
+    file, broken = io.BytesIO(), more.pop("broken", False)
+    image.save(file, "PNG")
+    encoded = ImageBytes("image", file.getvalue()[:-30] if broken else file.getvalue())
+    held, told = weakref.ref(encoded), []
+    gc.collect()
+    gc.disable()
+    try:
+        handle = engine.submit(request("a", text, encoded), {"max_new_tokens": 3, **more}, on_end=told.append)
+        while handle.result is None:
+            engine.step()
+        assert (handle.error is not None) == failed and told == [handle]
+        if not failed:
+            assert len(handle.so_far(0).token_ids) == len(handle.result.token_ids)
+        del encoded, handle
+        told.clear()
+        engine.submit(request("b", "Next"), {"max_new_tokens": 1}).wait()
+        assert held() is None
+    finally:
+        gc.enable()

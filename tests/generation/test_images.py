@@ -53,6 +53,13 @@ def test_images_of_a_group_go_through_the_vision_encoder_together(engine, vision
     assert answers(engine, requests, 1) == together and vision_encoder == [6]  # nothing is computed again
 
 
+def test_what_is_remembered_of_an_image_holds_no_other_one(engine):
+    answers(engine, [request(0, *map(image_of, range(4)))], 1)
+    for item in engine.image_features._known.values():
+        values = item.projected
+        assert values.untyped_storage().nbytes() == values.numel() * values.element_size()
+
+
 def test_the_vision_encoder_takes_so_many_at_once(engine, vision_encoder, monkeypatch):
     monkeypatch.setattr("mindspeed_mm.generation.images.VISION_ENCODER_BATCH", 4)
     whole = answers(engine, [request(0, *map(image_of, range(6))), request(1, image_of(6))], 2)

@@ -41,10 +41,12 @@ class FakeCache:
 class FakeDecoder:
     """A decoder whose next token is a hash of all that its cache row holds."""
 
+    interacts = beside_text = False
+
     def __init__(self):
         self.cache, self.computed = FakeCache(), 0
 
-    def prefill(self, prompts, features, first_row, starts, positions):
+    def prefill(self, prompts, features, first_row, starts, positions, shown):
         assert positions is None
         features, width = list(features), max(map(len, prompts))
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True), start=first_row):
@@ -57,7 +59,7 @@ class FakeDecoder:
         assert not features
         return torch.stack([self._logits(row + first_row, starts[row] + len(p)) for row, p in enumerate(prompts)])
 
-    def step(self, tokens, lengths, positions):
+    def step(self, tokens, lengths, positions, shown):
         assert positions == lengths
         for row, (token, length) in enumerate(zip(tokens, lengths, strict=True)):
             self.cache.data[row, length] = token
@@ -81,7 +83,9 @@ class FakeImageFeatures:
         return [FoundImage(bytes([image] * 16), image, fixed_plan(PATCHES)) for image in images]
 
     def features(self, requests):
-        return [[found.source for found in images] for images in requests]
+        from mindspeed_mm.generation.decode import ItemFeatures
+
+        return [[ItemFeatures(found.source) for found in images] for images in requests]
 
 
 def alone(prompt, images, options):

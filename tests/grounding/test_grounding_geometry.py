@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from mindspeed_mm.data.box_steps import image_steps
+from mindspeed_mm.data.box_steps import image_steps, is_whole
 from mindspeed_mm.data.config import PreprocessParameters
 from mindspeed_mm.data.grounding.geometry import (
     CentreCrop,
@@ -19,6 +19,8 @@ from mindspeed_mm.data.grounding.geometry import (
     moved,
 )
 from mindspeed_mm.data.image import ImageProcessor, preprocess
+from mindspeed_mm.data.image_tiles import TiledImages
+from mindspeed_mm.models.tiles import best_resolution, resized_size
 
 SIZE, BOX = (120, 90), (36, 24, 84, 60)
 
@@ -85,6 +87,28 @@ def test_steps_of_a_processor_are_what_its_pixels_show(tmp_path, pad, size, as_f
     pixels = preprocess(drawn(size, box), ImageProcessor.from_config(fields), pad)
     assert np.abs(np.array(found(pixels[0].numpy() * 255)) - moved(box, size, steps)).max() <= 1.5
     assert final_size(size, steps) == (64, 64)
+
+
+@pytest.mark.parametrize("size", [(120, 90), (90, 200)])
+def test_boxes_move_with_the_tiles_of_an_image(size):
+    """LLaVA-NeXT's: an image is resized, put in the middle of a canvas, and cut into tiles."""
+    side, fields = 56, {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}, "do_normalize": False}
+    tiles = TiledImages(fields, [[56, 112], [112, 56], [112, 112]], side=side, patches=4)
+    box = (size[0] * 0.3, size[1] * 0.3, size[0] * 0.8, size[1] * 0.7)
+    box = tuple(map(round, box))
+    media = tiles.item(drawn(size, box))
+    height, width = best_resolution(size[::-1], tiles.pinpoints)
+    inner = resized_size(size[::-1], (height, width))[::-1]
+    middle = Crop(-((width - inner[0]) // 2), -((height - inner[1]) // 2), width, height)
+    pixels = media.pixels.reshape(-1, 3, side, side)[:, 0].numpy() * 255
+    whole = moved(box, size, (Resize(side, side),))
+    assert np.abs(np.array(found(pixels[0])) - whole).max() <= 1.5
+    corners = [(left, top) for top in range(0, height, side) for left in range(0, width, side)]
+    for tile, (left, top) in zip(pixels[1:], corners, strict=True):
+        seen = np.clip(moved(box, size, (Resize(*inner), middle, Crop(left, top, side, side))), 0, side)
+        if min(seen[2] - seen[0], seen[3] - seen[1]) > 4:
+            assert np.abs(np.array(found(tile)) - seen).max() <= 1.5
+    assert not is_whole(tiles)
 
 
 def test_processors_of_tiles_have_no_steps():

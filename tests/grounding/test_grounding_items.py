@@ -61,6 +61,38 @@ def test_several_images_have_pairs():
     assert [turn.learned for turn in read_item(record).turns] == [True, False]
 
 
+def test_turns_say_which_image_they_show():
+    turns = [
+        {"from": "human", "value": "<image> or <image>?", "image_seq": [1, 0]},
+        {"from": "gpt", "value": "The first."},
+        {"from": "human", "value": "And <image>?", "image_seq": [1]},
+        {"from": "gpt", "value": "<boxes>", "boxes_seq": [[[1, 0]]]},
+    ]
+    record = {"image": ["a.jpg", "b.jpg"], "target": [{}, {"boxes": [[0, 0, 50, 50]]}], "conversations": turns}
+    item = read_item(record)
+    assert item.shown == ("b.jpg", "a.jpg", "b.jpg") and item.images == ("a.jpg", "b.jpg")
+    assert texts(record)[3] == "[0.000,0.000,0.500,1.000]"
+    for number, value, message in (
+        (0, [1], r"conversations\[0\].image_seq is \[1\], and the text holds 2 <image>; expected the number"),
+        (2, None, r"conversations\[2\].image_seq is \[\], and the text holds 1 <image>"),
+        (0, [1, 1], r"names the images \[1\], and there are 2, counted from 0; expected each of them"),
+        (0, [1, 5], r"names the images \[1, 5\], and there are 2"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_item(
+                record
+                | {"conversations": [*turns[:number], turns[number] | {"image_seq": value}, *turns[number + 1 :]]}
+            )
+    with pytest.raises(DataError, match=r'conversations\[0\].image_seq is given, and "image" is no list'):
+        read_item(changed(["conversations", 0, "image_seq"], [0]))
+
+
+def test_more_decimals_than_shikra_writes():
+    thirds = changed(["target", "boxes", 1], [0, 0, 100 / 3, 50 / 3])
+    item, style = read_item(thirds), notation("square", 5)
+    assert "[0.00000,0.00000,0.33333,0.33333]" in written_turns(item, style, lambda _: (100, 50))[1].text
+
+
 def test_normalised_boxes():
     record = changed(["target"], {"boxes": [[0.1, 0.2, 0.3, 0.4], [0, 0, 1, 1]], "points": [[0.5, 0.5]]})
     assert texts(record, normalised=True)[0].endswith("[0.500,0.500]?")

@@ -44,7 +44,13 @@ def test_parse_undoes_format(name, size, data):
 def test_the_error_is_half_a_step(values):
     for name, steps in STEPS.items():
         ((found,),) = NOTATIONS[name].parse(NOTATIONS[name].format([values]))
-        assert all(abs(a - b) <= 0.5 / steps + 1e-9 for a, b in zip(found, values, strict=True))
+        most = 1.0 if name == "minigpt_v2" else 0.5  # its numbers are cut off
+        assert all(abs(a - b) <= most / steps + 1e-9 for a, b in zip(found, values, strict=True))
+
+
+def test_minigpt_v2_cuts_off():
+    style = NOTATIONS["minigpt_v2"]
+    assert style.format([[0.129999, 0.999, 0.29, 1.0]]) == "{<12><99><29><100>}"
 
 
 def test_the_words_of_bins():

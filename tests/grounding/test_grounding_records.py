@@ -82,7 +82,7 @@ def test_settings_that_do_not_fit(tmp_path):
         config(tmp_path, [], {"notation": "curly"})
     with pytest.raises(ConfigError, match="precision is of brackets"):
         config(tmp_path, [], {"notation": "internvl", "precision": 2})
-    with pytest.raises(ConfigError, match='has "grounding", which only the dataset_type "grounding" reads'):
+    with pytest.raises(ConfigError, match='has "grounding", which only the dataset_type "grounding" or "rec" or'):
         config(tmp_path, [], {"notation": "round"}, dataset_type="llava")
     assert BasicParameters(data_path="a").grounding is None
 

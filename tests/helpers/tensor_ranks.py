@@ -14,7 +14,7 @@ def start_rank(tensor: int = 1, pipeline: int = 1) -> int:
 
     if tensor * pipeline == 1:
         init_single_process(platform)
-    else:
+    elif not parallel_state.model_parallel_is_initialized():  # one call may build several models
         parallel_state.initialize_model_parallel(tensor, pipeline)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
     return parallel_state.get_tensor_model_parallel_rank()

@@ -12,7 +12,7 @@ import torch
 from mindspeed_mm.constants import IGNORE_INDEX
 from mindspeed_mm.data.sample import Encoded
 from mindspeed_mm.models.spec import find_family
-from tests.helpers import tiny_blip, tiny_llava, tiny_minigpt4, tiny_qwen
+from tests.helpers import flamingo_reference, tiny_blip, tiny_llava, tiny_minigpt4, tiny_qwen
 from tests.helpers.tiny_llava import image, sample
 
 SHOWN = [image(30, 50), image(60, 20), image(40, 41)]
@@ -105,8 +105,14 @@ def _minigpt4(folder: Path):
     return *tiny_minigpt4.with_qformer(folder), tiny_llava.inputs
 
 
+def _flamingo(folder: Path):
+    theirs = flamingo_reference.FlamingoReference().eval()
+    return theirs, flamingo_reference.save(theirs, folder), tiny_llava.inputs
+
+
 MAKERS = {
     "blip2": _blip2,
+    "flamingo": _flamingo,
     "instructblip": _instructblip,
     "llava": _llava,
     "llava_next": _llava_next,

@@ -125,14 +125,15 @@ def save(model, folder: Path, processor=None) -> Path:
     return folder
 
 
-def save_original(model, folder: Path, **config) -> Path:
-    """A LLaVA-NeXT model in the original code's layout, its vision encoder in a folder of its own."""
+def save_original(model, folder: Path, *, newline: bool = True, **config) -> Path:
+    """A LLaVA-NeXT model in the original code's layout, its vision encoder in a folder of its own. Without `newline`
+    it lacks that vector."""
     renamed = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("model.multi_modal_projector."):
             number, kind = name.removeprefix("model.multi_modal_projector.linear_").split(".")
             renamed[f"model.mm_projector.{2 * int(number) - 2}.{kind}"] = tensor
-        elif name == "model.image_newline" or name.startswith("lm_head."):
+        elif (name == "model.image_newline" and newline) or name.startswith("lm_head."):
             renamed[name] = tensor
         elif name.startswith("model.language_model."):
             renamed["model." + name.removeprefix("model.language_model.")] = tensor

@@ -149,11 +149,18 @@ def run(args, provider=None, hooks=None, step=forward_step, masked: bool = False
     return state, train(state, args, step, batches, hooks)
 
 
+def snapshot_of_parameters(state) -> dict[str, torch.Tensor]:
+    """Parameters by name; those of pipeline chunks behind their number."""
+    return {
+        (f"{number}.{name}" if number else name): parameter.detach().clone()
+        for number, module in enumerate(state.modules)
+        for name, parameter in module.named_parameters()
+    }
+
+
 def snapshot(state) -> dict[str, torch.Tensor]:
     """Parameters and optimizer state by name."""
-    tensors = {}
-    for module in state.modules:
-        tensors |= {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    tensors = snapshot_of_parameters(state)
     for number, values in enumerate(state.optimizer.optimizer.state.values()):
         tensors |= {f"optimizer.{number}.{name}": value.clone() for name, value in values.items()}
     return tensors

@@ -12,7 +12,7 @@ OLD_WORDS = re.compile(r"tower|picture", re.IGNORECASE)
 FIXTURES = {"golden", "golden_eval", "golden_flamingo", "cases"}
 # What public formats are called by (LLaVA's config, transformers' modules), and what users and data say.
 PUBLIC = re.compile(
-    r"vision_tower|in the picture|description of the picture|this picture shows"
+    r"vision_tower|in the picture|(description|depiction) of the picture|this picture shows"
     r"|Describe the picture|tree picture shows|A picture\."
     r'|"tower": spec,  # the key under which'
 )

@@ -57,11 +57,25 @@ def test_every_data_file_of_a_package_is_packed(setup_arguments):
     assert not left_out, f"add their pattern to package_data in setup.py: {left_out}"
 
 
+def pins_of(name):
+    """Package -> version of a file of constraints."""
+    lines = [line.strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonical(pin.name): next(iter(pin.specifier)).version for pin in pins}
+
+
+def test_constraints_of_the_object_storage_add_to_the_others(setup_arguments):
+    """They are a second step: one version differs, since botocore takes no other."""
+    first, second = pins_of("constraints.txt"), pins_of("constraints-storage.txt")
+    assert {name for name in second if name in first} == {"python-dateutil"}
+    for requirement in map(Requirement, setup_arguments["extras_require"]["storage-test"]):
+        name = canonical(requirement.name)
+        assert (second.get(name) or first[name]) in requirement.specifier, requirement
+
+
 def test_constraints_fit_the_requirements(setup_arguments):
     """Every requirement is pinned, inside its range, without a local version such as a CPU build's."""
-    lines = [line.strip() for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()]
-    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    versions = {canonical(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    versions = pins_of("constraints.txt")
     extras = setup_arguments["extras_require"]
     wanted = (
         setup_arguments["install_requires"] + extras["evaluate"] + extras["quickstart"] + extras["dev"] + extras["docs"]

@@ -101,7 +101,13 @@ def test_sources_are_ascii():
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("name", ["scripts/setup_env.sh", "scripts/test.sh", ".ci/run", "examples/quickstart/run.sh"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("scripts/setup_env.sh", "scripts/test.sh", ".ci/run"),
+        *("examples/quickstart/run.sh", "examples/hallucination/digits.sh", "examples/grounding/digits.sh"),
+    ],
+)
 def test_scripts_are_executable_and_strict(name):
     path = ROOT / name
     text = path.read_text(encoding="utf-8")

@@ -4,8 +4,8 @@ import ast
 
 from house import python_files, tree, where
 
-FILE_LINES = 450
-FUNCTION_LINES = 80
+FILE_LINES = 400
+FUNCTION_LINES = 60
 LOOP_LINES = 120  # the training loop reads best as one piece
 LOOPS = {"megatron/driver/loop.py"}
 FOLDERS = ("mindspeed_mm", "megatron", "checkpoint_converters", "evaluation", "examples", "tests")

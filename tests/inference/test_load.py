@@ -35,9 +35,19 @@ def test_parallel_sizes_need_as_many_processes(golden):
         mm.load(golden / "models" / "llava_hf", device="cpu", tensor_model_parallel_size=2)
 
 
-def test_half_a_model_is_refused(golden):
-    with pytest.raises(WeightError, match="expected a vision_encoder"):
-        locate(golden / "models" / "vicuna")
+def test_letter_f_half_a_model_is_joined_with_the_others(golden, tmp_path):
+    """A cure that fits who gave one path, as `infer` takes it; carried out, it cures."""
+    from mindspeed_mm.cli.main import main
+
+    models = golden / "models"
+    with pytest.raises(WeightError, match="expected a whole model, with a text_decoder and a vision_projector"):
+        locate(models / "clip_hf")
+    with pytest.raises(WeightError, match="expected a whole model, with a vision_encoder and a") as caught:
+        locate(models / "vicuna")
+    told = str(caught.value).partition("mindspeed-mm convert ")[2].partition(", then")[0].split()
+    places = {"ENCODER": models / "clip_hf", "PROJECTOR": models / "mm_projector.bin", "TARGET": tmp_path / "joined"}
+    assert main(["convert", *(str(places.get(word, word)) for word in told)]) == 0
+    assert locate(tmp_path / "joined").spec.vision_projector.num_layers == 2
 
 
 def test_missing_vision_encoder_config_is_named(golden, tmp_path):

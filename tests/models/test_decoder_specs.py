@@ -65,6 +65,13 @@ THEIRS = {
     "opt": transformers.OPTConfig,
     "mpt": transformers.MptConfig,
 }
+VL = {
+    "qwen2": (
+        ("qwen2_vl_text", transformers.Qwen2VLTextConfig),
+        ("qwen2_5_vl_text", transformers.Qwen2_5_VLTextConfig),
+    )
+}
+"""Text parts of multimodal models that a decoder reads under a model_type of their own, with defaults of their own."""
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -79,8 +86,9 @@ def test_every_key_of_transformers_is_known(name):
 def test_the_defaults_are_those_of_transformers(name):
     """A config that says nothing means the same to us as one with all values written out."""
     module = next(module for module in MODULES if module.PART.name == name)
-    silent, spoken = module.from_hf({"model_type": name}), module.from_hf(THEIRS[name]().to_dict())
-    assert silent.model_dump(exclude={"params_dtype"}) == spoken.model_dump(exclude={"params_dtype"})
+    for kind, theirs in ((name, THEIRS[name]), *VL.get(name, ())):
+        silent, spoken = module.from_hf({"model_type": kind}), module.from_hf(theirs().to_dict())
+        assert silent.model_dump(exclude={"params_dtype"}) == spoken.model_dump(exclude={"params_dtype"}), kind
 
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}

@@ -218,8 +218,8 @@ def test_a_llama_that_cannot_be_built(changes, message):
         ({"kv_channels": 32}, "CLIP has plain multi-head attention whose heads fill its width"),
         ({"num_query_groups": 1}, "CLIP has plain multi-head attention whose heads"),
         ({"image_size": 13}, "image_size 13 holds no patch of patch_size 14"),
-        ({"select_layer": -5}, "select_layer -5 is outside the 4 layers"),
-        ({"select_layer": 5}, "select_layer 5 is outside"),
+        ({"select_layer": -5}, r"select_layer -5 \(HF's vision_feature_layer\) is outside the 4 layers"),
+        ({"select_layer": 5}, "select_layer 5 .* is outside"),
         ({"class_token_len": 2}, "CLIP has one class token"),
         ({"post_layer_norm": True}, "the feature is taken before the final norm"),
     ],
@@ -324,12 +324,16 @@ def test_variants_of_llama_that_are_not_built(changes, message):
     [
         ({"model_type": "siglip_vision_model"}, 'found model_type "siglip_vision_model"'),
         ({"vision_feature_select_strategy": "all"}, "found vision_feature_select_strategy 'all'"),
-        ({"vision_feature_layer": [-2, -5]}, "select_layer: found"),
+        ({"vision_feature_layer": [-2, -5]}, r"found vision_feature_layer \[-2, -5\]"),
     ],
 )
 def test_variants_of_clip_that_are_not_built(config, message):
     with pytest.raises(ConfigError, match=message):
         clip.from_hf(config)
+
+
+def test_a_list_of_one_layer_is_that_layer():
+    assert clip.from_hf({"vision_feature_layer": [-3]}) == clip.from_hf({"vision_feature_layer": -3})
 
 
 @pytest.mark.parametrize(
@@ -340,8 +344,8 @@ def test_variants_of_clip_that_are_not_built(config, message):
         ({"mm_projector_type": "mlp0x_gelu", "mm_hidden_size": 4}, 'found mm_projector_type "mlp0x_gelu"; linear and'),
         ({"mm_projector_type": 2, "mm_hidden_size": 4}, 'found mm_projector_type "2"; linear and'),
         ({"mm_projector_type": "mlp2x_gelu"}, "mm_hidden_size is missing"),
-        ({"projector_hidden_act": "silu"}, "found activation 'silu' and bias True"),
-        ({"multimodal_projector_bias": False}, "and bias False"),
+        ({"projector_hidden_act": "silu"}, 'projector_hidden_act "silu" and multimodal_projector_bias true'),
+        ({"multimodal_projector_bias": False}, "and multimodal_projector_bias false"),
     ],
 )
 def test_variants_of_the_projector_that_are_not_built(config, message):

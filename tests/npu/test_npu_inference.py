@@ -13,6 +13,7 @@ from tests.helpers.golden_model import load_expected
 from tests.npu import runs
 
 IMAGE_ID = 1000
+LAYERS = 4
 
 
 def loaded(golden: Path, dtype: str = "fp32"):
@@ -59,6 +60,9 @@ def test_greedy_tokens_equal_transformers(npu_ranks, golden, dtype):
     if dtype == "fp32":
         assert tokens == [case["new_tokens_eos_stop"] for case in cases]
     assert ("npu_fused_infer_attention_score" in called) == (dtype == "bf16")
+    steps = max(len(answer) for answer in tokens) - 1
+    for name in ("npu_rms_norm", "npu_add_rms_norm", "npu_swiglu", "npu_rotary_mul"):
+        assert called[name] > LAYERS * steps, name  # in every layer of every step, and for the prompts
 
 
 def evaluated(golden: Path, table: str, out: str) -> int:

@@ -30,6 +30,15 @@ def folder(golden, tmp_path):
     return tmp_path
 
 
+def test_a_block_behind_a_quantized_decoder(ranks, folder):
+    """Adapters and a new post-interaction block, which is the identity at the start."""
+    model = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps(model | {"interaction": {}}))
+    assert ranks(1).run(train_pairs, str(folder), "block", "") == [0]
+    rows = records(folder / "block")
+    assert rows[0]["loss"] == pytest.approx(0.6931472, abs=1e-6) and rows[-1]["loss"] < rows[0]["loss"]
+
+
 def test_adapters_on_a_quantized_decoder(ranks, folder):
     """The reference is the same quantized decoder, which lies in memory once."""
     assert ranks(1).run(train_pairs, str(folder), "one", f"--pref-cache {folder}/cache") == [0]

@@ -36,7 +36,7 @@ def compare(found, wanted, what):
             assert row[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), (what, row["iteration"], key)
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "packed"])
 def test_adapters_at_every_layout(ranks, golden, folder, packing):
     if packing:
         write_pairs(golden, folder, dataloader_param={"packing": True})
@@ -70,8 +70,9 @@ def test_the_first_values_of_what_is_trained_are_the_reference(ranks, golden, fo
         compare(records(folder / name), wanted, name)
 
 
-def test_adapters_go_on_exactly(ranks, folder):
-    """At another layout, too; the reference stays the model without adapters."""
+def test_adapters_go_on_exactly(ranks, golden, folder):
+    """At another layout and in the midst of packed rows, too; the reference stays the model without adapters."""
+    write_pairs(golden, folder, dataloader_param={"packing": True})
     place, flags = str(folder), f"{LORA} --train-iters 4"
     assert ranks(1).run(train_pairs, place, "whole", flags) == [0]
     assert ranks(1).run(train_pairs, place, "cut", f"{flags} --exit-interval 2") == [0]
@@ -111,7 +112,15 @@ def test_losses_without_a_reference(folder, capsys, single_process):
 
 
 def test_the_log_has_the_names_of_ha_dpo_on_request(folder, single_process):
-    assert train_alone(folder, "one", f"{SIZES} {LORA} --pref-hadpo-keys --train-iters 2") == 0
+    """In metrics.jsonl and in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = f"{SIZES} {LORA} --pref-hadpo-keys --train-iters 2 --tensorboard-dir {folder}/board"
+    assert train_alone(folder, "one", flags) == 0
+    events = EventAccumulator(str(folder / "board")).Reload()
+    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected", "referece_logps/chosen"):
+        shown = [event.value for event in events.Scalars(key)]
+        assert shown == pytest.approx([row[key] for row in records(folder / "one")], rel=1e-5), key
     for row in records(folder / "one"):
         for side in ("chosen", "rejected"):
             assert row[f"policy_logps/{side}"] == row[f"logps/{side}"]

@@ -72,7 +72,7 @@ def test_the_loss_of_equal_models(loss, start):
         ({"label_smoothing": 0.5}, "label_smoothing: found 0.5"),
         ({"bta": 0.1}, 'did you mean "beta"'),
         ({"loss": "hinge", "label_smoothing": 0.1}, 'label_smoothing is given, but the loss "hinge" does not use it'),
-        ({"gamma": 1.0}, 'gamma is given, but the loss "sigmoid" does not use it'),
+        ({"gamma": 1.0}, "does not use it; leave it out .HA-DPO's gamma is auxiliary_weight here"),
         ({"loss": "simpo", "reference_free": True}, 'the loss "simpo" has no reference anyway'),
     ],
 )

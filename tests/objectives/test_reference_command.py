@@ -1,6 +1,7 @@
 """`mindspeed-mm reference`: what it leaves is all that a run needs, at any layout, and it is not done twice."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -86,6 +87,11 @@ def test_a_command_that_was_cut_short_goes_on(folder, single_process, capsys):
     assert reference(folder, cached) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (said["pairs"], said["computed"]) == (12, 4) and stored(folder / "cache")[0] == 12
+    (model,) = (folder / "cache").iterdir()
+    shutil.rmtree(model)
+    model.write_text("what is in the way")
+    assert reference(folder, cached) == 1
+    assert "12 pairs could not be written; expected a folder with room" in capsys.readouterr().err
 
 
 def test_every_layout_makes_the_same(ranks, golden, folder):
@@ -107,6 +113,10 @@ def test_every_layout_makes_the_same(ranks, golden, folder):
 CASES = {
     "no folder": (f"{SIZES} {LORA}", "mindspeed-mm reference needs --pref-cache DIR"),
     "no reference": (f"{SIZES} {LORA} --pref-loss simpo --pref-cache cache", "has no reference model"),
+    "no room": (
+        f"{SIZES} {LORA} --pref-cache {__file__}/cache",
+        "cannot be made: Not a directory; name another",
+    ),
     "features": (f"{SIZES} {LORA} --pref-cache cache --feature-cache f", "does not go with a reference: leave it out"),
     "no pairs": ("--objective sft --pref-cache cache", "holds preference records"),
 }

@@ -46,6 +46,17 @@ def test_what_is_written_is_read_and_damage_is_left_out(tmp_path, caplog):
     assert len(damaged) == 1 and "2 damaged records are left out" in caplog.text
 
 
+def test_a_disk_that_takes_nothing(tmp_path, caplog):
+    (tmp_path / "model").write_text("in the way")
+    store, keys = ReferenceStore(tmp_path, "model"), [bytes(16), bytes([1] * 16)]
+    for key in keys:
+        store.add([key], torch.tensor([[-1.0, -2.0]]), write=True)
+    assert store.unwritten == 2 and store.values(keys).tolist() == [[-1, -2], [-1, -2]]
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}/model: File exists; log-probabilities are kept for this run alone"
+    ]
+
+
 @pytest.fixture
 def folder(golden, tmp_path):
     write_pairs(golden, tmp_path)

@@ -66,7 +66,7 @@ def describe_data(golden, folder, packing=False):
     (folder / "data.json").write_text(json.dumps(data))
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "packed"])
 def test_the_command_at_every_layout(ranks, golden, folder, packing):
     describe_data(golden, folder, packing)
     assert ranks(1).run(train, str(folder), "one", "") == [0]

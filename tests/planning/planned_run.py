@@ -54,6 +54,24 @@ def other_model(name: str, trained: tuple[str, ...] = EVERYTHING) -> dict:
     return made | ({} if model_id == "llava" else {"model_id": model_id})
 
 
+CROSS = {"every": 2, "memory_size": VISION_ENCODER["hidden_size"], "media_token_id": 7}
+OTTER = [
+    {"names": "decoder.layers.*.gated_cross.*", "freeze": False},
+    {"names": "embedding.word_embeddings.weight", "freeze": False, "rows": [7, 8]},
+]
+"""What Otter trains of its decoder."""
+
+
+def flamingo_model(trained: tuple[str, ...] = EVERYTHING, every: int = 2, **decoder: Any) -> dict:
+    """A Flamingo of random weights; `decoder` are further keys of its text_decoder."""
+    made = model(trained, cross_attention=CROSS | {"every": every}, **decoder)
+    images = made["image_encoder"]
+    images["vision_encoder"]["select_layer"] = -1
+    width = {"input_size": CROSS["memory_size"], "hidden_size": CROSS["memory_size"]}
+    images["vision_projector"] |= {"model_id": "perceiver", "num_layers": 2, "num_latents": 16} | width
+    return made | {"model_id": "flamingo"}
+
+
 def model(trained: tuple[str, ...] = STAGE_2, **decoder: Any) -> dict:
     """A model.json of random weights; `decoder` are further keys of its text_decoder."""
 

@@ -142,6 +142,8 @@ def _static_bytes(state) -> tuple[int, int, int]:
     optimizer = sum(m.numel() * m.element_size() for m in masters if m.untyped_storage().data_ptr() not in own)
     for values in inner.state.values():
         optimizer += sum(v.numel() * v.element_size() for name, v in values.items() if name != "step")
+    if state.average is not None:
+        optimizer += sum(average.nbytes for average in state.average._averages)
     return parameters, gradients, optimizer
 
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mindspeed_mm.data.collate import Collator
 from tests.helpers.tiny_families import MAKERS, make_family
-from tests.planning.planned_run import EVERYTHING, STAGE_1, STAGE_2, VISION_ENCODER, model
+from tests.planning.planned_run import EVERYTHING, OTTER, STAGE_1, STAGE_2, VISION_ENCODER, model
 from tests.planning.real_run import Work, batches_of
 
 
@@ -55,6 +55,21 @@ def test_families(single_process, model_id, packed, monkeypatch, tmp_path):
     close = 0.05 if tiny.spec.vision_projector.reads_instructions else 1e-9
     # Plain products take each sample's square.
     assert counted == pytest.approx(ours + 3 * decoder_scores(tiny.spec, batch), rel=close)
+
+
+def test_what_otter_trains(single_process, monkeypatch, tmp_path):
+    """The decoder's own linears are frozen, those of its cross-attention are not, and neither is its embedding."""
+    from mindspeed_mm.models.spec import load_model_spec, model_block
+    from mindspeed_mm.trainer.flops import batch_flops
+
+    tiny = make_family("flamingo", tmp_path)
+    block = model_block(tiny.spec.part_specs(), "flamingo")
+    block["text_decoder"] |= {"freeze": True, "parameters": OTTER}
+    block["image_encoder"]["vision_encoder"]["freeze"] = True
+    spec, batch = load_model_spec(block), Collator(0)(tiny.rows((2, 1, 0)))
+    counted = counted_flops(spec, batch, monkeypatch)
+    assert counted == pytest.approx(batch_flops(spec, batch) + 3 * decoder_scores(spec, batch), rel=1e-9)
+    assert counted < 0.95 * batch_flops(tiny.spec, batch)
 
 
 @pytest.mark.parametrize("trained", [STAGE_1, STAGE_2, EVERYTHING], ids=["stage 1", "stage 2", "everything"])

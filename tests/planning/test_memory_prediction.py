@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.planning.planned_run import EVERYTHING, OTHERS, STAGE_1, model, other_model, planned
+from tests.planning.planned_run import EVERYTHING, OTHERS, OTTER, STAGE_1, flamingo_model, model, other_model, planned
 from tests.planning.real_run import Work, as_processor, measure
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -22,6 +22,7 @@ RUNS = {
     "selective recomputation": Work(model(recompute_granularity="selective"), PAIR),
     "vision encoder trained": Work(model(EVERYTHING), PAIR),
     "packed": Work(model(), "--bf16", packed=3),
+    "LoRA": Work(model(lora={"r": 4, "alpha": 8.0, "target_modules": "all-linear"}), PAIR),
     "TP2 SP": Work(model(), f"{PAIR} --tensor-model-parallel-size 2 --sequence-parallel", 2),
     "TP2, vision encoder trained": Work(model(EVERYTHING), f"{PAIR} --tensor-model-parallel-size 2", 2),
     "CP2": Work(model(), f"{PAIR} --context-parallel-size 2", 2),
@@ -29,10 +30,22 @@ RUNS = {
     "PP2": Work(model(), f"{PAIR} --pipeline-model-parallel-size 2 --global-batch-size 8", 2),
     "PP2 stage 1": Work(model(STAGE_1), f"{PAIR} --pipeline-model-parallel-size 2 --global-batch-size 8", 2),
     "DP2 distributed": Work(model(), f"{PAIR} --use-distributed-optimizer", 2),
+    "DP2 distributed, moving average": Work(model(), f"{PAIR} --use-distributed-optimizer --ema-decay 0.9", 2),
+    "Muon": Work(model(), f"{PAIR} --optimizer muon"),
 }
 RUNS |= {name: Work(other_model(name), PAIR, tokens=384) for name in OTHERS}
 RUNS |= {
     f"{name}, CP2": Work(other_model(name), f"{PAIR} --context-parallel-size 2", 2, 384) for name in list(OTHERS)[2:]
+}
+RUNS |= {
+    "Flamingo": Work(flamingo_model(), PAIR),
+    "Flamingo, full recomputation": Work(flamingo_model(**FULL), PAIR),
+    "Flamingo, packed": Work(flamingo_model(), "--bf16", packed=3),
+    "Otter, PP2": Work(
+        flamingo_model(STAGE_1, every=3, parameters=OTTER),
+        f"{PAIR} --pipeline-model-parallel-size 2 --global-batch-size 8",
+        2,
+    ),
 }
 OLD_PROCESSOR = (
     "stage 2", "grouped queries", "selective recomputation", "full recomputation", "vision encoder trained", "packed",

@@ -43,6 +43,8 @@ def training(job, save=None, platform=None):
         fp16=False,
         use_distributed_optimizer=False,
         num_workers=2,
+        optimizer="adam",
+        ema_decay=None,
     )
     loading = SimpleNamespace(packing=False, packing_length=None)
     config = SimpleNamespace(dataloader_param=loading)

@@ -97,6 +97,30 @@ def test_calibration_takes_the_rates_of_this_machine(capsys, tmp_path, monkeypat
     assert "lower bound" not in shown
 
 
+def test_flags_of_what_trains(capsys):
+    """Adapters, fewer bits, Muon and the moving average change bytes by as much as they hold."""
+    layout = [*EIGHT[2:], *LAYOUT, "--micro-batch-size", "1"]
+    adapters = ["--lora-r", "16", "--lora-target-modules", "q_proj", "--freeze-mm-mlp-adapter"]
+
+    def memory(*flags):
+        report, _ = plan(capsys, "--devices", "2", *layout, *adapters, *flags)
+        return report["layouts"][0]["stages"][0]
+
+    lora, trained = memory(), 32 * 16 * (4096 + 4096 // 2)  # A is whole on both ranks, B in halves
+    assert lora["optimizer"] == 12 * trained
+    assert memory("--ema-decay", "0.99")["optimizer"] == 16 * trained
+    assert memory("--optimizer", "muon")["optimizer"] == 8 * trained
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008) // 2
+    assert lora["parameters"] - memory("--quantize", "nf4")["parameters"] == linears * (2 - 4.5 / 8)
+
+
+def test_a_search_with_muon(capsys):
+    """Which shares no optimizer state."""
+    flags = ["--optimizer", "muon", "--lora-r", "16", "--freeze-mm-mlp-adapter"]
+    report, _ = plan(capsys, *EIGHT[2:], *LAYOUT, "--devices", "4", *flags, "--recompute", "model")
+    assert report["fitting"] and "--use-distributed-optimizer" not in report["layouts"][0]["flags"]
+
+
 def test_nothing_fits(capsys):
     report, shown = plan(capsys, "--devices", "1", "--memory", "8GB", "--bf16", "--micro-batch-size", "1", code=1)
     assert "nothing fits into 7.2 GB a device" in report["error"]

@@ -1,5 +1,6 @@
 """torchrun's own report goes to a file; the screen gets one line."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -47,8 +48,10 @@ def test_a_port_in_use_is_one_line(tmp_path, monkeypatch):
 
 
 def test_what_is_said(monkeypatch):
-    failure = ProcessFailure(local_rank=1, pid=7, exitcode=-9, error_file="none")
-    assert torchrun.summary(ChildFailedError("x", {1: failure})).startswith("rank 1 ended with signal 9, ")
+    for code, words in ((-9, r"9 \(SIGKILL\), .* no memory left"), (-11, r"11 \(SIGSEGV\), .* compiled library")):
+        failure = ProcessFailure(local_rank=1, pid=7, exitcode=code, error_file="none")
+        said = torchrun.summary(ChildFailedError("x", {1: failure}))
+        assert re.fullmatch(f"rank 1 ended with signal {words}.*", said)
     assert torchrun.summary(SignalException("", signal.SIGINT)) == "stopped by SIGINT"
     assert torchrun.summary(ValueError("a\nb")) == "a"
     monkeypatch.delenv("MASTER_PORT", raising=False)

@@ -60,7 +60,9 @@ def test_split_is_stratified_and_fixed():
 
 def test_no_held_out_image_is_trained_on(data):
     folder, _ = data
-    trained = {record["image"] for name in ("stage1.json", "stage2.json") for record in records(folder, name)}
+    trained = {
+        record["image"] for name in ("stage1.json", "stage2.json", "parity.json") for record in records(folder, name)
+    }
     held_out = {f"digit_{row:04d}.png" for row in held_out_indices(load_digits().target)}
     assert len(trained) == 1437 and not trained & held_out
     assert all((folder / "images" / name).exists() for name in trained | held_out)
@@ -70,6 +72,22 @@ def test_same_files_every_time(data, tmp_path):
     make_data(tmp_path, questions_per_digit=2)
     for name in ("stage1.json", "stage2.json", "digits_mcq.tsv", "images/digit_0000.png"):
         assert (tmp_path / name).read_bytes() == (data[0] / name).read_bytes()
+
+
+def test_the_third_act_asks_for_parity(data):
+    with (data[0] / "parity_mcq.tsv").open(newline="", encoding="utf-8") as stream:
+        table = list(csv.DictReader(stream, delimiter="\t"))
+    labels = load_digits().target
+    for row, digit in zip(table, labels[held_out_indices(labels)], strict=True):
+        assert {row["A"], row["B"]} == {"odd", "even"} and not row["C"] + row["D"]
+        assert row[row["answer"]] == ("odd" if digit % 2 else "even")
+    assert Counter(row["answer"] for row in table) == {"A": 180, "B": 180}
+    asked = [turn["value"] for record in records(data[0], "stage2.json") for turn in record["conversations"]]
+    assert not any("odd" in text for text in asked), "the first two acts never ask it"
+    for record in records(data[0], "parity.json"):
+        question, answer = (turn["value"] for turn in record["conversations"])
+        digit = labels[int(record["image"][6:10])]
+        assert f"{answer}. {'odd' if digit % 2 else 'even'}" in question
 
 
 def test_benchmark_is_balanced_and_right(data):

@@ -5,7 +5,7 @@ import json
 import pytest
 import sentencepiece
 
-from examples.quickstart.configs import write_configs
+from examples.quickstart.configs import lora_config, write_configs
 from examples.quickstart.make_data import LETTERS, NAMES, choice_question, make_data
 from examples.quickstart.make_models import make_models
 from mindspeed_mm.data.config import DataConfig
@@ -47,7 +47,10 @@ def test_configs_are_accepted(made):
     spec = load_model_spec(folder / "configs" / "model.json")
     assert spec.text_decoder.language_vocab_size == sizes["vocabulary"]
     assert not any(part.freeze for part in spec.part_specs().values())
-    for name, template in (("data_pretrain.json", "plain"), ("data_finetune.json", "v1")):
+    lora = load_model_spec(lora_config(json.loads((folder / "configs" / "model.json").read_text()), folder / "stage2"))
+    assert [part.trains for part in lora.part_specs().values()] == [True, False, False] and lora.text_decoder.lora
+    files = (("data_pretrain.json", "plain"), ("data_finetune.json", "v1"), ("data_parity.json", "v1"))
+    for name, template in files:
         assert DataConfig.load(folder / "configs" / name).dataset_param.template_name == template
 
 

@@ -1,12 +1,18 @@
 """The openai client against a server on loopback: the answers are those of mm.load(...).generate."""
 
+import json
+import re
+import shlex
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
 
 import mindspeed_mm as mm
-from tests.helpers.loopback import asking, png, serving
+from tests.helpers.loopback import asking, data_url, png, serving
 
 RED, WIDE = png(30, 20), png(50, 21, (10, 200, 40))
 
@@ -16,6 +22,21 @@ CASES = [
     {"text": "No image at all", "temperature": 1, "seed": 3, "max_tokens": 12, "logprobs": True, "top_logprobs": 3},
     {"text": "Draw", "images": [WIDE], "temperature": 0.7, "top_p": 0.9, "seed": 5, "n": 3, "max_tokens": 8},
     {"text": "Many words", "temperature": 1.5, "seed": 11, "n": 2, "max_tokens": 30, "extra_body": {"top_k": 20}},
+    {
+        "text": "Rules of the engine",
+        "temperature": 0,
+        "max_tokens": 9,
+        "extra_body": {"bad_words_ids": [[7]], "sequence_bias": [[[9], 3.0]], "repetition_penalty": 1.2},
+    },
+    {
+        "text": "Biases",
+        "temperature": 0,
+        "max_tokens": 9,
+        "logprobs": True,
+        "logit_bias": {"9": 3, "11": -2.5, "2": -100},
+    },
+    {"text": "Drawn with them", "temperature": 1, "seed": 8, "n": 2, "max_tokens": 9, "logit_bias": {"20": 6.25}},
+    {"text": "Its cuts", "temperature": 1, "seed": 2, "max_tokens": 9, "extra_body": {"typical_p": 0.5, "min_p": 0.01}},
     {"text": "Beams", "images": [RED], "n": 2, "max_tokens": 6, "extra_body": {"num_beams": 3}},
 ]
 
@@ -27,10 +48,11 @@ def vlm(golden):
 
 @pytest.fixture(scope="module")
 def client(vlm):
+    from mindspeed_mm.serving.lanes import ModelLanes
     from mindspeed_mm.serving.limits import ServingLimits
     from mindspeed_mm.serving.service import ChatService
 
-    service = ChatService("tiny", lambda: vlm.engine(batch_size=4), ServingLimits(batch_size=4))
+    service = ChatService(ModelLanes("tiny", lambda: vlm.engine(batch_size=4)), ServingLimits(batch_size=4))
     with serving(service) as server:
         with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as found:
             yield found
@@ -45,6 +67,8 @@ def engine_answer(vlm, case):
     options = {"do_sample": sampling, "max_new_tokens": case["max_tokens"], "seed": case.get("seed", 0)}
     options |= {"num_return_sequences": case.get("n", 1)} | case.get("extra_body", {})
     options |= {name: case[name] for name in ("temperature", "top_p") if sampling and name in case}
+    if "logit_bias" in case:
+        options["sequence_bias"] = [[[int(token)], bias] for token, bias in case["logit_bias"].items()]
     images = [ImageBytes("image", data) for data in case.get("images", ())]
     texts = vlm.generate(case["text"], images, **options)
     if case.get("logprobs"):
@@ -144,3 +168,24 @@ def test_models(client):
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="model 'other' does not exist"):
         client.models.retrieve("other")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl on the PATH")
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_documented_curl_line(vlm, client, stream):
+    """As docs/serving.md has it, but for address, model and image."""
+    from mindspeed_mm.data.sample import ImageBytes
+
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    line = re.search(r"```text\n(curl .*?)\n```", page, re.DOTALL)[1]
+    line = line.replace("http://127.0.0.1:8000/v1/", str(client.base_url)).replace("llava-1.5-7b-hf", "tiny")
+    line = line.replace("data:image/png;base64,...", data_url(RED))
+    line = line.replace('"temperature"', f'"stream": {json.dumps(stream)}, "temperature"')
+    told = subprocess.run([*shlex.split(line), "-sS"], capture_output=True, text=True, check=True).stdout
+    expected = vlm.generate("What is in the picture?", [ImageBytes("image", RED)], max_new_tokens=64)[0]
+    if stream:
+        *events, done = [event.removeprefix("data: ") for event in told.split("\n\n") if event]
+        assert done == "[DONE]"
+        assert "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events) == expected
+    else:
+        assert json.loads(told)["choices"][0]["message"]["content"] == expected

@@ -1,7 +1,10 @@
 """A controller in front of workers, over real servers on loopback; the workers' answers are the test's."""
 
 import contextlib
+import gc
+import http.client
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +32,8 @@ class FakeWorker:
         self.name, self.asked, self.status, self.breaks_after = name, [], 200, None
         self.app = FastAPI()
         self.app.post("/v1/chat/completions")(self.chat)
+        self.app.post("/v1/models/{name:path}/reload")(self.reload)
+        self.reloaded, self.problem = [], None
 
     async def chat(self, request: Request):
         body = await request.json()
@@ -38,6 +43,11 @@ class FakeWorker:
         if self.breaks_after is not None:
             return StreamingResponse(self.pieces(), media_type="application/json")
         return JSONResponse({"from": self.name}, self.status, headers={"Retry-After": "7"})
+
+    async def reload(self, name: str, request: Request):
+        self.reloaded.append((name, await request.json()))
+        error = {"message": self.problem, "code": "adapter_not_read", "param": None, "type": "t"}
+        return JSONResponse({}) if self.problem is None else JSONResponse({"error": error}, 400)
 
     async def pieces(self):
         for index, piece in enumerate(PIECES):
@@ -98,6 +108,27 @@ def test_several_models_behind_one_address(cluster):
     assert 'controller_requests_total{status="200"} 4.0' in text and "controller_workers 2.0" in text
 
 
+def test_an_adapter_is_read_again_by_all_workers_of_its_name(cluster):
+    first, second, other = (cluster.worker(name, [model]) for name, model in [("a", "m/x"), ("b", "m/x"), ("c", "z")])
+    assert cluster.beat(dead_address(), ["m/x", "gone"])
+
+    def reload(name, **more):
+        return cluster.client.post(f"/v1/models/{name}/reload", **({"json": {}} | more))
+
+    assert reload("m/x").json() == {"id": "m/x", "status": "reloaded", "workers": 2, "lost": 1}
+    assert first.reloaded == second.reloaded == [("m/x", {})] and not other.reloaded
+    second.problem = "no adapter_config.json"
+    refused = reload("m/x")
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "adapter_not_read"
+    assert (
+        "1 of 2 workers did not read the adapter 'm/x' again: no adapter_config" in refused.json()["error"]["message"]
+    )
+    assert reload("none").status_code == 404 and reload("gone").status_code == 503
+    assert reload("m/x", json=None, content=b"{}").status_code == 415
+    other.app.router.routes.pop()  # something that is no worker of ours
+    assert "the answer was 404" in reload("z").json()["error"]["message"]
+
+
 def test_streams_pass_through(cluster):
     worker = cluster.worker("a")
     answer = cluster.ask(stream=True, seed=3)
@@ -113,6 +144,21 @@ def test_a_worker_that_cannot_be_reached_is_passed_over(cluster):
     assert [cluster.ask().json() for _ in range(2)] == [{"from": "a"}] * 2 and len(worker.asked) == 2
     assert cluster.client.get("/health").json()["workers"] == 1
     assert cluster.beat(address) and cluster.client.get("/health").json()["workers"] == 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_was_relayed_is_free_at_once(cluster, stream):
+    """No circle of references keeps a request's images until the garbage collector comes to it."""
+    worker = cluster.worker("a")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            assert cluster.ask(stream=stream).status_code == 200
+        held = [found for found in gc.get_objects() if isinstance(found, httpx.Request)]
+        assert not [found for found in held if str(found.url).startswith(worker.address)]
+    finally:
+        gc.enable()
 
 
 def test_no_worker_is_left(cluster):
@@ -170,6 +216,20 @@ def test_requests_that_are_refused(cluster):
     assert cluster.client.get("/health", headers={"Host": "example.org"}).status_code == 403
 
 
+def test_a_request_that_does_not_come_whole():
+    controller = ChatController(WorkerPool(), ServingLimits(seconds=0.1))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with app_on_loopback(make_controller_app(controller)) as server:
+        port = int(server.address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
+            answer = http.client.HTTPResponse(connection)
+            answer.begin()
+            error = json.loads(answer.read())["error"]
+    assert answer.status == 504 and error["code"] == "timeout"
+    assert error["message"] == "the request was not whole within 0.1 seconds"
+
+
 def test_tokens(caplog):
     with contextlib.ExitStack() as stack:
         cluster = Cluster(stack, worker_token="shared", token="clients")
@@ -197,11 +257,12 @@ def test_a_controller_does_without_torch():
 def test_a_real_worker(cluster, golden):
     import mindspeed_mm as mm
     from mindspeed_mm.cli.flags.workers import registered
+    from mindspeed_mm.serving.lanes import ModelLanes
     from mindspeed_mm.serving.service import ChatService
     from tests.helpers.loopback import asking, png, serving
 
     vlm = mm.load(golden / "models" / "llava_hf", device="cpu")
-    service = ChatService("tiny", lambda: vlm.engine(batch_size=2), ServingLimits(batch_size=2))
+    service = ChatService(ModelLanes("tiny", lambda: vlm.engine(batch_size=2)), ServingLimits(batch_size=2))
     body = {"messages": asking("What?", png(20, 20)), "max_tokens": 5, "temperature": 0}
     with serving(service) as server:
         heartbeat = WorkerHeartbeat(cluster.server.address, server.address, ["tiny"], 2)

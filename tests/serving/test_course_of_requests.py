@@ -1,6 +1,7 @@
 """What happens to requests in flight: full queues, clients that leave, time-outs, failed steps, the end."""
 
 import contextlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,10 +23,11 @@ def vlm(golden):
 @contextlib.contextmanager
 def running(make_engine, **limits):
     """(server, client) of engines that `make_engine` makes."""
+    from mindspeed_mm.serving.lanes import ModelLanes
     from mindspeed_mm.serving.limits import ServingLimits
     from mindspeed_mm.serving.service import ChatService
 
-    with serving(ChatService("tiny", make_engine, ServingLimits(batch_size=1, **limits))) as server:
+    with serving(ChatService(ModelLanes("tiny", make_engine), ServingLimits(batch_size=1, **limits))) as server:
         with httpx.Client(base_url=server.address, timeout=60) as client:
             yield server, client
 
@@ -154,3 +156,33 @@ def test_requests_in_flight_are_answered_before_the_end(vlm):
             server.should_exit = True
             engines.run()
             assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_what_is_given_up_at_the_end_is_told_in_form(vlm):
+    """Behind the limit for requests in flight: a whole answer gets its status, a stream its event."""
+    from mindspeed_mm.serving.app import make_app
+    from mindspeed_mm.serving.lanes import ModelLanes
+    from mindspeed_mm.serving.limits import ServingLimits
+    from mindspeed_mm.serving.server import AddressServer, listen
+    from mindspeed_mm.serving.service import ChatService
+
+    engines = SteppedEngine(vlm, batch_size=2)
+    service = ChatService(ModelLanes("tiny", engines.make), ServingLimits(batch_size=2))
+    with listen("127.0.0.1", 0) as listening, ThreadPoolExecutor(2) as pool:
+        server = AddressServer(make_app(service), listening, shutdown_seconds=1)
+        running = pool.submit(server.serve_until_told)
+        assert server.ready.wait(60)
+        with httpx.Client(base_url=server.address, timeout=60) as client:
+            engines.permits.release(10)
+            with client.stream("POST", "/v1/chat/completions", json=LONG) as response:
+                lines = response.iter_lines()
+                next(lines)
+                whole = pool.submit(ask, client, LONG | {"stream": False})
+                wait_for(client, 2)
+                server.end()
+                error = json.loads([line for line in lines if line][-1].removeprefix("data: "))["error"]
+        engines.run()
+        assert error["code"] == "ending" and error["message"] == "the server is ending: ask again later"
+        assert refused(whole.result(), 503, "the server is ending")["code"] == "ending"
+        assert whole.result().headers["Retry-After"] == "5"
+        running.result(60)

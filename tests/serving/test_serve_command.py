@@ -1,9 +1,12 @@
 """`mindspeed-mm serve`: what it refuses before it loads anything, its address, and its end by a signal."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import httpx
@@ -32,6 +35,14 @@ def test_check_loads_opens_and_leaves(run):
     assert f"serving on {told['address']}" in err
 
 
+def test_what_is_kept_of_kernels_is_bounded_unless_the_user_says(run, monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    assert run("--port", 0, "--check")[0] == 0
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "32" and os.environ["LRU_CACHE_CAPACITY"] == "7"
+
+
 def test_an_open_address_without_a_token_is_warned_of(run):
     code, _, err = run("--port", 0, "--check", "--host", "0.0.0.0")
     assert code == 0 and "everybody who reaches 0.0.0.0 may ask" in err
@@ -45,7 +56,7 @@ def test_what_is_refused(run, tmp_path, monkeypatch):
     assert "--limit-new-tokens 0: Input should be greater than 0" in run("--limit-new-tokens", 0)[2]
     assert "--batch-size -1: " in run("--batch-size", -1)[2]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "start it without torchrun" in run()[2]
+    assert "2 processes would all do the same" in run()[2]
 
 
 def test_a_missing_extra_is_named(run, monkeypatch):
@@ -55,6 +66,56 @@ def test_a_missing_extra_is_named(run, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "serve needs uvicorn: pip install 'mindspeed-mm[serve]'" in run()[2]
+
+
+def test_a_worker_without_httpx_ends_before_it_loads(golden, capsys, monkeypatch):
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith("mindspeed_mm.serving")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.setattr("mindspeed_mm.inference.api.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    model = str(golden / "models" / "llava_hf")
+    assert main(["serve", "worker", "--controller", "http://127.0.0.1:1", "--model", model, "--device", "cpu"]) == 1
+    assert "serve needs httpx: pip install 'mindspeed-mm[serve]'" in capsys.readouterr().err
+
+
+def test_a_full_disk_for_the_log_ends_nothing(monkeypatch):
+    import io
+    import logging
+    import sys
+
+    from mindspeed_mm.cli.main import set_up_logging
+
+    class FullDiskLog(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stderr", FullDiskLog())
+    set_up_logging()
+    logging.getLogger("mindspeed_mm.serving").warning("nobody reads it")
+
+
+@pytest.mark.slow
+def test_a_server_answers_while_the_disk_of_its_log_is_full(golden):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = ["serve", "--model", str(golden / "models" / "llava_hf"), "--device", "cpu", "--port", str(port)]
+    body = {"model": "llava_hf", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    with open("/dev/full", "w") as full, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        line = [sys.executable, "-m", "mindspeed_mm", *words]
+        run = subprocess.Popen(line, stdout=full, stderr=full, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            while run.poll() is None:
+                with contextlib.suppress(httpx.ConnectError):
+                    client.get("/health")
+                    break
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            refused = client.post("/v1/chat/completions", json=body | {"n": 0})
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == "n"
+        finally:
+            run.terminate()
+        assert run.wait(60) == 0
 
 
 def test_controller_and_worker(run, capsys, tmp_path):
@@ -71,6 +132,9 @@ def test_roles_and_their_flags(run, capsys, tmp_path):
     assert "--controller is a worker's" in run("--controller", url)[2]
     assert "--worker-token-file belongs to serve controller" in run("--worker-token-file", token)[2]
     assert "serve worker needs --controller" in run(role="worker")[2]
+    assert "--controller: found 'host:1'; expected http://HOST:PORT" in run("--controller", "host:1", role="worker")[2]
+    reached = run("--controller", url, "--worker-address", "http://host", role="worker")[2]
+    assert "--worker-address: found 'http://host'; expected http://HOST:PORT" in reached
     assert "give --worker-token-file FILE instead" in run("--controller", url, "--token-file", token, role="worker")[2]
     everywhere = run("--controller", url, "--port", 0, "--host", "0.0.0.0", "--check", role="worker")
     assert "give --worker-address http://HOST:PORT" in everywhere[2]

@@ -61,6 +61,27 @@ def test_a_step_of_adam_is_as_large_as_the_learning_rate(ranks, golden, before, 
         assert change == pytest.approx(expected(key), rel=2e-3), key
 
 
+def test_layer_decay(ranks, golden, before, tmp_path):
+    """BEiT's rule: 0.5 for each layer from the end, for what stands in front of the layers one more than they are."""
+    rules = [{"names": "decoder.layers.0.input_layernorm.*", "lr": 7e-4}]
+    layout = GoldenLayout(decoder=(("lr", 2e-3), ("layer_decay", 0.5), ("parameters", rules)))
+    ranks(1).run(train_golden, golden, layout, str(tmp_path), "--no-save-optim", 1)
+    layers = 1 + max(
+        int(key.split(".layers.")[1].split(".")[0]) for key in before if key.startswith("text_decoder.decoder.layers.")
+    )
+    for key, tensor in full_tensors(tmp_path).items():
+        if not key.startswith("text_decoder"):
+            continue
+        if ".layers." in key:
+            away = layers - int(key.split(".layers.")[1].split(".")[0])
+        else:
+            away = layers + 1 if "embedding" in key else 0
+        wanted = 7e-4 if ".layers.0.input_layernorm." in key else 2e-3 * 0.5**away
+        rows = min(len(tensor), len(before[key]))
+        change = (tensor[:rows] - before[key][:rows]).abs().max().item()
+        assert change == pytest.approx(wanted, rel=5e-3), key
+
+
 def test_a_run_goes_on_exactly(ranks, golden, tmp_path):
     layout = LAYOUTS["DP2, distributed optimizer"]
     ranks(2).run(train_golden, golden, layout, str(tmp_path / "whole"), "", 4)
@@ -105,6 +126,8 @@ def test_the_plan_counts_what_trains(golden):
             r"parameters\[0\].lr: found 0.001 for parameters that are frozen",
         ),
         ({"lr": 0.0}, "text_decoder.lr"),
+        ({"layer_decay": 1.5}, "text_decoder.layer_decay"),
+        ({"freeze": True, "layer_decay": 0.9}, "text_decoder.layer_decay: found 0.9 for a part that is frozen"),
         ({"parameters": [{"names": "embedding.*", "learning_rate": 1e-3}]}, "unknown key"),
     ],
 )
@@ -113,3 +136,30 @@ def test_what_cannot_be_meant_is_refused(golden, block, message):
     made["text_decoder"] |= block
     with pytest.raises(ConfigError, match=message):
         load_model_spec(made)
+
+
+def test_layer_decay_of_a_part_without_layers(golden):
+    made = model_json(golden, trained=("text_decoder", "vision_projector"))
+    made["image_encoder"]["vision_projector"]["layer_decay"] = 0.9
+    with pytest.raises(ConfigError, match=r"vision_projector.layer_decay: found 0.9 for a part without layers"):
+        load_model_spec(made)
+
+
+def test_learning_rates_in_the_table(golden):
+    from mindspeed_mm.trainer.plan_verdict import learning_rates
+
+    made = model_json(golden, trained=("text_decoder", "vision_projector"))
+    made["text_decoder"] |= {"layer_decay": 0.5, "parameters": [{"names": "output_layer.*", "lr": 1e-4}]}
+    spec = load_model_spec(made)
+    part = spec.parts()["text_decoder"]
+    count = spec.text_decoder.num_layers + 3
+    lowest = 1e-3 * 0.5 ** (spec.text_decoder.num_layers + 1)
+    assert learning_rates(part, spec.text_decoder, 1e-3) in (
+        f"{lowest:g} to 0.001 ({count} of them)",
+        ", ".join(f"{rate:g}" for rate in sorted([1e-4, *(1e-3 * 0.5**n for n in range(count - 1))])),
+    )
+    assert learning_rates(spec.parts()["vision_encoder"], spec.vision_encoder, 1e-3) == ""
+    made["text_decoder"] = made["text_decoder"] | {"lora": {"r": 2, "loraplus_lr_ratio": 16}, "parameters": []}
+    made["text_decoder"]["layer_decay"] = None
+    spec = load_model_spec(made)
+    assert learning_rates(spec.parts()["text_decoder"], spec.text_decoder, 1e-3) == "0.001, 0.016"

@@ -1,6 +1,7 @@
 """Shards and the index that lists them; the JSON files of a folder."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -94,3 +95,14 @@ def test_two_indexes_are_ambiguous(tmp_path):
         (tmp_path / f"{name}.index.json").write_text("{}")
     with pytest.raises(WeightError, match="found a.index.json, b.index.json; expected one of"):
         open_source(tmp_path)
+
+
+def test_letter_d_an_adapter_beside_whole_weights_is_told(tiny_llama, caplog):
+    """transformers would load the adapter's own base in their place."""
+    folder = tiny_llama[0]
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert "text_decoder" in open_source(folder).parts
+    assert caplog.text.count("holds a LoRA adapter (adapter_model) beside whole weights") == 1
+    assert f"give --adapter {folder}" in caplog.text

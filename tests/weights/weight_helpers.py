@@ -35,3 +35,10 @@ def empty_state(part, spec, source, *, tp_size=1):
             full = step.rule.to_ours([source.get(name) for name in step.sources], geometry)
             result[step.target] = torch.full_like(shard(full, step.rule, 0, tp_size, geometry), float("nan")).float()
     return result
+
+
+class CallsCode:
+    """An object whose pickle calls `eval` when it is read."""
+
+    def __reduce__(self):
+        return eval, ("1 + 1",)

@@ -164,6 +164,23 @@ def rms_norm(input, gamma, epsilon=1e-06):
     return (input.float() * rstd * gamma.float()).to(input.dtype), rstd
 
 
+def add_rms_norm(x1, x2, gamma, epsilon=1e-06):
+    """(y, 1 / sqrt(mean(x^2) + eps), x) of the sum x."""
+    same_types(x1, x2, gamma)
+    want(x1.shape == x2.shape, "x1 and x2 differ in shape")
+    total = x1 + x2
+    return *rms_norm(total, gamma, epsilon), total
+
+
+def rms_norm_backward(dy, input, gamma, rstd):
+    """(gradient of the input, gradient of gamma in float32)."""
+    same_types(dy, input, gamma)
+    want(dy.shape == input.shape and rstd.dtype == torch.float32, "dy like the input, rstd in float32")
+    x, inner = input.float(), dy.float() * gamma.float()
+    slope = -(inner * x).sum(-1, keepdim=True) * rstd**3 / x.shape[-1]
+    return (inner * rstd + x * slope).to(input.dtype), (dy.float() * (x * rstd)).flatten(0, -2).sum(0)
+
+
 def swiglu(input, dim=-1):
     """silu(first half) * second half."""
     same_types(input)
@@ -203,6 +220,8 @@ OPERATORS = {
     "npu_fusion_attention": fusion_attention,
     "npu_fused_infer_attention_score": fused_infer_attention_score,
     "npu_rms_norm": rms_norm,
+    "npu_rms_norm_backward": rms_norm_backward,
+    "npu_add_rms_norm": add_rms_norm,
     "npu_swiglu": swiglu,
     "npu_rotary_mul": rotary_mul,
     "npu_apply_adam_w.out": apply_adam_w_out,

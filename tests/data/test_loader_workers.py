@@ -1,0 +1,34 @@
+"""Processes that prepare data and are ended from outside."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mindspeed_mm.data import loader_workers
+from mindspeed_mm.errors import DataError
+
+
+def test_letter_j_a_killed_worker_is_told_where_batches_are_asked_for():
+    """Not by an error out of nowhere, where the training is when the worker ends."""
+    loader = DataLoader(torch.arange(9), num_workers=1, timeout=1, worker_init_fn=loader_workers.settle)
+    batches = loader_workers.batches(loader)
+    assert next(batches) == 0
+    (worker,) = [child for child in _children() if _is_worker(child)]
+    os.kill(worker, signal.SIGKILL)
+    os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    with pytest.raises(DataError, match=rf"ended from outside \(.*{worker}.*lower --num-workers"):
+        list(batches)
+
+
+def _children() -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process().children()]
+
+
+def _is_worker(process: int) -> bool:
+    return os.getpgid(process) == process  # what settle does
