@@ -11,7 +11,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$ROOT"
 bash scripts/setup_env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-if [[ $# -eq 0 ]]; then set -- 3.11:0.16.0 3.10:0.16.0 3.10:0.16.1; fi
+if [[ $# -eq 0 ]]; then set -- 3.11:0.12.1 3.11:0.16.0 3.10:0.16.1; fi
 # Parity, parallel layouts, checkpoints, resuming and generation.
 PARTS=(tests/parity tests/parallel/test_golden_layouts.py
     tests/driver/test_driver_training.py tests/driver/test_driver_ranks.py tests/driver/test_driver_resume.py
