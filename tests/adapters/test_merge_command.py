@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import mindspeed_mm as mm
 from checkpoint_converters.merge import merge
@@ -13,7 +14,7 @@ from mindspeed_mm.errors import WeightError
 from mindspeed_mm.models.sources import open_source
 from tests.adapters.test_peft_folders import adapted
 from tests.helpers.tiny_decoders import make, rows, save
-from tests.helpers.tiny_llava import IMAGE_ID, clip, close, llava
+from tests.helpers.tiny_llava import IMAGE_ID, clip, close, llava, llava_next, save_original
 from tests.helpers.tiny_llava import save as save_llava
 
 BOTH = r".*(language_model|vision_tower).*\.(q_proj|fc1|up_proj)"
@@ -132,3 +133,17 @@ def test_new_tensors_and_another_layout(tmp_path):
     torch.save({f"model.mm_projector.{name}": torch.ones(size) for name, size in sizes.items()}, tmp_path / "p.bin")
     with pytest.raises(WeightError, match="is new to .*Merge without --to, then convert"):
         merge(tmp_path / "hf", [tmp_path / "p.bin"], tmp_path / "out", to="clip")
+
+
+def test_bases_without_what_is_adapted(tmp_path):
+    model = llava_next(clip())
+    base, original = save_llava(model, tmp_path / "base"), save_original(model, tmp_path / "original")
+    adapted(model, tmp_path / "adapter", target_modules="all-linear")
+    with pytest.raises(WeightError, match="it adapts the vision_encoder, which lies in"):
+        merge(original, [tmp_path / "adapter"], tmp_path / "merged")
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: each for name, each in tensors.items() if not ("vision_tower" in name and ".layers.2." in name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightError, match=r"has no .*layers.2.*expected it there"):
+        merge(base, [tmp_path / "adapter"], tmp_path / "merged")

@@ -21,7 +21,7 @@ from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import load_model_spec
 from tests.helpers import tiny_qwen
 from tests.helpers.tiny_decoders import make, rows, save
-from tests.helpers.tiny_llava import IMAGE_ID, clip, close, llava, llava_next, save_original, siglip
+from tests.helpers.tiny_llava import IMAGE_ID, clip, close, llava, llava_next, siglip
 from tests.helpers.tiny_llava import save as save_llava
 
 ALL = {"target_modules": "all-linear"}
@@ -388,17 +388,3 @@ def test_modules_that_take_no_adapter(decoder, tmp_path):
     module.decoder.layers[1].mlp.linear_fc2 = torch.nn.Linear(4, 4)
     with pytest.raises(ConfigError, match="layers.1.mlp.linear_fc2 is a Linear; expected a parallel linear"):
         attach_lora(module, spec.parts()["text_decoder"], spec.text_decoder, tp_rank=0, tp_size=1)
-
-
-def test_bases_without_what_is_adapted(tmp_path):
-    model = llava_next(clip())
-    base, original = save_llava(model, tmp_path / "base"), save_original(model, tmp_path / "original")
-    adapted(model, tmp_path / "adapter", **ALL)
-    with pytest.raises(WeightError, match="it adapts the vision_encoder, which lies in"):
-        merge(original, [tmp_path / "adapter"], tmp_path / "merged")
-    tensors = load_file(base / "model.safetensors")
-    kept = {name: each for name, each in tensors.items() if not ("vision_tower" in name and ".layers.2." in name)}
-    assert len(kept) < len(tensors)
-    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightError, match=r"has no .*layers.2.*expected it there"):
-        merge(base, [tmp_path / "adapter"], tmp_path / "merged")

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -14,9 +15,10 @@ from mindspeed_mm.errors import DataError
 def test_letter_j_a_killed_worker_is_told_where_batches_are_asked_for():
     """Not by an error out of nowhere, where the training is when the worker ends."""
     loader = DataLoader(torch.arange(9), num_workers=1, timeout=1, worker_init_fn=loader_workers.settle)
+    before = _children()  # of other tests in this process, such as the pool of ranks
     batches = loader_workers.batches(loader)
     assert next(batches) == 0
-    (worker,) = [child for child in _children() if _is_worker(child)]
+    (worker,) = [child for child in _children() - before if _is_worker(child)]
     os.kill(worker, signal.SIGKILL)
     os.waitid(os.P_PID, worker, os.WEXITED | os.WNOWAIT)
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
@@ -24,10 +26,8 @@ def test_letter_j_a_killed_worker_is_told_where_batches_are_asked_for():
         list(batches)
 
 
-def _children() -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process().children()]
+def _children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
 
 
 def _is_worker(process: int) -> bool:
