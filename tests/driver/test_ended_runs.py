@@ -145,6 +145,35 @@ def test_letter_j_a_rank_stops_when_its_torchrun_is_killed():
     assert not alive
 
 
+ENDING = """
+import atexit, threading
+from mindspeed_mm import ending
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+kept, told = Kept(), threading.Event()
+atexit.register(print, "handler")
+threading.Thread(target=lambda: told.wait() and print("thread")).start()
+ending.run_process(lambda: told.set() or 3)
+"""
+
+
+def test_letter_j_the_end_waits_for_threads_and_handlers_alone():
+    """It does not take every module apart, which takes long on a busy machine."""
+    done = subprocess.run([sys.executable, "-c", ENDING], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "thread\nhandler\n", "")
+
+
+def test_letter_j_an_end_without_room_for_its_words_is_a_failure():
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        command, kept = [sys.executable, "-c", ENDING], subprocess.PIPE
+        done = subprocess.run(command, cwd=ROOT, env=variables, stdout=full, stderr=kept, text=True)
+    assert done.returncode == 120 and "No space left on device" in done.stderr
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_letter_k_sigterm_is_the_last_word_of_a_command_alone(tmp_path, ranks):
     """Ranks of several end at once, and torchrun says it."""
