@@ -27,7 +27,12 @@ class StrictModel(pydantic.BaseModel):
     """Base of every config class: frozen, no unknown keys, no type coercion, finite numbers only."""
 
     model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        defer_build=True,  # a start imports the specs of many parts and reads few
     )
 
 
