@@ -23,6 +23,7 @@ from mindspeed_mm.models.kit.kv_cache import KVCache
 from mindspeed_mm.models.media import Media
 from mindspeed_mm.models.memory import MediaPlaces, pad_memory, row_memory
 from mindspeed_mm.models.vlm import VLM
+from mindspeed_mm.platform import current_platform
 
 
 class ItemFeatures(NamedTuple):
@@ -49,6 +50,13 @@ class Decoder:
         self._text_reader, self._reader_layer = None, 0
         if vlm.interaction is not None and vlm.interaction.reads_text:
             self._text_reader, self._reader_layer = vlm.interaction, vlm.interaction.extend(self.cache)
+        self.packs = (
+            current_platform().packs_prompts
+            and vlm.text_decoder.cross is None
+            and vlm.text_decoder.traits.attention_soft_cap is None
+            and self._text_reader is None
+        )
+        """Whether prompts stand one behind the other in a pass; else they are padded to the longest."""
         self._single_token = SingleTokenStep(vlm.text_decoder) if SingleTokenStep.fits(vlm.text_decoder) else None
         self.device = next(vlm.parameters()).device
         self.vocab_size = vlm.text_decoder.vocab_size
@@ -112,12 +120,15 @@ class Decoder:
         Returns:
             [rows, V] float32, the logits behind each prompt's last token.
         """
+        starts = list(starts or [0] * len(prompts))
+        if self.packs:
+            hidden = self._packed(prompts, features, first_row, starts, positions)
+            return self._logits(hidden, len(prompts), shown)
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
         ids = ids.to(self.device)
-        starts = list(starts or [0] * len(prompts))
         if positions is None:
             held = torch.tensor(starts, device=self.device)
             places = held[:, None] + torch.arange(max(lengths), device=self.device)
@@ -137,6 +148,29 @@ class Decoder:
             last = torch.tensor(lengths, device=self.device) - 1
             hidden = hidden[last, torch.arange(len(prompts), device=self.device)].unsqueeze(0)
         return self._logits(hidden, len(prompts), shown)
+
+    def _packed(
+        self,
+        prompts: Sequence[Sequence[int]],
+        features: Sequence[torch.Tensor | None],
+        first_row: int,
+        starts: Sequence[int],
+        positions: Sequence[torch.Tensor] | None,
+    ) -> torch.Tensor | None:
+        """The pass of `prefill` with the prompts one behind the other: [1, R, H] of their last tokens on the last
+        stage, else None. Ids and places are made in host memory, so that nothing waits for the device."""
+        ids = torch.cat([torch.tensor(prompt, dtype=torch.int64) for prompt in prompts])[None]
+        lengths = [len(prompt) for prompt in prompts]
+        if positions is None:
+            spans = zip(starts, lengths, strict=True)
+            places = torch.cat([torch.arange(start, start + length) for start, length in spans])[None]
+        else:
+            places = torch.cat(list(positions), dim=1)[:, None]
+        segments = self.cache.begin_packed(first_row, starts, lengths)
+        layers = partial(self._modules, segments=segments)
+        places = places.to(self.device, non_blocking=True)
+        hidden = self._pass(self._embed(ids, features), places, 1, ids.shape[1], layers)
+        return None if hidden is None else hidden[segments.offsets[1:].long() - 1, 0].unsqueeze(0)
 
     @torch.inference_mode()
     def step(
@@ -203,14 +237,14 @@ class Decoder:
         torch.distributed.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return None
 
-    def _modules(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KVCache, **memory) -> torch.Tensor:
+    def _modules(self, hidden: torch.Tensor, positions: torch.Tensor, cache: KVCache, **inputs) -> torch.Tensor:
         decoder = self.vlm.text_decoder
         if not self.vlm.pre_process:
             decoder.set_input_tensor(hidden)
             hidden = None
         decoder.use_cache(cache)
         try:
-            return decoder(hidden, positions, **memory)
+            return decoder(hidden, positions, **inputs)
         finally:
             decoder.use_cache(None)
 

@@ -1,8 +1,8 @@
 """Continuous batching: rows leave the batch when their sequence ends, waiting requests take their place.
 
-No padding runs through the model but within a group of prompts of almost equal length, and a prompt that begins as
-another one does is filled in from there (see prefix.py). The books of a step: every entry's rows are cache rows; after
-each step the rows that go on are moved together at the front of the cache.
+No padding runs through the model but within a group of prompts of almost equal length, and none where the decoder packs
+prompts. A prompt that begins as another one does is filled in from there (see prefix.py). The books of a step: every
+entry's rows are cache rows; after each step the rows that go on are moved together at the front of the cache.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Scheduler:
         free -= oldest.job.width
         for entry in sorted(window[1:], key=lambda entry: abs(entry.rest - oldest.rest)):
             width, tokens = max(longest_rest, entry.rest), total + entry.rest
-            area = width * (len(group) + 1)
+            area = tokens if self.decoder.packs else width * (len(group) + 1)
             fits = entry.job.width <= free and area <= self._prefill_tokens and area - tokens <= MAX_PADDING * area
             if fits and not any(_gains_by_waiting(entry, other) for other in group):
                 group.append(entry)

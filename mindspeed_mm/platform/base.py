@@ -49,6 +49,8 @@ class Platform(abc.ABC):
     """torch.distributed backend of this device."""
     adds_in_norm: bool = False
     """Whether `add_rms_norm` is one operator."""
+    packs_prompts: bool = False
+    """Whether generation puts prompts one behind the other (`continued_attention`), else rows are padded."""
 
     @classmethod
     @abc.abstractmethod
@@ -213,6 +215,39 @@ class Platform(abc.ABC):
             output = self.attention(*rows, mask=None, causal=causal, **options)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+    def continued_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        queries: Segments,
+        keys: Segments,
+        *,
+        scale: float,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> torch.Tensor:
+        """Causal attention inside each of the sequences of a row, for the last positions of each.
+
+        Args:
+            query: [T, H, D]; key, value: [K, G, D] with H a multiple of G; T and K are where the last segments end.
+            queries, keys: as many segments, none with more queries than keys: its last query is that of its last key.
+            window, soft_cap: as for `attention`.
+
+        Returns:
+            [T, H, D] in the dtype of `query`.
+        """
+        outputs = []
+        options = {"scale": scale, "dropout": 0.0, "window": window, "soft_cap": soft_cap}
+        for own, all_keys in zip(queries.slices, keys.slices, strict=True):
+            new, whole = own.stop - own.start, all_keys.stop - all_keys.start
+            seen = None
+            if new < whole:
+                seen = band(range(whole - new, whole), range(whole), window, query.device)[None, None]
+            row = (x.transpose(0, 1)[None] for x in (query[own], key[all_keys], value[all_keys]))
+            outputs.append(self.attention(*row, mask=seen, causal=seen is None, **options)[0].transpose(0, 1))
+        return torch.cat(outputs)
 
     def branch_attention(
         self,

@@ -20,23 +20,26 @@ from torch.autograd.function import once_differentiable
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.host import cards, variables, versions
 from mindspeed_mm.platform.base import MemoryStats, Platform, local_rank
+from mindspeed_mm.platform.segments import Segments
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
 HALVES = (torch.bfloat16, torch.float16)
 
-# npu_fusion_attention's sparse modes: 0 takes the mask as it is, 2 is causal aligned to the top left corner, 4 a band
-# of pre_tockens keys before the query's own and next_tockens behind it. The last two take a compressed
-# upper-triangular mask of COMPRESSED_MASK_SIZE.
+# npu_fusion_attention's sparse modes: 0 takes the mask as it is, 2 is causal aligned to the top left corner, 3 to the
+# bottom right one, 4 a band of pre_tockens keys before the query's own and next_tockens behind it, aligned as 3 is. The
+# last three take a compressed upper-triangular mask of COMPRESSED_MASK_SIZE.
 DENSE_MASK_MODE = 0
 CAUSAL_MODE = 2
+CONTINUED_MODE = 3
 BAND_MODE = 4
 COMPRESSED_MASK_SIZE = 2048
 
 # Limits that the operators' documentation states.
 MOST_SEQUENCES = 1024
-"""Of npu_fusion_attention in layout TND."""
+MOST_POSITIONS = 2**20
+"""Of npu_fusion_attention in layout TND, all sequences together."""
 
 DECODED_QUERIES = 32
 DECODED_CHANNELS = 16
@@ -53,6 +56,7 @@ class NpuPlatform(Platform):
     name = "npu"
     backend = "hccl"
     adds_in_norm = True
+    packs_prompts = True
 
     def __init__(self) -> None:
         variables.check(os.environ)
@@ -124,23 +128,33 @@ class NpuPlatform(Platform):
         self, query, key, value, segments, *, scale, dropout, causal=True, window=None, soft_cap=None
     ):
         """See Platform. The operator's layout TND takes the ends of the sequences."""
-        if soft_cap is not None or len(segments.ends) > MOST_SEQUENCES:
+        if soft_cap is not None or not _has_ends(segments):
             options = {"scale": scale, "dropout": dropout, "causal": causal, "window": window, "soft_cap": soft_cap}
             return super().segment_attention(query, key, value, segments, **options)
         options = self._causal(query, window) if causal else {}
         options |= {"actual_seq_qlen": segments.ends, "actual_seq_kvlen": segments.ends}
         return self._fusion_attention(query, key, value, "TND", query.shape[1], scale, dropout, **options)
 
+    def continued_attention(self, query, key, value, queries, keys, *, scale, window=None, soft_cap=None):
+        """See Platform. Layout TND with other ends for queries than for keys, and a mode that is aligned to the last of
+        both."""
+        if soft_cap is not None or not _has_ends(keys):
+            options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+            return super().continued_attention(query, key, value, queries, keys, **options)
+        options = self._causal(query, window, CONTINUED_MODE)
+        options |= {"actual_seq_qlen": queries.ends, "actual_seq_kvlen": keys.ends}
+        return self._fusion_attention(query, key, value, "TND", query.shape[1], scale, 0.0, **options)
+
     def _fusion_attention(self, query, key, value, layout, heads, scale, dropout, **options) -> torch.Tensor:
         return self._torch_npu.npu_fusion_attention(
             query, key, value, head_num=heads, input_layout=layout, scale=scale, keep_prob=1.0 - dropout, **options
         )[0]
 
-    def _causal(self, query: torch.Tensor, window: int | None) -> dict:
-        """Options of a causal mask, with a window where there is one."""
+    def _causal(self, query: torch.Tensor, window: int | None, mode: int = CAUSAL_MODE) -> dict:
+        """Options of a causal mask, of `mode` where there is no window."""
         mask = {"atten_mask": self._compressed_mask(query.device)}
         if window is None:
-            return mask | {"sparse_mode": CAUSAL_MODE}
+            return mask | {"sparse_mode": mode}
         return mask | {"sparse_mode": BAND_MODE, "pre_tockens": window - 1, "next_tockens": 0}
 
     @staticmethod
@@ -255,6 +269,11 @@ def _rotate(operator, qkv, cos, sin, groups: int, size: int) -> torch.Tensor:
     if rotated < size:
         turned = torch.cat((turned, heads[..., :-1, rotated:]), dim=-1)
     return torch.cat((turned, heads[..., -1:, :]), dim=3).view(qkv.shape)
+
+
+def _has_ends(segments: Segments) -> bool:
+    """Whether npu_fusion_attention takes the ends of these sequences."""
+    return len(segments.ends) <= MOST_SEQUENCES and segments.ends[-1] <= MOST_POSITIONS
 
 
 def _check_card(name: str) -> None:

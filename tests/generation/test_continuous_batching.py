@@ -60,9 +60,14 @@ def rows(result):
 
 
 @settings(max_examples=16, deadline=None)
-@given(order=st.lists(st.integers(0, 5), min_size=2, max_size=9), size=st.integers(1, 6), pause=st.integers(0, 3))
-def test_tokens_do_not_depend_on_the_batch(engine, alone, order, size, pause):
-    engine._scheduler.max_rows = size
+@given(
+    order=st.lists(st.integers(0, 5), min_size=2, max_size=9),
+    size=st.integers(1, 6),
+    pause=st.integers(0, 3),
+    packs=st.booleans(),
+)
+def test_tokens_do_not_depend_on_the_batch(engine, alone, order, size, pause, packs):
+    engine._scheduler.max_rows, engine._decoder.packs = size, packs
     handles = []
     for index in order:
         handles.append((index, engine.submit(request(index), options(index))))
@@ -71,7 +76,7 @@ def test_tokens_do_not_depend_on_the_batch(engine, alone, order, size, pause):
     for index, handle in handles:
         assert rows(handle.wait()) == rows(alone[index])
     assert not engine.busy
-    engine._scheduler.max_rows = 4
+    engine._scheduler.max_rows, engine._decoder.packs = 4, False
 
 
 def test_cache_changes_no_token(vlm):
@@ -100,14 +105,16 @@ def test_lean_steps_equal_the_modules(variant, tmp_path):
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("starts", [(3, 3), (7, 7), (8, 8), (2, 5)], ids=["causal", "half", "mask", "own masks"])
-def test_prompts_filled_in_by_parts_have_the_logits_of_whole_ones(vlm, starts):
+def test_prompts_filled_in_by_parts_have_the_logits_of_whole_ones(vlm, starts, packs):
     from mindspeed_mm.generation.decode import Decoder
 
     prompts = [list(range(5, 19)), list(range(20, 34))]
     decoder = Decoder(vlm.model)
     decoder.cache.reserve(2, 32)
     whole = decoder.prefill(prompts, (), 0)
+    decoder.packs = packs
     for row, start in enumerate(starts):
         decoder.prefill([prompts[row][:start]], (), row)
     rest = [prompt[start:] for prompt, start in zip(prompts, starts, strict=True)]

@@ -43,12 +43,14 @@ class FakeDecoder:
 
     interacts = beside_text = False
 
-    def __init__(self):
-        self.cache, self.computed = FakeCache(), 0
+    def __init__(self, packs=False):
+        self.cache, self.computed, self.packs = FakeCache(), 0, packs
+        self.groups = []
 
     def prefill(self, prompts, features, first_row, starts, positions, shown):
         assert positions is None
-        features, width = list(features), max(map(len, prompts))
+        self.groups.append(sorted(map(len, prompts)))
+        features, width = list(features), 0 if self.packs else max(map(len, prompts))
         for row, (prompt, start) in enumerate(zip(prompts, starts, strict=True), start=first_row):
             shown = [features.pop(0) for _ in range(prompt.count(-200) // PATCHES)]
             values = [shown.pop(0) if i % PATCHES == 0 else -1 for i in range(prompt.count(-200))]
@@ -110,14 +112,15 @@ PROMPTS = st.tuples(PIECES, st.lists(st.integers(20, 21), min_size=5, max_size=5
 @given(
     work=st.lists(st.tuples(PROMPTS, st.integers(0, 3), st.integers(0, 12)), min_size=1, max_size=12),
     rows=st.integers(1, 5),
+    packs=st.booleans(),
 )
-def test_rows_hold_what_their_requests_said(work, rows):
+def test_rows_hold_what_their_requests_said(work, rows, packs):
     """Greedy requests come and go, some cancelled, some with several rows: each token depends on its own row alone."""
     from mindspeed_mm.generation.jobs import SampleJob
     from mindspeed_mm.generation.options import GenerationOptions
     from mindspeed_mm.generation.scheduler import Entry, Scheduler
 
-    scheduler = Scheduler(FakeDecoder(), FakeImageFeatures(), rows)
+    scheduler = Scheduler(FakeDecoder(packs), FakeImageFeatures(), rows)
     asked = []
     for (pieces, given_images, new_tokens), pause, cancel in work:
         prompt = [token for piece in pieces for token in piece]
@@ -138,6 +141,30 @@ def test_rows_hold_what_their_requests_said(work, rows):
         assert found == wanted[: len(found)] and (entry.cancelled or len(found) == len(wanted))
     computed = sum(len(entry.prompt) - entry.start for entry, _ in asked if entry.job.sequences[0].token_ids)
     assert scheduler.decoder.computed == computed
+
+
+@pytest.mark.parametrize(
+    ("packs", "most", "groups"),
+    [
+        (False, 99, [[3], [20, 21], [40]]),
+        (True, 99, [[3, 20, 21, 40]]),
+        (True, 50, [[3, 20, 21], [40]]),
+    ],
+    ids=["padded", "packed", "packed, but for what is too much"],
+)
+def test_prompts_of_any_lengths_go_together_where_they_are_packed(packs, most, groups):
+    from mindspeed_mm.generation.jobs import SampleJob
+    from mindspeed_mm.generation.options import GenerationOptions
+    from mindspeed_mm.generation.scheduler import Entry, Scheduler
+
+    scheduler = Scheduler(FakeDecoder(packs), FakeImageFeatures(), 8)
+    scheduler._prefill_tokens = most
+    for number, length in enumerate((3, 20, 21, 40)):
+        prompt = [5 + number] * length
+        job = SampleJob(prompt, GenerationOptions(max_new_tokens=1), ())
+        scheduler.submit(Entry(job, prompt, length + 1, (), lambda error: None))
+    scheduler.step()
+    assert scheduler.decoder.groups == groups
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +209,10 @@ def without_reuse(vlm):
     order=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 2)), min_size=2, max_size=10),
     size=st.integers(1, 6),
     pause=st.integers(0, 4),
+    packs=st.booleans(),
 )
-def test_tokens_do_not_depend_on_what_was_asked_before(engine, without_reuse, order, size, pause):
-    engine._scheduler.max_rows = size
+def test_tokens_do_not_depend_on_what_was_asked_before(engine, without_reuse, order, size, pause, packs):
+    engine._scheduler.max_rows, engine._decoder.packs = size, packs
     handles = []
     for index, kind in order:
         handles.append((index, kind, engine.submit(request(index), OPTIONS[kind])))

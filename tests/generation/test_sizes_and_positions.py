@@ -203,9 +203,10 @@ def engine(vlm):
     order=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 2)), min_size=2, max_size=10),
     size=st.integers(1, 6),
     pause=st.integers(0, 4),
+    packs=st.booleans(),
 )
-def test_tokens_do_not_depend_on_the_batch_nor_on_what_was_asked_before(engine, alone, order, size, pause):
-    engine._scheduler.max_rows = size
+def test_tokens_do_not_depend_on_the_batch_nor_on_what_was_asked_before(engine, alone, order, size, pause, packs):
+    engine._scheduler.max_rows, engine._decoder.packs = size, packs
     handles = []
     for index, kind in order:
         handles.append((index, kind, engine.submit(request(index), OPTIONS[kind])))

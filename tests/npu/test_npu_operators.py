@@ -58,7 +58,7 @@ def operators_beside_the_base() -> dict[str, float]:
     cases = list(compute(platform, torch.float32))
     fast = [case() for _, case in cases]
     names = ("attention", "segment_attention", "branch_attention", "rms_norm", "swiglu", "geglu", "rotate_qk")
-    names += ("add_rms_norm",)
+    names += ("add_rms_norm", "continued_attention")
     own = {name: getattr(npu.NpuPlatform, name) for name in names}
     try:
         for name in names:
@@ -91,14 +91,24 @@ def fallbacks() -> dict[str, dict[str, int]]:
     platform, device = current_platform(), torch.device("cpu")
     options = {"scale": 0.5, "dropout": 0.0}
     x = torch.randn(1025, 2, 4)
+    pairs = torch.randn(2050, 2, 4)
+    many = Segments.of_lengths([1] * 1025, device)
+    longest, short = torch.zeros(2**20 + 1, 1, 1), Segments.of_lengths([2], device)
     odd = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     odd.grad = torch.ones_like(odd)
     heads = torch.randn(1, 2, 3, 4)
     angles = torch.ones(2, 1, 1, 1, 448)
     cases = {
         "soft cap": lambda: platform.attention(heads, heads, heads, mask=None, causal=True, soft_cap=3.0, **options),
-        "many sequences": lambda: platform.segment_attention(
-            x, x, x, Segments.of_lengths([1] * 1025, device), causal=False, **options
+        "many sequences": lambda: platform.segment_attention(x, x, x, many, causal=False, **options),
+        "many continued sequences": lambda: platform.continued_attention(
+            x, pairs, pairs, many, Segments.of_lengths([2] * 1025, device), scale=0.5
+        ),
+        "too many keys": lambda: platform.continued_attention(
+            longest[:2], longest, longest, short, Segments.of_lengths([2**20 + 1], device), scale=0.5
+        ),
+        "continued with a soft cap": lambda: platform.continued_attention(
+            x[:2], x[:3], x[:3], short, Segments.of_lengths([3], device), scale=0.5, soft_cap=3.0
         ),
         "norm of another type": lambda: platform.rms_norm(torch.randn(2, 4).bfloat16(), torch.ones(4), 1e-5),
         "added norm of another type": lambda: platform.add_rms_norm(
@@ -118,7 +128,9 @@ def fallbacks() -> dict[str, dict[str, int]]:
 def test_what_an_operator_does_not_take_goes_the_general_way(npu_ranks):
     (found,) = npu_ranks(1).run(fallbacks)
     assert found.pop("many sequences") == {"npu_fusion_attention": 1}  # in batches of one length
-    assert found == {name: {} for name in found} and len(found) == 5
+    assert found.pop("many continued sequences") == {"npu_fusion_attention": 1025}
+    assert found.pop("too many keys") == {"npu_fusion_attention": 1}  # in layout BNSD, with a mask
+    assert found == {name: {} for name in found} and len(found) == 6
 
 
 def lent_norms() -> dict[str, bool]:
@@ -214,6 +226,9 @@ def refusals() -> dict[str, str]:
         "heads": lambda: attention(x, x, x, head_num=4, input_layout="BNSD"),
         "rows without ends": lambda: attention(t, t, t, **tnd),
         "ends that do not end": lambda: attention(t, t, t, actual_seq_qlen=[2, 5], actual_seq_kvlen=[2, 5], **tnd),
+        "a row that is too long": lambda: attention(
+            *[torch.zeros(2**20 + 1, 2, 1)] * 3, actual_seq_qlen=[2**20 + 1], actual_seq_kvlen=[2**20 + 1], **tnd
+        ),
         "norm of another type": lambda: torch_npu.npu_rms_norm(x.half(), torch.ones(8)),
         "odd channels": lambda: torch_npu.npu_rotary_mul(x[..., :7], x[..., :7], x[..., :7]),
         "decoding in float32": lambda: torch_npu.npu_fused_infer_attention_score(x, x, x, num_heads=2),

@@ -88,6 +88,19 @@ def test_inside_segments(cpu, window, soft_cap):
     compare(found.transpose(0, 1).unsqueeze(0), wanted, leaves)
 
 
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (5, None), (None, 1.5), (5, 1.5)])
+def test_behind_what_sequences_begin_with(cpu, window, soft_cap):
+    new, whole = (4, 1, 8, 3), (11, 6, 8, 4)
+    query, key, value = inputs(sum(new), keys=sum(whole), rows=1)
+    spans = zip(new, whole, strict=True)
+    seen = torch.block_diag(*(causal(end, window)[end - own :].float() for own, end in spans)).bool()
+    segments = [Segments.of_lengths(lengths, torch.device("cpu")) for lengths in (new, whole)]
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    found = cpu.continued_attention(*rows, *segments, scale=0.4, window=window, soft_cap=soft_cap)
+    wanted = plain(query, key, value, seen=seen, scale=0.4, soft_cap=soft_cap)
+    compare(found.transpose(0, 1).unsqueeze(0), wanted, (query, key, value))
+
+
 def test_half_precision_keeps_its_type(cpu):
     leaves = [x.detach().bfloat16().requires_grad_() for x in inputs(9)]
     found = cpu.attention(*leaves, mask=None, causal=True, scale=0.4, dropout=0.0, soft_cap=1.5, window=4)

@@ -20,6 +20,9 @@ Case = Callable[..., torch.Tensor]
 B, H, G, S, D = 2, 4, 2, 40, 16
 CHANNELS = 64
 LENGTHS = (7, 1, 20, 12)
+NEW = (3, 1, 20, 7)
+"""Of the sequences of LENGTHS, the last positions that ask: one begins here, the others go on."""
+
 BRANCHES = ((5, 8, 9), (0, 7), (3, 4, 4))
 """Of each sequence: what its branches share, then the branches; S in all."""
 
@@ -44,6 +47,9 @@ def cases(platform: Platform) -> Iterator[tuple[str, Case, tuple[tuple[int, ...]
             yield f"attention in sequences of a row, {kind}, {name}", _segments(platform, options), shapes
         for kind, options in {"causal": {}, "window": {"window": WINDOW}}.items():
             yield f"attention in branches, {kind}, {name}", _branches(platform, options), shapes
+        shapes = ((sum(NEW), H, D), (S, heads, D), (S, heads, D))
+        for kind, options in _continued_kinds().items():
+            yield f"attention of continued sequences, {kind}, {name}", _continued(platform, options), shapes
     options = {"causal": True, "scale": WIDE**-0.5}
     shapes = ((1, H, ROWS, WIDE), (1, G, ROWS, WIDE), (1, G, ROWS, WIDE))
     yield "attention, causal, many positions and channels", _attention(platform, options), shapes
@@ -86,6 +92,10 @@ def _segment_kinds() -> dict[str, dict]:
     return {"causal": {}, "all": {"causal": False}, "window": {"window": WINDOW}, "soft cap": {"soft_cap": CAP}}
 
 
+def _continued_kinds() -> dict[str, dict]:
+    return {"causal": {}, "window": {"window": WINDOW}, "soft cap": {"soft_cap": CAP}}
+
+
 def _held(device: torch.device) -> torch.Tensor:
     """Of the keys in a cache, those that each row holds."""
     return (torch.arange(S) < torch.tensor([S, S - 11])[:, None])[:, None, None].to(device)
@@ -100,6 +110,11 @@ def _segments(platform: Platform, options: dict, lengths: tuple[int, ...] = LENG
     segments = Segments.of_lengths(lengths, platform.device())
     common = {"scale": SCALE, "dropout": 0.0} | options
     return lambda query, key, value: platform.segment_attention(query, key, value, segments, **common)
+
+
+def _continued(platform: Platform, options: dict) -> Case:
+    new, whole = (Segments.of_lengths(lengths, platform.device()) for lengths in (NEW, LENGTHS))
+    return lambda query, key, value: platform.continued_attention(query, key, value, new, whole, scale=SCALE, **options)
 
 
 def _branches(platform: Platform, options: dict) -> Case:

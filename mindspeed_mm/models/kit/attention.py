@@ -94,8 +94,8 @@ class CoreAttention(MegatronModule):
                 of S and K, while the mask is that of the whole sequence.
             attention_mask: bool [B or 1, 1, S, K], True = may attend, complete (causality included, a window not), or
                 None: causal for a decoder, everything for a vision encoder.
-            packed_seq_params: the sequences of the only row (B is 1): attention inside each; None: rows are sequences.
-                The name is megatron.core's.
+            packed_seq_params: the sequences of the only row (B is 1): attention inside each, with a cache behind what
+                it holds of them (see its `begin_packed`); None: rows are sequences. The name is megatron.core's.
 
         Returns:
             [S, B, H * D]
@@ -146,6 +146,8 @@ class CoreAttention(MegatronModule):
         """[S, 1, H, D]: attention inside each sequence of the only row."""
         rows = (x.squeeze(1) for x in (query, key, value))
         segments = packed if self.scope is None else getattr(packed, self.scope)
+        if self.cache is not None:
+            return self._own_channels(self._continued(*rows, segments, options)).unsqueeze(1)
         if self.alibi is not None:
             rows = self.alibi.extend(*rows, segments)
         if isinstance(segments, BranchedSegments):
@@ -153,6 +155,14 @@ class CoreAttention(MegatronModule):
         else:
             output = self.platform.segment_attention(*rows, segments, causal=self.causal, **options)
         return self._own_channels(output).unsqueeze(1)
+
+    def _continued(self, query, key, value, segments: Segments, options: dict[str, Any]) -> torch.Tensor:
+        """[T, H, D (+ C)]: the new tokens [T, H or G, D] of the cache's rows, without dropout."""
+        key, value, held = self.cache.update_packed(self.cache_layer, key, value, self.window)
+        if self.alibi is not None:
+            query, key, value = self.alibi.extend(query, key, value, held)
+        options = {name: options[name] for name in ("scale", "window", "soft_cap")}
+        return self.platform.continued_attention(query, key, value, segments, held, **options)
 
     def _own_channels(self, output: torch.Tensor) -> torch.Tensor:
         """[..., D] of what attention returns."""

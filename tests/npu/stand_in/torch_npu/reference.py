@@ -9,7 +9,7 @@ import torch.nn.functional as F
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALVES = FLOATS[1:]
 COMPRESSED = 2048
-MOST_VARIABLE_SEQUENCES = 1024
+MOST_VARIABLE_SEQUENCES, MOST_VARIABLE_POSITIONS = 1024, 2**20
 UNLIMITED = 2147483647
 LEFT_UP, RIGHT_DOWN, BAND = 2, 3, 4
 
@@ -110,6 +110,7 @@ def _compressed_mask(mask, rows, keys, band):
 def _variable_length(query, key, value, heads, mask, query_ends, key_ends, band, options):
     want(query_ends is not None and key_ends is not None, "TND wants actual_seq_qlen and actual_seq_kvlen")
     want(len(query_ends) == len(key_ends) <= MOST_VARIABLE_SEQUENCES, "TND takes 1024 sequences")
+    want(max(query.shape[0], key.shape[0]) <= MOST_VARIABLE_POSITIONS, "TND takes 2**20 positions")
     want(query_ends[-1] == query.shape[0] and key_ends[-1] == key.shape[0], "the last end is not T")
     want(query.shape[1] == heads, f"head_num {heads} is not the query's {query.shape[1]}")
     want(mask is None or band[0] != 0 or mask.dim() == 2, "TND takes masks of two dimensions")
@@ -132,7 +133,7 @@ def _attend(q, k, v, hidden, scale, keep):
     want(q.shape[3] == k.shape[3] <= 768, "channels of a head: equal, at most 768")
     times = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(times, 1) for x in (k, v))
-    scores = (q @ k.transpose(2, 3)).float() * scale
+    scores = q.float() @ k.float().transpose(2, 3) * scale
     if hidden is not None:
         scores = scores.masked_fill(hidden, torch.finfo(torch.float32).min)
     return F.dropout(scores.softmax(-1), 1 - keep).to(v.dtype) @ v
