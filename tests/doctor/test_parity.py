@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mindspeed_mm.doctor.parity import model, operators, run, verdict, worker
-from mindspeed_mm.doctor.parity.verdict import Collected, ParityRow, compare, is_equal, relative_error
+from mindspeed_mm.doctor.parity.verdict import Collected, ParityRow, compare, is_equal, relative_error, row_scale_error
 from mindspeed_mm.errors import TrainingError
 from mindspeed_mm.platform import Platform, get_platform
 from mindspeed_mm.platform.cpu import CpuPlatform
@@ -127,6 +127,14 @@ def first_key_hidden(original, self, query, key, value, *, mask, **options):
     return original(self, query, key, value, mask=mask, **options)
 
 
+def aligned_to_the_first_key(original, self, query, key, value, queries, keys, **options):
+    """Takes the new tokens of a sequence for its first ones."""
+    own = [end - begin for begin, end in zip((0, *queries.ends), queries.ends, strict=False)]
+    places = [torch.arange(begin, begin + n) for begin, n in zip((0, *keys.ends), own, strict=False)]
+    key, value = (x[torch.cat(places)] for x in (key, value))
+    return original(self, query, key, value, queries, queries, **options)
+
+
 FAULTS = {
     "wrong mask": ("attention", wrong_mask, ATTENTION),
     "wrong scale": ("attention", wrong_scale, {"operator", "layer", "gradient"}),
@@ -142,6 +150,7 @@ FAULTS = {
     "one key more in a window": ("attention", one_more_in_the_window, {"operator"}),
     "wrong behind a block": ("attention", wrong_behind_a_block, {"operator"}),
     "wrong for wide heads": ("attention", wrong_for_wide_heads, {"operator"}),
+    "causal from the first key on": ("continued_attention", aligned_to_the_first_key, {"operator"}),
     "first key hidden in decoding": ("attention", first_key_hidden, {"operator"}),
 }
 
@@ -168,7 +177,11 @@ def test_every_operation_of_the_platform_is_a_case(cpu):
         for name, method in vars(Platform).items()
         if not name.startswith("_") and "torch.Tensor" in str(getattr(method, "__annotations__", {}))
     } - {"device_rng_state", "set_device_rng_state"}
-    others = {"segment_attention": "attention in sequences of a row", "branch_attention": "attention in branches"}
+    others = {
+        "segment_attention": "attention in sequences of a row",
+        "continued_attention": "attention of continued sequences",
+        "branch_attention": "attention in branches",
+    }
     assert others.keys() < operations
     assert {others.get(name, name) for name in operations} <= named
 
@@ -278,6 +291,15 @@ def test_errors_are_relative_norms():
     assert relative_error(one, one) == 0 and relative_error(one + torch.tensor([0.0, 0.5]), one) == pytest.approx(0.1)
     assert relative_error(one, torch.zeros(2)) == 5
     assert relative_error(one * float("nan"), one) == relative_error(one[:1], one) == float("inf")
+
+
+def test_errors_of_rows_are_those_of_their_scale():
+    rows = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    across = torch.tensor([[-4.0, 3.0], [0.0, 1.0]])
+    scales = torch.tensor([[1.03], [0.96]])
+    assert row_scale_error(rows + 0.1 * across, rows) < 1e-7
+    assert row_scale_error(scales * rows + 0.1 * across, rows) == pytest.approx(((9 + 16) / 2) ** 0.5 / 100, rel=1e-5)
+    assert row_scale_error(rows * float("nan"), rows) == row_scale_error(rows[:1], rows) == float("inf")
 
 
 def test_bfloat16_may_be_as_far_as_three_times_the_cpus_own():

@@ -44,10 +44,11 @@ def collect(platform: Platform, folder: Path, dtypes: tuple[str, ...] = tuple(DT
 
 
 def _all_cases(platform: Platform, dtype: torch.dtype, folder: Path) -> Iterator[tuple]:
-    from mindspeed_mm.doctor.parity import model
+    from mindspeed_mm.doctor.parity import model, rounding
     from mindspeed_mm.platform.distributed import init_single_process
 
     yield from compute(platform, dtype)
+    yield from rounding.compute(platform, dtype)
     yield "random state", functools.partial(random_state, platform)
     yield "trajectory", functools.partial(model.trajectory, platform, dtype)
     yield "optimizer", functools.partial(model.optimized, platform, dtype)
