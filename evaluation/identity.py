@@ -17,8 +17,11 @@ from evaluation.scorers.yesno import MME_PERCEPTION, MME_REASONING, POPE_SETS
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
 
-CHOICE, YES_NO, TEXT, BOXES = "multiple choice", "yes-no questions", "open questions", "boxes"
+CHOICE, YES_NO, TEXT, BOXES, CAPTIONS = "multiple choice", "yes-no questions", "open questions", "boxes", "captions"
 MME_CATEGORIES = frozenset([*MME_PERCEPTION, *MME_REASONING])
+OWN_COLUMNS = {"ChartQA_TEST": "split", "MMMU_DEV_VAL": "split"}
+"""A column that each table of a benchmark has and scores of its parts are made from, and few others have."""
+
 CHARTQA_SPLITS = frozenset(["test_human", "test_augmented"])
 ANNOTATORS = 10
 """Answers a question has in VQAv2, TextVQA and VizWiz."""
@@ -217,6 +220,9 @@ def _sign(benchmark: Named, table: Table, known: Mapping[str, Named]) -> Verdict
     named = _by_file_name(table, known, benchmark)
     if named is not None and named != benchmark.name:
         return Verdict(f"the name of the file says {named}", (named,), proof=False)
+    form = None if table.is_json_lines or named == benchmark.name else _form(benchmark, table)
+    if form is not None:
+        return Verdict(form, proof=False)
     rows, own = _rows_with_image(table), PUBLIC_TABLES.get(benchmark.name)
     if own is None or own.rows is None or rows == own.rows or named == benchmark.name or table.is_json_lines:
         return None
@@ -227,6 +233,24 @@ def _sign(benchmark: Named, table: Table, known: Mapping[str, Named]) -> Verdict
         kind = kind_of(table)
         reason = f"it has {rows:,} rows, more than the {own.rows:,} of the public table"
         return Verdict(reason, tuple(name for name in _of_kind(kind, known) if name != benchmark.name), proof=False)
+    return None
+
+
+def _form(benchmark: Named, table: Table) -> str | None:
+    """What a table lacks of the form that all tables of the benchmark have. A single row tells nothing."""
+    column = OWN_COLUMNS.get(benchmark.name)
+    if len(table.rows) < 2:
+        return None
+    if column is not None and column not in table.columns:
+        return f"it has no column {column}"
+    answers = [answer for row in table.rows if (answer := row.cells.get("answer", ""))]
+    if getattr(benchmark, "metric", "") == "VQA accuracy" and answers:
+        most = max(len(kit_answers(answer)) for answer in answers)
+        if most < ANNOTATORS:
+            return f"no row has the answers of {ANNOTATORS} people, {most} at most"
+    questions = {question for row in table.rows if (question := row.cells.get("question", "").strip())}
+    if getattr(benchmark, "kind", None) == CAPTIONS and 1 < len(questions) and len(table.rows) < 4 * len(questions):
+        return f"its rows ask {len(questions)} different questions, and captions answer one"
     return None
 
 

@@ -5,17 +5,28 @@ readings where both make sense; nothing is scored as another kind because of it.
 """
 
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.benchmarks.mcq._choice import MultipleChoice, options_of, refuse_rotations
 from evaluation.benchmarks.vqa._open import OWN_QUESTIONS, OpenQuestions
 from evaluation.benchmarks.yesno._yesno import YES_NO_WORDS, YesNo
+from evaluation.scorers.cells import strict_answers
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
 
 _MARKS = " \t\r\n.,;:!()[]\"'\u3002"
 """What may stand around an answer without changing it."""
+
+_OPTION = re.compile(
+    r"\W*(option|opt|choice|answer|ans)[\s_-]*([a-z]|[0-9]{1,2})\W*|\W+[a-z]\W*|[a-z]\W+", re.IGNORECASE
+)
+_OPTIONS = frozenset(("options", "choices", "candidates", "option", "choice"))
+"""Names of columns that may be one option, or all of them."""
+
+_LISTED = re.compile(r"\s*\[\s*(['\"].*|[-0-9., ]+\]\s*)", re.DOTALL)
+"""How a list begins, or is written whole."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ def own_benchmark(name: str, table: Table) -> MultipleChoice | YesNo | OpenQuest
     answers = [row.cells.get("answer", "") for row in table.rows]
     given = [answer for answer in answers if answer.strip()]
     if not given or not all(_word(answer) in YES_NO_WORDS for answer in given):
+        _refuse_near_answers(table, given)
         return OWN_QUESTIONS(name)
     empty = [row.index for row, answer in zip(table.rows, answers, strict=True) if not answer.strip()]
     if empty:
@@ -88,20 +100,38 @@ def own_benchmark(name: str, table: Table) -> MultipleChoice | YesNo | OpenQuest
 
 
 def _refuse_half_options(table: Table) -> None:
-    """Columns that may be options: a, b in lower case, or A without B."""
+    """Columns that may be options: a, b in lower case, A without B, option_a, or all of them in one column."""
     single = [name for name in table.columns if re.fullmatch("[A-Za-z]", name)]
     lower = {name for name in single if name.islower()}
-    if not ({"a", "b"} <= lower or {"A", "B"} & set(single)):
+    named = [name for name in table.columns if _OPTION.fullmatch(name) or name.strip().lower() in _OPTIONS]
+    if not ({"a", "b"} <= lower or {"A", "B"} & set(single) or named):
         return
+    single += named
     raise DataError(
         f"{table.path} has columns {', '.join(single)}. Read as multiple choice, the columns of the options are called "
         "A, B, ...: rename them so, and give at least two. Read as open questions, they are no options: give them "
-        "longer names."
+        "other names."
     )
 
 
+def _refuse_near_answers(table: Table, given: Sequence[str]) -> None:
+    """Answers that are no texts but nearly yes and no, or nearly a list of accepted texts."""
+    if {_word(answer) for answer in given} == {"y", "n"}:
+        raise DataError(
+            f"{table.path}: all answers are Y or N. Read as yes-no questions, they are written Yes and No: write them "
+            "so. Read as open questions, only Y and N would be right: write them as lists, ['Y']."
+        )
+    for row in table.rows:
+        answer = row.cells.get("answer", "")
+        if _LISTED.match(answer) and strict_answers(answer) == [answer]:
+            raise DataError(
+                f'{table.path}, row with index {row.index}: the answer is "{answer[:40]}". Read as a list, it is none '
+                "of texts: write each in quotes, ['3', '4']. Read as one text, put it in a list of one."
+            )
+
+
 def _word(answer: str) -> str:
-    return answer.strip(_MARKS).lower()
+    return unicodedata.normalize("NFKC", answer).strip(_MARKS).lower()
 
 
 def _letter(answer: str, options: Mapping[str, str]) -> str | None:

@@ -12,6 +12,7 @@ import io
 import logging
 import re
 import string
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -260,19 +261,24 @@ COLUMNS = (
 
 
 def meant_columns(names: Sequence[str], where: Path | str, *, told: bool = True) -> list[str]:
-    """Names of columns as they are meant: one that differs from a known one by case (not for single letters), spaces
-    around it or a full stop is that one (which is `told`), unless the known one is there, too."""
-    known = {name.lower(): name for name in COLUMNS if len(name) > 1}
+    """Names of columns as they are meant: one that differs from a known one by case (not for single letters), width,
+    spaces, hyphens, underscores, brackets around it or a full stop is that one (which is `told`), unless the known one
+    is there, too."""
+    known = {_plain(name): name for name in COLUMNS if len(name) > 1}
     meant = []
     for name in names:
-        bare = name.strip().rstrip(".:").strip()
-        new = bare if bare in COLUMNS else known.get(bare.lower(), name)
+        bare = unicodedata.normalize("NFKC", name).strip(" \t()[].:\u3002")
+        new = bare if bare in COLUMNS else known.get(_plain(bare), name)
         if new != name and new not in names:
             if told:
                 logger.warning('%s: column "%s" is read as %s', where, name, new)
             name = new
         meant.append(name)
     return meant
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def _decode(text: str, where: str) -> bytes:

@@ -37,13 +37,19 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; make it, or choose another")
     runs = {name: read_records(path) for path, name in zip(namespace.runs, names_of(namespace.runs), strict=True)}
-    draw(out, runs, namespace.metric, namespace.smooth)
+    try:
+        draw(out, runs, namespace.metric, namespace.smooth)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: cannot be written ({error.strerror}); choose another name or folder"
+        ) from error
     last = {}
     for name, records in runs.items():
         steps, values = values_of(records, namespace.metric)
         last[name] = {"step": steps[-1], namespace.metric: values[-1]} if steps else None
-        logger.info(
-            "%s: %d steps%s", name, len(steps), f", the last {namespace.metric} is {values[-1]:.4g}" if steps else ""
-        )
+        shown = f", the last {namespace.metric} is {values[-1]:.4g}" if steps else ""
+        left_out = len(records) - len(steps)
+        more = f", {left_out} more without a finite {namespace.metric}" if left_out else ""
+        logger.info("%s: %d steps%s%s", name, len(steps), shown, more)
     logger.info("wrote %s", out)
     return {"file": str(out), "runs": last}

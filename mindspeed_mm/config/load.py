@@ -82,7 +82,7 @@ def config_bytes(path: Path, kind: str) -> bytes:
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises JSONDecodeError, and ConfigError for NaN, Infinity and a key given twice."""
-    return json.loads(text, object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
+    return json.loads(text, object_pairs_hook=object_without_duplicates, parse_constant=_refuse_constant)
 
 
 KIND = re.compile(r"(str|int|float|bool|none|(list|tuple|dict|literal)\[.*\]|constrained-\w+|function-.*|[A-Z]\w*)")
@@ -121,7 +121,8 @@ def nearest(name: str, known: typing.Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text from its members. Raises ConfigError for a key that is there twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]

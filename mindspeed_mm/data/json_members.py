@@ -16,8 +16,8 @@ import numpy as np
 
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.progress import progress_bar
-from mindspeed_mm.data.record_starts import DECODER, object_members
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.data.record_starts import STRICT_DECODER, object_members
+from mindspeed_mm.errors import ConfigError, DataError
 
 PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".npz")
 """Suffixes of files that may run code when they are read."""
@@ -144,7 +144,9 @@ class JsonMembers:
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            return DECODER.raw_decode(os.pread(self._descriptor, end - begin, begin).decode("utf-8"))[0]
+            return STRICT_DECODER.raw_decode(os.pread(self._descriptor, end - begin, begin).decode("utf-8"))[0]
+        except ConfigError as error:
+            raise DataError(f"{self.path}, bytes {begin} to {end}: {error}") from error
         except ValueError as error:
             raise DataError(
                 f"{self.path}, bytes {begin} to {end}: no text in UTF-8, or changed since it was indexed ({error}). "

@@ -8,6 +8,7 @@ other is counted and told once.
 from __future__ import annotations
 
 import binascii
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,14 +36,20 @@ IMAGE = "images have another key here"
 SYSTEM = "this format has no system text under that key"
 TOOLS = "tools and their calls are not trained on"
 MARK = "a mark belongs on the turn, not here"
+MASK = 'it says what is not learned; marks here are "loss", "train" or "weight" of a turn, with true or false'
 TEXT = "the text under it would not be trained on"
 PAIR = 'preferences are read by the dataset_type "preference"'
 PIXELS = "the size of an image is the image processor's"
 
+FILE_WORDS = ("path", "paths", "file", "files", "name", "names", "url", "urls", "list", "bytes", "base64")
+IMAGE_WORDS = ("image", "img", "picture", "photo")
+
 CHANGING = {
-    **dict.fromkeys(("video", "videos", "audio", "audios"), MEDIA),
-    **dict.fromkeys(("image_path", "image_paths", "image_file", "img", "imgs", "img_path", "image_url"), IMAGE),
-    **dict.fromkeys(("image", "images"), IMAGE),
+    **dict.fromkeys(("video", "videos", "audio", "audios", "speech", "frames"), MEDIA),
+    **{f"{kind}_{word}": MEDIA for kind in ("video", "audio") for word in FILE_WORDS},
+    **{f"{kind}{end}": IMAGE for kind in IMAGE_WORDS for end in ("", "s")},
+    **{f"{kind}_{word}": IMAGE for kind in IMAGE_WORDS for word in FILE_WORDS},
+    **dict.fromkeys(("file_name", "filename", "pixel_values"), IMAGE),
     **dict.fromkeys(("system", "system_prompt", "system_message"), SYSTEM),
     **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call_id", "function_call"), TOOLS),
     **dict.fromkeys(("conversations", "messages", "history", "instruction", "input", "output", "query"), TEXT),
@@ -50,10 +57,17 @@ CHANGING = {
     **dict.fromkeys(("chosen", "rejected", "reject", "rejected_response", "rejected_messages", "kto_tag"), PAIR),
     **dict.fromkeys(("loss", "train", "training", "learnable", "trainable", "weight", "loss_weight"), MARK),
     **dict.fromkeys(("loss_scale", "output_with_loss", "sample_weight", "train_detail"), MARK),
+    **dict.fromkeys(("train_on_turn", "is_train", "do_train", "is_trained", "learn", "learned"), MARK),
+    **dict.fromkeys(("compute_loss", "calculate_loss", "supervised"), MARK),
+    **dict.fromkeys(("mask", "masked", "loss_mask", "no_loss", "ignore_loss", "skip_loss", "train_on_input"), MASK),
     **dict.fromkeys(("min_pixels", "max_pixels", "resized_height", "resized_width"), PIXELS),
     "objects": 'boxes are not filled in; expected them in the text, without "objects"',
 }
-"""Keys that change training in other suites, and why a value there cannot be ignored."""
+"""Keys that change training in other suites, and why a value there cannot be ignored. Those on masks are NeMo's and
+torchtune's."""
+
+SOURCE_ENDINGS = ("_url", "_urls", "_name", "_names", "filename")
+"""Of keys that name an image only where nothing else does; beside an image they say where it comes from."""
 
 IMAGE_NAMES = (
     *("image", "images", "img_path", "image_filename", "img_fn", "file_path", "imageId", "image_id", "image_ids"),
@@ -85,6 +99,15 @@ class Keys:
 
     honoured: frozenset[str]
 
+    texts: frozenset[str] = frozenset()
+    """Keys under which other formats have the text of such an object."""
+
+    has_image: bool = False
+    """Whether an image belongs to it though none of its keys names one."""
+
+    marks: str = MARK
+    """Why a mark cannot stand here."""
+
     def unused(self, found: Mapping[str, Any], place: str, policy: str) -> list[str]:
         """The keys of `found` that nothing reads and that are not known to be harmless.
 
@@ -99,21 +122,32 @@ class Keys:
                 continue
             if not isinstance(key, str):
                 continue
+            why = self._changing(key, found)
             # "image_id" describes a record, but not in place of "image_ids".
-            if (key in HARMLESS or key.endswith(HARMLESS_ENDINGS)) and self._meant(key, without=found) is None:
+            is_harmless = why is None and (key in HARMLESS or key.endswith(HARMLESS_ENDINGS))
+            if is_harmless and self._meant(key, without=found) is None:
                 continue
-            if CHANGING.get(key) == MARK and value in (True, 1):  # as everything is without a mark
+            if (why == MARK and value in (True, 1)) or (why == MASK and value in (False, 0)):  # as without a mark
                 continue
             if policy == "error":
-                self._refuse(key, place)
+                self._refuse(key, place, why)
             ignored.append(key)
         return ignored
 
-    def _refuse(self, key: str, place: str) -> None:
+    def _changing(self, key: str, found: Mapping[str, Any]) -> str | None:
+        """Why a value under a key cannot be ignored, in whatever case and with whatever separators it is written."""
+        name = plain_name(key)
+        why = TEXT if name in self.texts else CHANGING.get(name)
+        if why == IMAGE and name.endswith(SOURCE_ENDINGS):
+            shows = self.has_image or any(found.get(own) for own in self.honoured.intersection(IMAGE_NAMES))
+            return None if shows else why
+        return why
+
+    def _refuse(self, key: str, place: str, why: str | None) -> None:
         shown = f"{place + '.' if place else ''}{key!a:.80}"
         advice = 'Correct the data, or set "unknown_keys": "warn" in dataset_param.'
-        if key in CHANGING:
-            raise UnknownKeyError(f"{shown} is not read here: {self._why(key)}. {advice}")
+        if why is not None and (self._meant(key) is None or key in CHANGING):
+            raise UnknownKeyError(f"{shown} is not read here: {self._why(why)}. {advice}")
         close = self._meant(key)
         if close is not None:
             raise UnknownKeyError(f'{shown} is no key of {self.what}; did you mean "{close}"? {advice}')
@@ -123,23 +157,29 @@ class Keys:
         names = sorted(self.honoured.difference(without))
         return next((name for name in names if one_typing_error(key, name)), None)
 
-    def _why(self, key: str) -> str:
-        why = CHANGING[key]
+    def _why(self, why: str) -> str:
+        if why == MARK:
+            return self.marks
         if why != IMAGE:
             return why
         names = [f'"{name}"' for name in sorted(self.honoured) if name in IMAGE_NAMES]
         return f"{self.what} names images by {' or '.join(names)}" if names else f"{self.what} has no image"
 
 
-def keys(what: str, *honoured: str) -> Keys:
-    """Keys of a kind of object."""
-    return Keys(what, frozenset(honoured))
+def keys(what: str, *honoured: str, **options: Any) -> Keys:
+    """Keys of a kind of object; `options` are further fields of Keys."""
+    return Keys(what, frozenset(honoured), **options)
 
 
-LLAVA_TURN = keys("a turn", "from", "value", *MARKS)
-MESSAGE = keys("a message", "role", "content", *MARKS)
-TEXT_PART = keys("a text part", "type", "text")
-IMAGE_PART = keys("an image part", "type", "image", "path", "url", "image_url", "index")
+TEXTS = frozenset(("value", "content", "text"))
+OTHER_MARK = "marks of a turn are " + ", ".join(f'"{name}"' for name in MARKS)
+LLAVA_TURN = keys("a turn", "from", "value", *MARKS, texts=TEXTS, marks=OTHER_MARK)
+MESSAGE = keys("a message", "role", "content", *MARKS, texts=TEXTS, marks=OTHER_MARK)
+TEXT_PART = keys("a text part", "type", "text", texts=TEXTS)
+IMAGE_PART = keys("an image part", "type", "image", "path", "url", "image_url", "index", texts=TEXTS)
+IMAGE_URL = keys("an image_url", "url")
+IMAGE_FILE = keys("an image", "bytes", "path")
+"""Hugging Face's Image feature."""
 
 
 def unused_of_turns(entries: Iterable[Any], allowed: Keys, key: str, policy: str) -> list[str]:
@@ -149,6 +189,12 @@ def unused_of_turns(entries: Iterable[Any], allowed: Keys, key: str, policy: str
         if isinstance(entry, Mapping) and not entry.keys() <= allowed.honoured:
             ignored += [f"{key}[].{name}" for name in allowed.unused(entry, f"{key}[{index}]", policy)]
     return ignored
+
+
+def plain_name(key: str) -> str:
+    """A key in small letters with underscores: "videoPath" and "Video-Path" are "video_path"."""
+    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.strip())
+    return parted.casefold().replace("-", "_").replace(" ", "_")
 
 
 def one_typing_error(found: str, known: str) -> bool:

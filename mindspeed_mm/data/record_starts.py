@@ -15,12 +15,16 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from mindspeed_mm.config.load import object_without_duplicates
+
 BLOCK_BYTES = 4 * 2**20
 MAX_RECORD_BYTES = 64 * 2**20
 """A longer record is taken for damage (an unclosed bracket would swallow the rest of the file)."""
 
 JSON_SPACE = b" \t\r\n"
 DECODER = json.JSONDecoder()
+STRICT_DECODER = json.JSONDecoder(object_pairs_hook=object_without_duplicates)
+"""Refuses a key that is there twice in one object, of which the first value would be dropped."""
 
 
 class Damage(NamedTuple):

@@ -16,7 +16,7 @@ from mindspeed_mm.data import record_starts
 from mindspeed_mm.data.conversation import EXAMPLE, shown
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.progress import progress_bar
-from mindspeed_mm.data.record_starts import DECODER, JSON_SPACE, line_starts, list_starts
+from mindspeed_mm.data.record_starts import DECODER, JSON_SPACE, STRICT_DECODER, line_starts, list_starts
 from mindspeed_mm.data.storage.objects import local_file
 from mindspeed_mm.errors import DataError
 
@@ -103,7 +103,7 @@ class RecordFile:
         try:
             text = raw.decode("utf-8").rstrip(" \t\r\n")
             begin = len(text) - len(text.lstrip(" \t\r\n"))
-            record, end = DECODER.raw_decode(text, begin)
+            record, end = STRICT_DECODER.raw_decode(text, begin)
         except UnicodeDecodeError as error:
             raise self._damage(number, start + error.start, f"it is not UTF-8 text ({error.reason})") from error
         except json.JSONDecodeError as error:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 import pydantic
 
 from mindspeed_mm.config.inherit import read_config
-from mindspeed_mm.config.load import StrictModel, load_config, read_json
+from mindspeed_mm.config.load import StrictModel, load_config, parse_json, read_json
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.storage.objects import in_folder, local_file
 from mindspeed_mm.errors import ConfigError, DataError
@@ -168,9 +168,11 @@ def _free_name(number: int, taken: set[str]) -> str:
 def _line(text: str, where: str) -> tuple[str | None, Line | DataError]:
     """The id that the line gives itself (None if it has none), and the request or what is wrong with it."""
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except (json.JSONDecodeError, RecursionError) as error:
         return None, DataError(f"{where} is not JSON ({error}); correct it")
+    except ConfigError as error:
+        return None, DataError(f"{where}: {error}")
     if not isinstance(data, dict):
         found = "a list: give each of its objects a line of its own" if isinstance(data, list) else "no JSON object"
         return None, DataError(f'{where} is {found}; expected {{"prompt": ..., "image": ...}}')

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,16 +37,14 @@ def read_records(run: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected a run's save folder, or its {METRICS_FILE}. Correct the path")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{path}, line {number} is damaged: {error}. Expected the {METRICS_FILE} of a run"
             ) from error
-        if not isinstance(records[-1], dict) or "iteration" not in records[-1]:
+        if not isinstance(records[-1], dict) or type(records[-1].get("iteration")) is not int:
             raise DataError(f"{path}, line {number} has no iteration. Expected the {METRICS_FILE} of a run")
     if not records:
         raise DataError(f"{path}: no step is recorded yet; expected a run that has done one")
@@ -68,21 +68,32 @@ def names_of(runs: Sequence[str | Path]) -> list[str]:
     return ["/".join(folder.parts[-depth:]) for folder in folders]
 
 
-def values_of(records: Sequence[Mapping[str, Any]], metric: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of a metric, without the steps that have none (a skipped step has no gradient norm).
+def values_of(
+    records: Sequence[Mapping[str, Any]], metric: str, run: str | None = None
+) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric, without the steps that have none: a skipped step has no gradient norm, one that
+    overflowed no finite loss. `run` names it in messages.
 
     Raises:
         ConfigError: the records have no such metric; names those that there are.
+        DataError: a value is no number.
     """
-    if metric in PER_SECOND:
-        found = [(record["iteration"], record[PER_SECOND[metric]] / record["seconds"]) for record in records]
-    else:
-        known = [*records[0], *PER_SECOND]
-        if metric not in known:
-            near = difflib.get_close_matches(metric, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"--metric {metric}: expected one of {', '.join(known)}{hint}")
-        found = [(record["iteration"], record[metric]) for record in records if record.get(metric) is not None]
+    source = PER_SECOND.get(metric, metric)
+    known = list(dict.fromkeys(key for record in records for key in record))
+    known += [name for name, key in PER_SECOND.items() if {key, "seconds"} <= set(known)]
+    where = "" if run is None else f"{run}: "
+    if metric not in known:
+        near = difflib.get_close_matches(metric, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{where}--metric {metric}: expected one of {', '.join(known)}{hint}")
+    found = []
+    for record in records:
+        value, seconds = record.get(source), record.get("seconds") if metric in PER_SECOND else 1.0
+        for each in (value, seconds):
+            if each is not None and not isinstance(each, int | float):
+                raise DataError(f"{where}step {record['iteration']} has {metric} {each!r:.80}; expected a number")
+        if value is not None and seconds and math.isfinite(value / seconds):
+            found.append((record["iteration"], value / seconds))
     return [step for step, _ in found], [float(value) for _, value in found]
 
 
@@ -102,17 +113,17 @@ def draw(
     """Write a PNG with the curve of each run: faint as recorded, strong smoothed.
 
     Raises:
-        ConfigError: a run has no such metric.
+        ConfigError, DataError: as values_of.
     """
     from matplotlib.figure import Figure
 
-    curves = {name: values_of(records, metric) for name, records in runs.items()}
+    curves = {name: values_of(records, metric, name if len(runs) > 1 else None) for name, records in runs.items()}
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.add_subplot()
     for number, (name, (steps, values)) in enumerate(curves.items()):
         colour = f"C{number % 10}"
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axis.plot(steps, smoothed(values, weight), color=colour, linewidth=1.8, label=name)
+        axis.plot(steps, smoothed(values, weight), color=colour, linewidth=1.8, label=_label(name))
     drawn = [value for _, values in curves.values() for value in values]
     if drawn and min(drawn) > 0 and max(drawn) > LOG_RATIO * min(drawn):
         axis.set_yscale("log")
@@ -121,8 +132,20 @@ def draw(
     axis.grid(True, alpha=0.2)
     axis.legend()
     aside = path.with_name(path.name + ".new")
-    figure.savefig(aside, dpi=110, format="png")
-    os.replace(aside, path)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            figure.savefig(aside, dpi=110, format="png")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    if any("missing from font" in str(each.message) for each in told):
+        logger.warning("the font of %s lacks characters of a run's name: they are drawn as boxes", path.name)
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it: not as a formula, and not left out of the legend for an underscore in front."""
+    return f" {name}".replace("$", r"\$") if name.startswith("_") else name.replace("$", r"\$")
 
 
 def leave_loss_curve(save: str | Path) -> Path | None:

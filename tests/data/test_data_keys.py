@@ -11,6 +11,7 @@ from tests.helpers.media import dataset_of
 
 LLAVA = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A cat."}]
 MESSAGES = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
+SEEN = [{"role": "user", "content": "<image>What is it?"}, MESSAGES[1]]
 RECORDS = {
     "llava": {"conversations": LLAVA},
     "sharegpt": {"conversations": LLAVA},
@@ -55,6 +56,72 @@ def test_letter_a_keys_that_change_training_are_refused(source, kind, key, value
         source(kind, [RECORDS[kind], RECORDS[kind] | {key: value}])
     found = source(kind, [RECORDS[kind], RECORDS[kind] | {key: value}], unknown_keys="warn")
     assert found[1].ignored == (key,) and found.facts[:, 3].tolist() == [0, digest([key])]
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("image_url", "a record names images by"),  # ends like a harmless key
+        ("videoPath", "videos and audio"),
+        ("Video", "videos and audio"),
+        ("tool_call_id", "tools and their calls"),
+        ("file_name", "a record names images by"),
+        ("mask", "it says what is not learned; marks here are"),  # NeMo's {"mask": "User"}
+    ],
+)
+def test_letter_a_keys_of_other_suites_in_other_spellings(source, kind, key, message):
+    with pytest.raises(UnknownKeyError, match=f"'{key}' is not read here: {message}"):
+        source(kind, [RECORDS[kind] | {key: "x"}])
+
+
+def test_letter_a_where_an_image_comes_from_is_harmless_beside_it(source):
+    turns = [LLAVA[0] | {"value": "<image>\nWhat is it?"}, LLAVA[1]]
+    record = {"image": "red.png", "conversations": turns, "image_url": "https://x.org/1.jpg", "mask": False}
+    assert source("llava", [record])[0].ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "message"),
+    [
+        ("llava", {"conversations": [LLAVA[0] | {"content": "And why?"}, LLAVA[1]]}, "'content'.*would not be trained"),
+        ("llava", {"conversations": [LLAVA[0], LLAVA[1] | {"masked": True}]}, "'masked'.*it says what is not learned"),
+        ("messages", {"messages": [MESSAGES[0], MESSAGES[1] | {"do_train": False}]}, 'marks of a turn are "loss"'),
+        ("preference", {"chosen": MESSAGES[1] | {"loss": False}}, "a preference record has no marks"),
+        ("preference", {"prompt": [{"role": "user", "content": [{"type": "text", "text": "A", "txet": "B"}]}]}, "txet"),
+        ("preference", {"chosen": MESSAGES[1] | {"value": "B"}}, r"chosen\.'value' is not read here"),
+        ("messages", {"images": [{"path": "1.png", "video": "x"}], "messages": SEEN}, r"images\[0\]\.'video'"),
+    ],
+)
+def test_letter_a_inner_keys(source, kind, record, message):
+    with pytest.raises(UnknownKeyError, match=message):
+        source(kind, [RECORDS[kind] | record])
+
+
+def test_letter_a_parts_that_name_an_image_twice(source):
+    def messages(**part):
+        content = [{"type": "image", **part}, {"type": "text", "text": "What?"}]
+        return [{"messages": [{"role": "user", "content": content}, MESSAGES[1]]}]
+
+    with pytest.raises(DataError, match=r'content\[0\] has "image" and "path"; expected one of them'):
+        source("messages", messages(image="1.png", path="2.png"))
+    with pytest.raises(UnknownKeyError, match=r"image_url\.'max_pixels' is not read here"):
+        source("messages", messages(image_url={"url": "1.png", "max_pixels": 9}))
+    found = source("messages", messages(image_url={"url": "1.png", "detail": "low"}))
+    assert found[0].ignored == ("messages[].content[].image_url.detail",)
+
+
+def test_letter_a_a_key_given_twice_is_refused(source, tmp_path):
+    from mindspeed_mm.data.json_members import JsonMembers
+    from mindspeed_mm.data.records import RecordFile
+
+    twice = '{"from": "human", "value": "What?", "value": "Why?"}'
+    (tmp_path / "twice.json").write_text(f'[{{"conversations": [{twice}, {json.dumps(LLAVA[1])}]}}]')
+    with pytest.raises(DataError, match=r'record 0 \(line 1, .*key "value" is given twice in one object'):
+        RecordFile(tmp_path / "twice.json").verified(0)
+    (tmp_path / "members.json").write_text(f'{{"a": {twice}}}')
+    with pytest.raises(DataError, match='key "value" is given twice in one object'):
+        JsonMembers(tmp_path / "members.json").value(0)
 
 
 @pytest.mark.parametrize("kind", RECORDS)

@@ -75,6 +75,22 @@ def test_letter_m_a_part_of_a_public_table_and_a_table_of_ones_own_are_scored(tm
         assert [row["hit"] for row in report.rows.values()] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("chartqa_test", open_rows("cat"), "it has no column split"),
+        ("mmmu_dev_val", choice_rows(2), "it has no column split"),
+        ("vqav2", open_rows("['cat', 'dog']"), "no row has the answers of 10 people, 2 at most"),
+        ("coco_val", open_rows("cat"), "its rows ask 3 different questions, and captions answer one"),
+    ],
+)
+def test_letter_m_the_form_of_a_table_is_a_sign(tmp_path, name, rows, message):
+    table, answers = write_table(tmp_path / "table.tsv", rows), {int(row["index"]): "A" for row in rows}
+    with pytest.raises(DataError, match=f"is no table of .*: {message}.*--accept-table"):
+        mm.score(name, answers, table)
+    mm.score(name, answers, table, accept_table=True)
+
+
 def test_images_are_followed_by_what_the_family_knows():
     """A question's images stand before it; only LLaVA's models know a line feed behind each."""
     from evaluation.model_engine import placed

@@ -50,6 +50,39 @@ def test_own_yes_no_questions(tmp_path):
     assert prompts[0].turns[0][0] == "<image>\nQuestion 0?\nAnswer the question using a single word or phrase."
 
 
+@pytest.mark.parametrize(("first", "second"), [("(A)", "(B)"), ("\uff21", "\uff22"), ("A)", "B.")])
+def test_letter_d_options_in_other_marks_are_options(tmp_path, caplog, first, second):
+    rows = [row | {first: "cat", second: "dog", "L2 Category": "x"} for row in question_rows(["A", "B"])]
+    report = evaluation.score("mine", {0: "A", 1: "A"}, table_of(tmp_path, rows))
+    assert report.table == {"none": {"Overall": 0.5, "x": 0.5}} and f'column "{first}" is read as A' in caplog.text
+
+
+@pytest.mark.parametrize("names", [("option_a", "option_b"), ("Option 1", "Option 2"), ("choices",), ("Answer A", "b")])
+def test_letter_d_options_under_other_names_are_refused(tmp_path, names):
+    rows = [row | dict.fromkeys(names, "cat") for row in question_rows(["cat"])]
+    with pytest.raises(DataError, match="Read as multiple choice, .* Read as open questions, they are no options"):
+        evaluation.score("mine", {0: "cat"}, table_of(tmp_path, rows))
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (["Y", "n."], "all answers are Y or N. Read as yes-no questions"),
+        (["[3, 4]"], r'index 0: the answer is "\[3, 4\]". Read as a list'),
+        (["['Paris', 'paris"], "Read as one text, put it in a list of one"),
+    ],
+)
+def test_letter_d_answers_of_two_readings_are_refused(tmp_path, answers, message):
+    path = table_of(tmp_path, question_rows(answers))
+    with pytest.raises(DataError, match=message):
+        evaluation.score("mine", dict(enumerate(answers)), path)
+
+
+def test_letter_d_answers_with_other_spaces_and_stops_are_yes_and_no(tmp_path):
+    path = table_of(tmp_path, question_rows(["Yes\u00a0", "No\uff0e"]))
+    assert evaluation.score("mine", {0: "yes", 1: "no"}, path).overall == 1.0
+
+
 def mme_rows():
     names = [("existence", "a"), ("existence", "a"), ("existence", "b"), ("existence", "b"), ("text_translation", "c")]
     return question_rows(
@@ -78,9 +111,9 @@ def test_mme_points(tmp_path):
 @pytest.mark.parametrize("name", ["ocrvqa", "gqa", "vqav2", "infovqa", "vizwiz"])
 def test_open_benchmarks_without_a_golden_table(tmp_path, name):
     path = table_of(tmp_path, question_rows(["['red', 'red', 'red', 'red', 'red']", "blue"]))
-    report = evaluation.score(name, {0: "Red", 1: "green"}, path)
+    report = evaluation.score(name, {0: "Red", 1: "green"}, path, accept_table=True)
     assert [report.rows[i].score for i in (0, 1)] == [1.0, 0.0]
-    compat = evaluation.score(name, {0: "Red", 1: "green"}, path, "compat")
+    compat = evaluation.score(name, {0: "Red", 1: "green"}, path, "compat", accept_table=True)
     assert compat.rows[0].score == 1.0
 
 
@@ -91,7 +124,7 @@ def test_gqa_means_over_answers_in_compat_only(tmp_path):
 
 
 def test_open_questions_of_mmmu(tmp_path):
-    rows = choice_rows(2)
+    rows = [row | {"split": "validation"} for row in choice_rows(2)]
     rows[1] |= {"A": "", "B": "", "C": "", "answer": "3.14"}
     path = table_of(tmp_path, rows)
     strict = evaluation.score("mmmu_dev_val", {0: "A", 1: "The answer is 3.141"}, path)
@@ -128,10 +161,11 @@ def test_ocr_words_from_a_column_or_not_at_all(tmp_path, caplog):
 
 def test_very_long_answers(tmp_path):
     long = "A cat. " * 15_000
-    path = table_of(tmp_path, question_rows(["red", "[1, 2]"]))
+    path = table_of(tmp_path, question_rows(["red", "['1', '2']"]))
     for name in ("chartqa", "docvqa", "textvqa", "gqa", "mine"):
         for mode in ("strict", "compat"):
-            assert evaluation.score(name, {0: long, 1: "9" * 100_000}, path, mode).overall == 0.0
+            report = evaluation.score(name, {0: long, 1: "9" * 100_000}, path, mode, accept_table=True)
+            assert report.overall == 0.0
     path = table_of(tmp_path, question_rows(["Yes", "No"], category=["x", "x"], image_path=["a", "a"]))
     for name in ("pope", "mme"):
         assert evaluation.score(name, {0: long, 1: "9" * 100_000}, path).unparsed == 2

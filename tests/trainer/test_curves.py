@@ -83,3 +83,33 @@ def test_several_runs_in_one_image(tmp_path):
     draw(tmp_path / "two.png", {"a": RECORDS, "b": flat}, weight=0.5)
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert one.size == two.size and one.tobytes() != two.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "metric", "message"),
+    [
+        (b"\xff\xfe\x00\n", "loss", "line 1 is damaged"),
+        (b'{"iteration": "a", "loss": 1.0}\n', "loss", "line 1 has no iteration"),
+        (b'{"iteration": 1, "loss": "x"}\n', "loss", "step 1 has loss 'x'; expected a number"),
+        (b'{"iteration": 1, "loss": 1.0}\n', "samples/s", "expected one of iteration, loss$"),
+    ],
+)
+def test_letter_q_damaged_records_are_told(tmp_path, content, metric, message):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises((ConfigError, DataError), match=message):
+        values_of(read_records(tmp_path), metric)
+
+
+def test_letter_q_late_odd_and_missing_values(tmp_path):
+    records = [{"iteration": 1, "loss": float("nan"), "note": "a\u2028b"}, {"iteration": 2, "loss": 1.0, "late": 3}]
+    found = read_records(save(tmp_path / "run", records))
+    assert values_of(found, "loss") == ([2], [1.0]) and values_of(found, "late") == ([2], [3.0])
+    assert values_of([{"iteration": 1, "samples": 2, "seconds": 0}], "samples/s") == ([], [])
+    with pytest.raises(ConfigError, match="b: --metric late: expected one of iteration, loss"):
+        draw(tmp_path / "two.png", {"a": records, "b": RECORDS}, "late")
+
+
+def test_letter_q_names_that_mean_something_to_matplotlib(tmp_path, caplog, recwarn):
+    draw(tmp_path / "names.png", {name: RECORDS for name in ("_run", "a$x$b$_{", "\u56fe")})
+    assert (tmp_path / "names.png").is_file() and not recwarn.list
+    assert "lacks characters of a run's name" in caplog.text

@@ -10,7 +10,6 @@ feeds, as those of "instructblip" do. The file of an image is found through Visu
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -19,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.config.load import parse_json
 from mindspeed_mm.config.minigpt4_model import QUESTIONS
 from mindspeed_mm.data.config import BasicParameters
 from mindspeed_mm.data.conversation import checked_text, shown
@@ -119,7 +119,7 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
 
 def _read(path: Path, key: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. Correct {key}.") from error
     except (ValueError, RecursionError) as error:

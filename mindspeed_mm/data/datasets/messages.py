@@ -13,13 +13,28 @@ from typing import Any
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
-from mindspeed_mm.data.keys import IMAGE_PART, MESSAGE, TEXT_PART, is_learned, keys, unused_of_turns
+from mindspeed_mm.data.keys import (
+    IMAGE_FILE,
+    IMAGE_PART,
+    IMAGE_URL,
+    MESSAGE,
+    TEXT_PART,
+    Keys,
+    is_learned,
+    keys,
+    unused_of_turns,
+)
 from mindspeed_mm.data.sample import ImageBytes, Turn
 from mindspeed_mm.errors import DataError, TemplateError
 
 ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
 RECORD = keys("a record", "id", "image", "images", "messages")
 EXAMPLE = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}'
+
+NAMES = ("image", "path", "url", "image_url")
+"""Keys by which an image part names its image."""
+
+PLAIN = frozenset(("role", "content"))
 
 Image = str | ImageBytes
 Named = Image | int | None
@@ -31,19 +46,45 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
     listed = listed_images(record)
     turns, named = parse_messages(record.get("messages"), "messages", bool(listed))
     ignored = RECORD.unused(record, "", options.unknown_keys)
+    ignored += unused_of_files(record, options.unknown_keys)
     ignored += unused_of_messages(record["messages"], "messages", options.unknown_keys)
     return Parsed(turns, merged_images(listed, named), ignored=tuple(ignored))
 
 
 def unused_of_messages(entries: list[Any], key: str, policy: str) -> list[str]:
     """Keys of messages and of their parts that nothing reads. Raises UnknownKeyError as Keys.unused does."""
-    ignored = unused_of_turns(entries, MESSAGE, key, policy)
+    ignored: list[str] = []
     for index, entry in enumerate(entries):
-        if isinstance(entry["content"], list):
-            for number, part in enumerate(entry["content"]):
-                allowed = TEXT_PART if part["type"] == "text" else IMAGE_PART
-                names = allowed.unused(part, f"{key}[{index}].content[{number}]", policy)
-                ignored += [f"{key}[].content[].{name}" for name in names]
+        if not entry.keys() <= PLAIN or isinstance(entry["content"], list):
+            ignored += unused_of_message(entry, MESSAGE, f"{key}[{index}]", f"{key}[]", policy)
+    return ignored
+
+
+def unused_of_message(entry: Mapping[str, Any], allowed: Keys, place: str, name: str, policy: str) -> list[str]:
+    """As above of one message, which stands at `place` and is told as `name`."""
+    ignored = [f"{name}.{key}" for key in allowed.unused(entry, place, policy)]
+    text = next((key for key in ("content", "value") if key in entry), "content")
+    for number, part in enumerate(entry[text] if isinstance(entry.get(text), list) else ()):
+        ignored += [f"{name}.{text}[].{key}" for key in _unused_of_part(part, f"{place}.{text}[{number}]", policy)]
+    return ignored
+
+
+def unused_of_files(record: Mapping[str, Any], policy: str) -> list[str]:
+    """As above, of the images that a record lists as objects."""
+    key = "images" if record.get("images") is not None else "image"
+    listed = record.get(key)
+    entries = listed if isinstance(listed, list) else [listed]
+    return unused_of_turns(entries, IMAGE_FILE, key, policy)
+
+
+def _unused_of_part(part: Mapping[str, Any], place: str, policy: str) -> list[str]:
+    if part["type"] == "text":
+        return TEXT_PART.unused(part, place, policy)
+    ignored = IMAGE_PART.unused(part, place, policy)
+    for name, value in part.items():
+        if name in NAMES and isinstance(value, Mapping):
+            allowed = IMAGE_URL if "url" in value else IMAGE_FILE
+            ignored += [f"{name}.{inner}" for inner in allowed.unused(value, f"{place}.{name}", policy)]
     return ignored
 
 
@@ -101,7 +142,10 @@ def _from_parts(role: Any, parts: list[Any], place: str) -> tuple[Turn, list[Nam
 
 
 def _image(part: Mapping[str, Any], place: str) -> Named:
-    value = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+    given = [key for key in (*NAMES, "index") if part.get(key) is not None]
+    if len(given) > 1:
+        raise DataError(f'{place} has "{given[0]}" and "{given[1]}"; expected one of them to say which image it is.')
+    value = part[given[0]] if given and given[0] != "index" else None
     if isinstance(value, Mapping) and "url" in value:
         value = value["url"]
     if value is not None:

@@ -5,12 +5,12 @@ run asks the same. `<Img><ImageHere></Img>` in an instruction stands for the ima
 cc_sbu_align's filter_cap.json, whose records stand in a list "annotations", is read as it is.
 """
 
-import json
 import re
 import zlib
 from pathlib import Path
 from typing import Any
 
+from mindspeed_mm.config.load import parse_json
 from mindspeed_mm.config.minigpt4_model import QUESTIONS
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.config import BasicParameters
@@ -69,7 +69,7 @@ class AnnotationsFile:
         """Neither `index` nor `problems` is needed. Raises DataError for a file that cannot be read so."""
         self.path = Path(path)
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8-sig"))
+            content = parse_json(self.path.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not JSON ({error}); copy it again.") from error
         self._rows = content["annotations"]

@@ -15,15 +15,28 @@ from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.conversation import alternating, checked_text, count_images, literal_turn
 from mindspeed_mm.data.datasets import sharegpt
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
-from mindspeed_mm.data.datasets.messages import Named, listed_images, merged_images, parse_messages
-from mindspeed_mm.data.keys import keys, unused_of_turns
+from mindspeed_mm.data.datasets.messages import (
+    Named,
+    listed_images,
+    merged_images,
+    parse_messages,
+    unused_of_files,
+    unused_of_message,
+)
+from mindspeed_mm.data.keys import TEXTS, keys
 from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.errors import DataError
 
 RECORD = keys(
     "a record", "id", "image", "images", "prompt", "question", "conversations", "chosen", "rejected", "reject"
 )
-TURN = keys("a message", "role", "content", "from", "value")
+NO_MARKS = "both last answers are compared and nothing else is learned, so that a preference record has no marks"
+MESSAGES = {
+    (speaker, text): keys("a message", speaker, text, texts=TEXTS, marks=NO_MARKS)
+    for speaker in ("role", "from")
+    for text in ("content", "value")
+}
+"""The keys of a message by those that it has for speaker and text."""
 EXAMPLE = '{"prompt": "<image>\\nWhat is it?", "chosen": "A cat.", "rejected": "A dog.", "images": ["cat.jpg"]}'
 
 
@@ -58,12 +71,21 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
             raise DataError(f'"{key}" is empty; expected an answer, as in {EXAMPLE}.')
     if good.text == bad.text:
         raise DataError('"chosen" and "rejected" are the same text; there is nothing to prefer. Remove the record.')
-    ignored = RECORD.unused(record, "", options.unknown_keys)
+    ignored = RECORD.unused(record, "", options.unknown_keys) + unused_of_files(record, options.unknown_keys)
     for key in ("prompt", "question", "conversations", "chosen", "rejected", "reject"):
-        value = record.get(key)
-        entries = value if isinstance(value, list) else [value]
-        ignored += unused_of_turns(entries, TURN, key, options.unknown_keys)
+        ignored += _unused_of_side(record.get(key), key, options.unknown_keys)
     return Parsed((*prompt, good), merged_images(listed, named), (*prompt, bad), tuple(ignored))
+
+
+def _unused_of_side(value: Any, key: str, policy: str) -> list[str]:
+    """Keys that nothing reads in the messages under `key`, or in the one that stands there. Raises UnknownKeyError."""
+    ignored: list[str] = []
+    for index, entry in enumerate(value if isinstance(value, list) else [value]):
+        if isinstance(entry, Mapping):
+            allowed = MESSAGES["role" if "role" in entry else "from", "content" if "content" in entry else "value"]
+            place, name = (f"{key}[{index}]", f"{key}[]") if isinstance(value, list) else (key, key)
+            ignored += unused_of_message(entry, allowed, place, name, policy)
+    return ignored
 
 
 def _side(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:

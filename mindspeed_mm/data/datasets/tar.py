@@ -9,7 +9,6 @@ read at random like any other file, and resuming is exact.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mindspeed_mm.config.load import parse_json
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.captions import blip_caption
 from mindspeed_mm.data.config import BasicParameters
@@ -26,7 +26,7 @@ from mindspeed_mm.data.conversation import TURNS, checked_text, conversation_tur
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.facts import facts_of_all, sample_facts
 from mindspeed_mm.data.index import Index
-from mindspeed_mm.data.keys import LLAVA_TURN, keys, unused_of_turns
+from mindspeed_mm.data.keys import LLAVA_TURN, MEDIA, keys, unused_of_turns
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.record_starts import MAX_RECORD_BYTES
@@ -37,7 +37,8 @@ from mindspeed_mm.errors import DataError
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 TEXTS = ("txt", "caption")
 RECORDS = ("json",)
-KEYS = keys("a record", "id", "caption", "image", "conversations")
+OTHER_MEDIA = ("mp4", "avi", "mkv", "mov", "webm", "wav", "mp3", "flac", "ogg", "m4a")
+KEYS = keys("a record", "id", "caption", "image", "conversations", has_image=True)
 COLUMNS = 5
 """Values of a sample in the index: place and size of the image, place and size of the text, 1 where that is a
 record."""
@@ -87,6 +88,12 @@ class Shard:
         # img2dataset writes a .json of metadata beside each caption.
         is_record = not texts
         texts = texts or records
+        other = [suffix for suffix in members if suffix in OTHER_MEDIA]
+        if other:
+            raise DataError(
+                f"{where} has a .{other[0]}: {MEDIA}. Expected one image and one .txt, .caption or .json of the same "
+                "name; write shards without videos and audio."
+            )
         if len(images) != 1 or len(texts) != 1:
             raise DataError(
                 f"{where} has {len(images)} images and {len(texts)} texts ({', '.join(members)}); expected one image "
@@ -134,7 +141,7 @@ class Shard:
         image_place, image_size, text_place, text_size, is_record = self._places[number].tolist()
         try:
             text = self._read(text_place, text_size).decode("utf-8")
-            record = json.loads(text) if is_record else {"caption": text.strip()}
+            record = parse_json(text) if is_record else {"caption": text.strip()}
             if not isinstance(record, dict):
                 raise DataError(f"the .json is {shown(text)}; expected an object, such as {CAPTION}.")
             identity = where if record.get("id") is None else checked_text(str(record["id"]), "id")
