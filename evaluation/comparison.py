@@ -11,14 +11,13 @@ from evaluation.outputs import check_folder, replace
 from evaluation.overview import by_questions, headline_bar
 from evaluation.results import Finished, find_results
 from evaluation.statistics import RESAMPLES
-from evaluation.wording import decoding_text
+from evaluation.wording import decoding_text, prompts_text
 from mindspeed_mm.errors import DataError
 
 MAX_ROWS = 500
 """Rows shown that differ in their score."""
 _FACTS = {
     "table": "table",
-    "prompt_style": "prompts",
     "shots": "shots",
     "shots_seed": "seed of the shots",
     "template": "template",
@@ -104,6 +103,8 @@ def render_comparison(first: Finished, second: Finished, comparison: Comparison)
         for key, title in _FACTS.items()
         if any(report.get(key) is not None for report in reports)
     ]
+    prompts = [prompts_text(report) for report in reports]
+    facts.insert(1, ("prompts", *(text or "not known" for text in prompts)))
     facts.append(("decoding", *(decoding_text(report.get("decoding")) for report in reports)))
     return template("comparison.html.jinja").render(
         models=[first.model, second.model],

@@ -7,7 +7,7 @@ from typing import Any
 from evaluation.charts import Bar, make_bar, number_text, template, track_top
 from evaluation.outputs import replace
 from evaluation.results import PAGE_SUFFIX, REPORT_SUFFIX, Finished, find_results
-from evaluation.wording import decoding_text
+from evaluation.wording import decoding_text, prompts_text
 
 OVERVIEW = "overview.html"
 
@@ -72,7 +72,7 @@ def _entry(one: Finished, group: Sequence[Finished]) -> dict[str, Any]:
         "answered": one.report.get("answered"),
         "rows": one.report.get("rows_in_table"),
         "unparsed": one.report.get("unparsed"),
-        "prompts": one.report.get("prompt_style"),
+        "prompts": prompts_text(one.report),
         "template": one.report.get("template"),
         "decoding": decoding_text(one.report.get("decoding")),
         "fingerprint": one.report.get("fingerprint"),

@@ -4,6 +4,7 @@ The page needs nothing from the network and runs no script but its own filter.
 """
 
 from collections.abc import Mapping
+from string import ascii_uppercase
 from typing import Any
 
 import PIL.Image
@@ -12,7 +13,7 @@ from evaluation.charts import table_lines, template
 from evaluation.drawing import encoded, with_boxes
 from evaluation.report import Report
 from evaluation.tsv import Row, Table
-from evaluation.wording import decoding_text, shots_text
+from evaluation.wording import cut, decoding_text, prompts_text, shots_text
 from mindspeed_mm.errors import DataError
 
 MAX_ROWS = 500
@@ -21,6 +22,8 @@ THUMBNAIL = 112
 """Longer side of a thumbnail in pixels."""
 SHOWN = 600
 """Characters of a text that are shown."""
+UNREADABLE = "(nothing)"
+"""What is shown where no rule could read an answer."""
 
 
 def render_page(
@@ -51,7 +54,7 @@ def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
     """What a reader should know of the run, in words."""
     facts = {
         "table": f"{summary.get('table')}: {summary.get('table_is')}",
-        "prompts": summary.get("prompt_style"),
+        "prompts": prompts_text(summary),
         "examples before each question": shots_text(summary),
         "template": summary.get("template"),
         "decoding": decoding_text(summary.get("decoding")),
@@ -84,11 +87,11 @@ def _row(
         "index": row.index,
         "images": images,
         "problem": problem,
-        "question": cells.get("question", cells.get("expression", ""))[:SHOWN],
-        "options": [f"{letter}. {cells[letter][:SHOWN]}" for letter in "ABCDEFGHI" if cells.get(letter)],
-        "truth": cells.get("answer", cells.get("bbox", ""))[:SHOWN],
-        "prediction": answer[:SHOWN],
-        "extracted": (score.extracted or "")[:SHOWN] if score else "",
+        "question": cut(cells.get("question", cells.get("expression", "")), SHOWN),
+        "options": [f"{letter}. {cut(cells[letter], SHOWN)}" for letter in ascii_uppercase if cells.get(letter)],
+        "truth": cut(cells.get("answer", cells.get("bbox", "")), SHOWN),
+        "prediction": cut(answer, SHOWN),
+        "extracted": cut(score.extracted or UNREADABLE, SHOWN) if score else "",
         "hit": score.hit if score else None,
         "category": cells.get("category", ""),
     }

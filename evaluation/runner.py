@@ -26,6 +26,7 @@ from evaluation.report import Report
 from evaluation.results import JOURNAL_SUFFIX, free_name
 from evaluation.submissions import write_submission
 from evaluation.tsv import Row, Table
+from evaluation.wording import cut
 from evaluation.work import split_work
 from mindspeed_mm.errors import DataError
 
@@ -322,5 +323,5 @@ def _row_summary(row: Row, answer: str, reports: dict[str, Report]) -> dict[str,
     question = row.cells.get("question", row.cells.get("expression", ""))
     truth = row.cells.get("answer", row.cells.get("bbox", ""))
     scores = {mode: list(report.rows[row.index][:2]) for mode, report in reports.items()}
-    texts = {"question": question[:SHOWN], "truth": truth[:SHOWN], "prediction": answer[:SHOWN]}
+    texts = {"question": cut(question, SHOWN), "truth": cut(truth, SHOWN), "prediction": cut(answer, SHOWN)}
     return {"index": row.index, **texts, **scores}

@@ -17,6 +17,16 @@ def shots_text(report: Mapping[str, Any]) -> str | None:
     return f"{report['shots']} of {report['shots_table']}, seed {report['shots_seed']}"
 
 
+def cut(text: str, most: int) -> str:
+    """The beginning of a text, with a mark where it goes on."""
+    return text if len(text) <= most else text[:most] + " [...]"
+
+
+def prompts_text(report: Mapping[str, Any]) -> str | None:
+    """The style of a run's prompts; None for answers that were recorded elsewhere, whose prompts nobody knows."""
+    return None if report.get("predictions") is not None else report.get("prompt_style")
+
+
 def decoding_text(decoding: Mapping[str, Any] | None) -> str:
     """Decoding options in words: the method, the longest answer, and what differs from the defaults."""
     if not decoding:

@@ -14,6 +14,7 @@ import PIL.Image
 
 from evaluation.charts import template
 from evaluation.drawing import ASKED, SAID, TRUE, Marks, encoded, with_marks
+from evaluation.wording import cut
 from mindspeed_mm.data.grounding.geometry import BoxStep, final_size, moved
 from mindspeed_mm.data.grounding.notation import NOTATIONS, Notation
 from mindspeed_mm.data.image import load_image
@@ -58,7 +59,7 @@ def _row(sample: Sample, answer: str, style: Notation | None, steps: Sequence[Bo
         problem = str(error)
     texts = {"question": question, "truth": last, "answer": answer}
     return {"where": sample.where.rpartition("/")[2], "images": images, "problem": problem} | {
-        name: text[:SHOWN] for name, text in texts.items()
+        name: cut(text, SHOWN) for name, text in texts.items()
     }
 
 

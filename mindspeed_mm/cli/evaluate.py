@@ -252,7 +252,9 @@ def _print_comparison(first, second, found, *, rows: bool) -> None:
     )
     for row in found.flipped if rows else ():
         (read_a, hit_a), (read_b, hit_b) = row["first"], row["second"]
-        sys.stdout.write(f"  {row['index']}: {read_a} ({hit_a:g}) -> {read_b} ({hit_b:g})  {row['question'][:80]!r}\n")
+        read_a, read_b = ("(nothing)" if read is None else read for read in (read_a, read_b))
+        question = row["question"] if len(row["question"]) <= 80 else row["question"][:80] + "..."
+        sys.stdout.write(f"  {row['index']}: {read_a} ({hit_a:g}) -> {read_b} ({hit_b:g})  {question!r}\n")
 
 
 def _flags(namespace: argparse.Namespace) -> dict[str, Any]:
@@ -324,7 +326,8 @@ def _print(result, scoring: str, seconds: float) -> None:
     if empty:
         sys.stderr.write(f"empty answers: {empty}\n")
     new = len(result.predictions) - result.resumed
-    sys.stderr.write(f"{new} questions in {seconds:.1f} s; {result.resumed} were answered by earlier runs\n")
+    earlier = f"; {result.resumed} were answered by earlier runs" if result.resumed else ""
+    sys.stderr.write(f"{new} questions in {seconds:.1f} s{earlier}\n")
 
 
 def _summary(result, config, namespace: argparse.Namespace, seconds: float) -> dict[str, Any]:

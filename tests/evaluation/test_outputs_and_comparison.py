@@ -221,3 +221,18 @@ def test_a_full_disk_leaves_no_half_of_a_file(table_path, tmp_path, monkeypatch)
     with pytest.raises(DataError, match="cannot write .*m_toy.xlsx: No space left"):
         evaluate(table_path, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["m_toy.journal"]
+
+
+def test_letter_s_texts_that_are_cut_say_so_and_no_option_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.page.SHOWN", 12)
+    rows = [row | {"J": "owl"} for row in choice_rows(2)]
+    table = write_table(tmp_path / "t.tsv", rows)
+    page = evaluate(table, tmp_path / "out", {0: "I do not know it", 1: "B"}).files["page"].read_text()
+    assert "I do not kno [...]" in page and "J. owl" in page and "(nothing)" in page
+
+
+def test_letter_s_prompts_of_recorded_answers_are_not_known(tmp_path):
+    from evaluation.wording import prompts_text
+
+    assert prompts_text({"prompt_style": "official"}) == "official"
+    assert prompts_text({"prompt_style": "official", "predictions": "a.json"}) is None
