@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.tsv import Table, refuse_all
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.config.load import parse_json
+from mindspeed_mm.errors import ConfigError, DataError
 
 Predictions = str | Path | Mapping[Any, str] | Iterable[Mapping[str, Any]]
 
@@ -99,9 +100,11 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".jsonl":
             return _read_lines(path, text)
-        return json.loads(text)
+        return parse_json(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}. Correct the file there.") from error
+    except ConfigError as error:  # an answer that is given twice
+        raise DataError(f"{path}: {error}") from error
 
 
 def _read_lines(path: Path, text: str) -> list[Any]:
@@ -111,9 +114,11 @@ def _read_lines(path: Path, text: str) -> list[Any]:
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
+            records.append(parse_json(line))
         except (json.JSONDecodeError, RecursionError) as error:
             problems.append(f"{path}, line {number} is not JSON: {error}. Correct the file there.")
+        except ConfigError as error:
+            problems.append(f"{path}, line {number}: {error}")
     refuse_all(problems)
     return records
 

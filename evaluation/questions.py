@@ -23,8 +23,9 @@ from evaluation.tsv import (
     read_table,
     typed_indices,
 )
+from mindspeed_mm.config.load import parse_json
 from mindspeed_mm.data.storage.objects import is_address, local_file, parent_of
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import ConfigError, DataError
 
 COLUMN_OF_KEY = {
     "question_id": "index",
@@ -106,9 +107,11 @@ def _records(path: Path) -> list[dict[str, str]]:
 
 def _cells(line: str, where: str) -> dict[str, str]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}; expected one question a line.") from error
+    except ConfigError as error:
+        raise DataError(f"{where}: {error}") from error
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: found {line[:60]}; expected an object.")
     if "imageId" in record:  # GQA's own files

@@ -42,7 +42,7 @@ PAIR = 'preferences are read by the dataset_type "preference"'
 PIXELS = "the size of an image is the image processor's"
 
 FILE_WORDS = ("path", "paths", "file", "files", "name", "names", "url", "urls", "list", "bytes", "base64")
-IMAGE_WORDS = ("image", "img", "picture", "photo")
+IMAGE_WORDS = ("image", "img", "photo")
 
 CHANGING = {
     **dict.fromkeys(("video", "videos", "audio", "audios", "speech", "frames"), MEDIA),

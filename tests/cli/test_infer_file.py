@@ -203,3 +203,11 @@ def test_flags_say_whether_to_sample(flags, found):
     given = given_options(parser.parse_args(flags), file)
     assert {name: given[name] for name in found} == found
     assert generation_options(given).greedy == (not found.get("do_sample", False))
+
+
+def test_letter_g_a_line_with_a_key_twice_fails_alone(tmp_path):
+    lines = ['{"prompt": "a"}', '{"prompt": "b", "prompt": "c"}']
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines) + "\n")
+    found = read_requests(tmp_path / "requests.jsonl")
+    assert list(found) == ["1", "2"] and found["1"].prompt == "a"
+    assert 'requests.jsonl, line 2: key "prompt" is given twice' in str(found["2"])

@@ -87,6 +87,8 @@ def test_no_answers_at_all(table):
     [
         ("a.json", b"{", "is not JSON"),
         ("a.jsonl", b'{"index": 1}\n{', "is not JSON"),
+        ("a.json", b'{"0": "A", "0": "B"}', 'key "0" is given twice'),
+        ("a.jsonl", b'{"index": 0, "prediction": "A", "prediction": "B"}\n', 'line 1: key "prediction" is given twice'),
         ("a.json", b"\xff", "is not UTF-8 text"),
         ("a.csv", b"1,2", "the form of the answers is not known"),
         ("a.xlsx", b"no zip", "is not a spreadsheet"),
