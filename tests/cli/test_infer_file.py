@@ -206,6 +206,8 @@ def test_flags_say_whether_to_sample(flags, found):
 
 
 def test_letter_g_a_line_with_a_key_twice_fails_alone(tmp_path):
+    from mindspeed_mm.inference.request_file import read_requests
+
     lines = ['{"prompt": "a"}', '{"prompt": "b", "prompt": "c"}']
     (tmp_path / "requests.jsonl").write_text("\n".join(lines) + "\n")
     found = read_requests(tmp_path / "requests.jsonl")

@@ -81,6 +81,7 @@ def test_captions_as_blip_has_them(build, tmp_path, tokenizer):
     [
         (pair("a")[:1], r"record 0 \(a\) has 1 images and 0 texts"),
         ([*pair("a"), ("a.caption", b"x")], "has 1 images and 2 texts.*such as 000001.jpg, 000001.txt"),
+        ([*pair("a"), ("a.mp4", b"x")], r"record 0 \(a\) has a .mp4: videos and audio are not trained on"),
         ([pair("a")[0], ("a.json", b"{")], "the text cannot be read"),
         ([pair("a")[0], ("a.json", b"[]")], r"the .json is '\[\]'; expected an object"),
         ([pair("a")[0], ("a.json", b"{}")], 'the .json has no "conversations" and no "caption"; expected such as'),
