@@ -4,6 +4,7 @@ Columns, answers and the MD5 sum are proof. A file's name and its number of rows
 overrule: a part of a public table is a table of that benchmark, too.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from evaluation.scorers.text import is_cjk
 from evaluation.scorers.yesno import MME_PERCEPTION, MME_REASONING, POPE_SETS
 from evaluation.tsv import Table
 from mindspeed_mm.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 CHOICE, YES_NO, TEXT, BOXES, CAPTIONS = "multiple choice", "yes-no questions", "open questions", "boxes", "captions"
 MME_CATEGORIES = frozenset([*MME_PERCEPTION, *MME_REASONING])
@@ -60,6 +63,11 @@ def refuse_other_table(
     verdict = _proof(benchmark, table, known)
     if verdict is None and not accept_table:
         verdict = _sign(benchmark, table, known)
+        form = None if verdict or table.is_json_lines else _form(benchmark, table)
+        if form is not None:
+            logger.warning(
+                "%s is scored as %s, whose public table has another form: %s", table.path, benchmark.name, form
+            )
     if verdict is None:
         return
     overrule = "" if verdict.proof else f" If it is {benchmark.name} all the same, say so with --accept-table."
@@ -220,9 +228,6 @@ def _sign(benchmark: Named, table: Table, known: Mapping[str, Named]) -> Verdict
     named = _by_file_name(table, known, benchmark)
     if named is not None and named != benchmark.name:
         return Verdict(f"the name of the file says {named}", (named,), proof=False)
-    form = None if table.is_json_lines or named == benchmark.name else _form(benchmark, table)
-    if form is not None:
-        return Verdict(form, proof=False)
     rows, own = _rows_with_image(table), PUBLIC_TABLES.get(benchmark.name)
     if own is None or own.rows is None or rows == own.rows or named == benchmark.name or table.is_json_lines:
         return None
@@ -237,7 +242,7 @@ def _sign(benchmark: Named, table: Table, known: Mapping[str, Named]) -> Verdict
 
 
 def _form(benchmark: Named, table: Table) -> str | None:
-    """What a table lacks of the form that all tables of the benchmark have. A single row tells nothing."""
+    """What a table lacks of the form of the public one, as one's own may. A single row tells nothing."""
     column = OWN_COLUMNS.get(benchmark.name)
     if len(table.rows) < 2:
         return None

@@ -25,8 +25,8 @@ _OPTION = re.compile(
 _OPTIONS = frozenset(("options", "choices", "candidates", "option", "choice"))
 """Names of columns that may be one option, or all of them."""
 
-_LISTED = re.compile(r"\s*\[\s*(['\"].*|[-0-9., ]+\]\s*)", re.DOTALL)
-"""How a list begins, or is written whole."""
+_LISTED = re.compile(r"\s*\[\s*['\"].*", re.DOTALL)
+"""How a list of texts begins."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def _refuse_near_answers(table: Table, given: Sequence[str]) -> None:
         answer = row.cells.get("answer", "")
         if _LISTED.match(answer) and strict_answers(answer) == [answer]:
             raise DataError(
-                f'{table.path}, row with index {row.index}: the answer is "{answer[:40]}". Read as a list, it is none '
-                "of texts: write each in quotes, ['3', '4']. Read as one text, put it in a list of one."
+                f'{table.path}, row with index {row.index}: the answer is "{answer[:40]}". Read as a list, it is '
+                "not whole: write each text in quotes, ['3', '4']. Read as one text, put it in a list of one."
             )
 
 

@@ -82,7 +82,7 @@ def test_one_csv_dialect_and_one_scale(table_path, tmp_path):
     open_table = write_table(tmp_path / "o.tsv", open_rows(2, answer=["a", "b"]))
     for result in (
         evaluate(table_path, tmp_path / "a"),
-        evaluate(open_table, tmp_path / "b", {0: "a", 1: "c"}, "docvqa"),
+        evaluate(open_table, tmp_path / "b", {0: "a", 1: "c"}, "chartqa"),
     ):
         (line,) = csv.DictReader(result.files["accuracy"].read_text().splitlines())
         assert 0 <= float(line["Overall"]) <= 1
