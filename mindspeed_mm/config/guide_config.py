@@ -58,7 +58,7 @@ TEMPLATES = {"vicuna_v1.1": "v1", "llava_v1": "v1", "otter": "otter", "openflami
 MODEL_BY_HAND = {
     "type": "the family follows from the weights",
     "pretrain_mm_mlp_adapter": 'name it as "ckpt_path" of vision_projector in model.json',
-    "mm_vision_select_layer": "vision_feature_layer of model.json; config init reads it from the weights",
+    "mm_vision_select_layer": "select_layer of vision_encoder in model.json; config init reads it from the weights",
     "model_max_length": "give --seq-length",
     "image_token_len": "follows from the vision encoder",
     "process_func_args": "the functions of dataset kinds and templates take its place",

@@ -234,7 +234,8 @@ def _stock_vision_encoder(folder: str, spec: Any) -> Compute:
     model = type(model).from_pretrained(folder, dtype=torch.float32).eval()
 
     def features(pixels: torch.Tensor) -> torch.Tensor:
-        hidden = model(pixels, output_hidden_states=True).hidden_states[spec.num_built_layers]
+        states = model(pixels, output_hidden_states=True).hidden_states
+        hidden = torch.cat([states[layer] for layer in spec.feature_layers], dim=-1)
         return hidden if spec.select_feature == "cls_patch" else hidden[:, getattr(spec, "class_token_len", 0) :]
 
     return features

@@ -65,5 +65,5 @@ def _check_complete(specs: dict[str, PartSpec], paths: Sequence[str]) -> None:
 
 def _new_projector(model_id: str, specs: dict[str, PartSpec]) -> PartSpec:
     """A projector at random values between an encoder and a decoder."""
-    sizes = {"input_size": specs["vision_encoder"].hidden_size, "hidden_size": specs["text_decoder"].hidden_size}
+    sizes = {"input_size": specs["vision_encoder"].feature_size, "hidden_size": specs["text_decoder"].hidden_size}
     return find_part("vision_projector", model_id).read_config(sizes, "ours")

@@ -63,11 +63,7 @@ def _between(model: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
     family = find_family(family) if isinstance(family, str) else None
     beside = family is not None and family.beside_text  # features as wide as the encoder's
     widths = {"input_size": encoder.get(VISION), "hidden_size": encoder.get(VISION) if beside else model.get(TEXT)}
-    found = {
-        key: holder["hidden_size"]
-        for key, holder in widths.items()
-        if isinstance(holder, dict) and "hidden_size" in holder
-    }
+    found = {key: width for key, holder in widths.items() if (width := _width(holder)) is not None}
     default = None if family is None else family.model_ids.get(PROJECTOR)
     named = {} if default in (None, DEFAULT_MODEL_IDS[PROJECTOR]) else {"model_id": default}
     return {
@@ -78,13 +74,22 @@ def _between(model: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _width(block: Any) -> Any:
+    """Width of what a part's block gives, as far as it says one: of an encoder with several layers in select_layer,
+    that of their hidden states side by side."""
+    if not isinstance(block, dict) or "hidden_size" not in block:
+        return None
+    size, layers = block["hidden_size"], block.get("select_layer")
+    return size * len(layers) if isinstance(size, int) and isinstance(layers, list) else size
+
+
 def _around(block: dict[str, Any], model: dict[str, Any], encoder: dict[str, Any]) -> dict[str, Any]:
     """The interaction's block with the sizes that it leaves out: the decoder's, and the width of what it looks at."""
     decoder, features = model.get(TEXT), block.get("features", VISION)
     read = encoder.get(features) if isinstance(features, str) else None
     keys = ("hidden_size", "ffn_hidden_size", "num_attention_heads")
     found = {key: decoder[key] for key in keys if isinstance(decoder, dict) and key in decoder}
-    width = {"input_size": read["hidden_size"]} if isinstance(read, dict) and "hidden_size" in read else {}
+    width = {} if (size := _width(read)) is None else {"input_size": size}
     stated = {}
     if isinstance(block.get("ckpt_path"), str) and block["ckpt_path"]:
         own = open_source(block["ckpt_path"], adapters=_adapter_files(model)).part(INTERACTION)

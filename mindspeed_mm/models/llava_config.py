@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from mindspeed_mm.errors import WeightError
@@ -90,14 +91,22 @@ def vision_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def vision_select(config: dict[str, Any], class_token: bool = True) -> dict[str, Any]:
     """HF's two vision_feature keys from an original config (mm_vision_select_layer, mm_vision_select_feature). Without
-    a class token both of LLaVA's words mean all features."""
-    feature = config.get("mm_vision_select_feature", "patch")
+    a class token both of LLaVA's words mean all features.
+
+    Raises WeightError for another word, and for several layers, which the original code does not read.
+    """
+    feature, layer = config.get("mm_vision_select_feature", "patch"), config.get("mm_vision_select_layer", -2)
+    if type(layer) is not int:
+        raise WeightError(
+            f"config.json: found mm_vision_select_layer {json.dumps(layer)}; expected one layer, such as -2: the "
+            "original code takes one. A model of several layers is a folder of transformers' LLaVA (llava-hf)."
+        )
     if feature not in SELECT_STRATEGIES:
         raise WeightError(
             f"config.json: found mm_vision_select_feature {feature!r}; expected patch or cls_patch. Correct the file."
         )
     return {
-        "vision_feature_layer": config.get("mm_vision_select_layer", -2),
+        "vision_feature_layer": layer,
         "vision_feature_select_strategy": SELECT_STRATEGIES[feature] if class_token else "full",
     }
 
@@ -126,7 +135,7 @@ def hf_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict
         "ignore_index": -100,
         "image_seq_length": encoder.num_image_tokens,
         "image_token_index": tokens["image_token_id"],
-        "multimodal_projector_bias": True,
+        "multimodal_projector_bias": projector.add_bias_linear,
         "pad_token_id": tokens.get("pad_token_id"),
         "projector_hidden_act": projector.activation_func,
         "text_config": part_of(TEXT, text).to_hf(text, dtype) | inner | rows,
@@ -140,8 +149,16 @@ def hf_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict
 
 
 def original_config(specs: dict[str, Any], dtype: str, tokens: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the original code, without mm_vision_tower, which says where the encoder lies."""
+    """config.json of the original code, without mm_vision_tower, which says where the encoder lies.
+
+    Raises WeightError for what this code does not make: features of several layers, another projector.
+    """
     text, vision = specs[TEXT], specs[VISION]
+    if isinstance(vision.select_layer, list):
+        raise WeightError(
+            f"the features are those of the layers {vision.select_layer}; expected one layer, which is all that "
+            "mm_vision_select_layer of LLaVA's own code can say. Choose --to llava-hf, llava_next or mindspeed-mm."
+        )
     inner = {key: value for key, value in tokens.items() if key not in ("image_token_id", "rows")}
     decoder = part_of(TEXT, text).to_hf(text, dtype)
     kind = ORIGINAL_TYPES.get(decoder["model_type"], f"llava_{decoder['model_type']}")

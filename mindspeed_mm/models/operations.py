@@ -119,6 +119,8 @@ class Product:
     """Values that are kept for the gradient of its weight, where it is trained."""
     activated: float = 0.0
     """Values that the activation before it keeps, wherever gradients flow."""
+    shared: bool = False
+    """Whether these are the values that are kept for the gradient of its weight: the activation's result."""
     behind_weights: bool = False
     """Whether its input depends on weights of the projector, so that it has a gradient though no encoder is trained."""
     split: bool = False

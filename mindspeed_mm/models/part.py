@@ -248,6 +248,11 @@ class PartSpec(StrictModel):
         )
 
     @property
+    def feature_size(self) -> int:
+        """Of a vision encoder or a projector: the width of its features."""
+        return self.hidden_size
+
+    @property
     def fresh_names(self) -> tuple[str, ...]:
         """Beginnings of names of tensors that stay at random values though the part has weights."""
         return ()

@@ -45,7 +45,30 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2 (So et al. 2021), HF's relu2."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": quick_gelu,
+    # Other names of these in transformers, whose formulas are the same.
+    "swish": F.silu,
+    "gelu_python": F.gelu,
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), gelu_tanh),
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "mish": F.mish,
+    "relu2": squared_relu,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+"""By transformers' names."""
 
 
 def transformer_config(spec, runtime: Runtime, *, num_layers: int, pipelined: bool, **overrides) -> TransformerConfig:

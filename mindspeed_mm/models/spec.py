@@ -188,7 +188,7 @@ def _interaction_problems(spec: ModelSpec) -> list[str]:
         ]
     read = spec.part(own.features)
     found = {
-        "input_size": (own.input_size, read.hidden_size, f"the {own.features}'s"),
+        "input_size": (own.input_size, read.feature_size, f"the {own.features}'s"),
         "hidden_size": (own.hidden_size, spec.text_decoder.hidden_size, "the text_decoder's"),
     }
     return [

@@ -270,6 +270,8 @@ def vision_encoder(job: TrainingJob) -> Stack:
     spec, sizes = job.spec.vision_encoder, vision_encoder_sizes(job)
     layers = stack(sizes, [0.0] * spec.num_built_layers)
     pixels = job.encoded.pixels * job.element
+    if spec.recompute_granularity == "full":
+        pixels += sizes.tokens * spec.carried_size * job.element
     return Stack(layers.kept + pixels + spec.outer_norms * norm(sizes), layers.at_work)
 
 
@@ -278,10 +280,11 @@ def projector(job: TrainingJob) -> float:
     if not job.gradients_flow("vision_projector"):
         return 0.0
     trained = job.trained("vision_projector")
-    return job.element * sum(
-        (product.activated + product.kept * trained) / (job.tensor if product.split else 1)
-        for product in job.spec.vision_projector.products(job.projected)
-    )
+    total = 0.0
+    for product in job.spec.vision_projector.products(job.projected):
+        own = product.kept if trained and not (product.shared and product.activated) else 0.0
+        total += (product.activated + own) / (job.tensor if product.split else 1)
+    return job.element * total
 
 
 def embedding(job: TrainingJob) -> float:

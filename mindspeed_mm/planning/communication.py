@@ -113,7 +113,7 @@ def _shared_images(job: TrainingJob) -> float:
     if spec.vision_projector.independent_rows:
         values, flow = job.encoded.features * spec.text_decoder.hidden_size, job.gradients_flow("vision_projector")
     else:
-        values, flow = job.encoded.positions * spec.vision_encoder.hidden_size, job.gradients_flow("vision_encoder")
+        values, flow = job.encoded.positions * spec.vision_encoder.feature_size, job.gradients_flow("vision_encoder")
     return (1 + flow) * ring(values * job.context * job.element, job.context)
 
 

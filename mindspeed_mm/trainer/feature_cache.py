@@ -77,7 +77,7 @@ def forward_steps(inputs: RunInputs, state: TrainState, options: CacheOptions | 
         return
     dtype = inputs.runtime.params_dtype
     name = vision_encoder_fingerprint(vision_encoders[0], inputs.media, platform=inputs.platform, dtype=dtype)
-    shape = (inputs.media.fixed.count, inputs.spec.vision_encoder.hidden_size)
+    shape = (inputs.media.fixed.count, inputs.spec.vision_encoder.feature_size)
     cache = FeatureCache(options.folder, name, shape, dtype, room / state.data_parallel_size)
     inputs.dataset.feature_cache = cache
     with contextlib.closing(CachingStep(cache, inputs.platform.device(), inputs.objective)) as step:

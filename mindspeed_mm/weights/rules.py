@@ -34,6 +34,7 @@ class Geometry:
     vocab_size: int | None = None
     source_layers: int | None = None
     qkv_bias: bool = False
+    linear_bias: bool = True
     tied: bool = False
     image_newline: bool = False
     cross_stride: tuple[int, int] | None = None

@@ -35,6 +35,11 @@ def folder(golden, tmp_path_factory):
     (folder / "data.json").write_text(json.dumps({"dataset_param": parameters}))
     for name, trained in (("stage2", ("text_decoder", "vision_projector")), ("vision_encoder", ("vision_encoder",))):
         (folder / f"{name}.json").write_text(json.dumps(model_json(golden, trained=trained)))
+    layers = model_json(golden, trained=("text_decoder", "vision_projector"))
+    encoder, projector = layers["image_encoder"]["vision_encoder"], layers["image_encoder"]["vision_projector"]
+    encoder["select_layer"] = [1, -2]
+    projector |= {"ckpt_path": None, "fresh": True, "input_size": 2 * encoder["hidden_size"]}
+    (folder / "layers.json").write_text(json.dumps(layers))
     return folder
 
 
@@ -64,9 +69,15 @@ def on_a_rank(folder, name, *flags):
 
 @pytest.mark.parametrize(
     ("world", "flags"),
-    [(1, ()), pytest.param(2, (), marks=pytest.mark.slow), (2, ("--pipeline-model-parallel-size", "2"))],
+    [
+        (1, ()),
+        (1, ("--mm-model", "layers.json")),
+        pytest.param(2, (), marks=pytest.mark.slow),
+        (2, ("--pipeline-model-parallel-size", "2")),
+    ],
 )
 def test_losses_are_those_without_a_cache(ranks, folder, world, flags):
+    flags = [str(folder / flag) if flag.endswith(".json") else flag for flag in flags]
     cache = folder / f"cache{world}{len(flags)}"
     plain, filling, full = (
         ranks(world).run(on_a_rank, folder, f"{world}{len(flags)}{name}", *flags, *options)[0]

@@ -153,7 +153,7 @@ def test_pixels_equal_the_processor_that_transformers_has(kind, size):
             {"vision_feature_layer": -4},
             "select_layer -4 .HF's vision_feature_layer. is outside the 3",
         ),
-        ("clip", {"vision_feature_layer": [-2, -1]}, r"vision_feature_layer \[-2, -1\]; expected one layer"),
+        ("clip", {"vision_feature_layer": [-2, -5]}, r"select_layer \[-2, -5\] .* is outside the 3 layers"),
         ("clip", {"vision_feature_select_strategy": "all"}, "strategy 'all'; expected default or full"),
         ("clip", {"hidden_act": "relu"}, "activation_func"),
         ("clip", {"num_channels": 4}, "images are RGB"),

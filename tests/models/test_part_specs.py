@@ -324,7 +324,7 @@ def test_variants_of_llama_that_are_not_built(changes, message):
     [
         ({"model_type": "siglip_vision_model"}, 'found model_type "siglip_vision_model"'),
         ({"vision_feature_select_strategy": "all"}, "found vision_feature_select_strategy 'all'"),
-        ({"vision_feature_layer": [-2, -5]}, r"found vision_feature_layer \[-2, -5\]"),
+        ({"vision_feature_layer": [-2, -14]}, r"select_layer \[-2, -14\] .* is outside the 12 layers"),
     ],
 )
 def test_variants_of_clip_that_are_not_built(config, message):
@@ -344,8 +344,8 @@ def test_a_list_of_one_layer_is_that_layer():
         ({"mm_projector_type": "mlp0x_gelu", "mm_hidden_size": 4}, 'found mm_projector_type "mlp0x_gelu"; linear and'),
         ({"mm_projector_type": 2, "mm_hidden_size": 4}, 'found mm_projector_type "2"; linear and'),
         ({"mm_projector_type": "mlp2x_gelu"}, "mm_hidden_size is missing"),
-        ({"projector_hidden_act": "silu"}, 'projector_hidden_act "silu" and multimodal_projector_bias true'),
-        ({"multimodal_projector_bias": False}, "and multimodal_projector_bias false"),
+        ({"projector_hidden_act": "prelu"}, 'projector_hidden_act "prelu" and multimodal_projector_bias true'),
+        ({"multimodal_projector_bias": None}, "and multimodal_projector_bias null"),
     ],
 )
 def test_variants_of_the_projector_that_are_not_built(config, message):

@@ -72,6 +72,17 @@ def flamingo_model(trained: tuple[str, ...] = EVERYTHING, every: int = 2, **deco
     return made | {"model_id": "flamingo"}
 
 
+def layers_model(**encoder: Any) -> dict:
+    """Features of several layers and a projector with ReLU and without biases; `encoder` are further keys of its
+    vision_encoder."""
+    made = model(EVERYTHING)
+    images = made["image_encoder"]
+    images["vision_encoder"] |= {"select_layer": [2, 0, 1]} | encoder
+    width = 3 * VISION_ENCODER["hidden_size"]
+    images["vision_projector"] |= {"input_size": width, "activation_func": "relu", "add_bias_linear": False}
+    return made
+
+
 def model(trained: tuple[str, ...] = STAGE_2, **decoder: Any) -> dict:
     """A model.json of random weights; `decoder` are further keys of its text_decoder."""
 

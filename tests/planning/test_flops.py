@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mindspeed_mm.data.collate import Collator
 from tests.helpers.tiny_families import MAKERS, make_family
-from tests.planning.planned_run import EVERYTHING, OTTER, STAGE_1, STAGE_2, VISION_ENCODER, model
+from tests.planning.planned_run import EVERYTHING, OTTER, STAGE_1, STAGE_2, VISION_ENCODER, layers_model, model
 from tests.planning.real_run import Work, batches_of
 
 
@@ -72,13 +72,21 @@ def test_what_otter_trains(single_process, monkeypatch, tmp_path):
     assert counted < 0.95 * batch_flops(tiny.spec, batch)
 
 
-@pytest.mark.parametrize("trained", [STAGE_1, STAGE_2, EVERYTHING], ids=["stage 1", "stage 2", "everything"])
+MODELS = {
+    "stage 1": model(STAGE_1),
+    "stage 2": model(STAGE_2),
+    "everything": model(EVERYTHING),
+    "several layers": layers_model(),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("packed", [0, 3], ids=["plain", "packed"])
-def test_forward_and_backward(single_process, trained, packed, monkeypatch):
+def test_forward_and_backward(single_process, name, packed, monkeypatch):
     from mindspeed_mm.models.spec import load_model_spec
     from mindspeed_mm.trainer.flops import batch_flops, score_flops
 
-    spec = load_model_spec(model(trained))
+    spec = load_model_spec(MODELS[name])
     batch = next(batches_of(Work({}, "", packed=packed), spec, 2, 1))
     counted = counted_flops(spec, batch, monkeypatch)
     assert sum(batch.lengths) == 2 * max(1, packed) * 192

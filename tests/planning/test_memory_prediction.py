@@ -2,7 +2,17 @@
 
 import pytest
 
-from tests.planning.planned_run import EVERYTHING, OTHERS, OTTER, STAGE_1, flamingo_model, model, other_model, planned
+from tests.planning.planned_run import (
+    EVERYTHING,
+    OTHERS,
+    OTTER,
+    STAGE_1,
+    flamingo_model,
+    layers_model,
+    model,
+    other_model,
+    planned,
+)
 from tests.planning.real_run import Work, as_processor, measure
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -31,6 +41,8 @@ RUNS = {
     "PP2 stage 1": Work(model(STAGE_1), f"{PAIR} --pipeline-model-parallel-size 2 --global-batch-size 8", 2),
     "DP2 distributed": Work(model(), f"{PAIR} --use-distributed-optimizer", 2),
     "DP2 distributed, moving average": Work(model(), f"{PAIR} --use-distributed-optimizer --ema-decay 0.9", 2),
+    "several layers": Work(layers_model(), PAIR),
+    "several layers, full recomputation": Work(layers_model(**FULL), PAIR),
     "Muon": Work(model(), f"{PAIR} --optimizer muon"),
 }
 RUNS |= {name: Work(other_model(name), PAIR, tokens=384) for name in OTHERS}

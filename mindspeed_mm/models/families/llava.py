@@ -315,10 +315,12 @@ def fit_problems(spec: ModelSpec) -> list[str]:
     """Widths of encoder, projector and decoder that do not meet."""
     encoder, projector = spec.vision_encoder, spec.vision_projector
     problems = []
-    if projector.input_size != encoder.hidden_size:
+    if projector.input_size != encoder.feature_size:
+        layers = encoder.feature_size // encoder.hidden_size
+        several = "" if layers == 1 else f" times the {layers} layers of its select_layer"
         problems.append(
             f"image_encoder.vision_projector.input_size: found {projector.input_size}, expected "
-            f"{encoder.hidden_size}, the vision_encoder's hidden_size"
+            f"{encoder.feature_size}, the vision_encoder's hidden_size{several}"
         )
     if projector.hidden_size != spec.text_decoder.hidden_size:
         problems.append(

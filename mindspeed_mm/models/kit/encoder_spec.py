@@ -4,7 +4,8 @@ those of vision transformers on images of one size share beside, with the rules 
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from mindspeed_mm.errors import ConfigError
+import pydantic
+
 from mindspeed_mm.models.operations import LayerShape
 from mindspeed_mm.models.part import PartSpec, Size, StageLayers, flat_layers, only
 from mindspeed_mm.weights.rules import QKV, Rule
@@ -13,6 +14,16 @@ LAYER = "decoder.layers.{}."
 """What stands before the names of a layer's tensors."""
 
 _DERIVED = ("num_query_groups", "kv_channels")
+
+
+def _plain(value: Any) -> Any:
+    """A list of one layer as that layer, as HF's configs mean it; another sequence as a list."""
+    if isinstance(value, list | tuple):
+        return value[0] if len(value) == 1 else list(value)
+    return value
+
+
+SelectLayer = Annotated[int | Annotated[list[int], pydantic.Field(min_length=2)], pydantic.BeforeValidator(_plain)]
 
 
 class EncoderSpec(PartSpec):
@@ -70,6 +81,16 @@ class EncoderSpec(PartSpec):
         """Layers that the features need: all."""
         return self.num_layers
 
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Layers, counted from 1, whose hidden states stand side by side in each feature; 0 is what the first takes."""
+        return (self.num_layers,)
+
+    @property
+    def carried_size(self) -> int:
+        """Values of each position that full recomputation keeps beside the inputs of layers."""
+        return 0
+
 
 class FixedSizeSpec(EncoderSpec):
     """A vision transformer on images of one size, whose feature is the hidden state behind one of its layers."""
@@ -81,17 +102,22 @@ class FixedSizeSpec(EncoderSpec):
     """Pixels behind the last whole patch are not looked at (384 = 27 x 14 + 6)."""
     num_channels: Annotated[int, only(3, why="images are RGB")] = 3
     class_token_len: int
-    select_layer: int
-    """Hidden state that is the feature, counted as HF does: 1 = after the first layer, -1 = after the last."""
+    select_layer: SelectLayer
+    """Hidden state that is the feature, counted as HF does: 1 = after the first layer, -1 = after the last. Of a list,
+    the hidden states stand side by side in each feature, in this order; in a list, 0 is what the first layer takes."""
 
     def check_image(self) -> None:
         """Raise ValueError for an image without a patch, and for a feature behind a layer that does not exist."""
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size {self.image_size} holds no patch of patch_size {self.patch_size}")
-        if not 0 < self.num_built_layers <= self.num_layers:
+        single = not isinstance(self.select_layer, list)
+        lowest = 1 if single else 0
+        if min(self.feature_layers) < lowest or not 0 < self.num_built_layers <= self.num_layers:
+            expected = f"{-self.num_layers}..-1 or 1..{self.num_layers}"
+            expected = expected if single else f"{-self.num_layers - 1}..{self.num_layers}, one of them behind a layer"
             raise ValueError(
                 f"select_layer {self.select_layer} (HF's vision_feature_layer) is outside the {self.num_layers} "
-                f"layers; expected {-self.num_layers}..-1 or 1..{self.num_layers}"
+                f"layers; expected {expected}"
             )
 
     @property
@@ -99,30 +125,27 @@ class FixedSizeSpec(EncoderSpec):
         return replace(super().layer, rotary=False)
 
     @property
+    def feature_layers(self) -> tuple[int, ...]:
+        chosen = self.select_layer if isinstance(self.select_layer, list) else [self.select_layer]
+        return tuple(layer if layer >= 0 else self.num_layers + 1 + layer for layer in chosen)
+
+    @property
+    def feature_size(self) -> int:
+        return self.hidden_size * len(self.feature_layers)
+
+    @property
     def num_built_layers(self) -> int:
         """Layers that the feature needs."""
-        return self.select_layer if self.select_layer >= 0 else self.num_layers + 1 + self.select_layer
+        return max(self.feature_layers)
+
+    @property
+    def carried_size(self) -> int:
+        return self.hidden_size * sum(range(2, len(set(self.feature_layers))))
 
     @property
     def num_positions(self) -> int:
         """Rows of the position embedding: class token and patches."""
         return (self.image_size // self.patch_size) ** 2 + self.class_token_len
-
-
-def read_layer(config: dict[str, Any]) -> Any:
-    """select_layer from HF's vision_feature_layer, which may be a list of one.
-
-    Raises ConfigError for several layers, whose features would stand side by side in each vector.
-    """
-    layer = config["vision_feature_layer"]
-    if not isinstance(layer, list | tuple):
-        return layer
-    if len(layer) != 1:
-        raise ConfigError(
-            f"vision encoder config: found vision_feature_layer {list(layer)}; expected one layer. Use weights of a "
-            "model whose features come from one layer."
-        )
-    return layer[0]
 
 
 def pair(ours: str, theirs: str, axis: int | None = None, **options: Any) -> tuple[Rule, Rule]:

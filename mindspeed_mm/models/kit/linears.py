@@ -19,12 +19,12 @@ MERGER_EPSILON = 1e-6
 
 
 class MLPProjector(MegatronModule):
-    """Linears with biases and GELU between them (LLaVA's linear and mlpNx_gelu)."""
+    """Linears with an activation between them (LLaVA's linear and mlpNx_gelu, and what transformers makes of it)."""
 
     def __init__(self, spec, runtime: Runtime) -> None:
         config = linears_config(spec, runtime, num_layers=spec.num_layers)
         super().__init__(config=config)
-        self.encoder = Linears(config, spec.sizes)
+        self.encoder = Linears(config, spec.sizes, bias=spec.add_bias_linear)
 
     def forward(self, features: Features) -> Features:
         """[F, Hv] -> [F, H]"""
@@ -52,13 +52,13 @@ class Linears(MegatronModule):
     second by columns. A last one without a partner is split by rows, and its outputs are gathered.
     """
 
-    def __init__(self, config: TransformerConfig, sizes: list[tuple[int, int]]) -> None:
+    def __init__(self, config: TransformerConfig, sizes: list[tuple[int, int]], *, bias: bool = True) -> None:
         super().__init__(config=config)
         self.names = [f"linear_fc{number}" for number in range(1, len(sizes) + 1)]
         last = len(sizes) - 1
         for number, size in enumerate(sizes):
             init = config.output_layer_init_method if 0 < number == last else config.init_method
-            common = {"config": config, "init_method": init, "bias": True, "skip_bias_add": False}
+            common = {"config": config, "init_method": init, "bias": bias, "skip_bias_add": False}
             if number % 2:
                 linear = RowParallelLinear(*size, input_is_parallel=True, **common)
             else:

@@ -25,6 +25,7 @@ from mindspeed_mm.models.kit.gated_cross import GatedLayer
 from mindspeed_mm.models.kit.mlp import MLP, PostNormMLP
 from mindspeed_mm.models.kit.norm import Norm, UnbiasedNorm
 from mindspeed_mm.models.kit.self_attention import SelfAttention
+from mindspeed_mm.models.kit.shown_states import ShowingLayer, ShownStates
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LayerOptions:
     alibi_bias_max: float | None = None
     norm_bias: bool = True
     cross: CrossAttentionSpec | None = None
+    shows: ShownStates | None = None
 
 
 def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> ModuleSpec:
@@ -65,10 +67,14 @@ def layer_spec(*, causal: bool, options: LayerOptions = LayerOptions()) -> Modul
             k_layernorm=head_norm,
         ),
     )
-    crossing = options.cross is not None
+    module, params = Layer, {}
+    if options.cross is not None:
+        module, params = GatedLayer, {"cross": options.cross}
+    elif options.shows is not None:
+        module, params = ShowingLayer, {"shows": options.shows}
     return ModuleSpec(
-        module=GatedLayer if crossing else Layer,
-        params={"cross": options.cross} if crossing else {},
+        module=module,
+        params=params,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=attention,

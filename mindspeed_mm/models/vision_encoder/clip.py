@@ -17,11 +17,11 @@ from mindspeed_mm.models.kit.encoder_spec import (
     CHECKED,
     LAYER,
     FixedSizeSpec,
+    SelectLayer,
     fixed_size_shapes,
     hf_layer_rules,
     norm_shapes,
     pair,
-    read_layer,
 )
 from mindspeed_mm.models.part import Part, Size, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
@@ -75,7 +75,7 @@ class ClipSpec(FixedSizeSpec):
     num_attention_heads: Size = None  # hidden_size / 64
     add_class_token: Annotated[bool, only(True, why="CLIP has a class token")] = True
     class_token_len: Annotated[int, only(1, why="CLIP has one class token")] = 1
-    select_layer: int = -2
+    select_layer: SelectLayer = -2
     select_feature: Literal["patch", "cls_patch"] = "patch"
     activation_func: Literal["quick_gelu", "gelu"] = "quick_gelu"
     gated_linear_unit: Annotated[bool, only(False, why="CLIP's MLP has no gate")] = False
@@ -167,7 +167,7 @@ def from_hf(config: dict[str, Any]) -> ClipSpec:
             "activation_func": full["hidden_act"],
             "layernorm_epsilon": full["layer_norm_eps"],
             "init_method_std": full["initializer_range"],
-            "select_layer": read_layer(full),
+            "select_layer": full["vision_feature_layer"],
             "select_feature": SELECT_FEATURES[strategy],
             "params_dtype": full.get("dtype") or full.get("torch_dtype"),
         },

@@ -17,12 +17,12 @@ from mindspeed_mm.models.kit.encoder_spec import (
     CHECKED,
     LAYER,
     FixedSizeSpec,
+    SelectLayer,
     fixed_size_shapes,
     hf_layer_rules,
     linear_shapes,
     norm_shapes,
     pair,
-    read_layer,
 )
 from mindspeed_mm.models.part import Part, only
 from mindspeed_mm.weights.layouts import VISION, Layout, Prefix
@@ -72,7 +72,7 @@ class SiglipSpec(FixedSizeSpec):
     model_id: Literal["siglip"] = "siglip"
     add_class_token: Annotated[bool, only(False, why="SigLIP has no class token")] = False
     class_token_len: Annotated[int, only(0, why="SigLIP has no class token")] = 0
-    select_layer: int = -1
+    select_layer: SelectLayer = -1
     select_feature: Literal["patch", "cls_patch"] = "patch"
     """Both of LLaVA's words mean all patches here."""
     activation_func: Literal["gelu_pytorch_tanh", "gelu", "quick_gelu"] = "gelu_pytorch_tanh"
@@ -153,7 +153,7 @@ def from_hf(config: dict[str, Any]) -> SiglipSpec:
         )
     block = {ours: full[theirs] for ours, theirs in _KEYS.items()}
     chosen = {
-        "select_layer": read_layer(full),
+        "select_layer": full["vision_feature_layer"],
         "params_dtype": full.get("dtype") or full.get("torch_dtype"),
     }
     return load_config(SiglipSpec, block | chosen, what="vision encoder config")

@@ -117,5 +117,5 @@ PART = Part(
     rules={"llava": LLAVA_RULES, "hf": HF_RULES, "ours": LLAVA_RULES.own()},
     shapes=shapes,
     build=build,
-    checked=("num_layers", "input_size", "hidden_size", "image_grid_pinpoints", "mm_patch_merge_type"),
+    checked=(*mlp.PART.checked, "image_grid_pinpoints", "mm_patch_merge_type"),
 )

@@ -1,8 +1,13 @@
-"""LLaVA's projectors: linears with GELU (erf) between them, `linear` (one) and `mlpNx_gelu`. Spec, weight rules."""
+"""LLaVA's projectors: linears with an activation between them. Spec, weight rules.
 
+The original code has GELU (erf) and biases, in `linear` (one) and `mlpNx_gelu`. transformers' configs choose the
+activation of two linears, and whether they have biases.
+"""
+
+import json
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
@@ -15,7 +20,34 @@ from mindspeed_mm.weights.rules import Geometry, Rule, RuleSet
 
 TokenId = Annotated[int, pydantic.Field(ge=0)]
 
-WHY = "the projector is LLaVA's linear or mlpNx_gelu"
+WHY = "the projector's linears have no gate"
+
+Activation = Literal[
+    "gelu",
+    "gelu_accurate",
+    "gelu_fast",
+    "gelu_new",
+    "gelu_python",
+    "gelu_python_tanh",
+    "gelu_pytorch_tanh",
+    "hardswish",
+    "leaky_relu",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "swish",
+    "tanh",
+]
+"""transformers' names of the activations that have no parameters."""
+
+ACTIVATIONS = get_args(Activation)
+
+KEEP_RESULT = ("relu", "sigmoid", "tanh")
+"""Activations whose derivative follows from their result, which the next linear keeps as well."""
 
 
 class MlpSpec(PartSpec):
@@ -33,9 +65,11 @@ class MlpSpec(PartSpec):
     """Width between the linears."""
     hidden_size: Size
     """Width of the text decoder."""
-    activation_func: Annotated[str, only("gelu", why=WHY)] = "gelu"
+    activation_func: Activation = "gelu"
+    """Between the linears; transformers' projector_hidden_act."""
     gated_linear_unit: Annotated[bool, only(False, why=WHY)] = False
-    add_bias_linear: Annotated[bool, only(True, why="the projector's linears have biases")] = True
+    add_bias_linear: bool = True
+    """Whether the linears have biases; transformers' multimodal_projector_bias."""
     image_start_end: Annotated[list[TokenId], pydantic.Field(min_length=2, max_length=2)] | None = None
     """Tokens before and behind the features of an image: LLaVA v1.0's <im_start> and <im_end>
     (mm_use_im_start_end)."""
@@ -54,6 +88,11 @@ class MlpSpec(PartSpec):
                 f"ffn_hidden_size {self.ffn_hidden_size} is a width between linears, of which num_layers 1 has none; "
                 "leave it out"
             )
+        if self.num_layers == 1 and self.activation_func != "gelu":
+            raise ValueError(
+                f'activation_func "{self.activation_func}" stands between linears, of which num_layers 1 has none; '
+                "leave it out"
+            )
         return self
 
     @property
@@ -64,14 +103,15 @@ class MlpSpec(PartSpec):
 
     def products(self, work: EncoderWork) -> tuple[Product, ...]:
         """The first linear keeps what the encoder gives, a class token included; activations keep their inputs."""
-        rows = work.features
+        rows, tensors = work.features, 2 if self.activation_func == "quick_gelu" else 1
         return tuple(
             Product(
                 rows,
                 inputs,
                 outputs,
                 kept=work.positions * self.input_size if number == 0 else rows * inputs,
-                activated=rows * inputs if number else 0.0,
+                activated=tensors * rows * inputs if number else 0.0,
+                shared=number > 0 and self.activation_func in KEEP_RESULT,
                 split=number % 2 == 1,
             )
             for number, (inputs, outputs) in enumerate(self.sizes)
@@ -79,7 +119,7 @@ class MlpSpec(PartSpec):
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(num_layers=self.num_layers)
+        return Geometry(num_layers=self.num_layers, linear_bias=self.add_bias_linear)
 
 
 def from_hf(config: dict[str, Any]) -> MlpSpec:
@@ -87,25 +127,35 @@ def from_hf(config: dict[str, Any]) -> MlpSpec:
 
     Raises ConfigError for another projector.
     """
-    linears = 2
+    linears, chosen = 2, {}
     if "mm_projector_type" in config or "mm_hidden_size" in config:
         linears = _count_linears(config.get("mm_projector_type", "linear"))  # LLaVA's builder: absent means linear
         if "mm_hidden_size" not in config:
             raise ConfigError("projector config: mm_hidden_size is missing; add the width of the vision encoder.")
         sizes = (config["mm_hidden_size"], config.get("hidden_size", 4096))
     else:
-        activation, bias = config.get("projector_hidden_act", "gelu"), config.get("multimodal_projector_bias", True)
-        if activation != "gelu" or not bias:
-            raise ConfigError(
-                f'projector config: found projector_hidden_act "{activation}" and multimodal_projector_bias '
-                f"{str(bias).lower()}; gelu with biases is supported. Use weights of a supported model."
-            )
+        chosen = _chosen(config)
+        layers = config.get("vision_feature_layer", -2)
         sizes = (
-            config.get("vision_config", {}).get("hidden_size", 768),
+            config.get("vision_config", {}).get("hidden_size", 768) * (len(layers) if isinstance(layers, list) else 1),
             config.get("text_config", {}).get("hidden_size", 4096),
         )
-    block = {"num_layers": linears, "input_size": sizes[0], "hidden_size": sizes[1]}
+    block = {"num_layers": linears, "input_size": sizes[0], "hidden_size": sizes[1], **chosen}
     return load_config(MlpSpec, block, what="projector config")
+
+
+def _chosen(config: dict[str, Any]) -> dict[str, Any]:
+    """Activation and biases of a llava-hf config, as far as it says other than the usual."""
+    activation, bias = config.get("projector_hidden_act", "gelu"), config.get("multimodal_projector_bias", True)
+    if activation not in ACTIVATIONS or type(bias) is not bool:
+        raise ConfigError(
+            f"projector config: found projector_hidden_act {json.dumps(activation)} and multimodal_projector_bias "
+            f"{json.dumps(bias)}; expected true or false, and one of {', '.join(ACTIVATIONS)}. Use weights of a "
+            "supported model."
+        )
+    return ({} if activation == "gelu" else {"activation_func": activation}) | (
+        {} if bias else {"add_bias_linear": False}
+    )
 
 
 def _count_linears(kind: Any) -> int:
@@ -144,6 +194,12 @@ def projector_type(spec: MlpSpec) -> str:
 
 def to_hf(spec: MlpSpec, dtype: str) -> dict[str, Any]:
     """The keys of LLaVA's original config.json that describe the projector. Raises WeightError where it has none."""
+    if spec.activation_func != "gelu" or not spec.add_bias_linear:
+        raise WeightError(
+            f'the projector has activation_func "{spec.activation_func}" and add_bias_linear '
+            f"{json.dumps(spec.add_bias_linear)}; expected gelu and biases, which is all that LLaVA's own code makes. "
+            "Choose --to llava-hf, llava_next or mindspeed-mm."
+        )
     if spec.num_layers > 1 and spec.ffn_hidden_size != spec.hidden_size:
         raise WeightError(
             f"the projector is {spec.ffn_hidden_size} wide inside; expected {spec.hidden_size}, since LLaVA has no key "
@@ -162,9 +218,9 @@ def _rules(linear: str) -> RuleSet:
     return RuleSet(
         (
             Rule(f"{ours}.weight", (f"{linear}.weight",), axis=0, layer_stride=(0, 2)),
-            Rule(f"{ours}.bias", (f"{linear}.bias",), axis=0, layer_stride=(0, 2)),
+            Rule(f"{ours}.bias", (f"{linear}.bias",), axis=0, needs="linear_bias", layer_stride=(0, 2)),
             Rule(f"{ours}.weight", (f"{linear}.weight",), axis=1, layer_stride=(1, 2)),
-            Rule(f"{ours}.bias", (f"{linear}.bias",), layer_stride=(1, 2)),
+            Rule(f"{ours}.bias", (f"{linear}.bias",), needs="linear_bias", layer_stride=(1, 2)),
         )
     )
 
@@ -193,7 +249,7 @@ def shapes(spec: MlpSpec) -> dict[str, tuple[int, ...]]:
     result: dict[str, tuple[int, ...]] = {}
     for number, (inputs, outputs) in enumerate(spec.sizes, start=1):
         name = f"encoder.linear_fc{number}"
-        result |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+        result |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if spec.add_bias_linear else {})
     return result
 
 
@@ -215,5 +271,5 @@ PART = Part(
     rules={"llava": LLAVA_RULES, "hf": HF_RULES, "ours": LLAVA_RULES.own()},
     shapes=shapes,
     build=build,
-    checked=("num_layers", "input_size", "hidden_size"),
+    checked=("num_layers", "input_size", "hidden_size", "activation_func", "add_bias_linear"),
 )

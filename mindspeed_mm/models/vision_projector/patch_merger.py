@@ -22,6 +22,8 @@ class PatchMergerSpec(MlpSpec):
     model_id: Literal["patch_merger"] = "patch_merger"
     fresh: bool = False
     num_layers: Annotated[int, only(2, why="the merger has two linears")] = 2
+    activation_func: Annotated[str, only("gelu", why="the merger has GELU (erf)")] = "gelu"
+    add_bias_linear: Annotated[bool, only(True, why="the merger's linears have biases")] = True
     spatial_merge_size: Size = 2
     """Patches along a side of the square that becomes one feature."""
     ffn_hidden_size: Size = None  # input_size x the patches of a square
