@@ -59,7 +59,7 @@ def make(name, folder, **others):
         theirs, side = llava(vision(**ODD), **changes), ODD["image_size"]
         save(theirs, folder, fixed_processor("siglip" if vision is siglip else "clip", side))
     else:
-        theirs = llava_next(vision(hidden_size=36, num_attention_heads=3, num_hidden_layers=4), **changes)
+        theirs = llava_next(vision(hidden_size=36, num_attention_heads=2, num_hidden_layers=4), **changes)
         save(theirs, folder, tile_processor())
     return theirs, find_family(kind)
 
@@ -108,10 +108,16 @@ LAYOUTS = {
     "TP2 PP2": GoldenLayout(tensor=2, pipeline=2),
     "CP2 packed": GoldenLayout(context=2, packed=True),
 }
-RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+SPREADS = [("llava", name) for name in LAYOUTS] + [
+    ("llava from the embedding", "TP2 SP"),
+    ("llava siglip", "packed, recomputed"),
+    ("llava_next", "packed, recomputed"),
+    ("llava_next", "TP2 PP2"),
+]
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform"}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("case", "name"), SPREADS, indirect=["case"])
 def test_gradients(case, ranks, name, tmp_path):
     theirs, family, folder, spec, samples = case
     names, layout = family.layouts[0], LAYOUTS[name]
@@ -119,7 +125,8 @@ def test_gradients(case, ranks, name, tmp_path):
     wanted = {key: tensor.grad for key, tensor in parameters.items() if tensor.grad is not None}
     block = model_block(dict(spec.part_specs()), family.name)
     if "recomputed" in name:
-        block["image_encoder"]["vision_encoder"] |= RECOMPUTED
+        together = {"recompute_num_layers": spec.vision_encoder.num_built_layers}
+        block["image_encoder"]["vision_encoder"] |= RECOMPUTED | together
     ranks(layout.ranks).run(train, str(folder), layout, samples, str(tmp_path), 1, GRADIENT, block)
     after = trained(tmp_path, spec, names)
     found = {key: (parameters[key].detach() - tensor[: len(parameters[key])]) / STEP for key, tensor in after.items()}
