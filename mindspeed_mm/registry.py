@@ -72,9 +72,11 @@ def nearest(name: str, names: list[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(names) or 'none'}"
 
 
-def _own(package: str) -> list[str]:
+@functools.cache
+def _own(package: str) -> tuple[str, ...]:
+    """Modules of the package's folder, which is read once: every look-up of a part asks for them."""
     paths = importlib.import_module(package).__path__
-    return [module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")]
+    return tuple(module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_"))
 
 
 @functools.cache

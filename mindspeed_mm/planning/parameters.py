@@ -6,10 +6,11 @@ models/parallel.py says.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mindspeed_mm.models.adapters.splits import places
 from mindspeed_mm.models.adapters.targets import all_sites, sites
@@ -23,6 +24,9 @@ from mindspeed_mm.weights.shards import padded_vocab_size
 
 ON_LAST_STAGE = ("decoder.final_layernorm.", "output_layer.")
 """Tensors of the text decoder that stand on the last pipeline stage; what else has no layer stands on the first."""
+
+RECOMPUTATION = {"recompute_granularity", "recompute_method", "recompute_num_layers"}
+"""Keys of a part on which its parameters do not depend."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,31 @@ def held_blocks(job: TrainingJob, stage: int) -> int:
     return 0 if shape is None else shape.on(held_numbers(job, stage))
 
 
+@dataclass(frozen=True)
+class _CountedStage:
+    """A pipeline stage of a job. Two of them are equal where all that their parameters depend on is."""
+
+    job: TrainingJob = field(compare=False)
+    stage: int
+    spec: str
+    spread: tuple[int, ...]
+    """Tensor and pipeline-parallel size, virtual stages, bytes of an element, whether Muon is the optimizer."""
+
+
 def stage_parameters(job: TrainingJob, stage: int) -> Parameters:
-    """Parameters that a rank of this pipeline stage holds."""
+    """Parameters that a rank of this pipeline stage holds.
+
+    They are counted once: a search asks several times for each of many layouts that differ in batch and recomputation.
+    """
+    without = {"text_decoder": RECOMPUTATION, "image_encoder": {"vision_encoder": RECOMPUTATION}}
+    spec = job.spec.model_dump_json(exclude=without, serialize_as_any=True)
+    spread = (job.tensor, job.pipeline, job.runtime.stages, job.element, job.muon)
+    return _counted(_CountedStage(job, stage, spec, spread))
+
+
+@functools.lru_cache(maxsize=1024)
+def _counted(counted: _CountedStage) -> Parameters:
+    job, stage = counted.job, counted.stage
     parts = [part_parameters(job, kind, stage) for kind in job.spec.part_specs()]
     return Parameters(
         sum(part.total for part in parts),
