@@ -76,6 +76,7 @@ def nothing_left_behind() -> Iterator[None]:
     if "megatron.driver.initialize" in sys.modules:
         sys.modules["megatron.driver.initialize"].shutdown()
     gc.collect()  # see tests/helpers/pool.py
+    gc.freeze()  # modules that the file has imported are not looked at again
 
 
 @pytest.fixture

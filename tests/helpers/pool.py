@@ -1,7 +1,9 @@
 """A pool of worker processes joined by gloo, for tests over several ranks.
 
-Workers are started once (importing torch and megatron.core takes seconds) and used by many tests. Each call gets a
-fresh process group. A worker that hangs is killed when the call's time is up, and the pool starts anew for the next.
+Importing torch, megatron.core and transformers takes seconds. One server process does it for all pools, and the workers
+are its forks. (Those of another device than the CPU are processes of their own: it changes what is imported.) They are
+used by many tests. Each call gets a fresh process group. A worker that hangs is killed when the call's time is up, and
+the pool starts anew for the next.
 """
 
 from __future__ import annotations
@@ -22,6 +24,10 @@ TIMEOUT = 120.0
 
 GRACE = 3.0
 """Seconds that the other ranks get to end after one has failed: they may wait for it in a collective."""
+
+
+IMPORTED = "tests.helpers.imported"
+"""What the workers of the CPU find imported."""
 
 
 class RankError(AssertionError):
@@ -57,7 +63,10 @@ class RankPool:
         return [results[rank] for rank in range(self.size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        own = self._device != "cpu" or self._folders
+        context = multiprocessing.get_context("spawn" if own else "forkserver")
+        if not own:
+            context.set_forkserver_preload([IMPORTED])
         for _ in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, self._device, self._folders), daemon=True)
@@ -109,8 +118,11 @@ def _serve(pipe: Connection, device: str, folders: tuple[str, ...]) -> None:
     from megatron.driver.checkpoint import locks
     from megatron.driver.initialize import shutdown
 
-    gc.freeze()  # what was imported stays, and is not looked at again
+    imported = 0
     while True:
+        if len(sys.modules) > imported:  # what was imported stays, and is not looked at again
+            imported = len(sys.modules)
+            gc.freeze()
         try:
             rank, size, store, function, args = pipe.recv()
         except EOFError:
