@@ -24,6 +24,7 @@ from tests.helpers.decoder_ranks import (
 )
 from tests.helpers.pool import RankError
 from tests.helpers.tiny_decoders import FAMILIES, VARIANTS, greedy, make, rows, save
+from tests.parallel.comparison import names
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -189,7 +190,7 @@ def spread_step(ranks, path, spread: Spread, step: DecoderStep) -> list[RankShar
     return ranks(spread.ranks).run(take_step, str(path), spread, step)
 
 
-@pytest.mark.parametrize("layout", SPREADS)
+@pytest.mark.parametrize("layout", names(SPREADS, slow=("TP2",)))
 def test_losses_and_gradients(ranks, trained, layout):
     from mindspeed_mm.models.part import find_part
     from mindspeed_mm.models.spec import load_model_spec
@@ -220,8 +221,28 @@ def uneven_stages(path):
     return other
 
 
-@pytest.mark.parametrize("layout", ["one process", "CP2", "TP2 SP", "PP2"])
-def test_packed_rows_train_alike(ranks, trained, layout):
+@pytest.fixture(scope="module")
+def alone(trained):
+    """(losses, gradients) of the sequences of a packed row, each by itself in one process."""
+    from mindspeed_mm.models.part import find_part
+    from mindspeed_mm.models.spec import load_model_spec
+
+    name, path, _, _ = trained
+    ids = rows(1, sum(LENGTHS))
+    labels = labels_of(ids)
+    spec, part = load_model_spec(path).text_decoder, find_part("text_decoder", name)
+    losses, gradients, count = [], {}, int((labels != -100).sum())
+    for piece, own in zip(ids.split(LENGTHS, dim=1), labels.split(LENGTHS, dim=1), strict=True):
+        shard = take_step(str(path), Spread(), DecoderStep(piece, own))
+        losses.append(shard.losses)
+        share = int((own != -100).sum()) / count
+        for key, gradient in joined([shard], part, spec).items():
+            gradients[key] = gradients.get(key, 0) + share * gradient
+    return torch.cat(losses), gradients
+
+
+@pytest.mark.parametrize("layout", names(["one process", "CP2", "TP2 SP", "PP2"], slow=("TP2 SP", "PP2")))
+def test_packed_rows_train_alike(ranks, trained, alone, layout):
     """Losses and gradients of a packed row, at every layout, against those of one process without packing."""
     from mindspeed_mm.models.part import find_part
     from mindspeed_mm.models.spec import load_model_spec
@@ -230,17 +251,11 @@ def test_packed_rows_train_alike(ranks, trained, layout):
     ids, spread = rows(1, sum(LENGTHS)), SPREADS[layout]
     labels = labels_of(ids)
     spec, part = load_model_spec(path).text_decoder, find_part("text_decoder", name)
-    alone, wanted, count = [], {}, int((labels != -100).sum())
-    for piece, own in zip(ids.split(LENGTHS, dim=1), labels.split(LENGTHS, dim=1), strict=True):
-        shard = take_step(str(path), Spread(), DecoderStep(piece, own))
-        alone.append(shard.losses)
-        share = int((own != -100).sum()) / count
-        for key, gradient in joined([shard], part, spec).items():
-            wanted[key] = wanted.get(key, 0) + share * gradient
     if spread.pipeline > 1:
         path = uneven_stages(path)
     shards = spread_step(ranks, path, spread, DecoderStep(ids, labels, LENGTHS))
-    torch.testing.assert_close(joined_losses(shards), torch.cat(alone), atol=2e-6, rtol=1e-6)
+    losses, wanted = alone
+    torch.testing.assert_close(joined_losses(shards), losses, atol=2e-6, rtol=1e-6)
     found = joined(shards, part, spec)
     for key, gradient in wanted.items():
         assert (found[key] - gradient).norm() <= 1e-5 * gradient.norm(), key
@@ -257,7 +272,7 @@ def generated(path: str, tensor: int, pipeline: int, prompts: list[list[int]]) -
     return mm.load(path, device="cpu", **sizes).generate(input_ids=prompts, max_new_tokens=9, eos_token_id=-1)
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_ranks_write_the_same_text(ranks, trained, tensor, pipeline):
     path = uneven_stages(trained[1]) if pipeline > 1 else trained[1]
     prompts = [row[:length].tolist() for row, length in zip(rows(3), (5, 17, 18), strict=True)]

@@ -6,6 +6,7 @@ import torch
 from tests.helpers.golden_training import GoldenLayout
 from tests.helpers.tiny_families import MAKERS, make_family
 from tests.helpers.vlm_ranks import GRADIENT, STEP, compare, stored, train, trained
+from tests.parallel.comparison import names
 
 ROWS = {
     "a rank without images": ((2, 0, 1, 0), GoldenLayout(data=2)),
@@ -24,7 +25,7 @@ def base(request, tmp_path_factory):
     return make_family(request.param, tmp_path_factory.mktemp("family"))
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", names(ROWS, slow=("a rank without images", "several images a row")))
 def test_gradients(base, ranks, name, tmp_path):
     counts, layout = ROWS[name]
     samples = base.rows(counts)

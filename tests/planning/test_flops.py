@@ -40,7 +40,7 @@ def decoder_scores(spec, batch) -> float:
     return forward_flops(spec, lengths=batch.lengths, work=EncoderWork(), supervised=0).scores
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "packed"])
 @pytest.mark.parametrize("model_id", MAKERS)
 def test_families(single_process, model_id, packed, monkeypatch, tmp_path):
     """Images of several sizes, several in a row, with the decoder's attention counted as each sample's triangle."""

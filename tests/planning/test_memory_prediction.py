@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.parallel.comparison import names
 from tests.planning.planned_run import (
     EVERYTHING,
     OTHERS,
@@ -69,7 +70,15 @@ for run in RUNS.values():
         run.model["image_encoder"]["vision_projector"]["hidden_size"] = 192
 
 
-@pytest.mark.parametrize("name", RUNS)
+SLOW = (
+    *("stage 1, float32", "stage 1, full recomputation", "TP2, vision encoder trained", "CP2", "PP2 stage 1"),
+    *("DP2 distributed", "LLaVA-NeXT, CP2", "Flamingo"),
+    *(f"{name}, no bfloat16" for name in OLD_PROCESSOR if name not in ("selective recomputation", "packed", "TP2 SP")),
+)
+"""Runs whose parts others have, too."""
+
+
+@pytest.mark.parametrize("name", names(RUNS, slow=SLOW))
 def test_prediction(ranks, name):
     work = RUNS[name]
     job = planned(work)  # chooses the platform, before megatron.core is imported
