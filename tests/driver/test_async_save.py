@@ -14,6 +14,7 @@ from tests.driver.test_driver_ranks import LAYOUTS, full, trained
 from tests.driver.test_driver_resume import assert_equal, losses
 from tests.helpers import tiny_training as tiny
 from tests.helpers.tiny_training import whole_run as run
+from tests.parallel.comparison import names
 
 get_platform("cpu")
 
@@ -75,7 +76,7 @@ def test_what_is_written_later_is_the_state_of_then(tmp_path, slow_disk, flags):
     assert losses(later) == losses(at_once)
 
 
-@pytest.mark.parametrize("name", ["dp2-distributed-overlap", "tp2", "pp2"])
+@pytest.mark.parametrize("name", names(["dp2-distributed-overlap", "tp2", "pp2"], slow=("tp2", "pp2")))
 def test_several_ranks_save_in_the_background(ranks, tmp_path, name):
     flags, world_size, batch = LAYOUTS[name]
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")

@@ -8,6 +8,7 @@ from mindspeed_mm.errors import CheckpointError, ConfigError
 from mindspeed_mm.platform import get_platform
 from tests.helpers import tiny_training as tiny
 from tests.helpers.tiny_training import whole_run as run
+from tests.parallel.comparison import names
 
 get_platform("cpu")
 from megatron.core import package_info  # noqa: E402  the platform comes first
@@ -141,7 +142,7 @@ def exchange(state):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", names(LAYOUTS, slow=("DP2",)))
 def test_every_layout_averages_alike(ranks, tmp_path, layout):
     flags, half = LAYOUTS[layout], ["--bf16"] if "bf16" in layout else []
     common = ["--pretrained-checkpoint", str(tmp_path / "start"), *EMA, *half]

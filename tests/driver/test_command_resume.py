@@ -8,7 +8,7 @@ from tests.parallel.test_command import describe_data, folder, train  # noqa: F4
 SIZES = "--train-iters 6 --global-batch-size 4"
 
 
-@pytest.mark.parametrize("packing", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "packed"])
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)], ids=["DP1 to DP2", "DP2 to DP1"])
 def test_the_next_samples_come(ranks, golden, folder, packing, first, second):  # noqa: F811
     """12 records in 6 steps of 4 rows: several epochs; the losses tell which rows were read."""

@@ -5,6 +5,7 @@ import pytest
 
 from tests.helpers import tiny_training as tiny
 from tests.helpers.pool import RankError
+from tests.parallel.comparison import names
 
 COMMON = ("--clip-grad", "1.0", "--lr-decay-style", "cosine", "--lr-warmup-iters", "1")
 
@@ -68,7 +69,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(LAYOUTS, slow=("dp2-micro1", "dp2-overlap", "dp2-distributed")))
 def test_every_layout_trains_alike(ranks, start, single, tmp_path, name):
     flags, world_size, batch = LAYOUTS[name]
     flags = [*flags, "--pretrained-checkpoint", start, "--save", str(tmp_path)]
@@ -84,7 +85,7 @@ def test_every_layout_trains_alike(ranks, start, single, tmp_path, name):
             numpy.testing.assert_array_equal(value, results[1][1][key], err_msg=key)
 
 
-@pytest.mark.parametrize("name", ["dp2", "dp2-distributed", "tp2", "pp2"])
+@pytest.mark.parametrize("name", names(["dp2", "dp2-distributed", "tp2", "pp2"], slow=("dp2",)))
 def test_resumed_equals_uninterrupted(ranks, tmp_path, name):
     flags, world_size, batch = LAYOUTS[name]
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")

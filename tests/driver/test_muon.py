@@ -9,6 +9,7 @@ from mindspeed_mm.platform import get_platform
 from tests.helpers import tiny_training as tiny
 from tests.helpers.golden_training import GoldenLayout, full_tensors, records, train_golden
 from tests.helpers.tiny_training import whole_run as run
+from tests.parallel.comparison import names
 
 get_platform("cpu")
 from megatron.driver.muon import MuonAdamW  # noqa: E402
@@ -59,7 +60,7 @@ def single(ranks, golden, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(LAYOUTS, slow=("DP2",)))
 def test_every_layout_moves_alike(ranks, golden, single, tmp_path, name):
     """Newton-Schulz steps compute in bfloat16, so a sum in another order may round to the neighbour."""
     layout = LAYOUTS[name]

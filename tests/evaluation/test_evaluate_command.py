@@ -168,7 +168,7 @@ def test_files_are_equal_at_any_number_of_ranks_and_batch_size(golden, tmp_path,
     assert main(command(golden, table, tmp_path / "1-16", *flags, "16")) == 0
     expected = files(tmp_path / "1-1")
     assert len(expected) == 4 and files(tmp_path / "1-16") == expected
-    for count, batch_size in ((2, 1), (2, 16), (3, 1), (3, 16)):
+    for count, batch_size in ((2, 16), (3, 1)):
         out = tmp_path / f"{count}-{batch_size}"
         answers = ranks(count).run(evaluate_on_this_rank, model, table, out, batch_size)
         assert all(own == answers[0] for own in answers) and len(answers[0]) == 11
@@ -222,11 +222,10 @@ def kill_when_answered(line, journal, lines):
     process.wait()
 
 
-def test_a_run_killed_twice_gives_the_same_files(golden, tmp_path, capsys):
+def test_a_killed_run_gives_the_same_files(golden, tmp_path, capsys):
     table = write_table(tmp_path / "t.tsv", choice_rows(60))
     line = command(golden, table, tmp_path / "killed", "--json")
-    for lines in (5, 25):
-        kill_when_answered(line, tmp_path / "killed" / "llava_hf_toy.journal", lines)
+    kill_when_answered(line, tmp_path / "killed" / "llava_hf_toy.journal", 25)
     assert main(line) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["resumed"] >= 25
     assert main(command(golden, table, tmp_path / "whole", "--batch-size", "16")) == 0

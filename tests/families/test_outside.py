@@ -95,28 +95,31 @@ SHOW = """
 import sys, torch
 import mindspeed_mm as mm
 
-path, target, to = sys.argv[1:4]
 ids, pixels = torch.load("given.pt", weights_only=True)
-vlm = mm.load(path, device="cpu")
-mm.convert(path, target, to=to)
-again = mm.load(target, device="cpu")
 ids = ids.masked_fill(ids == 130, -200)
 rows = [ids[0].tolist(), ids[1, 21:].tolist()]
-text = vlm.generate(input_ids=rows, images=pixels[:1], max_new_tokens=7, eos_token_id=-1)
-torch.save((vlm.spec.model_id, vlm.logits(ids, None, pixels), again.logits(ids, None, pixels), text), "shown.pt")
+shown = []
+for number in range(1, len(sys.argv), 3):
+    path, target, to = sys.argv[number : number + 3]
+    vlm = mm.load(path, device="cpu")
+    mm.convert(path, target, to=to)
+    again = mm.load(target, device="cpu")
+    text = vlm.generate(input_ids=rows, images=pixels[:1], max_new_tokens=7, eos_token_id=-1)
+    shown.append((vlm.spec.model_id, vlm.logits(ids, None, pixels), again.logits(ids, None, pixels), text))
+torch.save(shown, "shown.pt")
 """
 
 
-def shown(outside, path, to, tmp_path):
-    """(model_id, logits, logits of the export, greedy text) in a process of its own, and the export's folder."""
+def shown(outside, tmp_path, *exports):
+    """(model_id, logits, logits of the export, greedy text) of each (path, target, layout), in a process of its own."""
     torch.save(given(), tmp_path / "given.pt")
-    export = tmp_path / f"export as {to}"
-    run(outside, "-c", SHOW, str(path), str(export), to, cwd=tmp_path)
-    return (*torch.load(tmp_path / "shown.pt", weights_only=True), export)
+    run(outside, "-c", SHOW, *(str(word) for export in exports for word in export), cwd=tmp_path)
+    return torch.load(tmp_path / "shown.pt", weights_only=True)
 
 
 def test_decoder_and_encoder_from_outside_equal_transformers(outside, theirs, folder, tmp_path):
-    model_id, logits, again, text, export = shown(outside, folder, "llava-hf", tmp_path)
+    export = tmp_path / "export"
+    ((model_id, logits, again, text),) = shown(outside, tmp_path, (folder, export, "llava-hf"))
     ids, pixels = given()
     with torch.no_grad():
         wanted = theirs(input_ids=ids, pixel_values=pixels).logits
@@ -135,13 +138,12 @@ def test_decoder_and_encoder_from_outside_equal_transformers(outside, theirs, fo
 
 
 def test_projector_and_family_from_outside(outside, theirs, normed, tmp_path):
-    (tmp_path / "back").mkdir()
-    model_id, logits, again, _, export = shown(outside, normed, "norm_llava", tmp_path)
-    assert model_id == "norm_llava" and torch.equal(again, logits)
-    _, _, again, _, ours = shown(outside, normed, "mindspeed-mm", tmp_path)
-    assert torch.equal(again, logits)
-    model_id, from_ours, again, _, _ = shown(outside, ours, "norm_llava", tmp_path / "back")
-    assert model_id == "norm_llava" and torch.equal(from_ours, logits) and torch.equal(again, logits)
+    export, ours, back = (tmp_path / name for name in ("export", "ours", "back"))
+    exports = (normed, export, "norm_llava"), (normed, ours, "mindspeed-mm"), (ours, back, "norm_llava")
+    found = shown(outside, tmp_path, *exports)
+    logits = found[0][1]
+    assert [model_id for model_id, *_ in found] == ["norm_llava"] * 3
+    assert all(torch.equal(own, logits) and torch.equal(again, logits) for _, own, again, _ in found)
     saved, wanted = (load_file(path / "model.safetensors") for path in (export, normed))
     assert saved.keys() == wanted.keys() and all(torch.equal(saved[name], wanted[name]) for name in wanted)
     ids, pixels = given()

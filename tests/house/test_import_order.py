@@ -43,7 +43,11 @@ def test_letter_e_each_module_first():
 
 
 @pytest.mark.parametrize(
-    "first", ["from mindspeed_mm.generation.engine import GenerationRequest", "from megatron.driver import loop"]
+    "first",
+    [
+        "from mindspeed_mm.generation.engine import GenerationRequest",
+        pytest.param("from megatron.driver import loop", marks=pytest.mark.slow),
+    ],
 )
 def test_the_platform_may_be_asked_for_after_the_imports(first):
     """As in the example of docs/generation.md: an import before `mm.load`."""

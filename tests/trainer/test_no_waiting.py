@@ -48,7 +48,11 @@ def meta(monkeypatch):
     monkeypatch.setattr(current_platform(), "device", lambda: DEVICE)
 
 
-@pytest.mark.parametrize("trained", [STAGE_1, STAGE_2, EVERYTHING], ids=["stage 1", "stage 2", "everything"])
+@pytest.mark.parametrize(
+    "trained",
+    [pytest.param(STAGE_1, marks=pytest.mark.slow), pytest.param(STAGE_2, marks=pytest.mark.slow), EVERYTHING],
+    ids=["stage 1", "stage 2", "everything"],
+)
 @pytest.mark.parametrize("packed", [0, 3], ids=["plain", "packed"])
 def test_a_micro_batch_never_waits(single_process, meta, trained, packed, monkeypatch):
     from mindspeed_mm.models import loss
