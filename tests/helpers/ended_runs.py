@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import resource
@@ -34,17 +33,8 @@ def main() -> None:
     """Print one JSON line a case: exit code, text and remaining processes of each rank, and how long it took."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background begin without it
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
-    import torch
+    import tests.helpers.imported  # noqa: F401  before the ranks are forked
 
-    torch.set_num_threads(1)
-    from mindspeed_mm.platform import get_platform
-
-    get_platform("cpu")
-    # Before the ranks are forked, all that they need:
-    for name in ("torch.utils.tensorboard", "evaluation.model_engine", "evaluation.runner", "mindspeed_mm.trainer.run"):
-        importlib.import_module(name)
-    for name in ("evaluate", "infer", "train"):
-        importlib.import_module(f"mindspeed_mm.cli.{name}")
     for number, case in enumerate(cases):
         found = one_case(case, folder / f"case_{number}")
         print(json.dumps(found), flush=True)

@@ -31,15 +31,7 @@ LONGEST = 900
 def main() -> None:
     """Print one JSON line a start: who was killed when, how the others ended and what they said."""
     plan = json.loads(sys.argv[1])
-    import torch
-
-    torch.set_num_threads(1)
-    from mindspeed_mm.platform import get_platform
-
-    get_platform("cpu")
-    from megatron.core.models.gpt import GPTModel  # noqa: F401
-
-    import mindspeed_mm.trainer.run  # noqa: F401  before the ranks are forked
+    import tests.helpers.imported  # noqa: F401  before the ranks are forked
 
     dice = random.Random(plan["seed"])
     level = 0
