@@ -13,7 +13,7 @@ def single(ranks, golden, tmp_path_factory):
     def run(mode):
         if mode not in known:
             save = tmp_path_factory.mktemp(f"single-{mode}")
-            ranks(1).run(train_golden, golden, GoldenLayout(trained=mode), str(save))
+            ranks(1).run(train_golden, golden, GoldenLayout(trained=mode), str(save), "--no-save-optim")
             known[mode] = records(save), full_tensors(save)
         return known[mode]
 

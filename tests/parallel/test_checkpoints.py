@@ -27,7 +27,13 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("name", names(MOVES, slow=("DP2 distributed overlap -> CP2", "PP2 -> TP2 SP distributed")))
+SLOW_MOVES = (
+    *("DP2 distributed overlap -> CP2", "PP2 -> TP2 SP distributed", "CP2 -> one"),
+    "PP2 VPP2 distributed -> PP2 uneven distributed",
+)
+
+
+@pytest.mark.parametrize("name", names(MOVES, slow=SLOW_MOVES))
 def test_a_run_goes_on_at_another_layout(ranks, golden, single, tmp_path, name):
     first, second = MOVES[name]
     save = str(tmp_path)
@@ -39,7 +45,7 @@ def test_a_run_goes_on_at_another_layout(ranks, golden, single, tmp_path, name):
 SAME = {"PP2": PP2, "TP2": TP2, "CP2": CP2, "DP2": DP2, "PP2 uneven": UNEVEN, "PP2 VPP2": VPP2}
 
 
-@pytest.mark.parametrize("name", names(SAME, slow=("PP2 uneven", "PP2")))
+@pytest.mark.parametrize("name", names(SAME, slow=("PP2 uneven", "PP2", "CP2")))
 def test_resumed_equals_uninterrupted_bit_for_bit(ranks, golden, tmp_path, name):
     layout = SAME[name]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -53,7 +59,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(ranks, golden, tmp_path, name)
     assert all(torch.equal(kept[key], found[key]) for key in kept)
 
 
-@pytest.mark.parametrize("virtual", [None, 2], ids=["PP2", "PP2 VPP2"])
+@pytest.mark.parametrize("virtual", [pytest.param(None, marks=pytest.mark.slow), 2], ids=["PP2", "PP2 VPP2"])
 def test_stage_1_saves_the_projector_alone(ranks, golden, single, tmp_path, virtual):
     """The first stage trains the projector (in its first chunk), the second one nothing."""
     layout = GoldenLayout(pipeline=2, virtual=virtual, trained="a", flags=OVERLAP)

@@ -72,6 +72,8 @@ def test_the_command_at_every_layout(ranks, golden, folder, packing):
     assert ranks(1).run(train, str(folder), "one", "") == [0]
     wanted = records(folder / "one")
     for name, flags in LAYOUTS.items():
+        if name == "PP2" and packing:  # of the same stages, but more of them: PP2 VPP2
+            continue
         assert ranks(2).run(train, str(folder), name, flags) == [0, 0], name
         found = records(folder / name)
         for key in ("loss", "grad_norm", "supervised"):

@@ -77,22 +77,25 @@ RECOMPUTED = {
         LAYOUTS,
         slow=(
             *("PP2, projector only", "PP2 VPP2, projector only", "PP2, layers 1 + 3", "DP2 overlap", "TP2 DP2 SP"),
-            *("PP2 DP2 distributed overlap", "CP2, projector only"),
+            *("PP2 DP2 distributed overlap", "CP2, projector only", "PP2, clipped", "PP2, layers 0 + 4", "PP2 VPP2"),
+            *("DP2 distributed overlap", "TP2 PP2 SP"),
         ),
     ),
 )
 def test_every_layout_trains_alike(ranks, golden, single, tmp_path, name):
     layout = LAYOUTS[name]
-    ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path))
+    ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path), "--no-save-optim")
     found = records(tmp_path)
     compare((found, full_tensors(tmp_path)), single(layout.trained))
     compare_with_transformers(golden, found, layout.trained)
 
 
-@pytest.mark.parametrize("name", names(RECOMPUTED, slow=("uniform, projector only", "block, PP2")))
+@pytest.mark.parametrize(
+    "name", names(RECOMPUTED, slow=("uniform, projector only", "block, PP2", "uniform", "selective"))
+)
 def test_recomputation_changes_no_number(ranks, golden, single, tmp_path, name):
     layout = RECOMPUTED[name]
-    ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path))
+    ranks(layout.ranks).run(train_golden, golden, layout, str(tmp_path), "--no-save-optim")
     compare((records(tmp_path), full_tensors(tmp_path)), single(layout.trained))
 
 
@@ -105,7 +108,7 @@ def grouped(ranks, golden, tmp_path_factory):
     return start, (records(save), full_tensors(save))
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", names(GROUPED, slow=("CP2", "TP2 PP2", "PP2 VPP2")))
 def test_grouped_queries_tied_head_and_odd_vocabulary(ranks, golden, grouped, tmp_path, name):
     layout = GROUPED[name]
     start, wanted = grouped
