@@ -17,6 +17,7 @@ from mindspeed_mm.models.spec import load_model_spec
 from tests.helpers.golden_training import GoldenLayout, records
 from tests.helpers.tiny_families import MAKERS, TinyFamily, make_family
 from tests.helpers.vlm_ranks import train
+from tests.parallel.comparison import names
 
 LORA = {"r": 3, "alpha": 7}
 STEPS = 3
@@ -28,7 +29,7 @@ SPREADS = {
     "PP2": GoldenLayout(pipeline=2),
     "CP2": GoldenLayout(context=2),
 }
-LAYOUTS = [pytest.param(name, marks=pytest.mark.slow) if name == "CP2" else name for name in SPREADS]
+LAYOUTS = names(SPREADS, slow=("CP2", "PP2"))
 OF_THEIR_OWN = ("flamingo", "minigpt4")
 """Families without a class in transformers, whose adapters have the names of the decoder alone."""
 

@@ -82,7 +82,11 @@ def decoder_alone(folder, capsys):  # noqa: F811
         torch.testing.assert_close(vlm.logits(ids), wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer --bf16"], ids=["one rank", "DP2 bf16"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param("", marks=pytest.mark.slow), "--use-distributed-optimizer --bf16"],
+    ids=["one rank", "DP2 bf16"],
+)
 def test_adapters_begin_beside_the_weights_of_a_run(ranks, golden, folder, flags):  # noqa: F811
     """A checkpoint without adapters gives its weights, and is no run that goes on with adapters."""
     describe_data(golden, folder)
@@ -119,7 +123,7 @@ def test_a_run_without_adapters_does_not_go_on_with_some(ranks, golden, folder):
     [
         "--tensor-model-parallel-size 2 --sequence-parallel",
         "--pipeline-model-parallel-size 2",
-        "--use-distributed-optimizer",
+        pytest.param("--use-distributed-optimizer", marks=pytest.mark.slow),
     ],
     ids=["TP2 SP", "PP2", "DP2"],
 )

@@ -22,6 +22,7 @@ from tests.helpers.decoder_ranks import (
     take_step,
 )
 from tests.helpers.tiny_decoders import make, rows, save
+from tests.parallel.comparison import names
 
 PACKED = {"phi3": ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]}
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -119,7 +120,7 @@ def check_spread(ranks, name, path, spread, losses, wanted):
     return shards
 
 
-@pytest.mark.parametrize("layout", SPREADS)
+@pytest.mark.parametrize("layout", names(SPREADS, slow=("TP2",)))
 def test_losses_and_gradients(ranks, pair, layout):
     name, path, losses, wanted = pair
     shards = check_spread(ranks, name, path, SPREADS[layout], losses, wanted)

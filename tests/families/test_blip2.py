@@ -145,7 +145,7 @@ def test_gradients(base, ranks, name, tmp_path):
     compare(changes, wanted)
 
 
-@pytest.mark.parametrize("name", ["one rank", "TP2 PP2"])
+@pytest.mark.parametrize("name", ["one rank", pytest.param("TP2 PP2", marks=pytest.mark.slow)])
 def test_five_steps(base, ranks, name, tmp_path):
     _, folder, spec = base
     theirs = transformers.Blip2ForConditionalGeneration.from_pretrained(folder).float().eval()

@@ -87,7 +87,11 @@ def test_train_and_answer(run, tmp_path, single_process):
 
 @pytest.mark.parametrize(
     "run, way",
-    [("blip2", "packed"), ("blip2", "pairs"), pytest.param("instructblip", "packed", marks=pytest.mark.slow)],
+    [
+        ("blip2", "packed"),
+        pytest.param("blip2", "pairs", marks=pytest.mark.slow),
+        pytest.param("instructblip", "packed", marks=pytest.mark.slow),
+    ],
     indirect=["run"],  # InstructBLIP's pairs: tests/objectives/test_hadpo_recipes.py
 )
 def test_adapters_at_every_layout(run, way, ranks, tmp_path):

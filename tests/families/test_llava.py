@@ -31,6 +31,7 @@ from tests.helpers.tiny_llava import (
     their_loss,
 )
 from tests.helpers.vlm_ranks import ADAM, GRADIENT, STEP, compare, stored, train, trained
+from tests.parallel.comparison import names
 
 FAMILY = find_family("llava")
 ODD = {"hidden_size": 36, "intermediate_size": 46, "num_attention_heads": 6, "image_size": 39, "patch_size": 13}
@@ -160,10 +161,10 @@ def test_names_of_every_transformers_are_read(pair, tmp_path):
     hub = {re.sub(r"^model\.multi", "multi", key): tensor for key, tensor in hub.items()}
     own = inputs(FAMILY, ours.spec, sample(ours.media, [image(30, 50)], (5, 6)))
     wanted = ours.logits(**own)
-    for number, names in enumerate((tensors, hub)):
+    for number, held in enumerate((tensors, hub)):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "config.json").write_bytes((folder / "config.json").read_bytes())
-        save_file(names, tmp_path / str(number) / "model.safetensors", metadata={"format": "pt"})
+        save_file(held, tmp_path / str(number) / "model.safetensors", metadata={"format": "pt"})
         assert torch.equal(mm.load(tmp_path / str(number), device="cpu").logits(**own), wanted)
 
 
@@ -196,7 +197,7 @@ def base(request, tmp_path_factory):
     return theirs, folder, spec, samples
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(LAYOUTS, slow=("TP2",)))
 def test_gradients(base, ranks, name, tmp_path):
     theirs, folder, spec, samples = base
     theirs.zero_grad()
@@ -209,7 +210,7 @@ def test_gradients(base, ranks, name, tmp_path):
     compare({key: (before[key] - tensor[: len(before[key])]) / STEP for key, tensor in after.items()}, wanted)
 
 
-@pytest.mark.parametrize("name", ["one rank", "TP2 PP2"])
+@pytest.mark.parametrize("name", ["one rank", pytest.param("TP2 PP2", marks=pytest.mark.slow)])
 def test_five_steps(base, ranks, name, tmp_path):
     _, folder, spec, samples = base
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(folder)

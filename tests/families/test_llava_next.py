@@ -33,6 +33,7 @@ from tests.helpers.tiny_llava import (
     words,
 )
 from tests.helpers.vlm_ranks import ADAM, GRADIENT, STEP, compare, stored, train, trained
+from tests.parallel.comparison import names
 
 VARIANTS = {
     "clip": (clip, {}),
@@ -224,7 +225,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(LAYOUTS, slow=("TP2", "CP2")))
 def test_gradients(base, ranks, name, tmp_path):
     theirs, folder, spec = base
     samples = samples_of(spec)
@@ -239,7 +240,7 @@ def test_gradients(base, ranks, name, tmp_path):
     assert wanted["image_newline"].norm() > 0
 
 
-@pytest.mark.parametrize("name", ["one rank", "TP2 PP2"])
+@pytest.mark.parametrize("name", ["one rank", pytest.param("TP2 PP2", marks=pytest.mark.slow)])
 def test_five_steps(base, ranks, name, tmp_path):
     _, folder, spec = base
     theirs = transformers.LlavaNextForConditionalGeneration.from_pretrained(folder)

@@ -96,7 +96,11 @@ def test_gradients_without_a_qformer(name, layout, ranks, tmp_path):
         assert (change - parameter.grad).norm() / parameter.grad.norm() < 1e-4
 
 
-@pytest.mark.parametrize("layout", [GoldenLayout(), GoldenLayout(tensor=2, pipeline=2)], ids=["one rank", "TP2 PP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [GoldenLayout(), pytest.param(GoldenLayout(tensor=2, pipeline=2), marks=pytest.mark.slow)],
+    ids=["one rank", "TP2 PP2"],
+)
 def test_five_steps(base, ranks, layout, tmp_path):
     _, folder, spec = base
     theirs, samples = copy.deepcopy(base[0]), rows_of(spec)

@@ -5,6 +5,7 @@ import pytest
 from tests.helpers.golden_training import GoldenLayout
 from tests.helpers.tiny_families import MAKERS, make_family
 from tests.helpers.vlm_ranks import GRADIENT, STEP, compare, stored, train, trained
+from tests.parallel.comparison import names
 
 LAYOUTS = {
     "one rank": GoldenLayout(packed=True),
@@ -32,7 +33,7 @@ def gradients(base, ranks, layout, folder):
     return {key: (parameters[key].detach() - tensor[: len(parameters[key])]) / STEP for key, tensor in after.items()}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", names(LAYOUTS, slow=("one rank",)))
 def test_gradients(base, alone, ranks, name, tmp_path):
     found = gradients(base, ranks, LAYOUTS[name], tmp_path)
     unused = {key for key, gradient in alone.items() if not gradient.any()}

@@ -203,7 +203,7 @@ def test_gradients(base, ranks, name, tmp_path):
     _compare(changes, wanted)
 
 
-@pytest.mark.parametrize("name", ["one rank", "TP2 PP2"])
+@pytest.mark.parametrize("name", ["one rank", pytest.param("TP2 PP2", marks=pytest.mark.slow)])
 def test_five_steps(base, ranks, name, tmp_path):
     _, folder, spec = base
     theirs = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).float()

@@ -13,6 +13,7 @@ from mindspeed_mm.models.part import part_for_model_type, part_of
 from mindspeed_mm.models.sources import open_source
 from tests.helpers.encoder_ranks import EncoderShard, encode, whole_gradients
 from tests.helpers.tiny_llava import VISION, clip, close, image, randomised, siglip
+from tests.parallel.comparison import names
 
 CLASSES = {"clip": (clip, transformers.CLIPVisionModel), "siglip": (siglip, transformers.SiglipVisionModel)}
 
@@ -68,12 +69,24 @@ def case(request, tmp_path_factory):
     return EncoderCase(*VARIANTS[request.param], tmp_path_factory.mktemp("encoder"))
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_features_and_gradients(case, ranks, size):
+def test_features_and_gradients(case):
+    check_features_and_gradients(case)
+
+
+SPREAD = ("clip", "clip with rest", "siglip", "siglip with rest")
+"""Variants that two ranks compute: the others differ in what stands behind or in front of the layers."""
+
+
+@pytest.mark.parametrize("case", names(VARIANTS, slow=set(VARIANTS) - set(SPREAD)), indirect=True)
+def test_features_and_gradients_of_two_ranks(case, ranks):
+    check_features_and_gradients(case, ranks)
+
+
+def check_features_and_gradients(case, ranks=None):
     case.theirs.zero_grad()
     features = case.their_features()
     (features * case.weights).sum().backward()
-    shards = case.ours(ranks if size > 1 else None)
+    shards = case.ours(ranks)
     for shard in shards:
         close(shard.features, features.detach())
     wanted = {name.removeprefix("vision_model."): p.grad for name, p in case.theirs.named_parameters()}

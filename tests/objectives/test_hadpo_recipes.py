@@ -143,7 +143,7 @@ def train_recipe(folder, name, save, flags):
         os.chdir(before)
 
 
-@pytest.mark.parametrize("name", ["minigpt4", "instructblip"])
+@pytest.mark.parametrize("name", [pytest.param("minigpt4", marks=pytest.mark.slow), "instructblip"])
 def test_layouts(name, place, ranks):
     """The adapters' training at TP2 and PP2 is that of one process."""
     assert ranks(1).run(train_recipe, str(place), name, "one", "") == [0]

@@ -72,7 +72,12 @@ def passes(monkeypatch):
     return seen
 
 
-def test_a_second_run_needs_no_pass_of_the_reference(ranks, golden, folder, single_process, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "layouts", [["PP2", "DP2"], pytest.param(["TP2 SP", "CP2"], marks=pytest.mark.slow)], ids=" and ".join
+)
+def test_a_second_run_needs_no_pass_of_the_reference(
+    ranks, golden, folder, layouts, single_process, monkeypatch, capsys
+):
     flags = f"{SIZES} {LORA} --train-iters 6"
     cached = f"{flags} --pref-cache {folder}/cache"
     assert train_alone(folder, "plain", flags) == 0
@@ -86,7 +91,7 @@ def test_a_second_run_needs_no_pass_of_the_reference(ranks, golden, folder, sing
             assert [row[key] for key in other if "/" in key and "/s" not in key] == [
                 other[key] for key in other if "/" in key and "/s" not in key
             ]
-    for name in ("PP2", "TP2 SP", "CP2", "DP2"):
+    for name in layouts:
         assert ranks(2).run(train_pairs, str(folder), name, f"{cached} {LAYOUTS[name]}") == [0, 0]
         for row, other in zip(records(folder / name), records(folder / "plain"), strict=True):
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4, abs=1e-6), name

@@ -12,6 +12,7 @@ from mindspeed_mm.models.spec import load_model_spec
 from tests.helpers.golden_training import records
 from tests.helpers.tiny_pairs import train_pairs, write_pairs
 from tests.helpers.trl_reference import TheirTrainer, adapted, describe
+from tests.parallel.comparison import names
 
 STEPS = 5
 LAYOUTS = {
@@ -136,7 +137,7 @@ def their_run(golden, folder, tmp_path_factory):
     return trainer.state.log_history[:STEPS], load_file(place / "trained" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", names(LAYOUTS, slow=("DP2",)))
 def test_five_steps_of_adamw(ranks, folder, their_run, tmp_path, layout):
     log, adapter = their_run
     flags = f"--train-iters {STEPS} --weight-decay 0.1 {LAYOUTS[layout]}"
