@@ -161,18 +161,11 @@ TWICE = ("wrong mask", "wrong scale", "swapped heads")
 THROUGH_ALL = ("wrong scale", "halves exchanged, silu", "one key ahead in packed rows", "a tenth of the epsilon")
 """Looked for in cases of every kind; the slow tests do it with each fault. Operators alone find the others as well."""
 
-PLANTED = [(name, kinds) for name, (_, _, kinds) in FAULTS.items() if name in THROUGH_ALL]
-PLANTED += [(name, {"operator"}) for name, (_, _, kinds) in FAULTS.items() if name not in THROUGH_ALL]
-PLANTED += [
-    pytest.param(name, kinds, marks=pytest.mark.slow)
-    for name, (_, _, kinds) in FAULTS.items()
-    if name not in THROUGH_ALL and kinds != {"operator"}
-]
+PLANTED = [(name, kinds if name in THROUGH_ALL else {"operator"}) for name, (_, _, kinds) in FAULTS.items()]
+REST = [(name, FAULTS[name][2]) for name, kinds in PLANTED if kinds != FAULTS[name][2]]
 
 
-@pytest.mark.parametrize(
-    ("name", "kinds"), PLANTED, ids=lambda value: value if isinstance(value, str) else f"{len(value)} kinds"
-)
+@pytest.mark.parametrize(("name", "kinds"), PLANTED + [pytest.param(*rest, marks=pytest.mark.slow) for rest in REST])
 def test_planted_faults_are_found(cpu, monkeypatch, tmp_path, name, kinds):
     method, fault, _ = FAULTS[name]
     dtypes = ("fp32", "bf16") if name in TWICE else ("fp32",)
