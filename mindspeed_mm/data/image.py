@@ -259,6 +259,19 @@ def _to_rgb(image: Image.Image, path: Any) -> Image.Image:
     return image.convert("RGB")
 
 
+def as_rgb(image: str | Path | EncodedImage | Image.Image) -> Image.Image:
+    """RGB of an image, which may be in memory already, where its file may not have been read yet. Raises ImageError."""
+    if not isinstance(image, Image.Image):
+        return load_image(image)
+    _bound(image.width * image.height, f"is {image.width} x {image.height} pixels", "(in memory)")
+    try:
+        return _to_rgb(image, "(in memory)")
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise ImageError(f"an image in memory cannot be decoded ({error}); expected a whole one") from error
+
+
 def _opened(source: str | Path | EncodedImage) -> str | Path | io.BytesIO:
     return source if isinstance(source, str | Path) else io.BytesIO(source.read())
 
@@ -288,7 +301,7 @@ def preprocess(
     if not isinstance(image_processor, ImageProcessor):
         image_processor = ImageProcessor.from_config(image_processor)
     path = image if not isinstance(image, Image.Image) else "(in memory)"
-    pil_image = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
+    pil_image = as_rgb(image)
     check_pixels(pil_image, path)
     if pad or image_processor.do_pad:
         pil_image = _expand_to_square(pil_image, image_processor, path)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mindspeed_mm.config.load import read_json
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.data.image import CONFIG_NAMES, ImageProcessor, check_pixels, config_file, load_image, resized
+from mindspeed_mm.data.image import CONFIG_NAMES, ImageProcessor, as_rgb, check_pixels, config_file, resized
 from mindspeed_mm.data.image import preprocess as preprocess_image
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.errors import ConfigError
@@ -90,7 +90,7 @@ class TiledImages(MediaProcessor):
         return ItemPlan((1, *grid), (IMAGE_TOKEN_INDEX,) * count)
 
     def item(self, image: Any) -> Media:
-        loaded = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
+        loaded = as_rgb(image)
         check_pixels(loaded, image if not isinstance(image, Image.Image) else "(in memory)")
         size = (loaded.height, loaded.width)
         target = best_resolution(size, self.pinpoints)

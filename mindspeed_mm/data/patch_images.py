@@ -18,9 +18,9 @@ from mindspeed_mm.data.image import (
     MAX_PIXELS,
     ImageError,
     ImageProcessor,
+    as_rgb,
     check_pixels,
     config_file,
-    load_image,
     preprocess,
     resized,
 )
@@ -126,7 +126,7 @@ class PatchImages(MediaProcessor):
         return ItemPlan((1, rows, columns), tagged(rows * columns // self.merge**2, self.tags))
 
     def item(self, image: Any) -> Media:
-        loaded = load_image(image) if not isinstance(image, Image.Image) else image.convert("RGB")
+        loaded = as_rgb(image)
         name = image if not isinstance(image, Image.Image) else "(in memory)"
         check_pixels(loaded, name)
         try:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import torch
 from PIL import Image
 
-from mindspeed_mm.data.image import MAX_PIXELS, ImageError, image_size, load_image
+from mindspeed_mm.data.image import ImageError, as_rgb, image_size, load_image
 from mindspeed_mm.data.media import ItemPlan, MediaProcessor
 from mindspeed_mm.data.sample import ImageBytes
 from mindspeed_mm.data.storage.objects import StoredImage, is_address
@@ -157,7 +157,7 @@ class ImageFeatures:
             image = image.float().contiguous()
             return FoundImage(_digest(image.numpy(force=True).tobytes()), image, self.fixed)
         if isinstance(image, Image.Image):
-            image = _as_rgb(image)
+            image = as_rgb(image)
             return FoundImage(_digest(repr(image.size).encode(), image.tobytes()), image, self._plan(image))
         if isinstance(image, str | Path):
             image = _read(image)
@@ -197,16 +197,6 @@ def _groups(sizes: dict[bytes, int], most: int) -> Iterator[list[bytes]]:
         total += size
     if group:
         yield group
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """The pixels of a PIL image, whose file may not have been read yet."""
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(f"an image is {image.width} x {image.height} pixels; at most {MAX_PIXELS} are taken: scale it")
-    try:
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"an image in memory cannot be decoded ({error}); expected a whole one") from error
 
 
 def _read(path: str | Path) -> ImageBytes:

@@ -94,6 +94,7 @@ def broken_image() -> Image.Image:
 
 BAD = {
     "cut off": (broken_image, "an image in memory cannot be decoded"),
+    "deep": (lambda: Image.new("F", (8, 8)), "has 32-bit pixels"),
     "type": (lambda: 3, "found a int as an image; expected a path"),
     "folder": (lambda: str(Path(__file__).parent), "is no file; expected an image"),
     "large": (lambda: Image.new("1", (20_000, 20_000)), "is 20000 x 20000 pixels; at most"),
