@@ -68,10 +68,11 @@ def select_strategy(encoder: PartSpec) -> str:
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The decoder's config inside one of transformers' multimodal configs, with the head's tying as the outer one has
-    it."""
+    it. LlavaConfig, alone among them, ties where the inner one says so: transformers 4 wrote it there, beside false."""
     inner = dict(config.get("text_config") or {})
-    if "tie_word_embeddings" in config:
-        inner["tie_word_embeddings"] = config["tie_word_embeddings"]
+    outer = config.get("tie_word_embeddings")
+    if outer or (outer is not None and config.get("model_type", "llava") != "llava"):
+        inner["tie_word_embeddings"] = outer
     return inner
 
 

@@ -88,7 +88,8 @@ def test_logits(pair):
     name, theirs, ours, _ = pair
     assert ours.spec.text_decoder.model_id == name
     own = inputs(FAMILY, ours.spec, sample(ours.media, [image(30, 50), image(90, 20)], (7, 3, 9)))
-    close(ours.logits(**own), logits(theirs, **own))
+    asked = {"mm_token_type_ids": (own["input_ids"] == IMAGE_ID).int()}  # what the processor can return as well
+    close(ours.logits(**own, **asked), logits(theirs, **own))
 
 
 def test_greedy_text(pair):
@@ -166,6 +167,18 @@ def test_names_of_every_transformers_are_read(pair, tmp_path):
         (tmp_path / str(number) / "config.json").write_bytes((folder / "config.json").read_bytes())
         save_file(held, tmp_path / str(number) / "model.safetensors", metadata={"format": "pt"})
         assert torch.equal(mm.load(tmp_path / str(number), device="cpu").logits(**own), wanted)
+
+
+@pytest.mark.parametrize("outer", [False, None])
+def test_a_head_that_the_decoder_alone_calls_tied(tmp_path, outer):
+    """transformers 4 wrote it so; the LlavaConfig of 5 ties then, too."""
+    theirs, ids = llava(clip(), "qwen2"), torch.tensor([[5, 9, 3, 77, 20]])
+    save(theirs, tmp_path)
+    assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": outer}
+    config["text_config"]["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    close(mm.load(tmp_path, device="cpu").logits(ids), logits(theirs, input_ids=ids))
 
 
 # --- Training ------------------------------------------------------------------------------------------------------

@@ -174,7 +174,9 @@ def test_inputs_that_do_not_fit_are_refused(base):
         ConfigError, match=r"have shape \[1, 2, 3, 28, 28\]; expected \[images, tiles, 3, 28, 28\] with"
     ):
         FAMILY.media_of_inputs(spec, dict(given) | {"pixel_values": given["pixel_values"][:, :2]})
-    with pytest.raises(ConfigError, match="takes the inputs pixel_values, image_sizes; found image_grid_thw"):
+    with pytest.raises(
+        ConfigError, match="takes the inputs pixel_values, image_sizes, mm_token_type_ids; found image_grid_thw"
+    ):
         FAMILY.media_of_inputs(spec, {"image_grid_thw": torch.ones(1, 3)})
     assert FAMILY.media_of_inputs(spec, {}) is None
 

@@ -23,7 +23,9 @@ def test_inputs_that_a_family_does_not_take_are_refused(golden):
     import torch
 
     spec = load_model_spec(model_json(golden))
-    with pytest.raises(ConfigError, match="model_id llava takes the inputs pixel_values; found image_grid_thw"):
+    with pytest.raises(
+        ConfigError, match="model_id llava takes the inputs pixel_values, mm_token_type_ids; found image_grid_thw"
+    ):
         spec.family.media_of_inputs(spec, {"image_grid_thw": torch.ones(1, 3)})
     with pytest.raises(ConfigError, match=r"pixel_values have shape \[1, 3, 8, 8\]; expected \[images, 3, 56, 56\]"):
         spec.family.media_of_inputs(spec, {"pixel_values": torch.ones(1, 3, 8, 8)})

@@ -50,6 +50,9 @@ HF = "llava-hf"
 START_END_TOKENS = ("<im_start>", "<im_end>")
 """What LLaVA v1.0 puts before and behind each image."""
 
+TOKEN_TYPES = "mm_token_type_ids"
+"""What processors return where they are asked for it: 1 at an image's tokens. The ids say the same."""
+
 IMAGE_TOKEN_ID = 32000
 """LlavaConfig's default of image_token_index."""
 
@@ -259,7 +262,7 @@ class Llava(Family):
         return ItemPlan((1, 1, 1), tagged(spec.vision_encoder.num_image_tokens, spec.vision_projector.image_start_end))
 
     def media_of_inputs(self, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
-        refuse_inputs(self.name, inputs, ("pixel_values",))
+        refuse_inputs(self.name, inputs, ("pixel_values", TOKEN_TYPES))
         return square_images(spec, inputs)
 
     def inputs_of_media(self, spec: ModelSpec, media: Media) -> dict[str, torch.Tensor]:

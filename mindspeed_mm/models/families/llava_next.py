@@ -22,6 +22,7 @@ from mindspeed_mm.models.families.llava import (
     DECODER_PREFIXES,
     LLAVA,
     MODULES,
+    TOKEN_TYPES,
     VISION_PREFIXES,
     Llava,
     nested,
@@ -195,7 +196,7 @@ class LlavaNext(Llava):
 
     def media_of_inputs(self, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> Media | None:
         """pixel_values are [I, T, 3, h, w], filled up to the most tiles, or the tiles of all images [T, 3, h, w]."""
-        refuse_inputs(self.name, inputs, ("pixel_values", "image_sizes"))
+        refuse_inputs(self.name, inputs, ("pixel_values", "image_sizes", TOKEN_TYPES))
         pixels, sizes, side = inputs.get("pixel_values"), inputs.get("image_sizes"), spec.vision_encoder.image_size
         if pixels is None and sizes is None:
             return None
