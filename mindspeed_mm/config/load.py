@@ -90,11 +90,17 @@ KIND = re.compile(r"(str|int|float|bool|none|(list|tuple|dict|literal)\[.*\]|con
 
 
 def load_config(
-    model_cls: type[Model], source: str | Path | dict[str, Any], *, what: str, context: str | None = None
+    model_cls: type[Model],
+    source: str | Path | dict[str, Any],
+    *,
+    what: str,
+    context: str | None = None,
+    names: typing.Mapping[str, str] | None = None,
 ) -> Model:
     """Check a JSON file or an already parsed object against `model_cls` and return the frozen instance.
 
     `what` names the thing in errors ("model config"), `context` the file that a parsed object came from.
+    `names` are the keys that its fields have in that file, where they are others.
     Raises ConfigError that lists every problem, one per line: JSON path, what was found, what is expected.
     """
     if isinstance(source, dict):
@@ -110,9 +116,17 @@ def load_config(
         return model_cls.model_validate_json(text)
     except pydantic.ValidationError as error:
         problems = _problems(model_cls, data, error.errors(include_url=False))
+        problems = [_with_name(problem, names or {}) for problem in problems]
     where = f"{what} ({context})" if context else what
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     raise ConfigError("\n  ".join([f"{where}: {count}", *dict.fromkeys(problems)]))
+
+
+def _with_name(problem: str, names: typing.Mapping[str, str]) -> str:
+    """A problem with the key that its field has in the user's file."""
+    field = problem.partition(":")[0]
+    name = names.get(field, field)
+    return problem if name == field else f"{problem} (the file's key: {name})"
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:

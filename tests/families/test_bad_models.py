@@ -3,8 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 import transformers
+from PIL import Image
 
 import mindspeed_mm as mm
 from mindspeed_mm.data.image import ImageError
@@ -44,6 +47,7 @@ def changed(folder, target, file="config.json", **changes):
         ({"text_config__sliding_window": 7}, "found sliding_window 7; LlamaForCausalLM without that is supported"),
         ({"text_config__attn_logit_softcapping": 30.0}, "found attn_logit_softcapping 30.0"),
         ({"text_config__final_logit_softcapping": 30.0}, "found final_logit_softcapping 30.0"),
+        ({"text_config__is_causal": False}, "found is_causal false"),
         ({"text_config__attention_bias": True}, "found attention_bias true"),
         ({"text_config__rope_parameters": {"rope_type": "spiral"}}, "found RoPE scaling of type 'spiral'"),
         (
@@ -51,7 +55,8 @@ def changed(folder, target, file="config.json", **changes):
             r"rope_scaling.colour: unknown key",
         ),
         ({"text_config__rope_parameters": {"full_attention": {"rope_type": "default"}}}, "of their own for full_atten"),
-        ({"text_config__hidden_act": "gelu"}, "the decoder's MLP is SwiGLU"),
+        ({"text_config__hidden_act": "gelu"}, r"the decoder's MLP is SwiGLU \(the file's key: hidden_act\)"),
+        ({"vision_config__hidden_act": "relu"}, r"'quick_gelu' or 'gelu' \(the file's key: hidden_act\)"),
         ({"projector_hidden_act": "prelu"}, 'found projector_hidden_act "prelu".* one of gelu, .*tanh'),
         ({"multimodal_projector_bias": False}, r"unknown \(2\): linear_1.bias, linear_2.bias"),
         ({"vision_feature_layer": 7}, r"select_layer 7 \(HF's vision_feature_layer\) is outside the 3 layers"),
@@ -136,8 +141,17 @@ def test_images_of_one_pixel_and_of_extreme_aspect_ratio(families, name, size):
 
 
 def test_an_image_without_pixels_is_refused(families):
-    from PIL import Image
-
     for base in families.values():
         with pytest.raises(ImageError, match="no pixels|0 x 5|0 pixels"):
             base.media.item(Image.new("RGB", (0, 5)))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_deep_greys_are_the_same_image_in_memory_as_in_a_file(families, name, tmp_path):
+    """Pillow's own conversion would make 16 bits white and 32 bits black."""
+    media = families[name].media
+    deep = Image.fromarray(np.linspace(0, 65535, 30 * 40).reshape(30, 40).astype(np.uint16))
+    deep.save(tmp_path / "deep.png")
+    assert torch.equal(media.item(deep).pixels, media.item(tmp_path / "deep.png").pixels)
+    with pytest.raises(ImageError, match="in memory. has 32-bit pixels, whose range no file tells"):
+        media.item(Image.new("F", (30, 40)))

@@ -18,7 +18,7 @@ from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import find_family
 from tests.helpers.golden_training import GoldenLayout
 from tests.helpers.tiny_llava import SIZES, close, image, sample, their_greedy
-from tests.helpers.tiny_qwen import TAGS, VISION, inputs, patch_processor, qwen, save
+from tests.helpers.tiny_qwen import TAGS, TEXT, VISION, inputs, patch_processor, qwen, save
 from tests.helpers.vlm_ranks import ADAM, GRADIENT, STEP, compare, stored, train, trained
 
 FAMILY = find_family("qwen2_5_vl")
@@ -305,8 +305,19 @@ def test_the_flat_config_of_the_hub(caplog):
         ({"fullatt_block_indexes": [9]}, r"full_attention_layers \[9\] \(HF's fullatt_block_indexes\) are outside"),
         ({"window_size": 5}, "window_size 5 holds no square of 2 x 2 patches of 6 pixels"),
         ({"hidden_size": 36}, "kv_channels 18 is no multiple of 4"),
+        ({"hidden_act": "gelu"}, r"has SwiGLU \(the file's key: hidden_act\)"),
+        ({"rope_theta": 500.0}, "found rope_theta 500.0"),
+        ({"rope_scaling": {"type": "linear"}}, "found rope_scaling"),
     ],
 )
 def test_encoders_that_cannot_be_built(changes, message):
     with pytest.raises(ConfigError, match=message):
         find_part("vision_encoder", "qwen2_5_vl").from_hf(VISION | changes)
+
+
+def test_longrope_beside_positions_of_images_is_refused():
+    factors = [1.0, 1.2, 1.4, 1.6]
+    rope = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "mrope_section": [1, 1, 2]}
+    config = TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": rope}
+    with pytest.raises(ConfigError, match="longrope does not go with mrope_section"):
+        find_part("text_decoder", "qwen2").from_hf(config)

@@ -228,6 +228,11 @@ class DecoderSpec(PartSpec):
                 f"mrope_section {list(traits.mrope_section)} sums up to {sum(traits.mrope_section)}; expected "
                 f"{channels // 2}, half of the {channels} rotated channels of a head"
             )
+        if traits.mrope_section is not None and getattr(self.rope_scaling, "rope_type", None) == "longrope":
+            raise ValueError(
+                "rope_scaling longrope does not go with mrope_section: which factors hold follows from the length of a "
+                "text, which positions of images do not tell. Use weights with linear, yarn or no scaling"
+            )
         for key in ("short_factor", "long_factor"):
             factors = getattr(self.rope_scaling, key, None)
             if factors is not None and len(factors) != channels // 2:

@@ -64,6 +64,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (None,),
     "hidden_activation": (None,),
     "hidden_dropout": (0, None),
+    "is_causal": (True, None),
     "is_encoder_decoder": (False, None),
     "layer_types": (None,),
     "logit_scale": (1, None),
@@ -148,7 +149,8 @@ class HfFormat:
         fields = {ours: full[theirs] for theirs, ours in FIELDS.items() if theirs in full}
         fields |= {"rotary_base": base, "rope_scaling": scaling}
         fields |= {"params_dtype": full.get("dtype") or full.get("torch_dtype")}
-        return load_config(self.spec, {**fields, **options}, what=self.name)
+        names = {ours: theirs for theirs, ours in FIELDS.items() if ours not in options}
+        return load_config(self.spec, {**fields, **options}, what=self.name, names=names)
 
     def write(self, spec: DecoderSpec, dtype: str, **extra: Any) -> dict[str, Any]:
         """config.json with keys that transformers of every age reads; `dtype` as HF names it."""

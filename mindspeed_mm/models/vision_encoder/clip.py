@@ -172,6 +172,7 @@ def from_hf(config: dict[str, Any]) -> ClipSpec:
             "params_dtype": full.get("dtype") or full.get("torch_dtype"),
         },
         what="vision encoder config",
+        names={"activation_func": "hidden_act", "layernorm_epsilon": "layer_norm_eps"},
     )
 
 

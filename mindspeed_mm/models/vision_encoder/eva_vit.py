@@ -131,7 +131,8 @@ def from_hf(config: dict[str, Any]) -> EvaSpec:
         raise ConfigError("vision encoder config: found qkv_bias false; expected true, as in the released models.")
     block = {ours: config.get(theirs, default) for ours, (theirs, default) in KEYS.items()}
     dtype = {"params_dtype": config.get("dtype") or config.get("torch_dtype")}
-    return load_config(EvaSpec, block | dtype, what="vision encoder config")
+    names = {ours: theirs for ours, (theirs, _) in KEYS.items()}
+    return load_config(EvaSpec, block | dtype, what="vision encoder config", names=names)
 
 
 def to_hf(spec: EvaSpec, dtype: str) -> dict[str, Any]:

@@ -35,21 +35,21 @@ HF_DEFAULTS = {
 }
 """Values of keys that a config.json may omit: transformers' Qwen2_5_VLVisionConfig."""
 
+ROPE_THETA = 10000.0
+
 KEYS = file_keys(
     "Qwen2.5-VL vision encoder config",
     (*HF_DEFAULTS, "dtype", "torch_dtype", "rope_parameters", "out_hidden_size"),
-    {**NO_CONFIG, "attention_dropout": (0,), "in_chans": (3,)},
+    {**NO_CONFIG, "attention_dropout": (0,), "in_chans": (3,), "rope_theta": (ROPE_THETA,), "rope_scaling": ()},
     (*COMMON, *OLD_OPTIONS, "spatial_patch_size", "image_token_id", "video_token_id", "vision_start_token_id")
     + ("vision_end_token_id",),
 )
 """Of the vision_config; out_hidden_size is the projector's. The hub's files repeat in_channels and patch_size under
-older names."""
+older names; rotation is told by rope_parameters alone."""
 
 MODEL_TYPES = ("qwen2_5_vl_vision",)
 OLD_MODEL_TYPE = "qwen2_5_vl"
 """What vision_config of the hub's folders says."""
-
-ROPE_THETA = 10000.0
 
 NOMINAL_SIDE = 448
 """Pixels of a side of the image that plans are made with, where no data is at hand."""
@@ -200,7 +200,7 @@ def from_hf(config: dict[str, Any]) -> PatchVisionSpec:
         "rope_theta": float(rope.get("rope_theta", ROPE_THETA)),
         "params_dtype": full.get("dtype") or full.get("torch_dtype"),
     }
-    return load_config(PatchVisionSpec, block | rest, what="vision encoder config")
+    return load_config(PatchVisionSpec, block | rest, what="vision encoder config", names=_KEYS)
 
 
 def to_hf(spec: PatchVisionSpec, dtype: str) -> dict[str, Any]:

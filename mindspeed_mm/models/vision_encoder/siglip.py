@@ -156,7 +156,7 @@ def from_hf(config: dict[str, Any]) -> SiglipSpec:
         "select_layer": full["vision_feature_layer"],
         "params_dtype": full.get("dtype") or full.get("torch_dtype"),
     }
-    return load_config(SiglipSpec, block | chosen, what="vision encoder config")
+    return load_config(SiglipSpec, block | chosen, what="vision encoder config", names=_KEYS)
 
 
 def to_hf(spec: SiglipSpec, dtype: str) -> dict[str, Any]:

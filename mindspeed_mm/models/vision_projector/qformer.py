@@ -166,7 +166,8 @@ def from_hf(config: dict[str, Any]) -> QFormerSpec:
         "vision_norm_epsilon": config.get("vision_norm_eps", vision.get("layer_norm_eps", 1e-6)),
         "feature_scale": config.get("feature_scale"),
     }
-    return load_config(QFormerSpec, block | sizes, what="projector config")
+    names = {ours: theirs for ours, (theirs, _) in keys.items()}
+    return load_config(QFormerSpec, block | sizes, what="projector config", names=names)
 
 
 def to_hf(spec: QFormerSpec, dtype: str) -> dict[str, Any]:
