@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -65,14 +66,19 @@ def _wait(processes: list[subprocess.Popen], who: str) -> None:
         for process in processes:
             _, said = process.communicate(timeout=SECONDS)
             if process.returncode:
-                last = said.strip().splitlines()[-1] if said.strip() else "nothing was said"
-                raise TrainingError(f"--parity: {who} ended with exit code {process.returncode}: {last}")
+                raise TrainingError(f"--parity: {who} ended with exit code {process.returncode}: {_last_words(said)}")
     except subprocess.TimeoutExpired:
         raise TrainingError(f"--parity: {who} did not end within {SECONDS} s") from None
     finally:
         for process in processes:
             process.kill()
             process.wait()
+
+
+def _last_words(said: str) -> str:
+    """The last line that says something behind the prefixes that torch.distributed puts before each."""
+    lines = (re.sub(r"^(\[rank\d+\]:\s*)+", "", line).strip() for line in reversed(said.splitlines()))
+    return next(filter(None, lines), "nothing was said")
 
 
 def show(rows: list[ParityRow], console: Console) -> None:

@@ -106,7 +106,9 @@ def _from_neighbour(own: torch.Tensor) -> torch.Tensor:
 def write(found: Collected, folder: Path) -> None:
     """Into FOLDER/values.safetensors and FOLDER/errors.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in found.values.items()}, folder / "values.safetensors")
+    # Both gradients of a sum may be one tensor, which the file would refuse.
+    own = {name: value.clone(memory_format=torch.contiguous_format) for name, value in found.values.items()}
+    save_file(own, folder / "values.safetensors")
     (folder / "errors.json").write_text(json.dumps(found.errors), encoding="utf-8")
 
 
