@@ -66,7 +66,8 @@ class JudgedText:
 
     def counts(self) -> dict[str, int]:
         """Sentences and words: all, of those with a label, of the hallucinated ones."""
-        labelled = [pair for pair in zip(self.sentences, self.labels or (), strict=False) if pair[1] in LABELS]
+        pairs = () if self.labels is None else zip(self.sentences, self.labels, strict=True)
+        labelled = [pair for pair in pairs if pair[1] in LABELS]
         wrong = [sentence for sentence, label in labelled if label == HALLUCINATION]
         return {
             "sentences": len(self.sentences),

@@ -53,8 +53,8 @@ def write_peft(
     for slot, name in ((kind, module) for kind in kinds for module in modules[kind]):
         targets.append(outer(slot, name))
         ranks[targets[-1]], alphas[targets[-1]] = kinds[slot].rank_of(name), kinds[slot].alpha_of(name)
-        whole = pair(slot, name)  # m is None without DoRA
-        for end, tensor in zip(tensor_ends(kinds[slot].use_dora), whole, strict=False):
+        whole = [tensor for tensor in pair(slot, name) if tensor is not None]  # m is None without DoRA
+        for end, tensor in zip(tensor_ends(kinds[slot].use_dora), whole, strict=True):
             tensors[OUTER + targets[-1] + end] = tensor.detach().to("cpu").contiguous()
     whole_modules = []
     for slot, own in (saved or {}).items():
