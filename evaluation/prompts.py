@@ -37,6 +37,12 @@ class Prompt:
     text: str | None = None
 
 
+def refuse_kit_style(benchmark: str, style: PromptStyle) -> None:
+    """Raise DataError for another style than "official" of a benchmark that VLMEvalKit does not have."""
+    if style != "official":
+        raise DataError(f"VLMEvalKit has no prompt for {benchmark}; use the prompt style official.")
+
+
 def images_first(text: str, row: Row, style: PromptStyle, table: Table) -> Prompt:
     """The prompt of a row whose images stand before the text. Raises DataError for a text that holds `<image>`."""
     if IMAGE_TOKEN in text:

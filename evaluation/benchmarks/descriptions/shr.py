@@ -15,7 +15,7 @@ from typing import Any
 
 from evaluation.benchmark import Mode
 from evaluation.judge_protocol import SentenceJudge
-from evaluation.prompts import Prompt, PromptStyle, images_first
+from evaluation.prompts import Prompt, PromptStyle, images_first, refuse_kit_style
 from evaluation.report import Cell, Report, Rows, RowScore, mean, mean_cell, mean_units
 from evaluation.scorers.sentences import (
     LABELS,
@@ -116,8 +116,7 @@ class SHR:
 
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
         """HA-DPO's one request. VLMEvalKit has no such benchmark."""
-        if style != "official":
-            raise DataError(f"VLMEvalKit has no prompt for {self.name}; use the prompt style official.")
+        refuse_kit_style(self.name, style)
         return {row.index: images_first(row.cells["question"], row, style, table) for row in table.rows}
 
     def score(

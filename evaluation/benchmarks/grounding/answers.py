@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from evaluation.benchmark import Mode
 from evaluation.judge_protocol import Judge
-from evaluation.prompts import Prompt, PromptStyle
+from evaluation.prompts import Prompt, PromptStyle, refuse_kit_style
 from evaluation.report import Report, Rows, RowScore, mean_cell, mean_units
 from evaluation.scorers.final_answer import Form, final_answer
 from evaluation.tsv import Row, Table
@@ -63,8 +63,7 @@ class ExactAnswers:
 
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
         """The image and the question, with its box or point. VLMEvalKit has no such benchmark."""
-        if style != "official":
-            raise DataError(f"VLMEvalKit has no prompt for {self.name}; use the prompt style official.")
+        refuse_kit_style(self.name, style)
         return {
             row.index: Prompt(turns=((f"{IMAGE_TOKEN}\n{self._question(row, table)}", None),)) for row in table.rows
         }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from evaluation.benchmark import Mode
 from evaluation.drawing import DrawnBoxes
 from evaluation.judge_protocol import Judge
-from evaluation.prompts import Prompt, PromptStyle
+from evaluation.prompts import Prompt, PromptStyle, refuse_kit_style
 from evaluation.report import Report, Rows, RowScore, mean_cell, mean_units
 from evaluation.scorers import boxes
 from evaluation.tsv import Row, Table
@@ -54,8 +54,7 @@ class REC:
 
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
         """One fixed question, with the image where Shikra has it. VLMEvalKit has no such benchmark."""
-        if style != "official":
-            raise DataError(f"VLMEvalKit has no prompt for {self.name}; use the prompt style official.")
+        refuse_kit_style(self.name, style)
         return {
             row.index: Prompt(turns=((TEMPLATE.format(expression=row.cells["expression"], image=IMAGE_TOKEN), None),))
             for row in table.rows
