@@ -278,6 +278,7 @@ def images(arguments: argparse.Namespace) -> dict:
 def check(arguments: argparse.Namespace) -> dict:
     """check-data over records with images."""
     from mindspeed_mm.data.build import read_options
+    from mindspeed_mm.data.dataset import Policies
     from mindspeed_mm.data.datasets.llava import DATASET
     from mindspeed_mm.data.expand import Encoding
     from mindspeed_mm.data.preflight import Check
@@ -289,7 +290,7 @@ def check(arguments: argparse.Namespace) -> dict:
     encoding = Encoding(load_tokenizer(arguments.tokenizer), template, _media(data_config))
     start = time.perf_counter()
     source = DATASET(data_config.dataset_param.basic_parameters[0], read_options(data_config, template))
-    found = Check({"v1": encoding}, 4096, "error").set_of(source, "checked.jsonl")
+    found = Check({"v1": encoding}, 4096, Policies()).set_of(source, "checked.jsonl")
     seconds = time.perf_counter() - start
     used = sum(resource.getrusage(who).ru_utime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     per_minute = {"records_per_minute": round(found.records / seconds * 60)}

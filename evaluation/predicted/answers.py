@@ -50,7 +50,7 @@ def read_set(config: DataConfig, chosen: PredictedSet, options: ReadOptions) -> 
     if getattr(source, "pairs", False):
         raise ConfigError(f"{chosen.data_path} holds preference records, which have no one answer; give conversations")
     for number in range(len(source)):
-        _request(number, source[number])
+        evaluation_request(number, source[number])
     return source
 
 
@@ -77,7 +77,7 @@ def predict_set(
     answers = {index: text for known in communicator.all_gather(journal.read()) for index, text in known.items()}
     waiting = [number for number in range(len(source)) if number not in answers]
     own = waiting[communicator.replica :: communicator.replicas]
-    requests = [_request(number, source[number]) for number in own]
+    requests = [evaluation_request(number, source[number]) for number in own]
     new: dict[int | str, str] = {}
     with progress_bar(f"answers of {prefix}", len(own)) as advance:
         for index, text in engine.generate(requests, batch_size) if requests else ():
@@ -119,7 +119,8 @@ def _digest(source: Any) -> str:
     return digest.hexdigest()
 
 
-def _request(number: int, sample: Sample) -> EvaluationRequest:
+def evaluation_request(number: int, sample: Sample) -> EvaluationRequest:
+    """A record as it is asked. Raises DataError for one that cannot be."""
     turns = sample.turns
     roles = [turn.role for turn in turns]
     if len(turns) < 2 or len(turns) % 2 or roles != ["human", "gpt"] * (len(turns) // 2):

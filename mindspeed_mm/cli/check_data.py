@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-length", type=int, metavar="N", help="maximum length of a sample in tokens")
     parser.add_argument("--tokens-per-image", type=int, metavar="N", help=f"without --mm-model; default {IMAGE_TOKENS}")
     parser.add_argument("--tokenizer", metavar="DIR", help="default: as in training")
+    parser.add_argument("--objective", metavar="NAME", help="as train takes it: sft, dpo; default: of --mm-data")
     parser.add_argument("--templates", metavar="A,B", help="further templates whose lengths are counted")
     parser.add_argument("--no-images", action="store_true", help="do not open images")
     parser.add_argument("--fix-suffix", action="store_true", help="write DATA.fixed.json with the names that fit")
@@ -47,17 +48,30 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.config.options import take_options
     from mindspeed_mm.data.config import DataConfig
     from mindspeed_mm.data.preflight_report import fix_suffixes, print_table, summary, write_page, write_whole
+    from mindspeed_mm.data.preflight_sets import check_config, look_at_set
     from mindspeed_mm.data.storage.objects import is_address
 
     start = time.monotonic()
     take_options(namespace)
     config = DataConfig.load(namespace.mm_data)
     model = read_config(namespace.mm_model) if namespace.mm_model else None
-    check = _check(namespace, config, model)
-    parameters = config.dataset_param
+    objective = _objective(namespace, config)
+    check, tokens = _check(namespace, config, model)
+    check_config(config, check.max_length, None if objective is None else objective.auxiliary)
+    asked = dict.fromkeys(map(id, config.predicted_sets.values()), _ask)
     results, fixed = [], []
-    for basic in parameters.all_sets:
-        found = _look(check, config, basic, namespace.workers, [earlier for _, earlier in results])
+    for basic in config.all_sets:
+        found = look_at_set(
+            check,
+            config,
+            basic,
+            preferences=_wants_pairs(objective, config, basic, [earlier for _, earlier in results]),
+            ask=asked.get(id(basic)),
+            earlier=[earlier for _, earlier in results],
+            processes=namespace.workers,
+        )
+        for problem in tokens if not results else ():
+            found.problem("settings", problem)
         results.append((summary(basic.data_path, found), found))
         if namespace.fix_suffix and found.suffixes:
             if is_address(basic.data_path):
@@ -86,35 +100,34 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _look(check: Any, config: Any, basic: Any, workers: int | None, earlier: list[Any]) -> Any:
-    """What is found in one set; `earlier` is what was found in those before it."""
-    import dataclasses
+def _ask(number: int, sample: Any) -> Any:
+    """Raise DataError for a record that cannot be asked."""
+    from evaluation.predicted.answers import evaluation_request
 
-    from mindspeed_mm import registry
-    from mindspeed_mm.data.build import read_options
-    from mindspeed_mm.data.preflight import Found, shared_records
-    from mindspeed_mm.data.set_config import DATASETS
-
-    damage: list[DataError] = []
-    encoding = next(iter(check.encodings.values()))
-    options = dataclasses.replace(read_options(config, encoding.template, encoding.media), problems=damage)
-    kind = config.dataset_param.kind_of(basic)
-    try:
-        source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
-    except DataError as error:  # the other sets can still be looked at
-        found = Found()
-        damage.append(error)
-    else:
-        found = check.set_of(source, basic.data_path, processes=workers)
-        shared_records(earlier, found, source)
-    for problem in damage:
-        found.problem("file", str(problem))
-    return found
+    return evaluation_request(number, sample)
 
 
-def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | None) -> Any:
-    """Templates, tokenizer and lengths as in training."""
-    from mindspeed_mm.data.build import check_box_words
+def _objective(namespace: argparse.Namespace, config: Any) -> Any:
+    """What is trained, where a flag or the file says it."""
+    from mindspeed_mm.objectives import chosen_objective
+
+    if namespace.objective is None and config.objective is None:
+        return None
+    return chosen_objective(config.objective, namespace.objective, {})
+
+
+def _wants_pairs(objective: Any, config: Any, basic: Any, earlier: list[Any]) -> bool | None:
+    """Whether a set has to hold preference pairs; where nothing says the objective, the first set does (None)."""
+    if any(basic is other for other in config.dataset_param.auxiliary_parameters):
+        return False
+    if objective is not None:
+        return objective.preferences
+    return earlier[0].pairs if earlier else None
+
+
+def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | None) -> tuple[Any, list[str]]:
+    """Templates, tokenizer and lengths as in training; and what is wrong with the tokenizer for the model."""
+    from mindspeed_mm.data.build import check_box_words, check_user_tokens, policies_of
     from mindspeed_mm.data.expand import Encoding
     from mindspeed_mm.data.image import ImageProcessor
     from mindspeed_mm.data.media import FixedSizeImages
@@ -146,6 +159,13 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
         raise ConfigError("no tokenizer: give --tokenizer, --mm-model, or dataset_param.tokenizer_config")
     tokenizer = load_tokenizer(path)
     check_box_words(config, tokenizer)
+    tokens = []
+    if model is not None:
+        spec.family.check_tokens(spec, tokenizer.token_to_id)
+        try:
+            check_user_tokens(tokenizer, rows, str(path))
+        except DataError as error:  # the records that hold them are found as well
+            tokens.append(str(error))
     parameters = with_template(config, tokenizer, *usual).dataset_param
     names = [parameters.template_name, *(namespace.templates or "").split(",")]
     encodings = {}
@@ -154,4 +174,5 @@ def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | N
         check_template(template, tokenizer)
         encodings[name] = Encoding(tokenizer, template, media, parameters.special_text)
     max_length = config.max_length(namespace.seq_length or seq_length)
-    return Check(encodings, max_length, parameters.overlong, images=not namespace.no_images, rows=rows)
+    policies = policies_of(parameters)
+    return Check(encodings, max_length, policies, images=not namespace.no_images, rows=rows), tokens

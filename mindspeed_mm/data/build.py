@@ -16,8 +16,8 @@ from mindspeed_mm.data import loader_workers
 from mindspeed_mm.data.auxiliary import accompanied
 from mindspeed_mm.data.box_steps import image_steps, is_whole
 from mindspeed_mm.data.collate import Collator
-from mindspeed_mm.data.config import DataConfig, DataloaderParam
-from mindspeed_mm.data.dataset import DataSet, MultimodalDataset, Policies, Positions
+from mindspeed_mm.data.config import DataConfig, DataloaderParam, DatasetParam
+from mindspeed_mm.data.dataset import LEAST_JUDGED, DataSet, MultimodalDataset, Policies, Positions
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.expand import Encoding
 from mindspeed_mm.data.grounding.notation import BinNotation
@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 WELL_FILLED = 0.97
 """Share of the positions of packed rows; below it, longer rows are suggested."""
-
-LEAST_JUDGED = 1000
-"""max_skip_percent counts from so many samples, so that one bad image in the first batch stops no run."""
 
 
 @dataclass
@@ -99,26 +96,18 @@ def build_dataset(
         kind = parameters.kind_of(basic)
         source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(basic, options)
         sets.append(DataSet(source, basic.repeat_time, basic.data_path))
-        _check_pairs(sets[-1], kind, preferences)
-        if getattr(source, "videos", False) and not media.takes_videos:
-            raise ConfigError(
-                f'{basic.data_path}: found "frames", which puts the images of a record under one <image>; expected a '
-                'model that takes videos so (model_id flamingo). Remove "frames": each image then has its own.'
-            )
+        check_set(basic.data_path, source, kind, media, preferences)
     loading = config.dataloader_param
     dataset = MultimodalDataset(
         sets,
         encoding=Encoding(tokenizer, template, media, parameters.special_text),
         positions=positions,
         max_length=config.max_length(max_length),
-        policies=Policies(
-            image_error=parameters.image_error,
-            overlong=parameters.overlong,
-            empty_answer=parameters.empty_answer,
-            max_skip_percent=parameters.max_skip_percent,
-        ),
+        policies=policies_of(parameters),
         measured=(loading.packing or loading.group_by_modality_length) and trained,
     )
+    if trained and loading.packing:
+        row_length(loading, dataset.max_length, dataset.longest)
     if parameters.mixing is not None and trained:
         sizes = [len(data_set) for data_set in sets]
         dataset.epoch = mixed_indices(parameters.mixing, sizes, parameters.set_names)
@@ -126,17 +115,34 @@ def build_dataset(
     return dataset
 
 
-def _check_pairs(data_set: DataSet, kind: str, preferences: bool) -> None:
-    """Raise ConfigError where a set has pairs and the objective wants conversations, or the other way round."""
-    if data_set.pairs and not preferences:
+def policies_of(parameters: DatasetParam) -> Policies:
+    """What the data config says of samples that cannot be used."""
+    return Policies(
+        image_error=parameters.image_error,
+        overlong=parameters.overlong,
+        empty_answer=parameters.empty_answer,
+        max_skip_percent=parameters.max_skip_percent,
+    )
+
+
+def check_set(name: str, source: Any, kind: str, media: MediaProcessor, preferences: bool) -> None:
+    """Raise ConfigError where a set has pairs and the objective wants conversations, or the other way round, and for
+    videos that the model does not take."""
+    pairs = bool(getattr(source, "pairs", False))
+    if pairs and not preferences:
         raise ConfigError(
-            f"{data_set.name} holds preference records (dataset_type {kind}), which this objective does not train on; "
+            f"{name} holds preference records (dataset_type {kind}), which this objective does not train on; "
             'give --objective dpo, or the "dataset_type" of conversations'
         )
-    if preferences and not data_set.pairs:
+    if preferences and not pairs:
         raise ConfigError(
-            f"{data_set.name} holds conversations (dataset_type {kind}), but the objective trains on preference "
+            f"{name} holds conversations (dataset_type {kind}), but the objective trains on preference "
             'records, each with a chosen and a rejected answer; give "dataset_type": "preference", or --objective sft'
+        )
+    if getattr(source, "videos", False) and not media.takes_videos:
+        raise ConfigError(
+            f'{name}: found "frames", which puts the images of a record under one <image>; expected a model that takes '
+            'videos so (model_id flamingo). Remove "frames": each image then has its own.'
         )
 
 
@@ -203,7 +209,7 @@ def build_order(
         order = order if epoch is None else MixedOrder(order, epoch)
     if not options.packing:
         return order
-    length = _row_length(dataset, options)
+    length = row_length(options, dataset.max_length, dataset.longest)
     packed = PackedOrder(order, dataset.lengths, capacity=length, window=options.packing_window, seed=seed)
     fill = packed.fill()
     logger.info("packing: %.1f%% of the positions of the first rows are used", 100 * fill)
@@ -213,11 +219,13 @@ def build_order(
     return packed
 
 
-def _row_length(dataset: MultimodalDataset, options: DataloaderParam) -> int:
-    length = options.packing_length or dataset.longest
-    if length < dataset.max_length:
+def row_length(options: DataloaderParam, max_length: int, longest: int | None = None) -> int:
+    """Positions of a packed row, for samples of at most `max_length` (`longest` with both sides of a pair). Raises
+    ConfigError where packing_length is less."""
+    length = options.packing_length or longest or max_length
+    if length < max_length:
         raise ConfigError(
-            f"data config: packing_length is {length}, less than the maximum length of a sample, {dataset.max_length}; "
+            f"data config: packing_length is {length}, less than the maximum length of a sample, {max_length}; "
             "raise it, or lower --seq-length."
         )
     return length
@@ -262,12 +270,12 @@ def build_loader(
         dp_size=dp_size,
     )
     several = {"persistent_workers": True, "prefetch_factor": options.prefetch_factor or 2} if num_workers else {}
-    row_length = _row_length(dataset, options) if options.packing else None
+    row = row_length(options, dataset.max_length, dataset.longest) if options.packing else None
     loader = DataLoader(
         _ErrorsAsValues(dataset, companions),
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_CollateErrors(Collator(pad_token_id, pad_multiple, row_length)),
+        collate_fn=_CollateErrors(Collator(pad_token_id, pad_multiple, row)),
         worker_init_fn=loader_workers.settle,
         pin_memory=options.pin_memory and torch.cuda.is_available(),
         # An own generator seeds the workers, apart for every rank, and leaves the global one alone: drawing from that

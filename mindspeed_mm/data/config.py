@@ -298,6 +298,12 @@ class DataConfig(StrictModel):
             self.dataset_param.check_keys(basic)
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _one_order(self) -> "DataConfig":
+        if self.dataloader_param.group_by_modality_length and self.dataset_param.weights is not None:
+            raise ValueError('"weight" and group_by_modality_length do not go together; use repeat_time')
+        return self
+
     @property
     def predicted_sets(self) -> dict[str, PredictedSet]:
         """The sets of `prediction`, by the prefix of their files."""

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 Positions = Callable[[list[int], list[tuple[int, int, int]]], torch.Tensor]
 """Expanded ids and the grids of their images -> [3, length] int64."""
 
+LEAST_JUDGED = 1000
+"""max_skip_percent counts from so many samples, so that one bad image in the first batch stops no run."""
+
 MAX_SKIPS = 1000
 """So many bad images in a row mean a wrong folder, not single damaged files."""
 
@@ -40,6 +43,19 @@ class Policies:
     overlong: str = "error"
     empty_answer: str = "mask"
     max_skip_percent: float = 5
+
+
+def set_length(name: str, usable: int, records: int, repeat_time: float) -> int:
+    """Samples of a set, of whose records `usable` are not left out. Raises DataError where there would be none."""
+    length = int(usable * repeat_time)
+    if records and not usable:
+        raise DataError(
+            f"{name}: all of its {records} records are left out; correct them, or change what data.json says of them "
+            "(overlong, empty_answer, --seq-length)."
+        )
+    if not length:
+        raise DataError(f"{name}: a share of {repeat_time} of {usable} records is none; raise repeat_time.")
+    return length
 
 
 class DataSet:
@@ -61,12 +77,7 @@ class DataSet:
 
     def _count(self) -> None:
         usable = len(self.source) if self._kept is None else len(self._kept)
-        self._length = int(usable * self._repeat)
-        if not self._length:
-            raise DataError(
-                f"{self.name}: a share of {self._repeat} of {usable} records is none; raise repeat_time, or look at "
-                "the records that were left out."
-            )
+        self._length = set_length(self.name, usable, len(self.source), self._repeat)
 
     def _leave_out(self, numbers: np.ndarray) -> None:
         kept = np.arange(len(self.source)) if self._kept is None else self._kept

@@ -4,7 +4,6 @@ The steps, in float32 and channel order R, G, B: convert to RGB (alpha dropped, 
 square with the mean colour (LLaVA's expand2square) where wanted, resize, centre crop, rescale, normalise.
 """
 
-import io
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from mindspeed_mm.config.load import StrictModel, load_config, read_json
+from mindspeed_mm.data.image_source import ImageError, is_empty, opened
 from mindspeed_mm.data.sample import EncodedImage
 from mindspeed_mm.errors import ConfigError, DataError
 
@@ -79,10 +79,6 @@ UNUSED_KEYS = ("processor_class", "image_seq_length", "_valid_processor_keys")
 
 FIXED_KEYS = {"data_format": "channels_first", "default_to_square": False}
 """Keys that fast processors save, with the only value that means what is done here."""
-
-
-class ImageError(DataError):
-    """An image cannot be used; the policy `image_error` of the data config decides what follows."""
 
 
 class ImageProcessor(StrictModel):
@@ -191,7 +187,7 @@ def load_image(path: str | Path | EncodedImage) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on sizes and palettes; the size is checked below
-            with Image.open(_opened(path), formats=FORMATS) as image:
+            with Image.open(opened(path), formats=FORMATS) as image:
                 _bound(image.width * image.height, f"is {image.width} x {image.height} pixels", path)
                 return _to_rgb(image, path)
     except FileNotFoundError as error:
@@ -204,7 +200,7 @@ def load_image(path: str | Path | EncodedImage) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):  # ours, or the object store's
             raise
-        if _is_empty(path):
+        if is_empty(path):
             raise ImageError(
                 f"image {path} is empty (0 bytes); expected a whole {', '.join(FORMATS[:3])} or similar file. Fetch it "
                 "again, or leave it out."
@@ -227,9 +223,9 @@ def image_size(image: str | Path | EncodedImage | Image.Image) -> tuple[int, int
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in load_image
-            with Image.open(_opened(image), formats=FORMATS) as opened:
-                _bound(opened.width * opened.height, f"is {opened.width} x {opened.height} pixels", image)
-                return opened.height, opened.width
+            with Image.open(opened(image), formats=FORMATS) as header:
+                _bound(header.width * header.height, f"is {header.width} x {header.height} pixels", image)
+                return header.height, header.width
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise
@@ -270,17 +266,6 @@ def as_rgb(image: str | Path | EncodedImage | Image.Image) -> Image.Image:
         if isinstance(error, DataError):
             raise
         raise ImageError(f"an image in memory cannot be decoded ({error}); expected a whole one") from error
-
-
-def _opened(source: str | Path | EncodedImage) -> str | Path | io.BytesIO:
-    return source if isinstance(source, str | Path) else io.BytesIO(source.read())
-
-
-def _is_empty(source: str | Path | EncodedImage) -> bool:
-    """Whether there is not a single byte."""
-    if isinstance(source, str | Path):
-        return os.path.isfile(source) and not os.path.getsize(source)
-    return not source.size
 
 
 def preprocess(

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN
+from mindspeed_mm.data.dataset import Policies
 from mindspeed_mm.data.expand import Encoding
 from mindspeed_mm.data.facts import longest_text, unanswered
 from mindspeed_mm.data.image import FORMATS, ImageError, load_image, other_suffix
+from mindspeed_mm.data.lengths import UNUSABLE, usable_length
 from mindspeed_mm.data.pairs import pair_tokens
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
@@ -36,6 +38,7 @@ ERROR, WARNING = "error", "warning"
 
 KINDS = {
     "file": (ERROR, "the file cannot be read, or not to its end"),
+    "settings": (ERROR, "the set and the data config do not go together"),
     "record": (ERROR, "a record is damaged or has the wrong shape"),
     "unknown key": (ERROR, "a key is mistyped, or changes training elsewhere and is not read here"),
     "template": (ERROR, "a conversation does not fit the template"),
@@ -46,10 +49,12 @@ KINDS = {
     "no supervision": (ERROR, "nothing of a sample is supervised"),
     "empty answer": (ERROR, "an answer is empty"),
     "pair": (ERROR, "the two answers of a preference record cannot be compared"),
+    "left out": (WARNING, "a record is left out, as overlong, empty_answer or image_error says"),
     "unused key": (WARNING, "nothing reads a key of a record"),
     "control token": (WARNING, "a text holds a control token, which stays text (special_text)"),
     "suffix": (WARNING, "an image is named with the suffix of another format (it is read by content)"),
     "orientation": (WARNING, "an image has an EXIF rotation, which training ignores as the original LLaVA does"),
+    "frames": (WARNING, "an image has several frames, of which the first is used"),
     "duplicate id": (WARNING, "an id is used more than once"),
     "duplicate record": (WARNING, "a conversation with its images is there more than once"),
     "shared record": (WARNING, "a conversation with its images is in an earlier set, too"),
@@ -60,6 +65,7 @@ DUPLICATE_ADVICE = {
 }
 FORMAT_SUFFIXES = {
     "JPEG": (".jpg", ".jpeg"),
+    "MPO": (".jpg", ".jpeg", ".mpo"),  # a JPEG with further ones behind it, as some cameras write
     "PNG": (".png",),
     "GIF": (".gif",),
     "WEBP": (".webp",),
@@ -91,6 +97,10 @@ class Found:
     largest: list[tuple[int, str]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     contents: list[int] = field(default_factory=list)
+    pairs: bool = False
+    """Whether they are preference records; of a whole set."""
+    bad_images: int = 0
+    """Records that are left out for an image."""
     suffixes: dict[str, str] = field(default_factory=dict)
     """Name of an image in the records -> suffix it should have."""
 
@@ -104,6 +114,7 @@ class Found:
         """Take in what was found in the records that follow."""
         self.records += other.records
         self.images += other.images
+        self.bad_images += other.bad_images
         for kind, messages in other.examples.items():
             mine = self.examples.setdefault(kind, [])
             mine += messages[: SHOWN - len(mine)]
@@ -134,14 +145,21 @@ class Check:
     """By template; the first is the config's own."""
 
     max_length: int
-    overlong: str
-    """The policy of the data config: only "error" makes a long sample an error."""
+    policies: Policies
+    """Of the data config: what it leaves out is no error."""
 
     images: bool = True
     """Open and decode them."""
 
     rows: int | None = None
     """Rows of the text decoder's embedding, where a model config tells."""
+
+    ask: Callable[[int, Sample], Any] | None = None
+    """Of sets that are answered instead of trained on: raises DataError for a record (by its number) that cannot be
+    asked."""
+
+    answers: bool = True
+    """Whether an empty answer is wrong."""
 
     @cached_property
     def _typed(self) -> re.Pattern[str]:
@@ -171,6 +189,8 @@ class Check:
             found.records += 1
             try:
                 sample = source[number]
+                if self.ask is not None:
+                    self.ask(number, sample)
             except DataError as error:
                 found.problem("unknown key" if isinstance(error, UnknownKeyError) else "record", str(error))
                 found.ids.append(-number - 1)
@@ -181,25 +201,41 @@ class Check:
 
     def _sample(self, sample: Sample, found: Found) -> None:
         found.ids.append(_hash(sample.id))
-        content = [f"{turn.role} {turn.text}" for turn in sample.turns] + [str(image) for image in sample.images]
+        turns = [*sample.turns, *(sample.rejected or ())]
+        content = [f"{turn.role} {turn.text}" for turn in turns] + [str(image) for image in sample.images]
         found.contents.append(_hash("\0".join(content)))
         found.turns[len(sample.turns)] += 1
         found.images_per_sample[len(sample.images)] += 1
         if sample.ignored:
             found.problem("unused key", f"{sample.where}: {', '.join(dict.fromkeys(sample.ignored))}")
-        reason = unanswered(sample)
-        if reason:
-            found.problem("empty answer", f"{reason} Write the answer, or remove the record.")
-        self._tokens(sample, found)
+        left_out = self._answers(sample, found)
+        left_out = self._tokens(sample, found, left_out is not None) or left_out
+        problem = None
         for image in sample.files:
             found.images += 1
             if self.images:
-                self._image(image, sample.where, found)
+                problem = self._image(image, sample.where, found) or problem
+        found.bad_images += problem is not None and left_out is None
+        if left_out or problem:
+            found.problem("left out", left_out or problem or "")
 
-    def _tokens(self, sample: Sample, found: Found) -> None:
+    def _answers(self, sample: Sample, found: Found) -> str | None:
+        """Look for an empty answer. The reason, where the record is left out for it."""
+        reason = unanswered(sample) if self.answers else None
+        if reason is None or self.policies.empty_answer == "drop":
+            return reason
+        found.problem("empty answer", f"{reason} Write the answer, or remove the record.")
+        return None
+
+    def _tokens(self, sample: Sample, found: Found, left_out: bool) -> str | None:
+        """Look at tokens and lengths, of a record that is left out for its own sake. The reason, where it is left out
+        for its length."""
+        reason = None
         for number, (template, encoding) in enumerate(self.encodings.items()):
             try:
                 ids, labels = encoding.of(sample)
+            except ImageError:  # its size is needed; looked at below
+                continue
             except DataError as error:
                 if number == 0:
                     found.problem("template", f"{sample.where}: {error}")
@@ -207,11 +243,11 @@ class Check:
             found.lengths.setdefault(template, []).append(len(ids))
             if number:
                 continue
-            self._ids(ids, sample, encoding.tokenizer, found)
             kept = labels[: self.max_length]
             supervised = sum(label != IGNORE_INDEX for label in kept)
             found.supervised.append(supervised)
             found.longest = sorted([*found.longest, (len(ids), sample.where)], reverse=True)[:WORST]
+            other: list[int] = []
             if sample.rejected is not None:
                 other, _ = encoding.of(replace(sample, turns=sample.rejected))
                 found.lengths.setdefault(f"{template}, rejected", []).append(len(other))
@@ -220,18 +256,30 @@ class Check:
                     pair_tokens(sample, encoding.plans(sample), encoding)
                 except DataError as error:
                     found.problem("pair", f"{sample.where}: {error}")
-            if len(ids) > self.max_length and self.overlong == "error":
+            self._ids([*ids, *other], sample, encoding.tokenizer, found)
+            if self.ask is not None:
+                continue
+            length = f"{sample.where}: {len(ids)} tokens, the maximum is {self.max_length}"
+            if len(ids) > self.max_length and self.policies.overlong == "error":
                 found.problem(
                     "too long",
-                    f"{sample.where}: {len(ids)} tokens, the maximum is {self.max_length}. {longest_text(sample)} "
+                    f"{length}. {longest_text(sample)} "
                     'Shorten it, raise --seq-length, or set "overlong": "truncate" or "drop".',
                 )
-            if not supervised:
+            elif self._is_dropped(ids, sample, encoding):
+                reason = f'{length}; "overlong": "{self.policies.overlong}" leaves it out.'
+            if not (supervised or left_out or reason):
                 found.problem(
                     "no supervision",
                     f"{sample.where}: no token within the maximum length of {self.max_length} is supervised; expected "
                     "an answer that begins before.",
                 )
+        return reason
+
+    def _is_dropped(self, ids: list[int], sample: Sample, encoding: Encoding) -> bool:
+        """Whether training leaves a sample out for its length, of which `ids` are the longer side."""
+        policy = self.policies.overlong
+        return len(ids) > self.max_length and usable_length(sample, encoding, self.max_length, policy) == UNUSABLE
 
     def _ids(self, ids: list[int], sample: Sample, tokenizer: Tokenizer, found: Found) -> None:
         """Ids that the embedding does not have, and tokens that became text."""
@@ -250,17 +298,20 @@ class Check:
                 'token, set "special": false in its entry of added_tokens_decoder, or "special_text": "tokens".',
             )
 
-    def _image(self, image: str | EncodedImage, where: str, found: Found) -> None:
+    def _image(self, image: str | EncodedImage, where: str, found: Found) -> str | None:
+        """Decode an image. The reason, where its record is left out for it."""
         try:
             pil_image = load_image(image)
         except ImageError as error:
             gone = isinstance(image, str) and not os.path.exists(image)  # also under a name that no file can have
             missing = gone or isinstance(error.__cause__, FileNotFoundError)
-            found.problem("missing image" if missing else "broken image", f"{where}: {error}")
             other = other_suffix(image) if missing else None
             if other is not None:
                 found.suffixes[str(image)] = other.suffix
-            return
+            if self.policies.image_error == "skip" and self.ask is None:
+                return f"{where}: {error}"
+            found.problem("missing image" if missing else "broken image", f"{where}: {error}")
+            return None
         found.sizes.append(pil_image.size)
         found.largest = sorted(
             [*found.largest, (pil_image.width * pil_image.height, f"{where}: {image}")], reverse=True
@@ -268,6 +319,7 @@ class Check:
         del found.largest[WORST:]
         if isinstance(image, str):
             self._file(Path(image), where, found)
+        return None
 
     def _file(self, path: Path, where: str, found: Found) -> None:
         """The header once more, for what decoding does not tell."""
@@ -275,7 +327,8 @@ class Check:
             with Image.open(path, formats=FORMATS) as pil_image:
                 kind, mode = pil_image.format or "?", pil_image.mode
                 rotated = pil_image.getexif().get(0x0112, 1) != 1
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+                has_frames = kind != "MPO" and getattr(pil_image, "is_animated", False)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError) as error:
             found.problem("broken image", f"{where}: {path}: {error}")
             return
         found.modes[f"{kind} {mode}"] += 1
@@ -283,7 +336,9 @@ class Check:
             found.problem(
                 "orientation", f"{where}: {path} is stored turned; expected upright pixels. Turn them, or leave it so."
             )
-        expected = FORMAT_SUFFIXES.get(kind, ())
+        if has_frames:
+            found.problem("frames", f"{where}: {path} ({kind}); write the frame that is meant to a file of its own.")
+        expected = FORMAT_SUFFIXES.get(kind, (path.suffix,))
         if path.suffix.lower() not in expected:
             found.problem("suffix", f"{where}: {path} holds {kind}; its suffix should be {expected[0]}.")
             found.suffixes[str(path)] = expected[0]

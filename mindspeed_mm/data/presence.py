@@ -1,8 +1,9 @@
-"""Are the image files there? Looked at when a run starts, for as long as that takes seconds."""
+"""Are the image files there, with something in them? Looked at when a run starts, for as long as that takes seconds."""
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ class Presence:
     all_samples: int = 0
     images: int = 0
     missing: int = 0
+    """Not there, empty, or no regular files."""
     examples: list[str] = field(default_factory=list)
     """What is wrong with the first missing ones."""
 
@@ -74,7 +76,13 @@ def look_for_images(dataset: MultimodalDataset, share: int = 0, shares: int = 1,
 
 
 def _is_there(image: str | EncodedImage) -> bool:
-    return image.is_there() if isinstance(image, StoredImage) else not isinstance(image, str) or os.path.exists(image)
+    if not isinstance(image, str):
+        return image.is_there() if isinstance(image, StoredImage) else True
+    try:
+        found = os.stat(image)
+    except (OSError, ValueError):  # not there, behind a loop of links, or of a name that no file can have
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0
 
 
 def _problem(image: str | EncodedImage) -> str:

@@ -7,6 +7,7 @@ and mapped (see index.py), so that later starts, other ranks and workers read it
 import codecs
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ HEAD_BYTES = 65536
 
 NEAR = 30
 """Bytes shown on each side of damage."""
+
+
+OTHER_KINDS = {
+    b"\x1f\x8b": "compressed (gzip): unpack it with gunzip",
+    b"BZh": "compressed (bzip2): unpack it with bunzip2",
+    b"\xfd7zXZ": "compressed (xz): unpack it with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd): unpack it with unzstd",
+    b"PK\x03\x04": "a zip archive (or a table of a spreadsheet): unpack or export it",
+    b"PAR1": "parquet: give it a name that ends in .parquet",
+}
+"""First bytes of files that are no text."""
 
 
 class RecordFile:
@@ -70,6 +82,9 @@ class RecordFile:
         head = file.read(HEAD_BYTES)
         if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"the data file {self.name} is UTF-16 text; save it as UTF-8.")
+        kind = next((kind for mark, kind in OTHER_KINDS.items() if head.startswith(mark)), None)
+        if kind is not None:
+            raise DataError(f"the data file {self.name} is {kind}; expected JSON or JSONL as plain text.")
         text = head.removeprefix(codecs.BOM_UTF8)
         content = text.lstrip(JSON_SPACE)
         return len(head) - len(content), content[:1] == b"["
@@ -154,6 +169,11 @@ class RecordFile:
 
     def _open(self) -> int:
         try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # one would wait for what writes into a pipe
+                raise DataError(
+                    f"cannot read the data file {self.name}: it is a folder, a pipe or a device. Name a regular file, "
+                    "which is read in any order."
+                )
             return os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise DataError(

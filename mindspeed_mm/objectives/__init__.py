@@ -76,3 +76,18 @@ class Objective(ABC):
 def find_objective(name: str) -> Objective:
     """The objective of a name. Raises ConfigError for an unknown one, with the nearest."""
     return find("mindspeed_mm.objectives", name, "OBJECTIVE", what="objective")
+
+
+def chosen_objective(
+    written: str | Mapping[str, Any] | None, name: str | None, options: Mapping[str, Any]
+) -> Objective:
+    """The objective of a name and options, or of data.json's "objective" (`written`), whose options count where it
+    names the same one. Raises ConfigError for what is no objective."""
+    file = {"name": written} if isinstance(written, str) else dict(written or {})
+    given = file.pop("name", None)
+    if given is not None and not isinstance(given, str):
+        raise ConfigError(f'objective.name of the data config is {given!r}; expected a name, such as "dpo"')
+    if file and given is None:
+        raise ConfigError('the data config has an "objective" without a name: add one, such as "name": "dpo"')
+    chosen = name or given or "sft"
+    return find_objective(chosen).configured({**(file if chosen == given else {}), **options})

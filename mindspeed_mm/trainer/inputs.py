@@ -28,7 +28,7 @@ from mindspeed_mm.models.family import media_of_data
 from mindspeed_mm.models.parallel import layout_problems
 from mindspeed_mm.models.runtime import Runtime
 from mindspeed_mm.models.spec import ModelSpec
-from mindspeed_mm.objectives import Objective, find_objective
+from mindspeed_mm.objectives import chosen_objective
 from mindspeed_mm.objectives._batches import pad_to_one_length
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.trainer.architecture import check_start
@@ -72,7 +72,7 @@ class RunInputs:
         self.spec = model_spec(model_path, flags or ModelFlags())
         self.args, self.platform = with_facts_of(self.spec, args), platform
         self.data_config = DataConfig.load(data_path)
-        self.objective = _objective(self.data_config, objective, objective_options or {})
+        self.objective = chosen_objective(self.data_config.objective, objective, objective_options or {})
         self.objective.check(self.spec)
         self.runtime = runtime_of(self.args)
         check_flags(args, self.spec, self.runtime)
@@ -137,18 +137,6 @@ class RunInputs:
     def pad_to_one_length(self, batches: list[Batch]) -> list[Batch]:
         """Micro-batches of one step, padded to one length."""
         return pad_to_one_length(batches, self.pad_token_id)
-
-
-def _objective(config: DataConfig, name: str | None, options: dict[str, Any]) -> Objective:
-    """The objective that flags or data.json name; options of the file count where it names the same one."""
-    written = {"name": config.objective} if isinstance(config.objective, str) else dict(config.objective or {})
-    given = written.pop("name", None)
-    if given is not None and not isinstance(given, str):
-        raise ConfigError(f'objective.name of the data config is {given!r}; expected a name, such as "dpo"')
-    if written and given is None:
-        raise ConfigError('the data config has an "objective" without a name: add one, such as "name": "dpo"')
-    chosen = name or given or "sft"
-    return find_objective(chosen).configured({**(written if chosen == given else {}), **options})
 
 
 def model_spec(path: str | ConfigFile, flags: ModelFlags) -> ModelSpec:

@@ -32,7 +32,7 @@ def check_images(dataset: MultimodalDataset) -> None:
         looked += f" of {found.all_samples:,}, then time was over; check-data looks at the rest"
     if found.missing:
         text = (
-            f"{found.missing:,} image files are missing (looked for {looked}):\n  "
+            f"{found.missing:,} image files are missing or empty (looked for {looked}):\n  "
             + "\n  ".join(found.examples)
             + "\nCorrect data_folder or the records (check-data lists more), or leave such records out with "
             '"image_error": "skip" in dataset_param'
@@ -42,4 +42,4 @@ def check_images(dataset: MultimodalDataset) -> None:
         if is_rank_0():
             logger.warning("%s", text)
     elif is_rank_0():
-        logger.info("images: looked for %s, all are there", looked)
+        logger.info("images: looked for %s, all are there, none is empty", looked)

@@ -1,6 +1,8 @@
 """check-data finds everything that is wrong, says so in every form, and fixes wrong suffixes."""
 
+import gzip
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -33,7 +35,7 @@ def check(tmp_path, golden, capsys):
     Image.new("RGB", (9, 9)).save(folder / "renamed.gif", "GIF")
     (folder / "empty.jpg").write_bytes(b"")
 
-    def run(content, *flags, **dataset_param):
+    def run(content, *flags, more=None, **dataset_param):
         path = tmp_path / "records.jsonl"
         path.write_text(content if isinstance(content, str) else "\n".join(json.dumps(item) for item in content))
         config = {
@@ -44,7 +46,7 @@ def check(tmp_path, golden, capsys):
                 "tokenizer_config": {"from_pretrained": str(golden / "tokenizer")},
             }
             | dataset_param
-        }
+        } | (more or {})
         (tmp_path / "data.json").write_text(json.dumps(config))
         report = tmp_path / "report.json"
         line = [
@@ -119,6 +121,9 @@ def test_letter_c_everything_that_is_wrong_is_found(check):
         "unknown id",
         "control token",
         "pair",
+        "settings",
+        "left out",
+        "frames",
     } == set(KINDS)
     assert "problems and 4 warnings in 12 records" in output.err and "Traceback" not in output.err
     examples = report["sets"][0]["examples"]
@@ -127,6 +132,79 @@ def test_letter_c_everything_that_is_wrong_is_found(check):
     assert 'the answer in turn 1 is empty; expected a text, such as {"from": "gpt"' in examples["empty answer"][0]
     assert "The longest text is that of turn 1, 4500 characters" in examples["too long"][0]
     assert "error: missing image" in output.out
+
+
+def test_letter_c_what_data_json_leaves_out_is_no_error(check):
+    records = [record(0, "good.jpg"), record(1, answer=""), record(2, answer="word " * 900), record(3, "gone.jpg")]
+    more = [record(number, answer=f"Number {number}.") for number in range(4, 30)]
+    policies = {"overlong": "drop", "empty_answer": "drop", "image_error": "skip"}
+    code, report, _ = check(records + more, "--seq-length", "512", **policies)
+    assert code == 0 and report["sets"][0]["problems"] == {"left out": 3}
+    assert 'tokens, the maximum is 512; "overlong": "drop" leaves' in report["sets"][0]["examples"]["left out"][1]
+    code, report, _ = check(records, "--seq-length", "512", **policies)
+    (said,) = report["sets"][0]["examples"]["settings"]
+    assert code == 1 and "1 of 4 records have no usable image" in said
+    code, report, _ = check([record(1, answer="")], **policies)
+    (said,) = report["sets"][0]["examples"]["settings"]
+    assert code == 1 and "all of its 1 records are left out" in said
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    ("records", "param", "more", "said"),
+    [
+        ([record(0)], {}, {"objective": "dpo"}, "the objective trains on preference records"),
+        ([record(0)], {}, {"objective": "dpoo"}, 'did you mean "dpo"'),
+        ([PAIR], {"dataset_type": "preference"}, {"objective": "sft"}, "which this objective does not train on"),
+        ([record(0)], {}, {"dataloader_param": {"packing": True, "packing_length": 9}}, "length is 9, less than"),
+        ([PAIR], {"dataset_type": "preference", "beside": 1}, {"objective": "dpo"}, "this objective does not read"),
+    ],
+)
+def test_letter_c_settings_that_train_refuses(check, tmp_path, records, param, more, said):
+    if param.pop("beside", None):
+        (tmp_path / "beside.json").write_text(json.dumps([record(0)]))
+        param["auxiliary_parameters"] = {"data_path": str(tmp_path / "beside.json"), "dataset_type": "multimodal"}
+    code, report, output = check(records, more=more, **param)
+    assert code == 1 and said in (json.dumps(report, ensure_ascii=False) + output.err).replace('\\"', '"')
+
+
+def test_letter_c_a_share_of_nothing_and_pairs_among_conversations(check, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(PAIR | {"rejected": text}) for text in "cd"))
+    sets = [{"data_path": str(tmp_path / "records.jsonl"), "repeat_time": 0.1}]
+    sets.append({"data_path": str(tmp_path / "pairs.jsonl"), "dataset_type": "preference"})
+    code, report, _ = check([record(0)], basic_parameters=sets)
+    assert code == 1 and [account["problems"] for account in report["sets"]] == [{"settings": 1}, {"settings": 1}]
+    assert "a share of 0.1 of 1 records is none" in report["sets"][0]["examples"]["settings"][0]
+
+
+def test_letter_c_sets_of_prediction_are_looked_at(check, tmp_path):
+    lines = [record(0, "gone.jpg"), record(1, answer=""), record(2, answer="word " * 900)]
+    lines.append(record(3) | {"conversations": record(3)["conversations"][:1]})
+    (tmp_path / "asked.json").write_text(json.dumps(lines))
+    asked = {"data_path": str(tmp_path / "asked.json"), "data_folder": str(tmp_path / "images")}
+    code, report, _ = check([record(9)], "--seq-length", "512", more={"prediction": {"test": asked}})
+    assert code == 1 and report["sets"][1]["problems"] == {"record": 1, "missing image": 1}
+    asked["metric"] = "exact"
+    code, report, _ = check([record(9)], "--seq-length", "512", more={"prediction": {"test": asked}})
+    assert report["sets"][1]["problems"] == {"record": 1, "missing image": 1, "empty answer": 1}
+
+
+def test_letter_c_odd_files(check, tmp_path):
+    folder, frame = tmp_path / "images", Image.new("RGB", (8, 8))
+    frame.save(folder / "camera.jpg", "MPO", save_all=True, append_images=[frame])
+    frame.save(folder / "moving.png", save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
+    os.mkfifo(folder / "pipe.png")
+    names = ("camera.jpg", "moving.png", "pipe.png")
+    code, report, _ = check([record(number, name, answer=name) for number, name in enumerate(names)])
+    assert code == 1 and report["sets"][0]["problems"] == {"broken image": 1, "frames": 1}
+    assert report["sets"][0]["image_modes"] == {"MPO RGB": 1, "PNG RGB": 1}
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b"{}"))
+    for name, said in (("pipe.json", "it is a folder, a pipe or a device"), ("a.jsonl", "is compressed (gzip)")):
+        code, report, _ = check("", basic_parameters={"data_path": str(tmp_path / name)})
+        assert code == 1 and said in report["sets"][0]["examples"]["file"][0]
 
 
 def test_keys_that_nothing_reads(check):
@@ -152,7 +230,7 @@ def test_letter_c_added_tokens_are_tokens_and_need_rows(check, golden, tmp_path)
     records = [record(0, answer="a <region>"), record(1, answer="b <|end|>"), record(2, answer="c")]
     flags = ("--mm-model", str(tmp_path / "model.json"))
     code, report, _ = check(records, *flags, tokenizer_config={"from_pretrained": str(folder)})
-    assert code == 1 and report["sets"][0]["problems"] == {"unknown id": 1, "control token": 1}
+    assert code == 1 and report["sets"][0]["problems"] == {"settings": 1, "unknown id": 1, "control token": 1}
     examples = report["sets"][0]["examples"]
     assert "record 0 (id r0): '<region>' is id 1000, the embedding has 1000 rows" in examples["unknown id"][0]
     assert "record 1 (id r1): '<|end|>' is split" in examples["control token"][0]
@@ -257,6 +335,8 @@ def test_preference_records_are_checked(check):
     pair = {"prompt": "<image>\na", "chosen": "b", "rejected": "c", "images": ["good.jpg"]}
     code, report, _ = check([pair], dataset_type="preference", template_name="plain")
     assert code == 1 and report["sets"][0]["problems"] == {"pair": 1}
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": text} for text in "cd"]
+    assert check(pairs, dataset_type="preference")[1]["sets"][0]["problems"] == {}
 
 
 def test_ha_dpo_files_are_checked(check, tmp_path):

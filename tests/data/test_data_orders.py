@@ -154,7 +154,7 @@ def test_an_empty_caption_teaches_nothing(make_config, tokenizer):
 
 
 def test_nothing_is_left(make_config, tokenizer, long_records):
-    with pytest.raises(DataError, match="of 0 records is none"):
+    with pytest.raises(DataError, match="all of its 3 records are left out"):
         dataset_of(make_config(long_records[1:], overlong="drop"), tokenizer, 4, 180)
 
 

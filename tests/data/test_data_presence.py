@@ -1,5 +1,6 @@
 """Missing image files are found when a run starts."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,7 @@ def records(tmp_path):
     found = Records(tmp_path, 20)
     for number, name in enumerate(found.names):
         if number not in (3, 11):
-            open(name, "w").close()
+            Path(name).write_bytes(b"x")
     return found
 
 
@@ -62,11 +63,11 @@ def test_a_run_is_refused_or_told(records, tmp_path, caplog):
     init_single_process(get_platform("cpu"))
     from mindspeed_mm.trainer.start_checks import check_images
 
-    with pytest.raises(DataError, match=r"2 image files are missing \(looked for 20 images of 20 records\)"):
+    with pytest.raises(DataError, match=r"2 image files are missing or empty \(looked for 20 images of 20 records\)"):
         check_images(records)
     records.policies = Policies(image_error="skip")
     check_images(records)
-    assert "2 image files are missing" in caplog.text
+    assert "2 image files are missing or empty" in caplog.text
     records.names = [name for number, name in enumerate(records.names) if number not in (3, 11)]
     with caplog.at_level("INFO", logger="mindspeed_mm"):
         check_images(records)
