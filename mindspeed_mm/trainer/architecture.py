@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.driver.arguments import DriverArguments
-from megatron.driver.checkpoint.reading import find_checkpoint, read_run
+from megatron.driver.checkpoint.reading import check_folders, find_checkpoint, read_run
 from mindspeed_mm.errors import CheckpointError
 from mindspeed_mm.models.headers import check_weights
 from mindspeed_mm.models.spec import ModelSpec
@@ -35,6 +35,7 @@ def check_start(args: DriverArguments, spec: ModelSpec) -> None:
         WeightError: the weights are missing or those of another model.
         CheckpointError: the checkpoint is not whole, or of another architecture.
     """
+    check_folders(args)
     path = starting_checkpoint(args)
     if path is None:
         check_weights(spec)

@@ -314,7 +314,8 @@ def check_step(step: Step, source: PartSource, geometry: Geometry) -> Tensor:
     if step.rule.padded and geometry.vocab_size and full.shape[0] != geometry.vocab_size:
         raise WeightError(
             f"{source.path}: {', '.join(step.sources)} has {full.shape[0]} rows; expected language_vocab_size "
-            f"{geometry.vocab_size}. Correct language_vocab_size in the spec."
+            f"{geometry.vocab_size}. Correct language_vocab_size in the model config, or vocab_size in the config.json "
+            "beside the weights, whichever the model was described by."
         )
     return full
 

@@ -134,6 +134,15 @@ def test_letter_f_stage_2_from_stage_1_is_no_resume(train, tmp_path):
     assert f"the run begins at step 0 with the weights of {stage_1}" in err
 
 
+def test_letter_o_a_mistyped_stage_1_is_told_before_anything_is_built(train, monkeypatch):
+    def build(*args, **options):
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr("mindspeed_mm.trainer.run.build_vlm", build)
+    code, _, err = train("--train-iters", "1", "--pretrained-checkpoint", str(train.folder / "stage1"))
+    assert code == 1 and "stage1 holds no checkpoint (latest_checkpointed_iteration.txt is missing)" in err
+
+
 def test_precision_of_the_json_is_not_the_runs(train):
     train.model["text_decoder"]["params_dtype"] = "bf16"
     assert "text_decoder says bfloat16, the run computes in float32" in train("--train-iters", "1")[2]

@@ -348,6 +348,12 @@ def test_load_without_a_checkpoint_starts_from_scratch(tmp_path, caplog):
         run("--load", tmp_path / "nothing", "--exit-on-missing-checkpoint")
     with pytest.raises(CheckpointError, match="--pretrained-checkpoint .* holds no checkpoint"):
         run("--pretrained-checkpoint", tmp_path / "nothing")
+    (tmp_path / "iter_0000005").mkdir()  # its tracker is lost
+    (tmp_path / "iter_0000005" / "run.json").write_text("{}")
+    run("--load", tmp_path, train_iters=1)
+    assert "whole iterations are there (5): write 5 into that file to go on from the last one" in caplog.text
+    with pytest.raises(CheckpointError, match=r"are there \(5\): write 5 into that file to take the last one\): check"):
+        run("--pretrained-checkpoint", tmp_path)
 
 
 def test_a_fresh_run_into_a_used_folder_warns(tmp_path, caplog):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint import integrity, storage
 from mindspeed_mm.errors import CheckpointError
 
@@ -166,6 +167,29 @@ def find_checkpoint(folder: str | Path, step: int | None = None) -> Path | None:
             f"whole iterations in {folder}: {', '.join(map(str, present)) or 'none'}; {cure}"
         )
     return path
+
+
+def check_folders(args: DriverArguments) -> None:
+    """Raise CheckpointError where a folder that has to hold a checkpoint has none; nothing need be built for it."""
+    if args.load is not None:
+        if find_checkpoint(args.load, args.ckpt_step) is not None:
+            return
+        if args.exit_on_missing_checkpoint:
+            text = missing("--load", args.load, "to go on from the last one")
+            raise CheckpointError(f"{text}, and --exit-on-missing-checkpoint is given: check the path")
+    given = args.pretrained_checkpoint
+    if given is not None and find_checkpoint(given) is None:
+        raise CheckpointError(f"{missing('--pretrained-checkpoint', given, 'to take the last one')}: check the path")
+
+
+def missing(flag: str, folder: str | Path, aim: str) -> str:
+    """What is said of a folder without a tracker; where one is lost, how it comes back."""
+    text = f"{flag} {folder} holds no checkpoint ({storage.TRACKER} is missing)"
+    present = storage.iterations(Path(folder))
+    if not present:
+        return text
+    lost = f"; whole iterations are there ({', '.join(map(str, present))}): write {present[-1]} into that file {aim}"
+    return f"{text[:-1]}{lost})"
 
 
 def read_run(path: Path) -> dict[str, Any]:

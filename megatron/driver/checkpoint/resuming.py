@@ -22,8 +22,10 @@ from megatron.driver.checkpoint.reading import (
     AVERAGED,
     Checkpoint,
     SafeReader,
+    check_folders,
     find_checkpoint,
     folders,
+    missing,
     open_checkpoint,
     read_run,
     reading_errors,
@@ -102,26 +104,19 @@ def _choose(args: DriverArguments) -> tuple[Path | None, bool]:
                 f"{flag} {given} means the moving averages of a checkpoint, which no run goes on from; expected the "
                 f"path without {AVERAGED}. Or give the averages as ckpt_path of the parts"
             )
+    check_folders(args)
     if args.load is not None:
         path = find_checkpoint(args.load, args.ckpt_step)
         if path is not None:
             _tell_newer(path, args)
             return path, args.finetune or path.name == storage.RELEASE
-        text = f"--load {args.load} holds no checkpoint ({storage.TRACKER} is missing)"
-        if args.exit_on_missing_checkpoint:
-            raise CheckpointError(f"{text}, and --exit-on-missing-checkpoint is given: check the path")
+        text = missing("--load", args.load, "to go on from the last one")
         pretrained = args.pretrained_checkpoint
         begins = "the model config's weights" if pretrained is None else f"the weights of {pretrained}"
         logger.warning("%s: the run begins at step 0 with %s", text, begins)
     if args.pretrained_checkpoint is None:
         return None, False
-    path = find_checkpoint(args.pretrained_checkpoint)
-    if path is None:
-        raise CheckpointError(
-            f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint "
-            f"({storage.TRACKER} is missing): check the path"
-        )
-    return path, True
+    return find_checkpoint(args.pretrained_checkpoint), True
 
 
 def _tell_newer(path: Path, args: DriverArguments) -> None:
