@@ -346,8 +346,6 @@ def test_load_without_a_checkpoint_starts_from_scratch(tmp_path, caplog):
     assert "holds no checkpoint" in caplog.text
     with pytest.raises(CheckpointError, match="holds no checkpoint .*--exit-on-missing-checkpoint is given"):
         run("--load", tmp_path / "nothing", "--exit-on-missing-checkpoint")
-    with pytest.raises(CheckpointError, match="--pretrained-checkpoint .* holds no checkpoint"):
-        run("--pretrained-checkpoint", tmp_path / "nothing")
     (tmp_path / "iter_0000005").mkdir()  # its tracker is lost
     (tmp_path / "iter_0000005" / "run.json").write_text("{}")
     run("--load", tmp_path, train_iters=1)
