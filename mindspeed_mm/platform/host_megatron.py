@@ -10,7 +10,6 @@ What `torch.cpu` lacks is added to it below, once, and only where it is missing.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import logging
 import sys
@@ -30,6 +29,7 @@ from mindspeed_mm.platform.core_import import (
     without_compiler,
     without_fp8,
 )
+from mindspeed_mm.platform.host_adamw import HostAdamW
 from mindspeed_mm.platform.host_linear import linear
 
 TYPE_NAMES = {
@@ -85,8 +85,8 @@ def _adapt_linear(module: types.ModuleType) -> None:
 
 
 def _adapt_optimizer(module: types.ModuleType) -> None:
-    """One pass over memory for each parameter instead of ten."""
-    use_adam(module, functools.partial(torch.optim.AdamW, fused=True))
+    """One pass over memory for each parameter instead of ten, and no compiler loaded."""
+    use_adam(module, HostAdamW)
 
 
 _AFTER_IMPORT = {
