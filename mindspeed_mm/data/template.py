@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from mindspeed_mm.config.load import load_config, nearest
-from mindspeed_mm.data.chat_template import template_from_tokenizer
 from mindspeed_mm.data.template_form import Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import TemplateError
@@ -68,6 +67,8 @@ def get_template(template: str | Template, tokenizer: Tokenizer | None = None) -
     if template == OWN_TEMPLATE:
         if tokenizer is None:
             raise TemplateError('the template "tokenizer" needs the tokenizer that brings it; name another one here.')
+        from mindspeed_mm.data.chat_template import template_from_tokenizer  # imports jinja2, for this name alone
+
         return template_from_tokenizer(tokenizer)
     templates = _templates()
     if template not in templates:
