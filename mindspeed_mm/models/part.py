@@ -16,6 +16,7 @@ from mindspeed_mm.config.file_keys import FileKeys
 from mindspeed_mm.config.load import StrictModel, load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.adapters.spec import LoraSpec
+from mindspeed_mm.models.known import model_types
 from mindspeed_mm.models.operations import CrossShape, EncoderWork, Grid, LayerShape, Product
 from mindspeed_mm.registry import find, find_all
 from mindspeed_mm.weights.layouts import INTERACTION, Layout
@@ -371,25 +372,11 @@ def all_parts(kind: str) -> dict[str, Part]:
     return find_all(f"mindspeed_mm.models.{kind}", "PART")
 
 
-def model_types(kind: str) -> dict[str, Part]:
-    """The parts of one slot by each HF model_type that they read. Raises ConfigError where two parts claim one."""
-    found: dict[str, Part] = {}
-    for part in all_parts(kind).values():
-        for model_type in part.model_types:
-            if model_type in found:
-                raise ConfigError(
-                    f'{kind}: both {found[model_type].name} and {part.name} read model_type "{model_type}"; keep it in '
-                    "one"
-                )
-            found[model_type] = part
-    return found
-
-
 def part_for_model_type(kind: str, model_type: str) -> Part:
     """The part that reads configs of a model_type. Raises ConfigError for one that no part reads, with the nearest."""
     known = model_types(kind)
     if model_type in known:
-        return known[model_type]
+        return find_part(kind, known[model_type])
     close = difflib.get_close_matches(model_type, known, n=3, cutoff=0.5)
     hint = f"the nearest are {', '.join(close)}" if close else f"known are {', '.join(sorted(known))}"
     raise ConfigError(

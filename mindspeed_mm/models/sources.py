@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import glob
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mindspeed_mm.errors import WeightError
-from mindspeed_mm.models.part import ALL_SLOTS, DEFAULT_MODEL_IDS, all_parts, find_part
-from mindspeed_mm.models.spec import all_families
+from mindspeed_mm.models.known import known
+from mindspeed_mm.models.part import ALL_SLOTS, DEFAULT_MODEL_IDS, find_part
+from mindspeed_mm.models.spec import FAMILIES, find_family
 from mindspeed_mm.weights.adapter_names import is_adapter, state_names
 from mindspeed_mm.weights.files import damaged, read_json_object
 from mindspeed_mm.weights.folders import TensorFiles, find_groups, open_file
@@ -58,7 +61,7 @@ def open_source(path: str | Path, *, follow: bool = True, adapters: Iterable[str
         raise WeightError(f"{path}: no such file or folder; expected weights.{hint or ' Correct the path.'}")
     if source.family is None or not follow:
         return source
-    family = all_families()[source.family]
+    family = find_family(source.family)
     parts = dict(
         sorted(family.complete(source, source.part_sources).items(), key=lambda item: ALL_SLOTS.index(item[0]))
     )
@@ -80,33 +83,56 @@ def recognise(names: Iterable[str], config: dict[str, Any] | None) -> Recognised
     The family that reads the config comes first. Without one, a layout with more markers comes before one with fewer.
     """
     names = tuple(names)
-    families = all_families()
+    held = functools.cache(lambda marker: any(re.search(marker, name) for name in names))
+    fitting = [found for found in _known_layouts() if all(map(held, found.markers))]
     if config is not None:
-        for family in families.values():
-            if family.reads(config):
-                for layout in family.layouts:
-                    if layout.recognises(names):
-                        return Recognised(layout, family.name, family.model_ids)
-    known = [
-        Recognised(layout, family.name, family.model_ids) for family in families.values() for layout in family.layouts
+        for found in fitting:
+            if found.kind == FAMILIES and find_family(found.name).reads(config):
+                return found.recognised()
+    if fitting:
+        return max(fitting, key=lambda found: len(found.markers)).recognised()  # of equals the first
+    own = (OUR_MODEL, *OUR_FILES.values(), HF_DECODER)
+    return next((Recognised(layout, None, {}) for layout in own if layout.recognises(names)), None)
+
+
+class _KnownLayout(NamedTuple):
+    """A layout of a family or a part that need not be imported: its place among the layouts of that, and its markers.
+
+    kind: FAMILIES or a slot.
+    """
+
+    kind: str
+    name: str
+    place: int
+    markers: tuple[str, ...]
+
+    def recognised(self) -> Recognised:
+        if self.kind == FAMILIES:
+            family = find_family(self.name)
+            return Recognised(family.layouts[self.place], family.name, family.model_ids)
+        part = find_part(self.kind, self.name)
+        return Recognised(part.layouts[self.place], None, {self.kind: part.name})
+
+
+def _known_layouts() -> list[_KnownLayout]:
+    """Families first."""
+    return [
+        _KnownLayout(kind, name, place, markers)
+        for kind, package, attribute in (
+            (FAMILIES, FAMILIES, "FAMILY"),
+            *((slot, f"mindspeed_mm.models.{slot}", "PART") for slot in ALL_SLOTS),
+        )
+        for name, said in known(package, attribute).items()
+        for place, markers in enumerate(said.markers)
     ]
-    known += [
-        Recognised(layout, None, {slot: part.name})
-        for slot in ALL_SLOTS
-        for part in all_parts(slot).values()
-        for layout in part.layouts
-    ]
-    known.sort(key=lambda found: -len(found.layout.markers))
-    known += [Recognised(layout, None, {}) for layout in (OUR_MODEL, *OUR_FILES.values(), HF_DECODER)]
-    return next((found for found in known if found.layout.recognises(names)), None)
 
 
 def _open_folder(folder: Path, adapters: Iterable[str | Path]) -> Source:
     config_file = folder / "config.json"
     config = read_json_object(config_file) if config_file.is_file() else None
     groups = find_groups(folder)
-    found = [_recognise_group(group, None) for group in groups]
-    if len(groups) > 1 and all(layout == OURS for layout in found):
+    found = [_recognise_group(group, None) for group in groups] if len(groups) > 1 else []
+    if found and all(layout == OURS for layout in found):
         return _combine(folder, [_classify(group.path, group, None) for group in groups])
     files = groups[0] if len(groups) == 1 else _one_set(folder, groups, found)
     source = _classify(folder, files, config, adapters)
@@ -212,7 +238,7 @@ def _configs(layout: Layout, family: str | None, config: dict[str, Any] | None) 
     if config is None or layout.name == OURS:
         return {}
     if family is not None:
-        return all_families()[family].split_config(config, layout.name)
+        return find_family(family).split_config(config, layout.name)
     return dict.fromkeys(layout.dialects, config)
 
 

@@ -6,7 +6,8 @@ import transformers
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.hf_config import HARMLESS, NEUTRAL
-from mindspeed_mm.models.part import find_part, model_types, part_for_model_type
+from mindspeed_mm.models.known import model_types
+from mindspeed_mm.models.part import find_part, part_for_model_type
 from mindspeed_mm.models.text_decoder import gemma, gemma2, internlm2, llama, mistral, mpt, opt, phi3, qwen2, qwen3
 from mindspeed_mm.registry import available
 from mindspeed_mm.trainer.flops import score_flops, stack_score_flops
