@@ -20,6 +20,9 @@ MAX_CONFIG_BYTES = 64 * 2**20
 
 MAX_SHOWN_CHARACTERS = 80
 
+TOP = "(top level)"
+"""In the place of a JSON path, for what concerns several keys."""
+
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
@@ -123,8 +126,11 @@ def load_config(
 
 
 def _with_name(problem: str, names: typing.Mapping[str, str]) -> str:
-    """A problem with the key that its field has in the user's file."""
-    field = problem.partition(":")[0]
+    """A problem with the keys that its field, or the fields that it tells of, have in the user's file."""
+    field, _, told = problem.partition(":")
+    if field == TOP:
+        others = [f"{names[each]} for {each}" for each in re.findall(r"\w+", told) if names.get(each, each) != each]
+        return f"{problem} (the file's keys: {', '.join(dict.fromkeys(others))})" if others else problem
     name = names.get(field, field)
     return problem if name == field else f"{problem} (the file's key: {name})"
 
@@ -155,7 +161,7 @@ def _problems(model_cls: type[pydantic.BaseModel], data: Any, details: list[Any]
     inside = {union for location, union, _ in found if union is not None and len(location) > len(union)}
     lines: dict[tuple, str] = {}
     for number, (location, union, detail) in enumerate(found):
-        line = _problem(model_cls, json_path(location) or "(top level)", detail)
+        line = _problem(model_cls, json_path(location) or TOP, detail)
         if union is None or len(location) > len(union):
             lines[location, number] = line
         elif union not in inside and union in lines:

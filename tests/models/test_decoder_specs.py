@@ -179,6 +179,46 @@ def test_what_would_change_numbers_is_refused(module, changes, message):
         of(module, **changes)
 
 
+MPT = {"d_model": 48, "n_heads": 6, "n_layers": 4, "expansion_ratio": 4}
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        (gemma, {"hidden_act": "relu"}, r"activation_func: found 'relu'.* \(the file's key: hidden_act\)"),
+        (gemma, {"hidden_activation": "relu"}, r"found 'relu'.* \(the file's key: hidden_activation\)"),
+        (gemma2, {"hidden_activation": "relu"}, r"found 'relu'.* \(the file's key: hidden_activation\)"),
+        (gemma2, {"intermediate_size": 0}, r"found 0 .* \(the file's key: intermediate_size\)"),
+        (gemma2, {"head_dim": 7}, r"kv_channels 7 is odd.* \(the file's keys: head_dim for kv_channels\)"),
+        (gemma2, {"num_key_value_heads": 4}, r"file's keys: num_key_value_heads for num_query_groups\)"),
+        (opt, {"activation_function": "gelu"}, r"found 'gelu'.* \(the file's key: activation_function\)"),
+        (opt, {"ffn_dim": "4"}, r'found "4" .* \(the file\'s key: ffn_dim\)'),
+        (opt, {"init_std": -1}, r"found -1 .* \(the file's key: init_std\)"),
+        (opt, {"num_attention_heads": 5}, "opt text decoder config: found hidden_size 48 and num_attention_heads 5;"),
+        (
+            opt,
+            {"num_attention_heads": 0, "num_key_value_heads": None},
+            r"num_query_groups: found 0 .* \(the file's key: num_attention_heads\)",
+        ),
+        (opt, {"max_position_embeddings": 0}, r"max_sequence_length: .* \(the file's key: max_position_embeddings\)"),
+        (mpt, MPT | {"n_heads": 5}, "mpt text decoder config: found d_model 48 and n_heads 5; expected a width"),
+        (mpt, MPT | {"n_heads": 0}, r"num_attention_heads: found 0 .* \(the file's key: n_heads\)"),
+        (mpt, MPT | {"n_layers": "4"}, r'num_layers: found "4" .* \(the file\'s key: n_layers\)'),
+        (mpt, MPT | {"d_model": None}, r"1 problem\n.*hidden_size: found null.* \(the file's key: d_model\)"),
+        (mpt, MPT | {"max_seq_len": 0}, r"\(the file's key: max_seq_len\)"),
+        (mpt, MPT | {"layer_norm_epsilon": 0}, r"found 0 .* \(the file's key: layer_norm_epsilon\)"),
+        (mpt, MPT | {"expansion_ratio": -4}, r"found -192 .* \(the file's key: expansion_ratio\)"),
+        (mpt, MPT | {"expansion_ratio": 2.5}, "found expansion_ratio 2.5; expected a whole number"),
+        (mpt, MPT | {"attn_config": "alibi"}, "found attn_config 'alibi'; expected an object"),
+        (mpt, MPT | {"attn_config": {"alibi_bias_max": "x"}}, r"\(the file's key: attn_config.alibi_bias_max\)"),
+        (mpt, MPT | {"attn_config": {"softmax_scale": -1}}, r"\(the file's key: attn_config.softmax_scale\)"),
+    ],
+)
+def test_refusals_name_the_key_of_the_file(module, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        of(module, **changes)
+
+
 def test_keys_that_nobody_knows_are_told(caplog):
     of(llama, mystery=3, silent=None)
     assert "keys that are not known here change nothing: mystery" in caplog.text

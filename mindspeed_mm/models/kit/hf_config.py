@@ -135,9 +135,10 @@ class HfFormat:
         self.keys.check(config | {"layer_types": None} if plain else config)
         return {**DEFAULTS, **self.defaults, **self.type_defaults.get(kind, {}), **config}
 
-    def spec_of(self, full: dict[str, Any], **options: Any) -> DecoderSpec:
+    def spec_of(self, full: dict[str, Any], names: Mapping[str, str] | None = None, **options: Any) -> DecoderSpec:
         """The Spec of a filled config; `options` are further fields, or other values of the common ones.
 
+        `names` are the config's keys of `options`, for errors.
         Raises ConfigError for sizes and rotary scalings that we do not build.
         """
         base, scaling, share = read_rope(full, self.name)
@@ -149,8 +150,11 @@ class HfFormat:
         fields = {ours: full[theirs] for theirs, ours in FIELDS.items() if theirs in full}
         fields |= {"rotary_base": base, "rope_scaling": scaling}
         fields |= {"params_dtype": full.get("dtype") or full.get("torch_dtype")}
-        names = {ours: theirs for theirs, ours in FIELDS.items() if ours not in options}
-        return load_config(self.spec, {**fields, **options}, what=self.name, names=names)
+        common = {ours: theirs for theirs, ours in FIELDS.items() if ours not in options}
+        keys = {**common, **(names or {})}
+        longest = "max_position_embeddings"
+        keys["language_max_sequence_length"] = keys.get(longest, longest)  # follows from it
+        return load_config(self.spec, {**fields, **options}, what=self.name, names=keys)
 
     def write(self, spec: DecoderSpec, dtype: str, **extra: Any) -> dict[str, Any]:
         """config.json with keys that transformers of every age reads; `dtype` as HF names it."""
@@ -164,6 +168,17 @@ class HfFormat:
             **extra,
             "torch_dtype": dtype,
         }
+
+
+def check_heads(what: str, config: dict[str, Any], width: str, heads: str) -> None:
+    """Raise ConfigError where the heads do not fill a width and no key says how wide a head is. What is no whole number
+    is left to the Spec."""
+    found = (config[width], config[heads])
+    if all(type(value) is int and value > 0 for value in found) and found[0] % found[1]:
+        raise ConfigError(
+            f"{what}: found {width} {found[0]} and {heads} {found[1]}; expected a width that is a multiple of the "
+            "heads. Correct one of them."
+        )
 
 
 def read_rope(config: dict[str, Any], what: str) -> tuple[float, dict[str, Any] | None, float]:

@@ -48,8 +48,9 @@ def from_hf(config: dict[str, Any]) -> GemmaSpec:
 
     Raises ConfigError for what we do not build."""
     full = FORMAT.fill(config)
-    activation = full["hidden_activation"] or full["hidden_act"]
-    return FORMAT.spec_of(full, activation_func="gelu_pytorch_tanh" if activation == "gelu" else activation)
+    key = "hidden_activation" if full["hidden_activation"] else "hidden_act"
+    activation = "gelu_pytorch_tanh" if full[key] == "gelu" else full[key]
+    return FORMAT.spec_of(full, {"activation_func": key}, activation_func=activation)
 
 
 def to_hf(spec: GemmaSpec, dtype: str) -> dict[str, Any]:

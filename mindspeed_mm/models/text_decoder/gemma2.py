@@ -81,7 +81,8 @@ def from_hf(config: dict[str, Any]) -> Gemma2Spec:
     own = {key: full[key] for key in OWN_KEYS}
     if full["layer_types"] != list(alternating(full["num_hidden_layers"])):
         own["layer_types"] = full["layer_types"]
-    return FORMAT.spec_of(full, activation_func=full["hidden_activation"], **own)
+    names = {"activation_func": "hidden_activation"}
+    return FORMAT.spec_of(full, names, activation_func=full["hidden_activation"], **own)
 
 
 def to_hf(spec: Gemma2Spec, dtype: str) -> dict[str, Any]:

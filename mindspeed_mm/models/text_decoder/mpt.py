@@ -9,7 +9,7 @@ from mindspeed_mm.models.kit.cross_rules import cross_rules
 from mindspeed_mm.models.kit.cross_spec import CrossDecoderSpec, with_cross_config, with_cross_shapes
 from mindspeed_mm.models.kit.decoder_rules import ATTENTION, CHECKED, LAYER, TIED, build_decoder
 from mindspeed_mm.models.kit.decoder_spec import DecoderTraits, Positive
-from mindspeed_mm.models.kit.hf_config import HfFormat
+from mindspeed_mm.models.kit.hf_config import HfFormat, check_heads
 from mindspeed_mm.models.part import Part, only
 from mindspeed_mm.weights.rules import PackedQKV, Rule, RuleSet, Vocab
 
@@ -57,6 +57,15 @@ _NAMES = {
     "layernorm_epsilon": "layer_norm_epsilon",
 }
 """Our keys and MPT's, where they are not those of most decoders."""
+
+_DERIVED = {
+    "num_query_groups": "n_heads",
+    "kv_channels": "d_model",
+    "ffn_hidden_size": "expansion_ratio",
+    "alibi_bias_max": "attn_config.alibi_bias_max",
+    "softmax_scale": "attn_config.softmax_scale",
+}
+"""Our keys and those that they follow from."""
 
 FORMAT = HfFormat(
     MptSpec,
@@ -107,7 +116,11 @@ def from_hf(config: dict[str, Any]) -> MptSpec:
     """MptSpec of an HF MPT config.json. Raises ConfigError for what is not built: clipped or normed queries and keys,
     prefixes, biases, positions that are no ALiBi."""
     full = FORMAT.fill(config)
-    attention = full["attn_config"] or {}
+    attention, ratio = full["attn_config"] or {}, full["expansion_ratio"]
+    if not isinstance(attention, dict):
+        raise ConfigError(f"{FORMAT.name}: found attn_config {attention!r}; expected an object. Correct it.")
+    if type(ratio) is not int:
+        raise ConfigError(f"{FORMAT.name}: found expansion_ratio {ratio!r}; expected a whole number. Correct it.")
     # MosaicML's own code has positions without ALiBi by default, transformers ALiBi; files say it.
     other = [f"{key} {full[key]!r}" for key, allowed in _BUILT.items() if full[key] not in allowed]
     other += [
@@ -120,16 +133,17 @@ def from_hf(config: dict[str, Any]) -> MptSpec:
             f"{FORMAT.name}: found {' and '.join(other)}; expected ALiBi, no biases, and plain multi-head attention, "
             "as MPT-7B has it. Use weights of such a model."
         )
+    check_heads(FORMAT.name, full, "d_model", "n_heads")
     own = {ours: full[theirs] for ours, theirs in _NAMES.items()}
     own |= {
         "num_query_groups": None,
         "kv_channels": None,
-        "ffn_hidden_size": full["expansion_ratio"] * full["d_model"],
+        "ffn_hidden_size": ratio * (full["d_model"] if type(full["d_model"]) is int else 1),
         "activation_func": "gelu",
-        "alibi_bias_max": float(attention.get("alibi_bias_max", 8)),
+        "alibi_bias_max": attention.get("alibi_bias_max", 8),
         "softmax_scale": attention.get("softmax_scale"),
     }
-    return FORMAT.spec_of(full, **own)
+    return FORMAT.spec_of(full, _NAMES | _DERIVED, **own)
 
 
 def to_hf(spec: MptSpec, dtype: str) -> dict[str, Any]:
