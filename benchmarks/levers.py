@@ -82,7 +82,9 @@ def arithmetic() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
         return lambda: mock.patch.object(fused, name, SimpleNamespace(apply=operation))
 
     return {
-        "chosen products": lambda: mock.patch.object(host_products, "choose", lambda *_: host_products.PLAIN),
+        "chosen products": lambda: mock.patch.multiple(
+            host_products, choose=lambda *_: host_products.PLAIN, choose_attention=lambda *_: host_products.PLAIN
+        ),
         "fused RMSNorm": plain("FusedRMSNorm", _plain_rms_norm),
         "fused SwiGLU": plain("SwiGLU", _plain_swiglu),
         "fused rotation": plain("RotateQK", _plain_rotation),

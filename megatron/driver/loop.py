@@ -169,6 +169,7 @@ def train(
         logger.warning("nothing to do: %d of --train-iters %d steps are done", state.iteration, args.train_iters)
     data = MeteredIterator(data_iterator, hooks.describe, hooks.pad_to_one_length if interleaved() else None)
     step = stopped_by = None
+    state.platform.keep_memory()
     clock = SaveClock(args)
     with (
         StopRequest() as stop,

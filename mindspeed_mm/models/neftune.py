@@ -16,7 +16,6 @@ def with_noise(embeddings: torch.Tensor, alpha: float, segments: Segments | None
     noise = torch.empty_like(embeddings).uniform_(-1, 1)
     if segments is None:
         return embeddings + noise * (alpha / math.sqrt(length * width))
-    scales = [alpha / math.sqrt((part.stop - part.start) * width) for part in segments.slices]
-    sizes = [part.stop - part.start for part in segments.slices]
-    factor = torch.tensor(scales).repeat_interleave(torch.tensor(sizes)).to(embeddings)
+    scales = [alpha / math.sqrt(length * width) for length in segments.lengths]
+    factor = torch.tensor(scales).repeat_interleave(torch.tensor(segments.lengths)).to(embeddings)
     return embeddings + noise * factor[:, None, None]

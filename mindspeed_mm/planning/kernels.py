@@ -18,7 +18,8 @@ class Kernels:
     foreach_optimizer: bool
     """Whether AdamW runs over all tensors at once, with a temporary of their size."""
     single_attention: bool
-    """Whether trained attention takes float32 copies of its inputs (platform/cpu.py)."""
+    """Whether trained attention takes float32 copies of its inputs whatever its length (platform/cpu.py); on other
+    processors short sequences alone may, which is not counted."""
 
 
 def kernels_of(device: str, dtype: torch.dtype) -> Kernels:

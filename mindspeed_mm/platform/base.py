@@ -92,6 +92,10 @@ class Platform(abc.ABC):
         """
         return None
 
+    def keep_memory(self) -> None:
+        """Keep for the next step what a training step gives back. Devices' allocators do so by themselves."""
+        return None
+
     def choices(self) -> str:
         """What was chosen for this machine, in lines for the log; empty where nothing was."""
         return ""
@@ -173,14 +177,21 @@ class Platform(abc.ABC):
         dropout: float,
     ) -> torch.Tensor:
         """Causal attention to the last `window` keys, S = K: blocks of queries, each with the keys that it can see."""
-        outputs, length, size = [], query.shape[2], max(window, LEAST_BLOCK)
-        for first in range(0, length, size):
-            last, begin = min(first + size, length), max(0, first + 1 - window)
-            seen = band(range(first, last), range(begin, last), window, query.device)
-            keys, values = key[:, :, begin:last], value[:, :, begin:last]
-            own = query[:, :, first:last]
+        size = max(window, LEAST_BLOCK)
+        # Split, not sliced: the gradient of a slice is a tensor of the whole length, once for each block.
+        blocks = list(zip(*(x.split(size, dim=2) for x in (query, key, value)), strict=True))
+        outputs = []
+        for number, (own, *looked_at) in enumerate(blocks):
+            first = number * size
+            begin = max(0, first + 1 - window)
+            if begin < first:
+                looked_at = [
+                    torch.cat((x[:, :, begin - first :], y), dim=2)
+                    for x, y in zip(blocks[number - 1][1:], looked_at, strict=True)
+                ]
+            seen = band(range(first, first + own.shape[2]), range(begin, first + own.shape[2]), window, query.device)
             outputs.append(
-                self.attention(own, keys, values, mask=seen[None, None], causal=False, scale=scale, dropout=dropout)
+                self.attention(own, *looked_at, mask=seen[None, None], causal=False, scale=scale, dropout=dropout)
             )
         return torch.cat(outputs, dim=2)
 
@@ -206,12 +217,14 @@ class Platform(abc.ABC):
         Returns:
             [T, H, D] in the dtype of `query`.
         """
-        outputs = []
         options = {"scale": scale, "dropout": dropout, "window": window, "soft_cap": soft_cap}
         # Windows of an encoder are many of one length and go together; samples of a row are few and differ.
-        runs = [(place, 1) for place in segments.slices] if causal else segments.runs
-        for place, count in runs:
-            rows = (x[place].unflatten(0, (count, -1)).transpose(1, 2) for x in (query, key, value))
+        runs = [(length, 1) for length in segments.lengths] if causal else segments.runs
+        # Split, not sliced: the gradient of a slice is a tensor of the whole row's size, once for each of them.
+        pieces = zip(*(x.split([length * count for length, count in runs]) for x in (query, key, value)), strict=True)
+        outputs = []
+        for (_, count), piece in zip(runs, pieces, strict=True):
+            rows = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in piece)
             output = self.attention(*rows, mask=None, causal=causal, **options)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -266,20 +279,22 @@ class Platform(abc.ABC):
         A sequence's beginning and its first branch go together, as one causal sequence; each other branch looks back
         at the beginning's keys, which are computed once.
         """
-        outputs, start = [], 0
         options = {"scale": scale, "dropout": dropout, "soft_cap": soft_cap}
-        for shared, first, *others in segments.branches:
-            own = slice(start, start + shared + first)
-            rows = (x[own].transpose(0, 1)[None] for x in (query, key, value))
+        lengths = [length for shared, first, *others in segments.branches for length in (shared + first, *others)]
+        pieces = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+        outputs = []
+        for shared, _, *others in segments.branches:
+            whole = next(pieces)
+            rows = (x.transpose(0, 1)[None] for x in whole)
             outputs.append(self.attention(*rows, mask=None, causal=True, window=window, **options))
-            beginning = slice(start, start + shared)
             for length in others:
-                own = slice(own.stop, own.stop + length)
+                own, *looked_at = next(pieces)
                 seen = band(range(shared, shared + length), range(shared + length), window, query.device)
-                keys, values = (torch.cat((x[beginning], x[own])).transpose(0, 1)[None] for x in (key, value))
-                row = query[own].transpose(0, 1)[None]
+                keys, values = (
+                    torch.cat((x[:shared], y)).transpose(0, 1)[None] for x, y in zip(whole[1:], looked_at, strict=True)
+                )
+                row = own.transpose(0, 1)[None]
                 outputs.append(self.attention(row, keys, values, mask=seen[None, None], causal=False, **options))
-            start = own.stop
         return torch.cat([output[0].transpose(0, 1) for output in outputs])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

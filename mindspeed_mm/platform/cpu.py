@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from mindspeed_mm.platform import host_products
+from mindspeed_mm.platform import host_memory, host_products
 from mindspeed_mm.platform.base import MemoryStats, Platform
 from mindspeed_mm.platform.host_megatron import install
 
@@ -32,18 +32,22 @@ class CpuPlatform(Platform):
         install()
 
     def settle(self) -> None:
-        """Kernels of matrix products, see host_products."""
+        """Kernels of matrix products and of attention, see host_products."""
         host_products.settle()
+
+    def keep_memory(self) -> None:
+        """See host_memory."""
+        host_memory.keep_freed()
 
     def choices(self) -> str:
         return host_products.describe()
 
     def attention(self, query, key, value, **options):
-        """See Platform. Where the processor cannot multiply the data type, the backward pass would take ten times as
-        long as in float32, so that trained attention goes there and back; the forward pass alone gains nothing."""
+        """See Platform. Trained attention in half precision takes the kernel that host_products chose; the forward
+        pass alone gains nothing by float32."""
         dtype = query.dtype
         trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        if trained and dtype in host_products.HALVES and not host_products.has_half_products(dtype):
+        if trained and host_products.choose_attention(dtype, key.shape[2], key.shape[3]) == host_products.SINGLE:
             query, key, value = query.float(), key.float(), value.float()
         output = super().attention(query, key, value, **options)
         return output.to(dtype)

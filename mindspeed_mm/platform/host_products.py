@@ -1,10 +1,11 @@
-"""Which kernel multiplies matrices on this processor: measured once, kept in the user's cache folder.
+"""Which kernel multiplies matrices, and attends, on this processor: measured once, kept in the user's cache folder.
 
 No kernel is the fastest everywhere. MKL leaves AVX-512 unused on processors of AMD, where oneDNN takes half the time;
 without AVX-512 oneDNN is the slower one; and processors without instructions for bfloat16 multiply it many times slower
 than they convert it to float32 and back (docs/performance.md). So each kernel is timed on a few small products of every
 form and size, which takes a third of a second the first time, and a kernel other than torch's own is taken only where
-it is clearly faster.
+it is clearly faster. Trained attention in half precision is timed likewise: where sequences or heads are short its
+backward pass can take many times as long as in float32, even on processors that multiply bfloat16 fastest.
 
 A table holds for one data type and one number of threads. Ranks of a run share the table of rank 0 (`settle`), so that
 they compute alike.
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 FORMS = ("forward", "input gradient", "weight gradient")
 PLAIN, ONEDNN, SINGLE = KERNELS = ("torch", "onednn", "float32")
 """torch's own product; oneDNN's by the operator behind torch.compile's linear layers; torch's in float32, rounded."""
@@ -36,6 +37,12 @@ SIZES = {"few rows": (4, 1024), "tiny": (16, 128), "small": (32, 256), "medium":
 LIMITS = ((1_000_000, "tiny"), (4_000_000, "small"), (32_000_000, "medium"))
 """Multiply-adds below which a product belongs to the class; what is larger is "large"."""
 FEW_ROWS = 8
+ATTENTION = "attention"
+ATTENTION_HEADS = 4
+ATTENTION_SIZES = {"tiny": (48, 32), "small": (128, 64), "medium": (160, 128), "large": (512, 128)}
+"""Length of the sequence, and channels of a head, of the attention that stands for a class."""
+ATTENTION_LIMITS = ((4_000, "tiny"), (12_000, "small"), (32_000, "medium"))
+"""Keys times channels below which attention belongs to the class; what is larger is "large"."""
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 GAIN = 1.15
@@ -66,6 +73,14 @@ def choose(form: str, dtype: torch.dtype, rows: int, inner: int, outer: int) -> 
     if dtype not in DTYPES:
         return PLAIN
     return table(dtype)[_class(form, rows, rows * inner * outer)]
+
+
+def choose_attention(dtype: torch.dtype, length: int, channels: int) -> str:
+    """SINGLE or PLAIN for trained attention over `length` keys with heads of `channels`."""
+    if dtype not in HALVES:
+        return PLAIN
+    size = next((size for limit, size in ATTENTION_LIMITS if length * channels < limit), "large")
+    return table(dtype)[f"{ATTENTION}, {size}"]
 
 
 def _class(form: str, rows: int, work: int) -> str:
@@ -101,7 +116,8 @@ def settle() -> None:
 
 def classes() -> list[str]:
     """The names of all classes."""
-    return [f"{form}, {size}" for form in FORMS for size in SIZES]
+    attention = [f"{ATTENTION}, {size}" for size in ATTENTION_SIZES]
+    return [f"{form}, {size}" for form in FORMS for size in SIZES] + attention
 
 
 def kernels(dtype: torch.dtype) -> list[str]:
@@ -130,9 +146,32 @@ def measure(dtype: torch.dtype) -> Table:
         for size, (rows, width) in SIZES.items():
             x, weight = operands(form, rows, width, width, dtype)
             seconds = fastest({kernel: lambda k=kernel: run(k, x, weight) for kernel in kernels(dtype)})  # noqa: B023
-            best = min(seconds, key=seconds.__getitem__)
-            found[f"{form}, {size}"] = best if seconds[best] * GAIN <= seconds[PLAIN] else PLAIN
+            found[f"{form}, {size}"] = _clearly_best(seconds)
+    return found | _measure_attention(dtype)
+
+
+def _measure_attention(dtype: torch.dtype) -> Table:
+    """Time the forward and backward passes of every class of attention."""
+    if dtype not in HALVES or not has_half_products(dtype):
+        return {name: kernel for name, kernel in by_capability(dtype).items() if name.startswith(ATTENTION)}
+    found = {}
+    for size, (length, channels) in ATTENTION_SIZES.items():
+        rows = [torch.ones(1, ATTENTION_HEADS, length, channels, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+        def attend(inner: torch.dtype, rows: list[torch.Tensor] = rows) -> None:
+            output = F.scaled_dot_product_attention(*(row.to(inner) for row in rows), is_causal=True)
+            torch.autograd.grad(output.to(dtype).sum(), rows)
+
+        with torch.enable_grad():
+            calls = {SINGLE: lambda call=attend: call(torch.float32), PLAIN: lambda call=attend: call(dtype)}
+            found[f"{ATTENTION}, {size}"] = _clearly_best(fastest(calls))
     return found
+
+
+def _clearly_best(seconds: dict[str, float]) -> str:
+    """The kernel of the least time, where it beats torch's own by GAIN; else that."""
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] * GAIN <= seconds[PLAIN] else PLAIN
 
 
 def operands(form: str, rows: int, inner: int, outer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,9 +288,14 @@ def describe() -> str:
     """The choices made so far in this process, a line for each data type, number of threads and kernel."""
     lines = []
     for (dtype, threads), own in _tables.items():
-        for kernel in dict.fromkeys(own.values()):
+        name = str(dtype).removeprefix("torch.")
+        products = {key: kernel for key, kernel in own.items() if not key.startswith(ATTENTION)}
+        for kernel in dict.fromkeys(products.values()):
             names = {form: [size for size in SIZES if own[f"{form}, {size}"] == kernel] for form in FORMS}
             parts = [f"{form} ({', '.join(sizes)})" for form, sizes in names.items() if sizes]
-            which = "all" if len(set(own.values())) == 1 else "; ".join(parts)
-            lines.append(f"products in {str(dtype).removeprefix('torch.')}, {threads} thread(s), by {kernel}: {which}")
+            which = "all" if len(set(products.values())) == 1 else "; ".join(parts)
+            lines.append(f"products in {name}, {threads} thread(s), by {kernel}: {which}")
+        single = [size for size in ATTENTION_SIZES if own[f"{ATTENTION}, {size}"] == SINGLE]
+        if single:
+            lines.append(f"trained attention in {name}, {threads} thread(s), by {SINGLE}: {', '.join(single)}")
     return "\n".join(lines)

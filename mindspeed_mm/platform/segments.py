@@ -30,14 +30,14 @@ class Segments:
         return cls(tuple(ends), offsets, max(lengths))
 
     @property
-    def runs(self) -> list[tuple[slice, int]]:
-        """Neighbours of one length together: their positions, and how many they are."""
-        result, start = [], 0
-        for length, group in itertools.groupby(end - begin for begin, end in itertools.pairwise((0, *self.ends))):
-            count = len(list(group))
-            result.append((slice(start, start + count * length), count))
-            start += count * length
-        return result
+    def lengths(self) -> list[int]:
+        """Of each sequence."""
+        return [end - start for start, end in itertools.pairwise((0, *self.ends))]
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Neighbours of one length together: that length, and how many they are."""
+        return [(length, len(list(group))) for length, group in itertools.groupby(self.lengths)]
 
     @property
     def slices(self) -> list[slice]:

@@ -107,7 +107,8 @@ def test_another_kernel_must_be_clearly_faster(monkeypatch):
     monkeypatch.setattr(host_products, "fastest", lambda _candidates: seconds)
     assert set(host_products.measure(torch.float32).values()) == {"torch"}
     seconds["onednn"] = 0.8
-    assert set(host_products.measure(torch.float32).values()) == {"onednn"}
+    found = host_products.measure(torch.float32)
+    assert {kernel for name, kernel in found.items() if not name.startswith("attention")} == {"onednn"}
 
 
 def test_a_kernel_that_the_processor_refuses_is_left_out():
@@ -129,6 +130,30 @@ def test_classes():
     assert host_products._class("forward", 8, 999_999) == "forward, tiny"
     assert host_products._class("weight gradient", 600, 600 * 512 * 512) == "weight gradient, large"
     assert host_products.choose("forward", torch.float64, 9, 9, 9) == "torch"
+
+
+@pytest.mark.parametrize(("length", "size"), [(56, "tiny"), (180, "small"), (300, "medium"), (1025, "large")])
+def test_letter_h_attention_goes_by_its_length_and_heads(monkeypatch, length, size):
+    """Case: short sequences trained in bf16 took 25 times as long as in fp32, on a processor with tiles for bf16."""
+    own = {name: "torch" for name in host_products.classes()} | {f"attention, {size}": "float32"}
+    monkeypatch.setitem(host_products._tables, (torch.bfloat16, torch.get_num_threads()), own)
+    assert host_products.choose_attention(torch.bfloat16, length, 64) == "float32"
+    assert host_products.choose_attention(torch.float32, length, 64) == "torch"
+    assert host_products.choose_attention(torch.bfloat16, 9000, 1) == ("float32" if size == "small" else "torch")
+
+
+def test_attention_is_measured_where_the_processor_multiplies_half_precision(monkeypatch):
+    timed = []
+    monkeypatch.setattr(
+        host_products, "fastest", lambda calls: timed.append([call() for call in calls.values()]) or dict(torch=1.0)
+    )
+    monkeypatch.setattr(host_products, "has_half_products", lambda _dtype: True)
+    found = host_products._measure_attention(torch.bfloat16)
+    assert list(found) == host_products.classes()[-len(found) :] and len(timed) == len(host_products.ATTENTION_SIZES)
+    monkeypatch.setattr(host_products, "has_half_products", lambda _dtype: False)
+    assert set(host_products._measure_attention(torch.bfloat16).values()) == {"float32"}
+    assert set(host_products._measure_attention(torch.float32).values()) == {"torch"}
+    assert len(timed) == len(host_products.ATTENTION_SIZES)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -163,11 +188,11 @@ def test_products_of_nothing(kernel, rows, outer, monkeypatch):
     assert weight.grad.shape == weight.shape and not weight.grad.any()
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_trained_attention_in_half_precision(has, monkeypatch):
+@pytest.mark.parametrize("kernel", ["torch", "float32"])
+def test_trained_attention_in_half_precision(kernel, monkeypatch):
     from mindspeed_mm.platform import get_platform
 
-    monkeypatch.setattr(host_products, "has_half_products", lambda _dtype: has)
+    monkeypatch.setattr(host_products, "choose_attention", lambda *_: kernel)
     tensors = [torch.randn(1, 2, 7, 8).bfloat16().requires_grad_() for _ in range(3)]
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     out = get_platform("cpu").attention(*tensors, mask=None, causal=True, scale=0.3, dropout=0.0)
@@ -218,3 +243,9 @@ def test_the_choices_are_told(unmeasured):
     own = dict.fromkeys(host_products.classes(), "torch") | {"forward, large": "onednn", "forward, tiny": "onednn"}
     host_products._tables[torch.float32, threads] = own
     assert "by onednn: forward (tiny, large)" in get_platform("cpu").choices()
+    own = dict.fromkeys(host_products.classes(), "torch") | {"attention, tiny": "float32"}
+    host_products._tables[torch.bfloat16, threads] = own
+    assert host_products.describe().endswith(
+        f"products in bfloat16, {threads} thread(s), by torch: all\n"
+        f"trained attention in bfloat16, {threads} thread(s), by float32: tiny"
+    )

@@ -75,7 +75,7 @@ class Alibi:
 
 def segment_places(segments: Segments, device: torch.device) -> torch.Tensor:
     """Position of each token in its sequence, [T] int64; every branch continues the beginning that it shares."""
-    runs = [(0, place.stop - place.start) for place in segments.slices]
+    runs = [(0, length) for length in segments.lengths]
     if isinstance(segments, BranchedSegments):
         runs = []
         for shared, *branches in segments.branches:
