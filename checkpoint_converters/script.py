@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 from checkpoint_converters.convert import FILE_NAMES, convert_part
+from mindspeed_mm.models.describe import check_heads
 from mindspeed_mm.models.sources import open_source
+from mindspeed_mm.weights.layouts import VISION
 
 DTYPE_CHOICES = ("keep", "fp32", "fp16", "bf16")
 
@@ -20,8 +22,11 @@ def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
 def run(part: str, source: Path, folder: Path, *, dtype: str, num_attention_heads: int | None = None) -> int:
     """Convert `part` of `source` into `folder` and return the exit status: 0, or 1 with the error on stderr."""
     try:
+        opened = open_source(source)
+        if part == VISION:
+            check_heads(opened, num_attention_heads)
         done = convert_part(
-            open_source(source).part(part),
+            opened.part(part),
             folder / FILE_NAMES[part],
             dtype=None if dtype == "keep" else dtype,
             num_attention_heads=num_attention_heads,

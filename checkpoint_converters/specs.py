@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from checkpoint_converters.targets import CHECKPOINT
-from mindspeed_mm.models.describe import describe_model, describe_part, part_of_source
+from mindspeed_mm.models.describe import check_heads, describe_model, describe_part, part_of_source
 from mindspeed_mm.models.part import SLOTS, PartSpec, part_block
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, load_model_spec
-from mindspeed_mm.weights.layouts import OURS
+from mindspeed_mm.weights.layouts import OURS, VISION
 from mindspeed_mm.weights.sources import PartSource, Source
 
 RUN_KEYS = (
@@ -22,7 +22,12 @@ RUN_KEYS = (
 
 
 def specs_of(source: Source, kinds: Sequence[str], num_attention_heads: int | None = None) -> dict[str, PartSpec]:
-    """Specs of the named parts of a source, without what a run had set. A whole model is checked as one."""
+    """Specs of the named parts of a source, without what a run had set. A whole model is checked as one.
+
+    Raises ConfigError where the vision encoder's config says another number of heads than `num_attention_heads`.
+    """
+    if VISION in kinds:
+        check_heads(source, num_attention_heads)
     model = _model_config(source)
     whole = set(SLOTS) <= set(kinds)
     if model and whole:

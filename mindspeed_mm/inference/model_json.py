@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_converters.checkpoint import register_checkpoints
-from mindspeed_mm.errors import ConfigError, WeightError
-from mindspeed_mm.models.describe import describe_model, describe_part
+from mindspeed_mm.errors import WeightError
+from mindspeed_mm.models.describe import check_heads, describe_model, describe_part
 from mindspeed_mm.models.part import ALL_SLOTS, PartSpec, find_part
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, find_family, load_model_spec, model_block
@@ -37,8 +37,8 @@ def model_json_of(weights: Sequence[str | Path], *, num_attention_heads: int | N
         for slot in source.parts:
             holders.setdefault(slot, (path, source))
     heads = {VISION: num_attention_heads}
-    if num_attention_heads is not None and VISION in holders:
-        _check_heads(holders[VISION][1], num_attention_heads)
+    if VISION in holders:
+        check_heads(holders[VISION][1], num_attention_heads)
     if whole is not None and len(sources) == 1 and set(family.slots) <= set(whole.parts):
         specs = describe_model(whole, num_attention_heads=num_attention_heads).part_specs()
     else:
@@ -55,30 +55,6 @@ def model_json_of(weights: Sequence[str | Path], *, num_attention_heads: int | N
         holder[slot] = {**holder[slot], "ckpt_path": path}
     load_model_spec(block, context=", ".join(map(str, weights)))
     return block
-
-
-def _check_heads(source: Source, given: int) -> None:
-    """Raise ConfigError where what lies beside the weights of a vision encoder says another number of heads."""
-    part = source.part(VISION)
-    if part.config is None or "num_attention_heads" in part.assumed:
-        return
-    found = describe_part(part).num_attention_heads
-    if found == given:
-        return
-    inside, key = part.config, "num_attention_heads"
-    for outer in (source.config, part.config):
-        if outer is not None and isinstance(outer.get("vision_config"), dict):
-            inside, key = outer["vision_config"], "vision_config.num_attention_heads"
-    if "num_heads" in inside:  # Qwen2.5-VL
-        key = key.replace("num_attention_heads", "num_heads")
-    config = part.path / "config.json"
-    said = f"{key} {found}" if key.rpartition(".")[2] in inside else f"no {key}, which stands for {found},"
-    again = f"convert the weights again with --num-attention-heads {given}"  # our record lies inside a file
-    cure = again if part.dialect == "ours" else f"correct {key} there"
-    raise ConfigError(
-        f"{config if config.is_file() else part.path}: found {said} and --num-attention-heads {given}; expected the "
-        f"same number of heads. Leave --num-attention-heads out, or {cure} if the weights have {given} heads"
-    )
 
 
 def _check_complete(specs: dict[str, PartSpec], paths: Sequence[str]) -> None:

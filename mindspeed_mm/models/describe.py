@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from mindspeed_mm.errors import WeightError
+from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.part import DEFAULT_MODEL_IDS, Part, PartSpec, find_part, part_block, part_for_model_type
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, find_family, load_model_spec, model_block
-from mindspeed_mm.weights.layouts import INTERACTION
+from mindspeed_mm.weights.layouts import INTERACTION, VISION
 from mindspeed_mm.weights.rule_names import is_layered, layer_of
 from mindspeed_mm.weights.rules import Geometry, Rule
 from mindspeed_mm.weights.sources import PartSource, Source
@@ -56,6 +56,33 @@ def describe_model(source: Source, **vision_encoder: Any) -> ModelSpec:
     stated["vision_encoder"] = {**stated.get("vision_encoder", {}), **vision_encoder}
     specs = {slot: describe_part(source.part(slot), **stated.get(slot, {})) for slot in held_slots(family, source)}
     return load_model_spec(model_block(specs, family.name), context=str(source.path))
+
+
+def check_heads(source: Source, given: int | None) -> None:
+    """Raise ConfigError where what lies beside the weights of a vision encoder says another number of heads.
+
+    `given` is the command's --num-attention-heads; None where it was not given.
+    """
+    part = source.part(VISION)
+    if given is None or part.config is None or "num_attention_heads" in part.assumed:
+        return
+    found = describe_part(part).num_attention_heads
+    if found == given:
+        return
+    inside, key = part.config, "num_attention_heads"
+    for outer in (source.config, part.config):
+        if outer is not None and isinstance(outer.get("vision_config"), dict):
+            inside, key = outer["vision_config"], "vision_config.num_attention_heads"
+    if "num_heads" in inside:  # Qwen2.5-VL
+        key = key.replace("num_attention_heads", "num_heads")
+    config = part.path / "config.json"
+    said = f"{key} {found}" if key.rpartition(".")[2] in inside else f"no {key}, which stands for {found},"
+    again = f"convert the weights again with --num-attention-heads {given}"  # our record lies inside a file
+    cure = again if part.dialect == "ours" else f"correct {key} there"
+    raise ConfigError(
+        f"{config if config.is_file() else part.path}: found {said} and --num-attention-heads {given}; expected the "
+        f"same number of heads. Leave --num-attention-heads out, or {cure} if the weights have {given} heads"
+    )
 
 
 def held_slots(family: Any, source: Source) -> tuple[str, ...]:

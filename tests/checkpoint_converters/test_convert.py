@@ -15,7 +15,7 @@ from checkpoint_converters.convert import convert, convert_part
 from checkpoint_converters.stream import as_bytes
 from checkpoint_converters.torch_zip import write_torch_zip
 from checkpoint_converters.write import beside
-from mindspeed_mm.errors import WeightError
+from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.describe import describe_model, describe_part
 from mindspeed_mm.models.part import find_part
 from mindspeed_mm.models.sources import open_source
@@ -244,6 +244,18 @@ def test_the_scripts_of_the_guide(models, spec, tmp_path, monkeypatch, capsys):
 def test_a_script_fails_with_a_message(models, tmp_path, monkeypatch, capsys):
     status = run_script(monkeypatch, "mlp_converter.py", "--ckpt-path", models / "vicuna", "--output", tmp_path)
     assert status == 1 and "expected a vision_projector" in capsys.readouterr().err
+
+
+def test_heads_that_the_config_contradicts_are_refused(models, tmp_path, monkeypatch, capsys):
+    """Case: the file was written with the heads given, so that the model it describes is another one."""
+    wrong, message = {"num_attention_heads": 1}, "clip_hf/config.json: found num_attention_heads 4 and --num-attention"
+    with pytest.raises(ConfigError, match=message):
+        convert(models / "clip_hf", tmp_path / "out", to="mindspeed-mm", **wrong)
+    with pytest.raises(ConfigError, match="found vision_config.num_attention_heads 4 and --num-attention-heads 1"):
+        convert(models / "llava_hf", tmp_path / "out", to="mindspeed-mm", **wrong)
+    flags = ("--download-root", models / "clip_hf", "--output", tmp_path / "out", "--num-attention-heads", "1")
+    assert run_script(monkeypatch, "clip_converter.py", *flags) == 1 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_script_runs_from_anywhere(tmp_path):
