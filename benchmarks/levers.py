@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import statistics
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from llava_shapes import save_model
 from report import machine, write
-from training_sides import OurTraining, TrainedJob, reset_peak, resident
+from training_sides import MIB, OurTraining, TrainedJob, reset_peak, resident
 from training_work import KINDS, make_work
 
 ALL = "all levers"
@@ -74,6 +75,21 @@ def _slow_adamw(side: OurTraining) -> Iterator[None]:
         group["fused"] = True
 
 
+@contextlib.contextmanager
+def _returned_memory() -> Iterator[None]:
+    """glibc as it is by itself once large blocks were freed: 32 MiB and more go back at once, so does the heap's end
+    from 64 MiB on. Training switches back to keeping them."""
+    from mindspeed_mm.platform import host_memory
+
+    libc = ctypes.CDLL(None)
+    largest, blocks, mmap_threshold = 32 * MIB, 65536, -3  # malloc.h: M_MMAP_THRESHOLD
+    libc.mallopt(mmap_threshold, largest)
+    libc.mallopt(host_memory.TRIM_THRESHOLD, 2 * largest)
+    libc.mallopt(host_memory.MMAP_MAX, blocks)
+    with mock.patch.object(host_memory, "keep_freed", lambda: False):
+        yield
+
+
 def arithmetic() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     """Name of each lever that computes otherwise than plain torch -> a context without it, models at hand included."""
     from mindspeed_mm.platform import fused, host_products
@@ -102,6 +118,7 @@ def variants(side: OurTraining, kind: str) -> dict[str, Callable[[], contextlib.
         ALL: contextlib.nullcontext,
         **arithmetic(),
         "fused AdamW": lambda: _slow_adamw(side),
+        "freed memory kept": _returned_memory,
         "head in chunks": lambda: mock.patch.object(loss, "CHUNK", 10**9),
         "last MLP where asked": lambda: mock.patch.object(VLM, "_places", lambda *_: None),
     }
