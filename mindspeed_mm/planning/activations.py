@@ -44,13 +44,20 @@ class LayerSizes:
     kernels: Kernels
     sequences: int = 1
     """Sequences that stand one behind the other in the row; attention puts its outputs for them together."""
-    longest: float = 0.0
-    """Positions of the longest sequence."""
+    lengths: tuple[float, ...] = ()
+    """Positions of the sequences, of each kind at least one."""
 
     @property
     def shape(self) -> LayerShape:
         """What the part states of a layer."""
         return self.part.layer
+
+    @property
+    def single(self) -> float:
+        """Share of the positions whose attention takes float32 copies (platform/cpu.py)."""
+        channels = self.shape.kv_channels
+        taken = sum(length for length in self.lengths if self.kernels.single_attention(length, channels))
+        return taken / sum(self.lengths)
 
     @property
     def width(self) -> int:
@@ -75,24 +82,24 @@ def head_norms(sizes: LayerSizes) -> float:
 def attention_core(sizes: LayerSizes) -> float:
     """softmax(QK^T)V: the output and the log-sum of each row and head. What it takes: `attention_inputs`."""
     heads = sizes.shape.num_attention_heads / sizes.tensor
-    element = SINGLE if sizes.kernels.single_attention else sizes.element
+    element = sizes.single * SINGLE + (1 - sizes.single) * sizes.element
     return sizes.tokens * heads * (element * sizes.shape.kv_channels + SINGLE)
 
 
-def attention_inputs(sizes: LayerSizes, *, single: bool) -> float:
+def attention_inputs(sizes: LayerSizes, *, single: float) -> float:
     """Query, key and value as the kernel takes them.
 
     All three are views of the (rotated) fused projection, but for queries that share keys, which are copied together.
-    Context parallelism sends copies of all three. `single`: the kernel takes copies in float32.
+    Context parallelism sends copies of all three. Of the share `single` the kernel takes copies in float32.
     """
     shape, tokens = sizes.shape, sizes.tokens
     heads, groups = shape.num_attention_heads / sizes.tensor, shape.num_query_groups / sizes.tensor
-    channels = (SINGLE if single else sizes.element) * shape.kv_channels
+    channels = (single * SINGLE + (1 - single) * sizes.element) * shape.kv_channels
     if sizes.context > 1:
         groups *= sizes.context // math.gcd(int(groups), sizes.context)
         return tokens * channels * (heads + 2 * groups)
-    copied = heads if heads != groups and not single else 0
-    return tokens * channels * (heads + 2 * groups + copied)
+    copied = (1 - single) * sizes.element * shape.kv_channels * (heads if heads != groups else 0)
+    return tokens * (channels * (heads + 2 * groups) + copied)
 
 
 def capped_scores(sizes: LayerSizes) -> float:
@@ -100,7 +107,7 @@ def capped_scores(sizes: LayerSizes) -> float:
     platform/capped.py says how large it is."""
     if not sizes.shape.soft_cap:
         return 0.0
-    scores = sizes.tokens * sizes.shape.num_attention_heads / sizes.tensor * sizes.longest
+    scores = sizes.tokens * sizes.shape.num_attention_heads / sizes.tensor * max(sizes.lengths)
     return 4 * SINGLE * min(scores, BLOCK_SCORES)
 
 
@@ -127,13 +134,13 @@ def layer(sizes: LayerSizes, *, without_core: bool = False) -> float:
     linear_inputs = 2 * input_rows * sizes.width if sizes.trained else 0
     shape = sizes.shape
     own_output = sizes.tokens * sizes.element * shape.num_attention_heads * shape.kv_channels / sizes.tensor
-    single = sizes.kernels.single_attention and not without_core
+    single = 0.0 if without_core else sizes.single
     core = attention_core(sizes)
     if without_core:
         core = own_output if sizes.trained else 0
-    elif (sizes.context > 1 or sizes.sequences > 1 or single or shape.soft_cap) and sizes.trained:
+    elif sizes.trained:
         # What was put together, rounded, turned or came back from the exchange of slices is the output linear's.
-        core += own_output
+        core += own_output * (1 if sizes.context > 1 or sizes.sequences > 1 or shape.soft_cap else single)
     norms = shape.norms * norm(sizes) + head_norms(sizes)
     return norms + linear_inputs + attention_inputs(sizes, single=single) + core + mlp(sizes)
 
@@ -156,7 +163,7 @@ def decoder_sizes(job: TrainingJob) -> LayerSizes:
         trained=job.linears.layers,
         kernels=kernels_of(job.device, job.runtime.params_dtype),
         sequences=job.joined_sequences,
-        longest=max(job.row.lengths),
+        lengths=job.row.lengths if job.joined_sequences > 1 else (job.positions,),
     )
 
 
@@ -173,6 +180,7 @@ def vision_encoder_sizes(job: TrainingJob) -> LayerSizes:
         trained=job.trained("vision_encoder"),
         kernels=kernels_of(job.device, job.runtime.params_dtype),
         sequences=2 if vision_encoder.layer.segments else 1,
+        lengths=(job.encoded.pairs / max(tokens, 1.0) / vision_encoder.num_built_layers,),
     )
 
 
@@ -185,11 +193,11 @@ def cross(job: TrainingJob) -> float:
     crossing, sizes = job.crossing, decoder_sizes(job)
     shape, tokens, element = crossing.shape, sizes.tokens, sizes.element
     heads = shape.heads / job.tensor
-    single = sizes.kernels.single_attention
     inner = heads * shape.head_size
-    taken = (tokens + 2 * crossing.rows * crossing.features) * inner * (SINGLE if single else element)
-    output = tokens * (inner * (SINGLE if single else element) + heads * SINGLE)
-    mask = tokens * (crossing.features * (SINGLE if single else element) + 1)
+    at_core = SINGLE if sizes.kernels.single_attention(crossing.features, shape.head_size) else element
+    taken = (tokens + 2 * crossing.rows * crossing.features) * inner * at_core
+    output = tokens * (inner * at_core + heads * SINGLE)
+    mask = tokens * (crossing.features * at_core + 1)
     norms = 2 * sizes.norm_tokens * (sizes.width + 2 * SINGLE)
     gates = 2 * sizes.norm_tokens * sizes.width
     activated = tokens * shape.ffn_hidden_size / job.tensor * element

@@ -17,9 +17,15 @@ class Kernels:
     """Whether trained linears keep their input as gathered under sequence parallelism, or gather it again."""
     foreach_optimizer: bool
     """Whether AdamW runs over all tensors at once, with a temporary of their size."""
-    single_attention: bool
-    """Whether trained attention takes float32 copies of its inputs whatever its length (platform/cpu.py); on other
-    processors short sequences alone may, which is not counted."""
+    host: bool
+    """Whether this is the CPU, whose trained attention may take float32 copies of its inputs (platform/cpu.py)."""
+    dtype: torch.dtype
+    """Of activations."""
+
+    def single_attention(self, length: float, channels: int) -> bool:
+        """Whether trained attention over `length` keys with heads of `channels` takes float32 copies."""
+        chosen = host_products.choose_attention(self.dtype, round(length), channels) if self.host else None
+        return chosen == host_products.SINGLE
 
 
 def kernels_of(device: str, dtype: torch.dtype) -> Kernels:
@@ -31,5 +37,6 @@ def kernels_of(device: str, dtype: torch.dtype) -> Kernels:
     return Kernels(
         keeps_gathered=host,
         foreach_optimizer=device == "cuda",
-        single_attention=host and dtype in host_products.HALVES and not host_products.has_half_products(dtype),
+        host=host,
+        dtype=dtype,
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -32,6 +33,8 @@ class Work(NamedTuple):
     """Samples that share a row; 0: one a row."""
     half_products: bool = True
     """Whether the processor is one with instructions for bfloat16."""
+    short_single: bool = False
+    """Whether it is one that attends to all but the largest sequences faster in float32."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,24 @@ def as_processor(work: Work) -> Iterator[None]:
     """Let products and attention run as on the processor of `work`, whatever this one is."""
     from mindspeed_mm.platform import host_products
 
-    kept, tables = host_products.has_half_products, dict(host_products._tables)
-    host_products.has_half_products = lambda dtype: work.half_products
-    for dtype in host_products.DTYPES:
-        host_products._tables[dtype, torch.get_num_threads()] = host_products.by_capability(dtype)
-    try:
+    tables = {dtype: table_of(dtype, work) for dtype in host_products.DTYPES}
+    with (
+        mock.patch.object(host_products, "has_half_products", lambda _dtype: work.half_products),
+        mock.patch.object(host_products, "table", tables.__getitem__),
+        mock.patch.object(host_products, "settle", lambda: None),
+    ):
         yield
-    finally:
-        host_products.has_half_products = kept
-        host_products._tables.clear()
-        host_products._tables.update(tables)
+
+
+def table_of(dtype: torch.dtype, work: Work) -> dict[str, str]:
+    """The kernels that the processor of `work` has measured for a data type."""
+    from mindspeed_mm.platform import host_products
+
+    slow = dtype in host_products.HALVES and not work.half_products
+    table = dict.fromkeys(host_products.classes(), host_products.SINGLE if slow else host_products.PLAIN)
+    if dtype in host_products.HALVES and work.short_single:
+        table |= {f"{host_products.ATTENTION}, {size}": host_products.SINGLE for size in ("tiny", "small", "medium")}
+    return table
 
 
 def _measure(work: Work) -> Measured:

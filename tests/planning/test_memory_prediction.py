@@ -65,6 +65,8 @@ OLD_PROCESSOR = (
     "TP2 SP", "CP2 grouped", "PP2",
 )  # fmt: skip
 RUNS |= {f"{name}, no bfloat16": RUNS[name]._replace(half_products=False) for name in OLD_PROCESSOR}
+SHORT = ("grouped queries", "vision encoder trained", "packed", "CP2 grouped", "Flamingo")
+RUNS |= {f"{name}, short attention": RUNS[name]._replace(short_single=True) for name in SHORT}
 for run in RUNS.values():
     if run.model["text_decoder"]["hidden_size"] == 192:
         run.model["image_encoder"]["vision_projector"]["hidden_size"] = 192
@@ -73,6 +75,7 @@ for run in RUNS.values():
 SLOW = (
     *("stage 1, float32", "stage 1, full recomputation", "TP2, vision encoder trained", "CP2", "PP2 stage 1"),
     *("DP2 distributed", "LLaVA-NeXT, CP2", "Flamingo"),
+    *(f"{name}, short attention" for name in SHORT if name not in ("vision encoder trained", "packed")),
     *(f"{name}, no bfloat16" for name in OLD_PROCESSOR if name not in ("selective recomputation", "packed", "TP2 SP")),
 )
 """Runs whose parts others have, too."""
