@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import statistics
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from llava_shapes import save_model
 from report import machine, write
-from training_sides import MIB, OurTraining, TrainedJob, reset_peak, resident
+from training_sides import OurTraining, TrainedJob, reset_peak, resident
 from training_work import KINDS, make_work
 
 ALL = "all levers"
@@ -81,11 +80,7 @@ def _returned_memory() -> Iterator[None]:
     from 64 MiB on. Training switches back to keeping them."""
     from mindspeed_mm.platform import host_memory
 
-    libc = ctypes.CDLL(None)
-    largest, blocks, mmap_threshold = 32 * MIB, 65536, -3  # malloc.h: M_MMAP_THRESHOLD
-    libc.mallopt(mmap_threshold, largest)
-    libc.mallopt(host_memory.TRIM_THRESHOLD, 2 * largest)
-    libc.mallopt(host_memory.MMAP_MAX, blocks)
+    host_memory.return_freed()
     with mock.patch.object(host_memory, "keep_freed", lambda: False):
         yield
 

@@ -48,7 +48,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     from mindspeed_mm.config.options import take_options
     from mindspeed_mm.data.config import DataConfig
     from mindspeed_mm.data.preflight_report import fix_suffixes, print_table, summary, write_page, write_whole
-    from mindspeed_mm.data.preflight_sets import check_config, look_at_set
+    from mindspeed_mm.data.preflight_sets import check_config, look_at_set, look_at_skips
     from mindspeed_mm.data.storage.objects import is_address
 
     start = time.monotonic()
@@ -57,26 +57,28 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     model = read_config(namespace.mm_model) if namespace.mm_model else None
     objective = _objective(namespace, config)
     check, tokens = _check(namespace, config, model)
-    check_config(config, check.max_length, None if objective is None else objective.auxiliary)
+    check_config(config, check.max_length, _wants_auxiliary(objective))
     asked = dict.fromkeys(map(id, config.predicted_sets.values()), _ask)
-    results, fixed = [], []
+    sets, fixed = [], []
     for basic in config.all_sets:
         found = look_at_set(
             check,
             config,
             basic,
-            preferences=_wants_pairs(objective, config, basic, [earlier for _, earlier in results]),
+            preferences=_wants_pairs(objective, config, basic, [earlier for _, earlier in sets]),
             ask=asked.get(id(basic)),
-            earlier=[earlier for _, earlier in results],
+            earlier=[earlier for _, earlier in sets],
             processes=namespace.workers,
         )
-        for problem in tokens if not results else ():
+        for problem in tokens if not sets else ():
             found.problem("settings", problem)
-        results.append((summary(basic.data_path, found), found))
+        sets.append((basic, found))
         if namespace.fix_suffix and found.suffixes:
             if is_address(basic.data_path):
                 raise ConfigError(f"--fix-suffix writes beside the data file, and {basic.data_path} is in a store")
             fixed.append(str(fix_suffixes(Path(basic.data_path), basic.data_folder, found.suffixes)))
+    look_at_skips(check.policies, [one for one in sets if id(one[0]) not in asked])
+    results = [(summary(basic.data_path, found), found) for basic, found in sets]
     accounts = [account for account, _ in results]
     print_table(accounts, Console(file=sys.stdout))
     for path in fixed:
@@ -122,7 +124,14 @@ def _wants_pairs(objective: Any, config: Any, basic: Any, earlier: list[Any]) ->
         return False
     if objective is not None:
         return objective.preferences
-    return earlier[0].pairs if earlier else None
+    return next((found.pairs for found in earlier if found.pairs is not None), None)
+
+
+def _wants_auxiliary(objective: Any) -> bool | None:
+    """Whether the objective reads auxiliary sets; None where a flag of train may say so."""
+    if objective is None or objective.preferences and not objective.auxiliary:
+        return None
+    return objective.auxiliary
 
 
 def _check(namespace: argparse.Namespace, config: Any, model: dict[str, Any] | None) -> tuple[Any, list[str]]:

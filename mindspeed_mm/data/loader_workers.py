@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from mindspeed_mm import ending
 from mindspeed_mm.errors import DataError
+from mindspeed_mm.platform import host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def settle(_worker: int) -> None:
     ends those that do not listen.
     """
     os.setpgid(0, 0)
+    host_memory.return_freed()
     ending.belong_to_parent()
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

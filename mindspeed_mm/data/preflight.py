@@ -97,12 +97,17 @@ class Found:
     largest: list[tuple[int, str]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     contents: list[int] = field(default_factory=list)
-    pairs: bool = False
-    """Whether they are preference records; of a whole set."""
+    pairs: bool | None = None
+    """Whether they are preference records; of a whole set that could be opened."""
     bad_images: int = 0
     """Records that are left out for an image."""
     suffixes: dict[str, str] = field(default_factory=dict)
     """Name of an image in the records -> suffix it should have."""
+
+    @property
+    def broken_images(self) -> int:
+        """Images found to be missing or broken."""
+        return self.problems["missing image"] + self.problems["broken image"]
 
     def problem(self, kind: str, message: str) -> None:
         self.problems[kind] += 1
@@ -209,12 +214,14 @@ class Check:
         if sample.ignored:
             found.problem("unused key", f"{sample.where}: {', '.join(dict.fromkeys(sample.ignored))}")
         left_out = self._answers(sample, found)
-        left_out = self._tokens(sample, found, left_out is not None) or left_out
-        problem = None
+        reason, unplanned = self._tokens(sample, found, left_out is not None)
+        left_out, problem, before = reason or left_out, None, found.broken_images
         for image in sample.files:
             found.images += 1
             if self.images:
                 problem = self._image(image, sample.where, found) or problem
+        if unplanned and problem is None and found.broken_images == before:
+            problem = self._broken("broken image", unplanned, found)
         found.bad_images += problem is not None and left_out is None
         if left_out or problem:
             found.problem("left out", left_out or problem or "")
@@ -222,19 +229,23 @@ class Check:
     def _answers(self, sample: Sample, found: Found) -> str | None:
         """Look for an empty answer. The reason, where the record is left out for it."""
         reason = unanswered(sample) if self.answers else None
-        if reason is None or self.policies.empty_answer == "drop":
+        if reason is None or self.policies.empty_answer == "drop" and self.ask is None:
             return reason
         found.problem("empty answer", f"{reason} Write the answer, or remove the record.")
         return None
 
-    def _tokens(self, sample: Sample, found: Found, left_out: bool) -> str | None:
-        """Look at tokens and lengths, of a record that is left out for its own sake. The reason, where it is left out
-        for its length."""
-        reason = None
+    def _tokens(self, sample: Sample, found: Found, left_out: bool) -> tuple[str | None, str | None]:
+        """Look at tokens and lengths, of a record that is `left_out` for its own sake or not.
+
+        Returns:
+            The reason, where it is left out for its length; and why the model takes no image of its size.
+        """
+        reason = unplanned = None
         for number, (template, encoding) in enumerate(self.encodings.items()):
             try:
                 ids, labels = encoding.of(sample)
-            except ImageError:  # its size is needed; looked at below
+            except ImageError as error:  # most often one that cannot be opened, which is told of the image
+                unplanned = unplanned or f"{sample.where}: {error}"
                 continue
             except DataError as error:
                 if number == 0:
@@ -247,7 +258,7 @@ class Check:
             supervised = sum(label != IGNORE_INDEX for label in kept)
             found.supervised.append(supervised)
             found.longest = sorted([*found.longest, (len(ids), sample.where)], reverse=True)[:WORST]
-            other: list[int] = []
+            other, is_pair = list[int](), True
             if sample.rejected is not None:
                 other, _ = encoding.of(replace(sample, turns=sample.rejected))
                 found.lengths.setdefault(f"{template}, rejected", []).append(len(other))
@@ -255,6 +266,7 @@ class Check:
                 try:
                     pair_tokens(sample, encoding.plans(sample), encoding)
                 except DataError as error:
+                    is_pair = False
                     found.problem("pair", f"{sample.where}: {error}")
             self._ids([*ids, *other], sample, encoding.tokenizer, found)
             if self.ask is not None:
@@ -266,7 +278,7 @@ class Check:
                     f"{length}. {longest_text(sample)} "
                     'Shorten it, raise --seq-length, or set "overlong": "truncate" or "drop".',
                 )
-            elif self._is_dropped(ids, sample, encoding):
+            elif is_pair and self._is_dropped(ids, sample, encoding):
                 reason = f'{length}; "overlong": "{self.policies.overlong}" leaves it out.'
             if not (supervised or left_out or reason):
                 found.problem(
@@ -274,7 +286,7 @@ class Check:
                     f"{sample.where}: no token within the maximum length of {self.max_length} is supervised; expected "
                     "an answer that begins before.",
                 )
-        return reason
+        return reason, unplanned
 
     def _is_dropped(self, ids: list[int], sample: Sample, encoding: Encoding) -> bool:
         """Whether training leaves a sample out for its length, of which `ids` are the longer side."""
@@ -308,10 +320,7 @@ class Check:
             other = other_suffix(image) if missing else None
             if other is not None:
                 found.suffixes[str(image)] = other.suffix
-            if self.policies.image_error == "skip" and self.ask is None:
-                return f"{where}: {error}"
-            found.problem("missing image" if missing else "broken image", f"{where}: {error}")
-            return None
+            return self._broken("missing image" if missing else "broken image", f"{where}: {error}", found)
         found.sizes.append(pil_image.size)
         found.largest = sorted(
             [*found.largest, (pil_image.width * pil_image.height, f"{where}: {image}")], reverse=True
@@ -319,6 +328,13 @@ class Check:
         del found.largest[WORST:]
         if isinstance(image, str):
             self._file(Path(image), where, found)
+        return None
+
+    def _broken(self, kind: str, message: str, found: Found) -> str | None:
+        """Note an image that cannot be used; or the message, where its record is left out for it."""
+        if self.policies.image_error == "skip" and self.ask is None:
+            return message
+        found.problem(kind, message)
         return None
 
     def _file(self, path: Path, where: str, found: Found) -> None:

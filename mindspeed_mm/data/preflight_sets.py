@@ -10,7 +10,7 @@ from mindspeed_mm import registry
 from mindspeed_mm.data.auxiliary import check_auxiliary
 from mindspeed_mm.data.build import check_set, read_options, row_length
 from mindspeed_mm.data.config import DataConfig
-from mindspeed_mm.data.dataset import set_length
+from mindspeed_mm.data.dataset import LEAST_JUDGED, Policies, set_length
 from mindspeed_mm.data.prediction import PredictedSet
 from mindspeed_mm.data.preflight import Check, Found, shared_records
 from mindspeed_mm.data.set_config import DATASETS, BasicParameters
@@ -58,12 +58,17 @@ def look_at_set(
             check = dataclasses.replace(check, ask=ask, answers=basic.metric is not None)
         found = check.set_of(source, basic.data_path, processes=processes)
         found.pairs = bool(getattr(source, "pairs", False))
-        preferences = not is_asked and (found.pairs if preferences is None else preferences)
         shared_records(earlier, found, source)
         try:
-            check_set(basic.data_path, source, kind, encoding.media, preferences)
-            if found.records:
-                _check_what_is_left(check, found, basic)
+            if is_asked and found.pairs:
+                raise ConfigError(
+                    f"{basic.data_path} holds preference records, which have no one answer; give conversations"
+                )
+            wanted = found.pairs if preferences is None or is_asked else preferences
+            check_set(basic.data_path, source, kind, encoding.media, wanted)
+            if found.records and not is_asked:
+                left = found.records - found.problems["left out"]
+                set_length(basic.data_path, left, found.records, basic.repeat_time)
         except (ConfigError, DataError) as error:
             found.problem("settings", str(error))
     for problem in damage:
@@ -71,14 +76,14 @@ def look_at_set(
     return found
 
 
-def _check_what_is_left(check: Check, found: Found, basic: BasicParameters) -> None:
-    """Raise DataError where nothing of a set can be trained on, or more is left out for an image than data.json
-    allows."""
-    bad, most = found.bad_images, check.policies.max_skip_percent
-    if bad and (bad == found.records or bad > most / 100 * found.records):
-        raise DataError(
-            f"{basic.data_path}: {bad} of {found.records} records have no usable image, more than max_skip_percent "
-            f"{most:g} allows; bring the images back, or remove the records."
+def look_at_skips(policies: Policies, trained: Sequence[tuple[BasicParameters, Found]]) -> None:
+    """Note where more records of the trained sets are left out for an image than data.json allows. Training counts them
+    over all sets together, and from LEAST_JUDGED samples on (data/build.py)."""
+    bad, records = (sum(getattr(found, name) for _, found in trained) for name in ("bad_images", "records"))
+    if bad > policies.max_skip_percent / 100 * max(records, LEAST_JUDGED):
+        basic, worst = max(trained, key=lambda one: one[1].bad_images)
+        worst.problem(
+            "settings",
+            f"{basic.data_path}: {bad} of {records} records of all sets have no usable image, more than "
+            f"max_skip_percent {policies.max_skip_percent:g} allows; bring the images back, or remove the records.",
         )
-    usable = found.records - (found.problems["left out"] - bad)
-    set_length(basic.data_path, usable, found.records, basic.repeat_time)

@@ -70,9 +70,10 @@ def check_heads(source: Source, given: int | None) -> None:
     if found == given:
         return
     inside, key = part.config, "num_attention_heads"
-    for outer in (source.config, part.config):
-        if outer is not None and isinstance(outer.get("vision_config"), dict):
-            inside, key = outer["vision_config"], "vision_config.num_attention_heads"
+    for outer in (source.config or {}, part.config):
+        for name in ("vision_config", "vision_config_dict"):  # the second is of old CLIPs, and goes before the first
+            if isinstance(outer.get(name), dict) and (name == "vision_config" or "num_attention_heads" in outer[name]):
+                inside, key = outer[name], f"{name}.num_attention_heads"
     if "num_heads" in inside:  # Qwen2.5-VL
         key = key.replace("num_attention_heads", "num_heads")
     config = part.path / "config.json"

@@ -44,7 +44,7 @@ class LayerSizes:
     kernels: Kernels
     sequences: int = 1
     """Sequences that stand one behind the other in the row; attention puts its outputs for them together."""
-    lengths: tuple[float, ...] = ()
+    lengths: tuple[float, ...] = (0.0,)
     """Positions of the sequences, of each kind at least one."""
 
     @property
@@ -57,7 +57,8 @@ class LayerSizes:
         """Share of the positions whose attention takes float32 copies (platform/cpu.py)."""
         channels = self.shape.kv_channels
         taken = sum(length for length in self.lengths if self.kernels.single_attention(length, channels))
-        return taken / sum(self.lengths)
+        total = sum(self.lengths)
+        return taken / total if total else 0.0  # an encoder without images
 
     @property
     def width(self) -> int:

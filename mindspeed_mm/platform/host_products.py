@@ -155,14 +155,15 @@ def _measure_attention(dtype: torch.dtype) -> Table:
     if dtype not in HALVES or not has_half_products(dtype):
         return {name: kernel for name, kernel in by_capability(dtype).items() if name.startswith(ATTENTION)}
     found = {}
-    for size, (length, channels) in ATTENTION_SIZES.items():
-        rows = [torch.ones(1, ATTENTION_HEADS, length, channels, dtype=dtype, requires_grad=True) for _ in range(3)]
+    # What is measured when it is first asked for may be asked for by an inference without autograd.
+    with torch.inference_mode(False), torch.enable_grad():
+        for size, (length, channels) in ATTENTION_SIZES.items():
+            rows = [torch.ones(1, ATTENTION_HEADS, length, channels, dtype=dtype, requires_grad=True) for _ in range(3)]
 
-        def attend(inner: torch.dtype, rows: list[torch.Tensor] = rows) -> None:
-            output = F.scaled_dot_product_attention(*(row.to(inner) for row in rows), is_causal=True)
-            torch.autograd.grad(output.to(dtype).sum(), rows)
+            def attend(inner: torch.dtype, rows: list[torch.Tensor] = rows) -> None:
+                output = F.scaled_dot_product_attention(*(row.to(inner) for row in rows), is_causal=True)
+                torch.autograd.grad(output.to(dtype).sum(), rows)
 
-        with torch.enable_grad():
             calls = {SINGLE: lambda call=attend: call(torch.float32), PLAIN: lambda call=attend: call(dtype)}
             found[f"{ATTENTION}, {size}"] = _clearly_best(fastest(calls))
     return found

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from mindspeed_mm.cli.main import main
+from mindspeed_mm.data.expand import Encoding
+from mindspeed_mm.data.image_source import ImageError
 from mindspeed_mm.data.preflight import KINDS
 from mindspeed_mm.data.preflight_report import fix_suffixes, histogram, write_whole
 from mindspeed_mm.errors import DataError
@@ -141,15 +143,45 @@ def test_letter_c_what_data_json_leaves_out_is_no_error(check):
     code, report, _ = check(records + more, "--seq-length", "512", **policies)
     assert code == 0 and report["sets"][0]["problems"] == {"left out": 3}
     assert 'tokens, the maximum is 512; "overlong": "drop" leaves' in report["sets"][0]["examples"]["left out"][1]
-    code, report, _ = check(records, "--seq-length", "512", **policies)
+    code, report, _ = check(records, "--seq-length", "512", **policies, max_skip_percent=0)
     (said,) = report["sets"][0]["examples"]["settings"]
-    assert code == 1 and "1 of 4 records have no usable image" in said
+    assert code == 1 and "1 of 4 records of all sets have no usable image" in said
     code, report, _ = check([record(1, answer="")], **policies)
     (said,) = report["sets"][0]["examples"]["settings"]
     assert code == 1 and "all of its 1 records are left out" in said
 
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(("policy", "found"), [("error", "broken image"), ("skip", "left out")])
+def test_letter_c_images_of_a_size_that_the_model_does_not_take(check, monkeypatch, policy, found):
+    """Case: images that open, but of sides that no grid of patches fits, passed."""
+
+    def of(_encoding, sample):
+        raise ImageError("sides of a ratio of at most 200")
+
+    monkeypatch.setattr(Encoding, "of", of)
+    _, report, _ = check([record(0, "good.jpg"), record(1, "empty.jpg")], image_error=policy)
+    assert report["sets"][0]["problems"][found] == 2
+    assert "a ratio of at most 200" in report["sets"][0]["examples"][found][0]
+
+
+def test_letter_c_pairs_that_cannot_be_compared_stop_nothing(check):
+    """Case: a long pair that the template cannot compare ended the command where long ones are dropped."""
+    pair = {"prompt": "<image>\nWhat?", "chosen": "b " * 900, "rejected": "c " * 900, "image": "good.jpg"}
+    options = {"dataset_type": "preference", "overlong": "drop", "template_name": "plain"}
+    code, report, _ = check([pair, pair], "--seq-length", "512", **options)
+    assert code == 1 and report["records"] == 2 and report["sets"][0]["problems"]["pair"] == 2
+
+
+def test_letter_c_a_missing_first_set_says_nothing_of_the_others(check, tmp_path):
+    sets = [{"data_path": str(tmp_path / name)} for name in ("gone.jsonl", "records.jsonl")]
+    _, report, _ = check([PAIR], basic_parameters=sets, dataset_type="preference")
+    assert [account["problems"] for account in report["sets"]] == [{"file": 1}, {}]
+    asked = {"data_path": str(tmp_path / "records.jsonl"), "dataset_type": "preference"}
+    _, report, _ = check([PAIR], dataset_type="preference", more={"prediction": {"test": asked}})
+    assert "which have no one answer; give conversations" in report["sets"][1]["examples"]["settings"][0]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +191,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ([record(0)], {}, {"objective": "dpoo"}, 'did you mean "dpo"'),
         ([PAIR], {"dataset_type": "preference"}, {"objective": "sft"}, "which this objective does not train on"),
         ([record(0)], {}, {"dataloader_param": {"packing": True, "packing_length": 9}}, "length is 9, less than"),
-        ([PAIR], {"dataset_type": "preference", "beside": 1}, {"objective": "dpo"}, "this objective does not read"),
+        ([record(0)], {"beside": 1}, {"objective": "sft"}, "this objective does not read"),
     ],
 )
 def test_letter_c_settings_that_train_refuses(check, tmp_path, records, param, more, said):

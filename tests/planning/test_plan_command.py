@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,14 @@ def test_one_layout_agrees_with_the_arithmetic_of_the_parallelism_page(capsys):
     assert figures == pytest.approx([7.1, 13.5, 10.1], abs=0.06)
     assert layout["checkpoint"]["each"] == pytest.approx(6.76e9 * 14, rel=0.01)
     assert layout["recompute"] == "model"
+
+
+def test_a_trained_vision_encoder_that_sees_no_image(capsys, tmp_path):
+    changed = json.loads(Path(MODEL).read_text())
+    changed["image_encoder"]["vision_encoder"]["freeze"] = False
+    (tmp_path / "model.json").write_text(json.dumps(changed))
+    report, _ = plan(capsys, *EIGHT, *LAYOUT, "--sample-images", "0", path=tmp_path / "model.json")
+    assert report["layouts"]
 
 
 def test_known_hardware_gives_times(capsys):
