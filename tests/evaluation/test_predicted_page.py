@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from evaluation.drawing import ASKED, SAID, TRUE
-from evaluation.predicted.answers import _request
+from evaluation.predicted.answers import evaluation_request
 from evaluation.predicted.metrics import set_metrics
 from evaluation.predicted.page import found_entries, render_predictions, stored_place
 from mindspeed_mm.data.grounding.geometry import CentreCrop, ExpandToSquare, Resize, ResizeShortest, fractions, moved
@@ -114,6 +114,6 @@ def test_metrics_of_sets():
 def test_records_that_are_not_asked():
     turns = (Turn("human", "<image> and <image>", literal=(0,)), Turn("gpt", "x"))
     with pytest.raises(DataError, match="record 0: a text holds an <image> that is none"):
-        _request(0, Sample("a", turns, (), "a.jsonl: record 0"))
+        evaluation_request(0, Sample("a", turns, (), "a.jsonl: record 0"))
     with pytest.raises(DataError, match="record 0: the record shows frames of a video"):
-        _request(0, Sample("a", turns, (VideoFrames(("a.png",)),), "a.jsonl: record 0"))
+        evaluation_request(0, Sample("a", turns, (VideoFrames(("a.png",)),), "a.jsonl: record 0"))
