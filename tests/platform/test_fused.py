@@ -35,6 +35,7 @@ def test_rms_norm():
 
 
 def test_rms_norm_in_bfloat16_counts_in_float32():
+    torch.manual_seed(0)  # a sum that nearly cancels is off by more than the tolerance, about once in many draws
     x, weight = torch.randn(7, 64).bfloat16(), torch.randn(64).bfloat16()
     exact = grads(lambda x, w: F.rms_norm(x, (64,), w, 1e-5), x.float(), weight.float())
     found = grads(lambda x, w: fused.FusedRMSNorm.apply(x, w, 1e-5), x, weight)
