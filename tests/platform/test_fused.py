@@ -35,12 +35,12 @@ def test_rms_norm():
 
 
 def test_rms_norm_in_bfloat16_counts_in_float32():
-    torch.manual_seed(0)  # a sum that nearly cancels is off by more than the tolerance, about once in many draws
     x, weight = torch.randn(7, 64).bfloat16(), torch.randn(64).bfloat16()
     exact = grads(lambda x, w: F.rms_norm(x, (64,), w, 1e-5), x.float(), weight.float())
     found = grads(lambda x, w: fused.FusedRMSNorm.apply(x, w, 1e-5), x, weight)
     assert all(tensor.dtype == torch.bfloat16 for tensor in found)
-    equal([tensor.float() for tensor in found], exact, rtol=2e-2, atol=2e-2)
+    # The largest error over 300 draws is 0.024 beside 2 %; torch's own norm in bfloat16 has the same.
+    equal([tensor.float() for tensor in found], exact, rtol=2e-2, atol=4e-2)
 
 
 def test_frozen_norm_has_no_weight_gradient():
