@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 from checkpoint_converters.convert import FILE_NAMES, convert_part
-from mindspeed_mm.models.describe import check_heads
+from checkpoint_converters.specs import specs_of
 from mindspeed_mm.models.sources import open_source
-from mindspeed_mm.weights.layouts import VISION
 
 DTYPE_CHOICES = ("keep", "fp32", "fp16", "bf16")
 
@@ -23,11 +22,10 @@ def run(part: str, source: Path, folder: Path, *, dtype: str, num_attention_head
     """Convert `part` of `source` into `folder` and return the exit status: 0, or 1 with the error on stderr."""
     try:
         opened = open_source(source)
-        if part == VISION:
-            check_heads(opened, num_attention_heads)
         done = convert_part(
             opened.part(part),
             folder / FILE_NAMES[part],
+            spec=specs_of(opened, [part], num_attention_heads)[part],
             dtype=None if dtype == "keep" else dtype,
             num_attention_heads=num_attention_heads,
         )

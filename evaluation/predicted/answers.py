@@ -32,11 +32,11 @@ from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.grounding.geometry import BoxStep
 from mindspeed_mm.data.image import load_image
-from mindspeed_mm.data.prediction import PredictedSet
+from mindspeed_mm.data.prediction import PredictedSet, check_answerable
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.sample import Sample, VideoFrames
 from mindspeed_mm.data.set_config import DATASETS
-from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,7 @@ def read_set(config: DataConfig, chosen: PredictedSet, options: ReadOptions) -> 
     """The checked records of a set. Raises DataError for one that cannot be asked."""
     kind = config.dataset_param.kind_of(chosen)
     source = registry.find(DATASETS, kind, "DATASET", what="dataset_type")(chosen, options)
-    if getattr(source, "pairs", False):
-        raise ConfigError(f"{chosen.data_path} holds preference records, which have no one answer; give conversations")
+    check_answerable(chosen, source)
     for number in range(len(source)):
         evaluation_request(number, source[number])
     return source

@@ -58,7 +58,6 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     objective = _objective(namespace, config)
     check, tokens = _check(namespace, config, model)
     check_config(config, check.max_length, _wants_auxiliary(objective))
-    asked = dict.fromkeys(map(id, config.predicted_sets.values()), _ask)
     sets, fixed = [], []
     for basic in config.all_sets:
         found = look_at_set(
@@ -66,7 +65,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
             config,
             basic,
             preferences=_wants_pairs(objective, config, basic, [earlier for _, earlier in sets]),
-            ask=asked.get(id(basic)),
+            ask=_ask,
             earlier=[earlier for _, earlier in sets],
             processes=namespace.workers,
         )
@@ -77,7 +76,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
             if is_address(basic.data_path):
                 raise ConfigError(f"--fix-suffix writes beside the data file, and {basic.data_path} is in a store")
             fixed.append(str(fix_suffixes(Path(basic.data_path), basic.data_folder, found.suffixes)))
-    look_at_skips(check.policies, [one for one in sets if id(one[0]) not in asked])
+    look_at_skips(check.policies, sets)
     results = [(summary(basic.data_path, found), found) for basic, found in sets]
     accounts = [account for account, _ in results]
     print_table(accounts, Console(file=sys.stdout))

@@ -9,6 +9,7 @@ import pydantic
 
 from mindspeed_mm.config.load import StrictModel
 from mindspeed_mm.data.set_config import BasicParameters
+from mindspeed_mm.errors import ConfigError
 
 NAME = re.compile(r"[\w.-]+", re.ASCII)
 """Of a set of `multitest`: it stands in the names of files."""
@@ -35,6 +36,12 @@ class PredictedSet(BasicParameters):
         if self.lenient and self.metric != "rec":
             raise ValueError(f'has "lenient", which the metric rec reads, and the metric is {self.metric}; remove it')
         return self
+
+
+def check_answerable(chosen: PredictedSet, source: Any) -> None:
+    """Raise ConfigError for a set whose records are preference pairs."""
+    if getattr(source, "pairs", False):
+        raise ConfigError(f"{chosen.data_path} holds preference records, which have no one answer; give conversations")
 
 
 class Prediction(StrictModel):

@@ -11,7 +11,7 @@ from mindspeed_mm.data.auxiliary import check_auxiliary
 from mindspeed_mm.data.build import check_set, read_options, row_length
 from mindspeed_mm.data.config import DataConfig
 from mindspeed_mm.data.dataset import LEAST_JUDGED, Policies, set_length
-from mindspeed_mm.data.prediction import PredictedSet
+from mindspeed_mm.data.prediction import PredictedSet, check_answerable
 from mindspeed_mm.data.preflight import Check, Found, shared_records
 from mindspeed_mm.data.set_config import DATASETS, BasicParameters
 from mindspeed_mm.errors import ConfigError, DataError
@@ -32,7 +32,7 @@ def look_at_set(
     basic: BasicParameters,
     *,
     preferences: bool | None,
-    ask: Callable[[int, Any], Any] | None,
+    ask: Callable[[int, Any], Any],
     earlier: Sequence[Found],
     processes: int | None = None,
 ) -> Found:
@@ -40,7 +40,7 @@ def look_at_set(
 
     Args:
         preferences: whether the set has to hold pairs, None: either; those that are answered never have to.
-        ask: raises DataError for a record that cannot be asked, of sets that are answered.
+        ask: raises DataError for a record that cannot be asked; called for sets that are answered.
         earlier: what was found in the sets before it.
     """
     damage: list[DataError] = []
@@ -60,10 +60,8 @@ def look_at_set(
         found.pairs = bool(getattr(source, "pairs", False))
         shared_records(earlier, found, source)
         try:
-            if is_asked and found.pairs:
-                raise ConfigError(
-                    f"{basic.data_path} holds preference records, which have no one answer; give conversations"
-                )
+            if is_asked:
+                check_answerable(basic, source)
             wanted = found.pairs if preferences is None or is_asked else preferences
             check_set(basic.data_path, source, kind, encoding.media, wanted)
             if found.records and not is_asked:
@@ -76,9 +74,10 @@ def look_at_set(
     return found
 
 
-def look_at_skips(policies: Policies, trained: Sequence[tuple[BasicParameters, Found]]) -> None:
+def look_at_skips(policies: Policies, sets: Sequence[tuple[BasicParameters, Found]]) -> None:
     """Note where more records of the trained sets are left out for an image than data.json allows. Training counts them
     over all sets together, and from LEAST_JUDGED samples on (data/build.py)."""
+    trained = [one for one in sets if not isinstance(one[0], PredictedSet)]
     bad, records = (sum(getattr(found, name) for _, found in trained) for name in ("bad_images", "records"))
     if bad > policies.max_skip_percent / 100 * max(records, LEAST_JUDGED):
         basic, worst = max(trained, key=lambda one: one[1].bad_images)

@@ -170,7 +170,7 @@ class HfFormat:
         }
 
 
-def check_heads(what: str, config: dict[str, Any], width: str, heads: str) -> None:
+def check_head_width(what: str, config: dict[str, Any], width: str, heads: str) -> None:
     """Raise ConfigError where the heads do not fill a width and no key says how wide a head is. What is no whole number
     is left to the Spec."""
     found = (config[width], config[heads])

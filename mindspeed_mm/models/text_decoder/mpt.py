@@ -9,7 +9,7 @@ from mindspeed_mm.models.kit.cross_rules import cross_rules
 from mindspeed_mm.models.kit.cross_spec import CrossDecoderSpec, with_cross_config, with_cross_shapes
 from mindspeed_mm.models.kit.decoder_rules import ATTENTION, CHECKED, LAYER, TIED, build_decoder
 from mindspeed_mm.models.kit.decoder_spec import DecoderTraits, Positive
-from mindspeed_mm.models.kit.hf_config import HfFormat, check_heads
+from mindspeed_mm.models.kit.hf_config import HfFormat, check_head_width
 from mindspeed_mm.models.part import Part, only
 from mindspeed_mm.weights.rules import PackedQKV, Rule, RuleSet, Vocab
 
@@ -133,7 +133,7 @@ def from_hf(config: dict[str, Any]) -> MptSpec:
             f"{FORMAT.name}: found {' and '.join(other)}; expected ALiBi, no biases, and plain multi-head attention, "
             "as MPT-7B has it. Use weights of such a model."
         )
-    check_heads(FORMAT.name, full, "d_model", "n_heads")
+    check_head_width(FORMAT.name, full, "d_model", "n_heads")
     own = {ours: full[theirs] for ours, theirs in _NAMES.items()}
     own |= {
         "num_query_groups": None,

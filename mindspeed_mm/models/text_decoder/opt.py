@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.decoder_rules import ATTENTION, CHECKED, LAYER, TIED, build_decoder
 from mindspeed_mm.models.kit.decoder_spec import DecoderSpec, DecoderTraits, Positive
-from mindspeed_mm.models.kit.hf_config import FIELDS, HfFormat, check_heads
+from mindspeed_mm.models.kit.hf_config import FIELDS, HfFormat, check_head_width
 from mindspeed_mm.models.part import Part, only
 from mindspeed_mm.weights.rules import QKV, Rule, RuleSet, Vocab
 
@@ -92,7 +92,7 @@ def from_hf(config: dict[str, Any]) -> OptSpec:
             "biases, and embeddings as wide as the layers, as all OPT but 350m has. Use weights of another size."
         )
     own = {ours: full[theirs] for ours, theirs in _NAMES.items()}
-    check_heads(FORMAT.name, full, "hidden_size", "num_attention_heads")
+    check_head_width(FORMAT.name, full, "hidden_size", "num_attention_heads")
     groups = "num_attention_heads" if full["num_key_value_heads"] is None else "num_key_value_heads"
     return FORMAT.spec_of(full, _NAMES | {"num_query_groups": groups}, **own, layernorm_epsilon=EPSILON)
 
