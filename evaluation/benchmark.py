@@ -7,6 +7,7 @@ from evaluation.judge_protocol import Judge
 from evaluation.prompts import Prompt, PromptStyle
 from evaluation.report import Report
 from evaluation.tsv import Table
+from mindspeed_mm.errors import DataError
 
 Mode = Literal["strict", "compat"]
 MODES: tuple[Mode, ...] = ("strict", "compat")
@@ -40,3 +41,14 @@ class Benchmark(Protocol):
         judge: Judge | None = None,
     ) -> Report:
         """Score answers, given by index in table order."""
+
+
+def refuse_missing_answers(table: Table) -> None:
+    """Raise DataError where some rows have an answer and others none: nothing could be scored."""
+    missing = [row.index for row in table.rows if not row.cells.get("answer", "").strip()]
+    if missing and len(missing) < len(table.rows):
+        raise DataError(
+            f"{table.path}, row with index {missing[0]}: the answer is empty ({len(missing)} of {len(table.rows)} "
+            "rows), but other rows have one; expected all of them, or none where nothing is scored. Write it, or "
+            "remove the row."
+        )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from evaluation.own_tables import option_columns, plain_word
 from evaluation.public_tables import PUBLIC_TABLES
 from evaluation.scorers.cells import kit_answers
 from evaluation.scorers.circular import ROTATION_OFFSET
@@ -28,7 +29,7 @@ OWN_COLUMNS = {"ChartQA_TEST": "split", "MMMU_DEV_VAL": "split"}
 CHARTQA_SPLITS = frozenset(["test_human", "test_augmented"])
 ANNOTATORS = 10
 """Answers a question has in VQAv2, TextVQA and VizWiz."""
-_LETTER = re.compile(r"\s*[A-Z]\s*")
+_LETTER = re.compile("[a-z]")
 _YES_NO = ("yes", "no")
 
 
@@ -107,7 +108,7 @@ def told_identity(benchmark: Named, table: Table) -> str:
 
 
 def kind_of(table: Table) -> str | None:
-    """What the columns and answers of a table are for; None if it has no questions."""
+    """What the columns and answers of a table are for, however they are written; None if it has no questions."""
     columns = set(table.columns)
     if {"expression", "bbox"} <= columns:
         return BOXES
@@ -115,12 +116,14 @@ def kind_of(table: Table) -> str | None:
         return None
     answers = [row.cells.get("answer", "") for row in table.rows]
     given = [answer for answer in answers if answer]
-    if {"A", "B"} <= columns:
-        with_options = sum(bool(row.cells["A"] and row.cells["B"]) for row in table.rows)
-        letters = sum(bool(_LETTER.fullmatch(answer)) for answer in given)
-        if 2 * with_options >= len(table.rows) and 2 * letters >= len(given):
+    options = _first_options(table)
+    if options:
+        with_options = sum(all(row.cells[name] for name in options) for row in table.rows)
+        letters = sum(bool(_LETTER.fullmatch(plain_word(answer))) for answer in given)
+        meant = {"A", "B"} <= columns or letters
+        if meant and 2 * with_options >= len(table.rows) and 2 * letters >= len(given):
             return CHOICE
-    if given and all(answer.strip().lower() in _YES_NO for answer in given):
+    if given and all(plain_word(answer) in _YES_NO for answer in given):
         return YES_NO
     return TEXT
 
@@ -146,18 +149,31 @@ def _md5(benchmark: Named, table: Table) -> Verdict | None:
 
 def _other_kind(kind: str, table: Table, known: Mapping[str, Named]) -> Verdict | None:
     found = kind_of(table)
-    if found in (CHOICE, BOXES) and kind != found:
-        sign = "columns A and B hold options and the answers are letters" if found == CHOICE else "it has boxes"
+    if (found in (CHOICE, BOXES) and kind != found) or (found == YES_NO and kind == CAPTIONS):
+        signs = {BOXES: "it has boxes", YES_NO: "all answers are yes or no"}
+        sign = signs.get(found) or _choice_sign(table)
         named = tuple(filter(None, [_by_file_name(table, known), _by_rows(table, known)]))
         named = tuple(name for name in dict.fromkeys(named) if getattr(known[name.lower()], "kind", None) == found)
         return Verdict(f"it is {found} ({sign}), and that benchmark asks {kind}", named or _of_kind(found, known))
     return None
 
 
+def _first_options(table: Table) -> list[str]:
+    """Columns that hold the first options, or all of them."""
+    return ["A", "B"] if {"A", "B"} <= set(table.columns) else option_columns(table)[:2]
+
+
+def _choice_sign(table: Table) -> str:
+    options = _first_options(table)
+    rename = "" if options == ["A", "B"] else ", which are called A, B, ... here: rename them,"
+    column = "column" if len(options) == 1 else "columns"
+    return f"{column} {' and '.join(options)} hold options{rename} and the answers are letters"
+
+
 def _other_marks(benchmark: Named, table: Table) -> Verdict | None:
     """Categories and splits that only one benchmark has."""
     kind = kind_of(table)
-    categories = {name for row in table.rows for name in row.cells.get("category", "").split(",") if name}
+    categories = {name for row in table.rows for name in row.cells.get("category", "").split(",") if name.strip()}
     splits = {row.cells["split"] for row in table.rows if row.cells.get("split")}
     marks = (
         ("POPE", YES_NO, "categories", categories, frozenset(POPE_SETS)),
@@ -165,9 +181,14 @@ def _other_marks(benchmark: Named, table: Table) -> Verdict | None:
         ("ChartQA_TEST", TEXT, "splits", splits, CHARTQA_SPLITS),
     )
     for name, own_kind, what, found, own in marks:
-        if kind == own_kind and found and found <= own and name != benchmark.name:
+        if kind == own_kind and found and _folded(found) <= _folded(own) and name != benchmark.name:
             return Verdict(f"its {what} ({', '.join(sorted(found)[:3])}) are those of {name}", (name,))
     return None
+
+
+def _folded(names: Iterable[str]) -> set[str]:
+    """Names whose case and spaces make no difference."""
+    return {name.strip().lower() for name in names}
 
 
 def _other_answers(benchmark: Named, table: Table, known: Mapping[str, Named]) -> Verdict | None:

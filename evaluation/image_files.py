@@ -39,10 +39,14 @@ def find_images(cell: str, root: Path | str, where: str) -> list[Path | EncodedI
         target = (root / name).resolve()
         if not target.is_relative_to(root.resolve()):
             raise DataError(
-                f"{where}: image file {name} lies outside {root}; give the folder that holds it as image_root."
+                f"{where}: image file {name} lies outside {root}; give the folder above it as --image-root "
+                "(image_root=)."
             )
         if not target.is_file():
-            raise DataError(f"{where}: image file {name} does not exist below {root}.")
+            raise DataError(
+                f"{where}: image file {name} does not exist below {root}; add it, or give the folder above the images "
+                "as --image-root (image_root=)."
+            )
         found.append(target)
     return found
 
@@ -50,7 +54,9 @@ def find_images(cell: str, root: Path | str, where: str) -> list[Path | EncodedI
 def _in_store(name: str, root: str, where: str) -> EncodedImage:
     image = inside(root, name)
     if image is None:
-        raise DataError(f"{where}: image file {name} lies outside {root}; give the address above it as image_root.")
+        raise DataError(
+            f"{where}: image file {name} lies outside {root}; give the address above it as --image-root (image_root=)."
+        )
     return image
 
 

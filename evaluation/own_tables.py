@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from evaluation.benchmark import refuse_missing_answers
 from evaluation.benchmarks.mcq._choice import MultipleChoice, options_of, refuse_rotations
 from evaluation.benchmarks.vqa._open import OWN_QUESTIONS, OpenQuestions
 from evaluation.benchmarks.yesno._yesno import YES_NO_WORDS, YesNo
@@ -44,6 +45,7 @@ class OwnChoice(MultipleChoice):
     def check(self, table: Table) -> None:
         """Raise DataError for an answer that is no letter of an option, or may be a letter and an option's text."""
         refuse_rotations(self.name, table)
+        refuse_missing_answers(table)
         for row in table.rows:
             answer, options = row.cells.get("answer", ""), options_of(row.cells)
             if not answer.strip() or (not options and re.fullmatch(r"\s*[A-Z]\s*", answer)):
@@ -70,7 +72,7 @@ class OwnYesNo(YesNo):
 
     def truth(self, cells: Mapping[str, str]) -> str:
         """ "yes" or "no"."""
-        return _word(cells["answer"])
+        return plain_word(cells["answer"])
 
 
 def own_benchmark(name: str, table: Table) -> MultipleChoice | YesNo | OpenQuestions | None:
@@ -86,7 +88,7 @@ def own_benchmark(name: str, table: Table) -> MultipleChoice | YesNo | OpenQuest
     _refuse_half_options(table)
     answers = [row.cells.get("answer", "") for row in table.rows]
     given = [answer for answer in answers if answer.strip()]
-    if not given or not all(_word(answer) in YES_NO_WORDS for answer in given):
+    if not given or not all(plain_word(answer) in YES_NO_WORDS for answer in given):
         _refuse_near_answers(table, given)
         return OWN_QUESTIONS(name)
     empty = [row.index for row, answer in zip(table.rows, answers, strict=True) if not answer.strip()]
@@ -99,16 +101,21 @@ def own_benchmark(name: str, table: Table) -> MultipleChoice | YesNo | OpenQuest
     return OwnYesNo(name)
 
 
-def _refuse_half_options(table: Table) -> None:
-    """Columns that may be options: a, b in lower case, A without B, option_a, or all of them in one column."""
+def option_columns(table: Table) -> list[str]:
+    """Columns that are options (A, B), or may be: a, b in lower case, A without B, option_a, or all of them in one."""
     single = [name for name in table.columns if re.fullmatch("[A-Za-z]", name)]
     lower = {name for name in single if name.islower()}
     named = [name for name in table.columns if _OPTION.fullmatch(name) or name.strip().lower() in _OPTIONS]
-    if not ({"a", "b"} <= lower or {"A", "B"} & set(single) or named):
+    return single + named if {"a", "b"} <= lower or {"A", "B"} & set(single) or named else []
+
+
+def _refuse_half_options(table: Table) -> None:
+    """Columns that may be options, but are not called A and B."""
+    found = option_columns(table)
+    if not found:
         return
-    single += named
     raise DataError(
-        f"{table.path} has columns {', '.join(single)}. Read as multiple choice, the columns of the options are called "
+        f"{table.path} has columns {', '.join(found)}. Read as multiple choice, the columns of the options are called "
         "A, B, ...: rename them so, and give at least two. Read as open questions, they are no options: give them "
         "other names."
     )
@@ -116,7 +123,7 @@ def _refuse_half_options(table: Table) -> None:
 
 def _refuse_near_answers(table: Table, given: Sequence[str]) -> None:
     """Answers that are no texts but nearly yes and no, or nearly a list of accepted texts."""
-    if {_word(answer) for answer in given} == {"y", "n"}:
+    if {plain_word(answer) for answer in given} == {"y", "n"}:
         raise DataError(
             f"{table.path}: all answers are Y or N. Read as yes-no questions, they are written Yes and No: write them "
             "so. Read as open questions, only Y and N would be right: write them as lists, ['Y']."
@@ -130,7 +137,8 @@ def _refuse_near_answers(table: Table, given: Sequence[str]) -> None:
             )
 
 
-def _word(answer: str) -> str:
+def plain_word(answer: str) -> str:
+    """An answer in lower case, without the marks around it: "yes" for "Yes."."""
     return unicodedata.normalize("NFKC", answer).strip(_MARKS).lower()
 
 

@@ -24,8 +24,14 @@ class RecordedJudge:
         if not isinstance(runs, Mapping) or len(runs) != 1:
             raise DataError(f"{path} holds {_kind(runs)}; expected one run of verdicts, such as {FORM}.")
         (found,) = runs.values()
-        if not isinstance(found, Mapping) or not all(map(_is_verdict, found.values())):
-            raise DataError(f"{path}: an image has no raw_judgement or no model_response; expected {FORM}.")
+        if not isinstance(found, Mapping):
+            raise DataError(f"{path} holds {_kind(found)} in its run; expected verdicts by image, such as {FORM}.")
+        wrong = [image for image, record in found.items() if not _is_verdict(record)]
+        if wrong:
+            raise DataError(
+                f"{path}, image {wrong[0]}: it has no raw_judgement or no model_response ({len(wrong)} of {len(found)} "
+                f"images); expected {FORM}."
+            )
         self._verdicts: Mapping[str, Mapping[str, Any]] = found
 
     def verdicts(

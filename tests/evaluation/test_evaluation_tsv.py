@@ -128,7 +128,7 @@ def test_damaged_rows_are_refused(tmp_path, change, message):
         (b'index\timage\n1\t"abc\n', "is never closed"),
         (b"index\timage\n1\t\xff\n", "line 2 is not UTF-8"),
         (b"index\timage_path\n1\t../up.png\n", "lies outside"),
-        (b"index\timage_path\n1\tno.png\n", "does not exist below"),
+        (b"index\timage_path\n1\tno.png\n", "does not exist below .*; add it, or give .* --image-root"),
     ],
 )
 def test_unusable_files_are_refused(tmp_path, content, message):

@@ -18,6 +18,13 @@ def yes_no_rows(category: str) -> list[dict[str, str]]:
     return [row | {"answer": "Yes", "category": category} for row in open_rows("")]
 
 
+def other_forms(answer: str, columns: str = "{}") -> list[dict[str, str]]:
+    """Multiple choice whose answers and columns of options are written in another way."""
+    named = {name: columns.format(name.lower()) for name in "ABC"} if columns != "{}" else {}
+    rows = [row | {"answer": answer.format(row["answer"].lower())} for row in choice_rows()]
+    return [{named.get(name, name): cell for name, cell in row.items()} for row in rows]
+
+
 def rotated_rows() -> list[dict[str, str]]:
     rows = choice_rows(2)
     return rows + [row | {"index": str(1_000_000 + int(row["index"])), "image": image_cell()} for row in rows]
@@ -46,6 +53,51 @@ WRONG = [
         "most of its questions are Chinese.*mmbench_dev_cn",
     ),
 ]
+
+WRITTEN_OTHERWISE = [
+    ("gqa_testdev_balanced", other_forms("{}"), r"columns A and B hold options and the answers are letters"),
+    ("chartqa_test", other_forms(" ({})."), r"columns A and B hold options and the answers are letters"),
+    (
+        "chartqa_test",
+        other_forms("{}", "{} "),
+        r"columns a  and b  hold options, which are called A, B, .* rename them",
+    ),
+    ("coco_val", other_forms("{}.", "option_{}"), r"columns option_a and option_b hold options, .* rename them"),
+    (
+        "coco_val",
+        [row | {"answer": "Yes."} for row in open_rows("")],
+        "it is yes-no questions .all answers are yes or no., and that benchmark asks captions",
+    ),
+    (
+        "chartqa_test",
+        [row | {"answer": "yes."} for row in yes_no_rows("Random ")],
+        "its categories .Random . are those of POPE",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "message"), WRITTEN_OTHERWISE)
+def test_letter_d_a_table_written_otherwise_is_not_scored_as_another_kind(tmp_path, name, rows, message):
+    with pytest.raises(DataError, match=f"is no table of (?i:{name}): .*{message}"):
+        mm.score(name, {int(row["index"]): "A" for row in rows}, write_table(tmp_path / "table.tsv", rows))
+
+
+def test_letter_f_the_advice_is_for_what_the_table_asks(tmp_path):
+    """Yes. with a full stop is no open question, and a. no text."""
+    rows = [row | {"answer": "Yes."} for row in open_rows("")]
+    with pytest.raises(DataError, match="expected Yes or No.$"):
+        mm.score("pope", {0: "Yes"}, write_table(tmp_path / "table.tsv", rows))
+    with pytest.raises(DataError, match="expected Yes or No. It may be ai2d_test"):
+        mm.score("pope", {0: "Yes"}, write_table(tmp_path / "table.tsv", other_forms("{}.")))
+
+
+@pytest.mark.parametrize("kind", ["ai2d_test", "my_questions", "pope"])
+def test_letter_g_a_row_without_its_answer_is_named(tmp_path, kind):
+    """It was told that the table had no answers, and nothing was scored."""
+    rows = open_rows("Yes") if kind == "pope" else choice_rows(3)
+    rows[1]["answer"] = " "
+    with pytest.raises(DataError, match=r"row with index 1: the answer is empty \(1 of 3 rows\), but other rows have"):
+        mm.score(kind, {0: "A"}, write_table(tmp_path / "table.tsv", rows))
 
 
 @pytest.mark.parametrize(

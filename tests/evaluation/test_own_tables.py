@@ -185,7 +185,11 @@ def without(rows, column):
         ("mme", question_rows(["Yes"]), "lacks column category, image_path, which MME needs"),
         ("docvqa", question_rows(["[]"]), "index 0: the answer is an empty list"),
         ("rec", question_rows(["x"]), "lacks expression, bbox, image_path, which REC needs"),
-        ("mmbench", [row | {"index": f"q{row['index']}"} for row in choice_rows(1)], "an index that is no integer"),
+        (
+            "mmbench",
+            [row | {"index": f"q{row['index']}"} for row in choice_rows(1)],
+            "found the index q0, which is no integer",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, name, rows, message):

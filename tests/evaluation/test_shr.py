@@ -262,8 +262,9 @@ def test_a_judge_of_nonsense_gives_no_number(shr, server, tmp_path):
         ("{", "is not JSON"),
         ([], "holds a list; expected one run"),
         ({"run1": {}, "run2": {}}, "holds 2 runs; expected one run"),
-        ({"run1": {"1": {"raw_judgement": "x"}}}, "no raw_judgement or no model_response"),
-        ({"run1": {"1": 5}}, "no raw_judgement or no model_response"),
+        ({"run1": []}, "holds a list in its run; expected verdicts by image"),
+        ({"run1": {"17": {"raw_judgement": "x"}}}, r"j.json, image 17: it has no raw_judgement .* \(1 of 1 images\)"),
+        ({"run1": {"1": 5}}, "image 1: it has no raw_judgement or no model_response"),
     ],
 )
 def test_recorded_verdicts_of_another_form(tmp_path, content, message):

@@ -4,7 +4,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.benchmark import Mode
+from evaluation.benchmark import Mode, refuse_missing_answers
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
 from evaluation.pandas_rules import seen
@@ -74,7 +74,7 @@ class MultipleChoice:
         return cells["answer"].strip()
 
     def check(self, table: Table) -> None:
-        """Raise DataError when a needed column is missing, or an answer is no letter."""
+        """Raise DataError when a needed column is missing, or an answer is no letter, or not there but in others."""
         missing = [name for name in ("question", "A", "B") if name not in table.columns]
         if missing:
             raise DataError(
@@ -83,11 +83,12 @@ class MultipleChoice:
             )
         for row in table.rows:
             answer = row.cells.get("answer", "")
-            if answer and answer.strip() not in _LETTERS and not self.is_open(row.cells):
+            if answer.strip() and answer.strip() not in _LETTERS and not self.is_open(row.cells):
                 raise DataError(
                     f'{table.path}, row with index {row.index}: the answer is "{answer[:40]}"; expected the letter '
                     "of an option, A to Z. Replace texts in column answer by letters."
                 )
+        refuse_missing_answers(table)
 
     def is_open(self, cells: Mapping[str, str]) -> bool:
         """True for a row whose answer is a text, not a letter; plain multiple choice has none."""
@@ -95,7 +96,7 @@ class MultipleChoice:
 
     def has_answers(self, table: Table) -> bool:
         """True when the table has a column answer with a text in every row."""
-        return "answer" in table.columns and all(row.cells["answer"] for row in table.rows)
+        return "answer" in table.columns and all(row.cells["answer"].strip() for row in table.rows)
 
     def prompts(self, table: Table, style: PromptStyle) -> dict[int | str, Prompt]:
         """Prompts by index. Style "official" gives turns for the model's template, "vlmevalkit" the finished text."""

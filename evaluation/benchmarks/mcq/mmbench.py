@@ -12,7 +12,7 @@ from evaluation.kit_view import views_of_kit
 from evaluation.prompts import LETTER_INSTRUCTION, LETTER_INSTRUCTION_CN
 from evaluation.report import Report, mean_units
 from evaluation.scorers.circular import ROTATION_OFFSET, kit_group, question_of, strict_group
-from evaluation.tsv import Table
+from evaluation.tsv import Table, typed_indices
 from mindspeed_mm.errors import DataError
 
 _NO_OPTION = ("", "nan", "none")
@@ -31,10 +31,12 @@ class MMBench(MultipleChoice):
     def check(self, table: Table) -> None:
         """Raise DataError also for an index that is no integer."""
         super().check(table)
-        if not all(isinstance(row.index, int) for row in table.rows):
+        if not all(isinstance(row.index, int) for row in table.rows):  # one that is none makes texts of all
+            all_indices = [str(row.index) for row in table.rows] + [str(index) for index in table.dropped]
+            wrong = next(text for text in all_indices if not isinstance(typed_indices([text])[0], int))
             raise DataError(
                 f"{table.path}: {self.name} finds the rotations of a question by the index, question + k * "
-                f"{ROTATION_OFFSET}; found an index that is no integer. Number the rows so."
+                f"{ROTATION_OFFSET}; found the index {wrong}, which is no integer. Number the rows so."
             )
 
     def official_texts(self, table: Table) -> dict[int | str, str]:

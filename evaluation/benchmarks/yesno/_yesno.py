@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from evaluation.benchmark import Mode
+from evaluation.benchmark import Mode, refuse_missing_answers
 from evaluation.benchmarks.vqa._open import with_short_instruction
 from evaluation.judge_protocol import Judge
 from evaluation.kit_view import answers_of_kit, views_of_kit
@@ -58,7 +58,7 @@ class YesNo:
         return cells["answer"].strip().lower()
 
     def check(self, table: Table) -> None:
-        """Raise DataError when a column is missing, or an answer is neither yes nor no."""
+        """Raise DataError when a column is missing, or an answer is neither yes nor no, or not there but in others."""
         if "question" not in table.columns:
             raise DataError(
                 f"{table.path} lacks column question, which {self.name} needs; found {', '.join(table.columns)}."
@@ -69,6 +69,7 @@ class YesNo:
                     f'{table.path}, row with index {row.index}: the answer is "{row.cells["answer"][:40]}"; '
                     "expected Yes or No."
                 )
+        refuse_missing_answers(table)
 
     def has_answers(self, table: Table) -> bool:
         """True when every row has an answer."""
