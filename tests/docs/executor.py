@@ -10,9 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
+import httpx
+
 from tests.docs.pages import ROOT, Block, ShellCommand, commands
+from tests.helpers.loopback import data_url, png, serving
 
 SHORT = {
     "train": (
@@ -57,6 +61,7 @@ class PageReader:
 
     def __init__(self, folder: Path, ranks: Callable) -> None:
         self.folder, self.ranks = folder, ranks
+        self.served = ["--model", "llava-1.5-7b-hf"]
 
     def run(self, block: Block) -> None:
         """Raises AssertionError with the place and what was printed when something fails."""
@@ -80,16 +85,21 @@ class PageReader:
         first = words[0]
         if first == "mindspeed-mm":
             self.ours(command.place, words[1:])
+            self.served = words[2:] if words[1:2] == ["serve"] and words[2].startswith("--") else self.served
         elif first == "torchrun":
             self.torchrun(command.place, words[1:])
         elif first == "bash":
             self.script(command)
         elif first in ("python", "python3.11") and words[1].endswith(".py"):
             self.python_script(command.place, words[1:])
+        elif first == "curl":
+            self.request(command.place, words[1:])
         elif first == "pip" or words[1:3] == ["-m", "venv"]:
             self.installation(command.place, words)
         else:
             assert first in SETTING_UP, f"{command.place}: nobody can run {first!r} in a test; see docs/README.md"
+            absent = [word for word in words if word.endswith((".sh", ".sbatch")) and not (ROOT / word).is_file()]
+            assert not absent, f"{command.place}: {absent[0]} is not there"
 
     def ours(self, place: str, words: list[str]) -> None:
         """A command of mindspeed-mm in this process; `> FILE` at its end is followed."""
@@ -106,6 +116,21 @@ class PageReader:
             start = words.index("mindspeed_mm", start + 1)
         found = self.ranks(size).run(on_this_rank, str(self.folder), words[start + 1 :])
         assert not any(code for code, *_ in found), f"{place}: {found}"
+
+    def request(self, place: str, words: list[str]) -> None:
+        """curl, to a server with what the page's last `serve` was given; an image stands in for its dots."""
+        (asked,) = [word for word in words if word.startswith("http://127.0.0.1:")]
+        rest = [word for word in words if word != asked]
+        options = dict(zip(rest[::2], rest[1::2], strict=True))
+        assert options.keys() <= {"-X", "-H", "-d"}, f"{place}: {words}"
+        body = options.get("-d", "").replace("data:image/png;base64,...", data_url(png(30, 20)))
+        kind, _, value = options.get("-H", "Accept: */*").partition(": ")
+        with answering(self.served) as address:
+            url = re.sub(r"^http://127.0.0.1:\d+", address, asked)
+            answer = httpx.request(
+                options.get("-X", "POST" if body else "GET"), url, headers={kind: value}, content=body, timeout=60
+            )
+        assert answer.status_code == 200, f"{place}: {asked} answers {answer.status_code}: {answer.text}"
 
     def script(self, command: ShellCommand) -> None:
         """A launcher with a torchrun that notes what it is asked; the note is followed in this process."""
@@ -133,7 +158,9 @@ class PageReader:
             sys.argv, sys.path[:] = before
 
     def installation(self, place: str, words: list[str]) -> None:
-        """Not done; the extras must exist."""
+        """Not done; the extras and the file of constraints must exist."""
+        for constraints in [words[place + 1] for place, word in enumerate(words) if word == "-c"]:
+            assert (ROOT / constraints).is_file(), f"{place}: {constraints} is not there"
         setup = (ROOT / "setup.py").read_text()
         for extras in INSTALLED.findall(" ".join(words)):
             for extra in extras.split(","):
@@ -144,6 +171,26 @@ def as_after_the_process() -> None:
     """Takes down what a command's own process would take with it."""
     if "megatron.driver.initialize" in sys.modules:
         sys.modules["megatron.driver.initialize"].shutdown()
+
+
+@contextmanager
+def answering(words: list[str]) -> Iterator[str]:
+    """The address of a server in this process, of the model and the adapters that `serve` was given."""
+    import mindspeed_mm as mm
+    from mindspeed_mm.cli.flags.adapters import named_adapters
+    from mindspeed_mm.cli.main import build_parser
+    from mindspeed_mm.cli.serve import name_of
+    from mindspeed_mm.serving.limits import ServingLimits
+    from mindspeed_mm.serving.ranks import joined_lanes
+    from mindspeed_mm.serving.service import ChatService
+
+    given = build_parser(only="serve").parse_args(["serve", *words])
+    name = name_of(given.model)
+    vlm = mm.load(given.model, device="cpu", dtype="fp32")
+    _, folders = named_adapters(given.adapter, name)
+    lanes, _ = joined_lanes(vlm, name, partial(vlm.engine, batch_size=2), folders)
+    with serving(ChatService(lanes, ServingLimits(batch_size=2))) as server:
+        yield server.address
 
 
 def told(words: list[str]) -> tuple[int, str, str]:

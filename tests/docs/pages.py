@@ -20,6 +20,8 @@ PAGES = sorted(
 
 OPEN = re.compile(r"^( *)(```+|~~~+) *([^`\n]*)$")
 
+INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+
 
 @dataclass(frozen=True)
 class Block:
@@ -57,6 +59,35 @@ def blocks_of(page: str, text: str) -> list[Block]:
     return found
 
 
+def unread_fences(text: str) -> list[int]:
+    """Lines with a fence that `blocks_of` does not read: behind a bullet, a quotation mark, a tab, or never closed."""
+    lines = iter(enumerate(text.splitlines(), 1))
+    found = []
+    for number, line in lines:
+        opened = OPEN.match(line)
+        if opened:
+            closed = any(each.strip() == opened[2] for _, each in lines)
+            found += [] if closed else [number]
+        elif re.search(r"```|~~~", line):
+            found.append(number)
+    return found
+
+
+def inline_code(page: str) -> list[tuple[int, str]]:
+    """(line, code) of what stands between single backticks, also over the end of a line, outside of fenced blocks."""
+    kept, fence = [], ""
+    for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+        opened = OPEN.match(line)
+        inside = bool(fence or opened)
+        if fence:
+            fence = "" if line.strip() == fence else fence
+        elif opened:
+            fence = opened[2]
+        kept.append("" if inside else line)
+    text = "\n".join(kept)
+    return [(text.count("\n", 0, code.start()) + 1, " ".join(code[1].split())) for code in INLINE.finditer(text)]
+
+
 def prose(page: str) -> list[tuple[int, str]]:
     """(line, text) of what stands in no fenced block and in no table."""
     found, fence = [], ""
@@ -81,10 +112,23 @@ class ShellCommand:
     """What is set in front of it."""
 
 
+def _logical_lines(text: str) -> list[str]:
+    """Lines of a shell block; one that goes on behind a backslash, or within quotes, is one."""
+    found, open_quote = [], False
+    for line in text.replace("\\\n", " ").splitlines():
+        found = [*found[:-1], f"{found[-1]}\n{line}"] if open_quote else [*found, line]
+        try:
+            shlex.split(found[-1], comments=True)
+            open_quote = False
+        except ValueError:
+            open_quote = True
+    return found
+
+
 def commands(block: Block) -> list[ShellCommand]:
     """The commands of a shell block in their order; comments are left out."""
     found = []
-    for line in block.text.replace("\\\n", " ").splitlines():
+    for line in _logical_lines(block.text):
         words = shlex.split(line, comments=True)
         while words:
             end = words.index("&&") if "&&" in words else len(words)

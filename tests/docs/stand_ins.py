@@ -9,6 +9,7 @@ from pathlib import Path
 import openpyxl
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.docs.pages import ROOT
 from tests.evaluation.evaluation_helpers import choice_rows, image_cell, write_table
@@ -56,6 +57,7 @@ def make_stand_ins(golden: Path, folder: Path) -> Path:
     (folder / "other_dir").mkdir()
     steps = [{"iteration": step, "loss": 1 / step} for step in range(1, 9)]
     (folder / "other_dir/metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    make_adapters(folder)
     (folder / "your_run.log").write_text("step 1/2 | loss 0.5\n")
     (folder / "bin").mkdir()
     (folder / "bin/torchrun").write_text(TORCHRUN)
@@ -67,6 +69,20 @@ def copy(source: Path, target: Path) -> None:
     """A file or a folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
+
+
+def make_adapters(folder: Path) -> None:
+    """Adapters of the decoder's queries in PEFT's format."""
+    width, places = TEXT["hidden_size"], range(TEXT["num_layers"])
+    names = [f"base_model.model.model.layers.{place}.self_attn.q_proj" for place in places]
+    values = {f"{name}.lora_A.weight": torch.ones(2, width) for name in names}
+    values |= {f"{name}.lora_B.weight": torch.full((width, 2), 0.01) for name in names}
+    for name in ("medical", "charts"):
+        target = folder / "runs" / name
+        target.mkdir(parents=True)
+        save_file(values, target / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (target / "adapter_config.json").write_text(json.dumps(config))
 
 
 def make_data(folder: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from mindspeed_mm.cli.main import command_names
 from tests.docs.executor import ELSEWHERE as LEFT_OUT
 from tests.docs.executor import PageReader
-from tests.docs.pages import PAGES, ROOT, Block, blocks, blocks_of
+from tests.docs.pages import PAGES, ROOT, Block, blocks, blocks_of, unread_fences
 from tests.docs.stand_ins import make_stand_ins
 from tests.docs.test_coming_from import flags_of
 from tests.helpers.loopback import app_on_loopback
@@ -23,7 +23,7 @@ from tests.helpers.scripted_server import scripted_app
 
 RUN = {"bash", "python"}
 SHOWN = {"text", "json", "toml", "mermaid"}
-OURS = ("mindspeed-mm ", "torchrun ", "bash ", "python ", "pip ", "import ")
+OURS = ("mindspeed-mm ", "torchrun ", "bash ", "python ", "pip ", "import ", "curl ")
 ELSEWHERE = {"tests/families/test_outside.py": "# outside/"}
 """A test that takes blocks of a page as files, and how their first line begins."""
 
@@ -101,6 +101,15 @@ def untried(block: Block) -> str:
 def test_letter_e_no_block_dodges_the_tests():
     problems = {block.place: untried(block) for page in PAGES for block in blocks(page)}
     assert not {place: problem for place, problem in problems.items() if problem}
+    unread = {page: unread_fences((ROOT / page).read_text(encoding="utf-8")) for page in PAGES}
+    assert not {page: lines for page, lines in unread.items() if lines}
+
+
+@pytest.mark.parametrize(
+    "text", ["- ```bash\n  ls\n  ```", "> ```bash\n> ls\n> ```", "\t```bash\n\tls\n\t```", "```bash\nls"]
+)
+def test_a_fence_that_is_not_read_is_told(text):
+    assert unread_fences(f"Text.\n\n{text}\n") and not unread_fences("Text.\n\n  ```bash\n  ls\n  ```\n")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +128,11 @@ def test_a_block_that_dodges_is_told(text, problem):
 
 
 @pytest.mark.parametrize(
-    "command", ["mindspeed-mm no-such-command", "frobnicate now", "bash none.sh", 'pip install ".[x]"']
+    "command",
+    [
+        *("mindspeed-mm no-such-command", "frobnicate now", "bash none.sh", 'pip install ".[x]"'),
+        *("pip install -c none.txt -e .", "sbatch none.sbatch", "curl http://127.0.0.1:8000/v1/none"),
+    ],
 )
 def test_a_wrong_command_fails(command, stand_ins, ranks):
     (block,) = blocks_of("page.md", f"```bash\n{command}\n```\n")
