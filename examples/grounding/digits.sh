@@ -5,6 +5,8 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 CALLED_FROM="$PWD"
+source "$ROOT/scripts/usage.sh"
+usage "$@"
 bash "$ROOT/scripts/setup_env.sh"
 cd "$ROOT"
 exec .venv/bin/python -m examples.grounding.digits --relative-to "$CALLED_FROM" "$@"

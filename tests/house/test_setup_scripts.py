@@ -127,3 +127,19 @@ def test_a_failed_installation_is_tried_again(checkout):
     failed = set_up(checkout, FAKE_PIP="1")
     assert failed.returncode == 1 and "pip could not install" in failed.stderr
     assert set_up(checkout).returncode == 0 and installations(checkout) == 2
+
+
+BEGIN_WITH_A_SET_UP = [
+    path.relative_to(ROOT) for path in sorted((ROOT / "examples").rglob("*.sh")) if "setup_env.sh" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", BEGIN_WITH_A_SET_UP, ids=str)
+def test_help_is_printed_before_anything_is_set_up(tmp_path, name):
+    for each in (name, "scripts/usage.sh"):  # there is no setup_env.sh
+        (tmp_path / each).parent.mkdir(parents=True)
+        shutil.copy(ROOT / each, tmp_path / each)
+    for word in ("-h", "--help"):
+        done = subprocess.run(["bash", tmp_path / name, "--fast", word], capture_output=True, text=True)
+        assert done.returncode == 0 and f"\n  bash {name} [--out DIR]" in done.stdout, done.stderr
+        assert "#" not in done.stdout and "set -euo" not in done.stdout
