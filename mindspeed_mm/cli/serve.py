@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "
 ever new ones. 1,024, which they keep where nothing is said, took 160 MiB after 600 requests of a tiny model and grew
 on; 32 took 25 MiB from the first 200 on, and no more processor time."""
 
+_ITERATION = re.compile(r"iter_\d{7}|release")
+"""Folders of a run's checkpoints."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,7 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_worker_arguments(parser)
     add_model_arguments(parser, several_adapters=True)
     add_parallel_arguments(parser)
-    parser.add_argument("--served-model-name", metavar="NAME", help="default: the name of the weights' folder or file")
+    parser.add_argument(
+        "--served-model-name",
+        metavar="NAME",
+        help="default: the name of the weights' folder or file; RUN_ema for RUN/ema",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0: any free one")
     parser.add_argument("--token-file", metavar="FILE", help="file with the bearer token that requests must send")
@@ -95,7 +103,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     path = model_path(namespace)
     if is_first_rank():
         check_address(namespace.host, namespace.port)  # an address that cannot be had is told before weights are read
-    name = namespace.served_model_name or Path(path).resolve().name
+    name = namespace.served_model_name or name_of(path)
     namespace.adapter, folders = named_adapters(namespace.adapter, name)
     vlm = load_model(namespace, path, device=None, dtype=None, tokenizer=None, image_processor=None)
     make_engine = partial(vlm.engine, namespace.template, batch_size=limits.batch_size)
@@ -113,6 +121,15 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     if isinstance(service.thread.failure, LostRankError):
         raise service.thread.failure
     return {"model": name, "models": lanes.names, "address": server.address}
+
+
+def name_of(path: str | Path) -> str:
+    """The name of the weights' folder or file; of what lies in a run's folder RUN_iter_0000100, RUN_ema for RUN/ema."""
+    from megatron.driver.checkpoint.reading import AVERAGED, split_averaged
+
+    folder, averaged = split_averaged(Path(path).resolve())
+    name = f"{folder.parent.name}_{folder.name}" if _ITERATION.fullmatch(folder.name) else folder.name
+    return f"{name}_{AVERAGED}" if averaged else name
 
 
 def given_limits(namespace: argparse.Namespace):

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from mindspeed_mm.cli.main import main
+from mindspeed_mm.cli.serve import name_of
 from mindspeed_mm.errors import ConfigError
 
 
@@ -33,6 +34,22 @@ def test_check_loads_opens_and_leaves(run):
     told = json.loads(out)
     assert code == 0 and told["model"] == "mine" and told["address"].startswith("http://127.0.0.1:")
     assert f"serving on {told['address']}" in err
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("runs/llava/ema", "llava_ema"),
+        ("runs/llava/iter_0000100", "llava_iter_0000100"),
+        ("runs/llava/iter_0000100/ema", "llava_iter_0000100_ema"),
+        ("runs/llava", "llava"),
+        ("weights/ema", "ema"),  # a folder of that name
+    ],
+)
+def test_the_model_has_the_name_of_its_run(tmp_path, path, name):
+    for folder in ("runs/llava/iter_0000100", "weights/ema"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert name_of(tmp_path / path) == name
 
 
 def test_what_is_kept_of_kernels_is_bounded_unless_the_user_says(run, monkeypatch):
