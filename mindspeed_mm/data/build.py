@@ -196,8 +196,7 @@ def build_order(
     Raises ConfigError for what does not go together.
     """
     if options.group_by_modality_length:
-        if weights is not None:
-            raise ConfigError('data config: "weight" and group_by_modality_length do not go together; use repeat_time.')
+        assert weights is None, "DataConfig refuses both"
         lengths = dataset.lengths if epoch is None else dataset.lengths[epoch]
         grouped = GroupedOrder(lengths, batch=global_batch_size, seed=seed)
         return grouped if epoch is None else MixedOrder(grouped, epoch)

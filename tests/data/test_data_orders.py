@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mindspeed_mm.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from mindspeed_mm.data import build as build_module
 from mindspeed_mm.data.build import DataCounts, build_loader, build_order
-from mindspeed_mm.data.config import DataloaderParam
+from mindspeed_mm.data.config import DataConfig, DataloaderParam
 from mindspeed_mm.data.sampler import GroupedOrder, WeightedOrder
 from mindspeed_mm.errors import ConfigError, DataError
 from tests.helpers.media import dataset_of
@@ -67,8 +67,9 @@ def options(**fields):
 
 def test_orders_that_do_not_fit(make_config, tokenizer):
     dataset = dataset_of(make_config([make_record(0)]), tokenizer, 4, 200)
-    with pytest.raises(ConfigError, match="do not go together"):
-        build_order(dataset, options(group_by_modality_length=True), seed=1, weights=[1.0])
+    weighted = make_config([], basic_parameters=[{"data_path": "a", "weight": 2}]).dataset_param
+    with pytest.raises(ValueError, match='"weight" and group_by_modality_length do not go together; use repeat_time'):
+        DataConfig(dataset_param=weighted, dataloader_param=options(group_by_modality_length=True))
     with pytest.raises(ValueError, match="order of its own"):
         options(group_by_modality_length=True, packing=True)
     with pytest.raises(ConfigError, match="packing_length is 20, less than"):
