@@ -50,7 +50,9 @@ def continue_ids(
         DataError: an image cannot be used, or the options leave no token.
     """
     if options.stops and tokenizer is None:
-        raise ConfigError("stop_strings need a tokenizer, and the model came with none: load it with tokenizer=FOLDER")
+        raise ConfigError(
+            "stop_strings need a tokenizer, and the model came with none: give --tokenizer FOLDER (tokenizer=)"
+        )
     check_ids(options, decoder.vlm.spec.text_decoder.language_vocab_size)
     for prompt in prompts:
         decoder.check_length(len(prompt), options.max_new_tokens)

@@ -143,7 +143,9 @@ class ImageFeatures:
 
     def _processor(self) -> MediaProcessor:
         if self.media is None:
-            raise ConfigError("the model came with no image processor: load it with image_processor=FOLDER")
+            raise ConfigError(
+                "the model came with no image processor: give --image-processor FOLDER (image_processor=)"
+            )
         return self.media
 
     def _find(self, image: Any) -> FoundImage:

@@ -60,7 +60,10 @@ class LoadedVLM:
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. Raises ConfigError when it came with none."""
         if self._tokenizer is None:
-            raise ConfigError(f"{self._where} holds no tokenizer: load a folder with tokenizer.model or tokenizer.json")
+            raise ConfigError(
+                f"{self._where} holds no tokenizer: give --tokenizer (tokenizer=), a folder with tokenizer.model or "
+                "tokenizer.json"
+            )
         return self._tokenizer
 
     @property
@@ -68,7 +71,10 @@ class LoadedVLM:
         """How images become pixels and placeholders. Raises ConfigError when the checkpoint came without an image
         processor."""
         if self._media is None:
-            raise ConfigError(f"{self._where} holds no preprocessor_config.json: add the vision encoder's")
+            raise ConfigError(
+                f"{self._where} holds no preprocessor_config.json: add the vision encoder's, or give "
+                "--image-processor (image_processor=), a folder that holds it"
+            )
         return self._media
 
     @property

@@ -178,7 +178,8 @@ class PartSpec(StrictModel):
         if self.lora is not None and self.freeze:
             raise ValueError(
                 "found lora in a part with freeze true; expected one of them: lora freezes the part's own parameters "
-                "and trains the adapters. Remove one"
+                "and trains the adapters. Remove one of them from model.json, or leave out the --lora flags, which "
+                "make that of the text_decoder"
             )
         return self
 
@@ -187,7 +188,8 @@ class PartSpec(StrictModel):
         if self.quantize is not None and self.lora is None and not self.freeze:
             raise ValueError(
                 f'found quantize "{self.quantize}" in a part whose own weights are trained; expected lora, which '
-                "trains adapters beside them, or freeze true. Add one of them, or remove quantize"
+                "trains adapters beside them, or freeze true. Add one of them (--lora-r for the text_decoder), or "
+                "remove quantize (--quantize)"
             )
         return self
 
@@ -196,7 +198,7 @@ class PartSpec(StrictModel):
         if self.double_quant and self.quantize is None:
             raise ValueError(
                 "found double_quant in a part without quantize; expected both, since it stores the scales of quantised "
-                "weights in fewer bits. Add quantize, or remove double_quant"
+                "weights in fewer bits. Add quantize (--quantize), or remove double_quant (--double-quant)"
             )
         return self
 

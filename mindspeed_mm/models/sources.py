@@ -220,7 +220,9 @@ def _adapters(path: Path, files: TensorFiles, loaded: Iterable[str | Path]) -> s
     beside = set(state_names(found))
     if found - beside:
         raise WeightError(
-            f"{path}: found LoRA adapters; expected full weights. Merge them into their base model first."
+            f"{path}: found LoRA adapters; expected full weights. Merge an adapter's folder into its base model "
+            "(mindspeed-mm merge BASE FOLDER --output DIR), and adapters inside of a whole model with PEFT "
+            "(merge_and_unload)."
         )
     known = {Path(file).resolve() for file in loaded}
     lost = [name for name in sorted(beside) if files.file_of(name).resolve() not in known]

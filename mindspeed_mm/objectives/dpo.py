@@ -91,12 +91,14 @@ class Dpo(Objective):
             if part.lora is not None and part.lora.dropout:
                 raise ConfigError(
                     f"{kind}.lora.dropout is {part.lora.dropout}, but the objective dpo compares log-probabilities of "
-                    "policy and reference, which dropout would make random: set it to 0"
+                    "policy and reference, which dropout would make random: set it to 0 in the model config"
+                    + (", or leave --lora-dropout out" if kind == "text_decoder" else "")
                 )
         if spec.text_decoder.neftune_noise_alpha:
             raise ConfigError(
                 f"text_decoder.neftune_noise_alpha is {spec.text_decoder.neftune_noise_alpha:g}, but the objective dpo "
-                "compares log-probabilities of policy and reference, which noise would make random: set it to 0"
+                "compares log-probabilities of policy and reference, which noise would make random: set it to 0 in the "
+                "model config, or leave --neftune-noise-alpha out"
             )
         if all(part.freeze for part in spec.part_specs().values()):
             raise ConfigError(

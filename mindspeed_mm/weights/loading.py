@@ -191,8 +191,8 @@ def _fresh_report(part: Any, spec: Any, state: Mapping[str, Tensor]) -> LoadRepo
     """The report of a part at random init. Raises WeightError unless its spec declares that."""
     if not spec.fresh:
         raise WeightError(
-            f"{part.kind}: found neither ckpt_path nor fresh; expected weights. "
-            'Set ckpt_path in its spec, or "fresh": true to train it from random values.'
+            f"{part.kind}: found neither ckpt_path nor fresh; expected weights. Set ckpt_path in the block "
+            f'"{part.kind}" of model.json, or "fresh": true there to train it from random values.'
         )
     return LoadReport(part.kind, "-", "-", len(state), 0, len(state), 0, "-")
 
@@ -201,7 +201,8 @@ def _rules_of(part: Any, source: PartSource) -> RuleSet:
     if source.dialect not in part.rules:
         raise WeightError(
             f"{source.path}: its {source.part} has names of kind {source.dialect!r}, which model_id {part.name!r} "
-            f"cannot read; expected {', '.join(part.rules)}. Give weights of a {part.name} model or change model_id."
+            f"cannot read; expected {', '.join(part.rules)}. Give weights of a {part.name} model, or change model_id "
+            f'of "{part.kind}" in model.json.'
         )
     return part.rules[source.dialect]
 
@@ -212,15 +213,15 @@ def _check_config(part: Any, spec: Any, source: PartSource, found: Any) -> str:
     fields += [name for name, key in part.checked_where.items() if source.dialect == "ours" or key in source.config]
     fields = [name for name in fields if name not in source.assumed]
     problems = [
-        f"{field}: the weights have {getattr(found, field)!r}, the spec says {getattr(spec, field)!r}"
+        f"{field}: the weights have {getattr(found, field)!r}, model.json says {getattr(spec, field)!r}"
         for field in fields
         if getattr(found, field) != getattr(spec, field)
     ]
     if problems:
         raise WeightError(
             "\n  ".join(
-                [f"{source.path}: the {part.kind} is another model than the spec describes.", *problems]
-                + ["Correct the spec, or give the weights that belong to it."]
+                [f"{source.path}: the {part.kind} is another model than model.json describes.", *problems]
+                + [f'Correct these keys of "{part.kind}" in model.json, or give the weights that belong to it.']
             )
         )
     return "equal"
@@ -314,7 +315,7 @@ def check_step(step: Step, source: PartSource, geometry: Geometry) -> Tensor:
     if step.rule.padded and geometry.vocab_size and full.shape[0] != geometry.vocab_size:
         raise WeightError(
             f"{source.path}: {', '.join(step.sources)} has {full.shape[0]} rows; expected language_vocab_size "
-            f"{geometry.vocab_size}. Correct language_vocab_size in the model config, or vocab_size in the config.json "
+            f"{geometry.vocab_size}. Correct language_vocab_size in model.json, or vocab_size in the config.json "
             "beside the weights, whichever the model was described by."
         )
     return full
@@ -350,7 +351,8 @@ def _check_shape(
     if tuple(found) != tuple(expected):
         raise WeightError(
             f"{source.path}: {', '.join(step.sources)} gives {name or step.target} the shape {list(found)}; expected "
-            f"{list(expected)}. The spec describes another model than these weights."
+            f"{list(expected)}. They are of another model: correct the sizes in model.json, or in the config.json "
+            "beside the weights, whichever it was described by, or give the weights that belong to it."
         )
 
 

@@ -393,5 +393,6 @@ def _check_rows(target: str, what: str, tensor: Tensor, rows: int, geometry: Geo
         raise WeightError(
             f"{target}: the {what} tensor has shape {list(tensor.shape)}; expected {rows} rows for "
             f"{geometry.num_attention_heads} heads in {geometry.num_query_groups} query groups of "
-            f"{geometry.kv_channels} channels. Correct num_attention_heads, num_query_groups or kv_channels."
+            f"{geometry.kv_channels} channels. Correct num_attention_heads, num_query_groups or kv_channels in "
+            "model.json (num_key_value_heads and head_dim in a config.json)."
         )

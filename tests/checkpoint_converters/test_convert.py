@@ -105,7 +105,7 @@ def test_a_stated_head_count_binds_the_spec(models, spec, tmp_path):
     for heads in (4, 2):
         assert convert_part(source, tmp_path / f"{heads}.pt", num_attention_heads=heads).assumed == ()
     assert_equal(loaded(spec, "vision_encoder", tmp_path / "4.pt"), loaded(spec, "vision_encoder", models / "clip_hf"))
-    with pytest.raises(WeightError, match="num_attention_heads: the weights have 2, the spec says 4"):
+    with pytest.raises(WeightError, match="num_attention_heads: the weights have 2, model.json says 4"):
         loaded(spec, "vision_encoder", tmp_path / "2.pt")
 
 

@@ -230,7 +230,7 @@ def test_a_projector_of_another_width(tmp_path):
     with pytest.raises(ConfigError, match=wanted):
         load_model_spec(block)
     block["image_encoder"]["vision_projector"] |= {"input_size": 108, "activation_func": "silu"}
-    with pytest.raises(WeightError, match="activation_func: the weights have 'relu', the spec says 'silu'"):
+    with pytest.raises(WeightError, match="activation_func: the weights have 'relu', model.json says 'silu'"):
         weights = tmp_path / "model.json"
         weights.write_text(json.dumps(block))
         mm.load(weights, device="cpu")

@@ -69,9 +69,9 @@ def test_missing_tokenizer_and_processor_are_named(golden, tmp_path):
     for file in ("tokenizer.json", "tokenizer.model", "preprocessor_config.json"):
         (folder / file).unlink()
     vlm = mm.load(folder, device="cpu")
-    with pytest.raises(ConfigError, match="holds no tokenizer"):
+    with pytest.raises(ConfigError, match="holds no tokenizer: give --tokenizer"):
         vlm.tokenizer  # noqa: B018
-    with pytest.raises(ConfigError, match="holds no preprocessor_config.json"):
+    with pytest.raises(ConfigError, match="holds no preprocessor_config.json: .*--image-processor"):
         vlm.image_processor  # noqa: B018
 
 

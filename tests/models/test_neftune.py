@@ -53,5 +53,7 @@ def test_not_beside_a_reference(golden):
 
     made = model_json(golden, trained=("text_decoder",))
     made["text_decoder"]["neftune_noise_alpha"] = 5.0
-    with pytest.raises(ConfigError, match="text_decoder.neftune_noise_alpha is 5, but the objective dpo"):
+    with pytest.raises(
+        ConfigError, match="text_decoder.neftune_noise_alpha is 5, but the objective dpo.*--neftune-noise-alpha"
+    ):
         find_objective("dpo").check(load_model_spec(made))

@@ -93,7 +93,7 @@ def test_another_width_is_told(model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_layers": 1}, "num_layers: the weights have 4, the spec says 1"),
+        ({"num_layers": 1}, "num_layers: the weights have 4, model.json says 1"),
         ({"language_vocab_size": 999}, "language_vocab_size"),
         ({"num_attention_heads": 2, "num_query_groups": 2}, "num_attention_heads: the weights have"),
         ({"ckpt_path": "nowhere"}, "nowhere: no such file or folder"),
@@ -172,5 +172,5 @@ def test_infer_tells_it_too(model, tmp_path, golden):
 
     keys = {"tokenizer": str(golden / "tokenizer"), "image_processor": str(golden / "models" / "clip_hf")}
     (tmp_path / "m.json").write_text(json.dumps(decoder(model, num_layers=1)))
-    with pytest.raises(WeightError, match="num_layers: the weights have 4, the spec says 1"):
+    with pytest.raises(WeightError, match="num_layers: the weights have 4, model.json says 1"):
         mm.load(str(tmp_path / "m.json"), device="cpu", **keys)

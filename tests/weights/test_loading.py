@@ -105,7 +105,7 @@ def test_the_table_says_in_words_what_became_of_each_part(golden_models, golden_
 
 def test_a_part_without_weights_must_declare_it(tiny_llama, llama_part):
     _, spec, _ = tiny_llama
-    with pytest.raises(WeightError, match="text_decoder: found neither ckpt_path nor fresh"):
+    with pytest.raises(WeightError, match='found neither ckpt_path nor fresh.*block "text_decoder" of model.json'):
         load_part({}, llama_part, spec, None)
     assert load_part({}, llama_part, spec.model_copy(update={"fresh": True}), None).loaded == 0
 
@@ -115,9 +115,10 @@ def test_a_source_whose_config_differs_is_refused_with_all_fields(tiny_llama, ll
     state = empty_state(llama_part, spec, open_source(folder).part("text_decoder"))
     changed = {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, **changed}))
-    with pytest.raises(WeightError, match="is another model than the spec describes") as error:
+    wanted = '(?s)is another model than model.json describes.*Correct these keys of "text_decoder" in model.json'
+    with pytest.raises(WeightError, match=wanted) as error:
         load_part(state, llama_part, spec, open_source(folder))
-    assert "layernorm_epsilon: the weights have 1e-05, the spec says 1e-06" in str(error.value)
+    assert "layernorm_epsilon: the weights have 1e-05, model.json says 1e-06" in str(error.value)
     assert "rotary_base: the weights have 500000.0" in str(error.value)
     assert "rope_scaling: the weights have RopeScaling(rope_type='linear'" in str(error.value)
 
@@ -126,7 +127,7 @@ def test_the_selected_layer_is_compared_where_the_source_says_it(golden_models, 
     part = find_part("vision_encoder", "clip")
     spec = golden_spec.vision_encoder.model_copy(update={"select_layer": -3})
     load(part, spec, golden_models / "clip_hf")
-    with pytest.raises(WeightError, match="select_layer: the weights have -2, the spec says -3"):
+    with pytest.raises(WeightError, match="select_layer: the weights have -2, model.json says -3"):
         load(part, spec, golden_models / "llava_original")
 
 
