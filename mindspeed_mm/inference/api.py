@@ -23,6 +23,7 @@ from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.platform import Platform, get_platform
 from mindspeed_mm.platform.distributed import init_single_process
 from mindspeed_mm.weights.blockwise import KINDS
+from mindspeed_mm.weights.sources import errors_name
 
 if TYPE_CHECKING:
     from mindspeed_mm.inference.loaded import LoadedVLM
@@ -175,7 +176,9 @@ def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
 def _media_of(located: Located) -> MediaProcessor | None:
     if not located.image_processor:
         return None
-    return located.spec.family.media_processor(located.spec, located.image_processor, pad=located.pad)
+    processor = located.image_processor  # a folder, or what a run's checkpoint says
+    with errors_name(processor if isinstance(processor, Path) else located.path):
+        return located.spec.family.media_processor(located.spec, processor, pad=located.pad)
 
 
 def _with_token_ids(located: Located, ids: dict[str, int]) -> Located:

@@ -17,7 +17,7 @@ from mindspeed_mm.models.describe import describe_model
 from mindspeed_mm.models.sources import open_source
 from mindspeed_mm.models.spec import DEFAULT_FAMILY, MODEL_KEYS, ModelSpec, find_family, load_model_spec
 from mindspeed_mm.weights.layouts import OURS
-from mindspeed_mm.weights.sources import Source
+from mindspeed_mm.weights.sources import Source, errors_name
 
 logger = logging.getLogger(__name__)
 
@@ -143,16 +143,17 @@ def _of_family(family: Any, path: Path, source: Source, sources: dict[str, Sourc
     processor = _holding(source.part("vision_encoder").path, PROCESSOR_FILES) or _holding(path, PROCESSOR_FILES)
     if processor is None and source.layout != family.layouts[0].name:  # folders of transformers hold their own
         processor = family.default_image_processor(spec)
-    return Located(
-        path,
-        spec,
-        sources,
-        image_token_id=family.image_token_id(config),
-        placeholder_ids=family.placeholder_ids(config),
-        tokenizer=_holding(path, TOKENIZER_FILES),
-        image_processor=processor,
-        pad=family.pads(config),
-    )
+    with errors_name(path):
+        return Located(
+            path,
+            spec,
+            sources,
+            image_token_id=family.image_token_id(config),
+            placeholder_ids=family.placeholder_ids(config),
+            tokenizer=_holding(path, TOKENIZER_FILES),
+            image_processor=processor,
+            pad=family.pads(config),
+        )
 
 
 def _checkpoint(path: Path, source: Source, sources: dict[str, Source]) -> Located:

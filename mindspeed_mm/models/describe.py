@@ -8,7 +8,7 @@ from mindspeed_mm.models.spec import DEFAULT_FAMILY, ModelSpec, find_family, loa
 from mindspeed_mm.weights.layouts import INTERACTION, VISION
 from mindspeed_mm.weights.rule_names import is_layered, layer_of
 from mindspeed_mm.weights.rules import Geometry, Rule
-from mindspeed_mm.weights.sources import PartSource, Source
+from mindspeed_mm.weights.sources import PartSource, Source, errors_name
 
 
 def part_of_source(source: PartSource) -> Part:
@@ -27,8 +27,12 @@ def describe_part(source: PartSource, **given: Any) -> PartSpec:
     `given` are Spec fields that the user states; they take the place of what the config says.
     Raises WeightError where there is no config and shapes do not suffice, ConfigError for unsupported values.
     """
+    with errors_name(source.path):
+        return _described(source, {key: value for key, value in given.items() if value is not None})
+
+
+def _described(source: PartSource, given: dict[str, Any]) -> PartSpec:
     part = part_of_source(source)
-    given = {key: value for key, value in given.items() if value is not None}
     if source.config is not None:
         spec = part.read_config(source.config, source.dialect)
         if not given:
@@ -52,7 +56,8 @@ def describe_model(source: Source, **vision_encoder: Any) -> ModelSpec:
     about a part without a config come next. Raises WeightError when a part is not there.
     """
     family = find_family(source.family or DEFAULT_FAMILY)
-    stated = {slot: dict(fields) for slot, fields in family.stated(source).items()}
+    with errors_name(source.path):
+        stated = {slot: dict(fields) for slot, fields in family.stated(source).items()}
     stated["vision_encoder"] = {**stated.get("vision_encoder", {}), **vision_encoder}
     specs = {slot: describe_part(source.part(slot), **stated.get(slot, {})) for slot in held_slots(family, source)}
     return load_model_spec(model_block(specs, family.name), context=str(source.path))

@@ -18,7 +18,7 @@ from mindspeed_mm.weights.adapter_names import is_adapter, state_names
 from mindspeed_mm.weights.files import damaged, read_json_object
 from mindspeed_mm.weights.folders import TensorFiles, find_groups, open_file
 from mindspeed_mm.weights.layouts import HF_DECODER, OUR_FILES, OUR_MODEL, OURS, Layout
-from mindspeed_mm.weights.sources import PartSource, Source
+from mindspeed_mm.weights.sources import PartSource, Source, errors_name
 
 PEFT_PREFIX = "base_model.model."
 """Put before every name by PEFT; LLaVA's non_lora_trainables.bin has it."""
@@ -195,7 +195,8 @@ def _classify(
             f"{path}: found {len(unknown)} tensors that layout {layout.name} does not have, such as {unknown[0]}. "
             "A model without them would be another one: give weights of a supported model."
         )
-    configs = _configs(layout, family, config)
+    with errors_name(path):
+        configs = _configs(layout, family, config)
     parts = {
         slot: PartSource(
             slot,

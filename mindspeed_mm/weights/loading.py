@@ -13,7 +13,7 @@ from torch import Tensor
 from mindspeed_mm.errors import WeightError
 from mindspeed_mm.weights.rules import Geometry, RuleSet, Step
 from mindspeed_mm.weights.shards import check_divisible, padded_vocab_size, shard
-from mindspeed_mm.weights.sources import PartSource, Source
+from mindspeed_mm.weights.sources import PartSource, Source, errors_name
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,8 @@ def _matched(part: Any, spec: Any, source: Source) -> _Matched:
     part_source = source.part(part.kind)
     if (lacking := spec.lacking(part_source.dialect)) is not None:
         raise WeightError(f"{part_source.path}: the weights do not fit the {part.kind}: {lacking}.")
-    found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
+    with errors_name(part_source.path):
+        found = None if part_source.config is None else part.read_config(part_source.config, part_source.dialect)
     confirmed = "none there" if found is None else _check_config(part, spec, part_source, found)
     rules = _rules_of(part, part_source)
     match = rules.match(part_source.names, spec.geometry, where=f"{part_source.path} ({part.kind})")

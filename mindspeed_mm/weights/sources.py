@@ -1,6 +1,8 @@
 """Weights that were opened: the tensors of each part, under the names that its rules know. Values are read when asked
 for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindspeed_mm.errors import WeightError
+from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.weights.blockwise import StoredForm
 from mindspeed_mm.weights.files import Span, TensorFile
+
+_CONFIG = "config.json: "
+"""How an error begins that whoever reads the values of a config.json raises, without knowing where it lies."""
+
+
+@contextmanager
+def errors_name(path: Path) -> Iterator[None]:
+    """Errors about the config beside weights name the folder or file of these, unless they do already."""
+    try:
+        yield
+    except (ConfigError, WeightError) as error:
+        text = str(error)
+        if str(path) in text:
+            raise
+        where = path / "config.json" if text.startswith(_CONFIG) else path
+        raise type(error)(f"{where}: {text.removeprefix(_CONFIG)}") from error
 
 
 @dataclass(frozen=True)

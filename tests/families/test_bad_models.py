@@ -12,6 +12,8 @@ from PIL import Image
 import mindspeed_mm as mm
 from mindspeed_mm.data.image import ImageError
 from mindspeed_mm.errors import ConfigError, WeightError
+from mindspeed_mm.models.describe import describe_model
+from mindspeed_mm.models.sources import open_source
 from tests.helpers.tiny_families import MAKERS, make_family
 from tests.helpers.tiny_llava import clip, fixed_processor, image, llava, save, tile_processor
 from tests.helpers.tiny_qwen import patch_processor
@@ -68,8 +70,9 @@ def changed(folder, target, file="config.json", **changes):
     ],
 )
 def test_letter_b_configs_that_would_change_numbers_are_refused(folder, tmp_path, changes, message):
-    with pytest.raises((ConfigError, WeightError), match=message):
+    with pytest.raises((ConfigError, WeightError), match=message) as caught:
         mm.load(changed(folder, tmp_path / "changed", **changes), device="cpu")
+    assert str(tmp_path / "changed") in str(caught.value)  # letter F: which config.json it is
 
 
 @pytest.mark.parametrize(
@@ -85,8 +88,20 @@ def test_letter_b_configs_that_would_change_numbers_are_refused(folder, tmp_path
     ],
 )
 def test_configs_of_other_sizes_than_the_weights_are_refused(folder, tmp_path, changes, message):
-    with pytest.raises((ConfigError, WeightError), match=f"(?s){message}"):
+    with pytest.raises((ConfigError, WeightError), match=f"(?s){message}") as caught:
         mm.load(changed(folder, tmp_path / "changed", **changes), device="cpu")
+    assert str(tmp_path / "changed") in str(caught.value)
+
+
+def test_letter_f_a_config_that_is_wrong_is_named(folder, tmp_path):
+    """Several parts of a model have one each."""
+    wrong = changed(folder, tmp_path / "changed", model_type="llava_onevision")
+    with pytest.raises(ConfigError, match=f"^{wrong}/config.json: found model_type"):
+        open_source(wrong)
+    for key in ("text_config__hidden_act", "vision_config__hidden_act"):
+        shutil.rmtree(wrong)
+        with pytest.raises(ConfigError, match=f"^{changed(folder, wrong, **{key: 'odd'})}: .* config: 1 problem"):
+            describe_model(open_source(wrong))
 
 
 PROCESSORS = {
