@@ -12,7 +12,9 @@ KEYS |= {"modules_to_save": "lora_modules_to_save", "loraplus_lr_ratio": "lorapl
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `given_lora` and `given_decoder`, named as in MindSpeed-MM, PEFT and LLaVA."""
-    group = parser.add_argument_group("LoRA of the text decoder (other parts: a lora block in --mm-model)")
+    group = parser.add_argument_group(
+        "LoRA of the text decoder, which any --lora flag switches on (other parts: a lora block in --mm-model)"
+    )
     group.add_argument("--lora-r", type=int, metavar="R", help="rank of the adapters (default 16)")
     group.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="scale x R (default 32)")
     group.add_argument("--lora-dropout", type=float, metavar="P", help="dropout before A (default 0)")
