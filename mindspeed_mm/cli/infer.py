@@ -193,7 +193,7 @@ def _answer_file(namespace: argparse.Namespace, config, path: str, options: dict
     if failed:
         raise DataError(
             f"{len(failed)} of {len(requests)} requests failed; their lines in {namespace.output} say why "
-            f"(first: {answers.done[failed[0]]['error']}). Correct them and run the same command again"
+            f"(first, id {failed[0]}: {answers.done[failed[0]]['error']}). Correct them and run the same command again"
         )
     return {"output": namespace.output, "requests": len(requests), "resumed": resumed}
 

@@ -265,7 +265,7 @@ class GenerationEngine:
                 handle = ready.popleft()
                 in_flight.discard(handle)
                 if handle.error is not None and on_error == "raise":
-                    raise handle.error
+                    raise _naming(handle) if len(requests) > 1 else handle.error
                 yield handle.result
         finally:
             for handle in in_flight:
@@ -335,6 +335,16 @@ def _without_frames(error: ValueError | None) -> ValueError | None:
         found.__traceback__ = None
         found = found.__cause__ or found.__context__
     return error
+
+
+def _naming(handle: GenerationHandle) -> ValueError:
+    """The error of one of several requests, which names it, caused by the error as it was."""
+    error, name = handle.error, f"request {handle.id}"
+    if not isinstance(error, ConfigError | DataError) or name in str(error):
+        return error
+    named = type(error)(f"{name}: {error}")
+    named.__cause__ = error
+    return named
 
 
 def _sequence(found: Generated) -> GeneratedSequence:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import mindspeed_mm as mm
-from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.errors import ConfigError, ContextError, DataError
 from mindspeed_mm.generation.options import GenerationOptions
 
 SHORT = GenerationOptions(max_new_tokens=5)
@@ -79,6 +79,8 @@ def test_sampling_does_not_depend_on_the_batch(engine):
 def test_too_long_prompt_gives_the_numbers(engine):
     with pytest.raises(ConfigError, match=r"a prompt of \d+ tokens and max_new_tokens 5 exceed .* 2048 tokens"):
         list(engine.generate([request("a", "word " * 3000)], SHORT))
+    with pytest.raises(ContextError, match=r"^request b: a prompt of \d+ tokens"):  # letter G: of several, which it is
+        list(engine.generate([request("a", "Hi"), request("b", "word " * 3000)], SHORT))
 
 
 @pytest.mark.parametrize(
