@@ -18,6 +18,7 @@ from mindspeed_mm.data.template_form import SLOT, SYSTEM_SLOT, Template
 from mindspeed_mm.data.tokenizer_base import Tokenizer
 from mindspeed_mm.errors import TemplateError
 
+_CURE = "name one of the templates instead (--template, or template_name in data.json)."
 MARKS = ("aMARKa", "bMARKb", "cMARKc", "dMARKd")
 _GENERATION = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
 """transformers' marks around answers, which print nothing."""
@@ -30,8 +31,8 @@ def template_from_tokenizer(tokenizer: Tokenizer) -> Template:
     sources = tokenizer.chat_templates
     if not sources:
         raise TemplateError(
-            "the tokenizer has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); name "
-            "one of the templates instead."
+            "the tokenizer has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); "
+            f"{_CURE}"
         )
     errors: list[TemplateError] = []
     for source in sources:
@@ -62,7 +63,7 @@ def _read(program: _Program) -> Template:
     if not fits:
         raise TemplateError(
             "the tokenizer's chat template does not give every turn the same form and every answer an end mark, so no "
-            "label mask can be proven for it; name one of the templates instead."
+            f"label mask can be proven for it; {_CURE}"
         )
     human = later + SLOT + close
     return Template(
@@ -89,7 +90,9 @@ class _Program:
         try:
             self._template = environment.from_string(_GENERATION.sub(_as_condition, source))
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the tokenizer's chat template is no valid Jinja: {error}.") from error
+            raise TemplateError(
+                f"the tokenizer's chat template is no valid Jinja: {error}. Correct it, or {_CURE}"
+            ) from error
         bos = tokenizer.bos_token_id
         self._bos = "" if bos is None else tokenizer.pieces([bos])[0]
         self.eos = tokenizer.pieces([tokenizer.eos_token_id])[0]
@@ -116,7 +119,9 @@ class _Program:
                 messages=messages, add_generation_prompt=generation, bos_token=self._bos, eos_token=self.eos
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise TemplateError(f"the tokenizer's chat template cannot be run: {error}.") from error
+            raise TemplateError(
+                f"the tokenizer's chat template cannot be run: {error}. Correct it, or {_CURE}"
+            ) from error
         # The tokenizer puts BOS in front by itself where its checkpoint has it.
         return text.removeprefix(self._bos) if self._adds_bos else text
 
@@ -125,9 +130,7 @@ class _Program:
         pieces = []
         for mark in marks:
             if text.count(mark) != 1:
-                raise TemplateError(
-                    "the tokenizer's chat template leaves out or repeats a turn; name one of the templates instead."
-                )
+                raise TemplateError(f"the tokenizer's chat template leaves out or repeats a turn; {_CURE}")
             before, text = text.split(mark)
             pieces.append(before)
         return [*pieces, text]
