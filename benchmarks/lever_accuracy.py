@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,14 @@ def suite(variant: str, words: list[str | Path]) -> str:
     return process.stdout
 
 
-def train_words(settings: Any, folder: Path, stage: int, precision: str) -> list[str | Path]:
+def train_words(settings: Any, inputs: Path, folder: Path, stage: int, precision: str) -> list[str | Path]:
     """The launcher's flags and the quickstart's (examples/quickstart/steps.py, training_words)."""
     steps, lr = (
         (settings.stage1_steps, settings.stage1_lr) if stage == 1 else (settings.stage2_steps, settings.stage2_lr)
     )
-    data = folder / "configs" / ("data_pretrain.json" if stage == 1 else "data_finetune.json")
+    data = inputs / "configs" / ("data_pretrain.json" if stage == 1 else "data_finetune.json")
     return [
-        *("train", "--mm-model", folder / "configs" / "model.json", "--mm-data", data),
+        *("train", "--mm-model", inputs / "configs" / "model.json", "--mm-data", data),
         *("--micro-batch-size", settings.global_batch_size, "--global-batch-size", settings.global_batch_size),
         *("--train-iters", steps, "--lr", lr, "--lr-decay-style", "cosine"),
         *("--lr-warmup-fraction", settings.warmup_fraction, "--weight-decay", 0, "--clip-grad", 1),
@@ -78,25 +79,42 @@ def train_words(settings: Any, folder: Path, stage: int, precision: str) -> list
     ]
 
 
-def trained(seed: int, variant: str, precision: str) -> dict[str, Any]:
-    """Accuracy, and the mean loss of the last 50 steps, of one run."""
-    from examples.quickstart.configs import write_configs
-    from examples.quickstart.make_data import make_data
-    from examples.quickstart.make_models import make_models
-    from examples.quickstart.results import read_metrics
-    from examples.quickstart.settings import FULL
+class Prepared:
+    """Data, untrained weights and configs of each seed: made once, and read by every run of the seed."""
 
-    settings = dataclasses.replace(FULL, seed=seed)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.lock = threading.Lock()
+
+    def of_seed(self, seed: int) -> tuple[Any, Path]:
+        """The quickstart's settings with this seed, and the folder of its inputs."""
+        from examples.quickstart.configs import write_configs
+        from examples.quickstart.make_data import make_data
+        from examples.quickstart.make_models import make_models
+        from examples.quickstart.settings import FULL
+
+        settings, folder = dataclasses.replace(FULL, seed=seed), self.folder / f"seed{seed}"
+        with self.lock:
+            if not folder.is_dir():
+                data, models, converted = folder / "data", folder / "models", folder / "converted"
+                make_data(data, settings.questions_per_digit)
+                sizes = make_models(models, data, seed)
+                for part in ("clip", "vicuna"):
+                    suite(ALL, ["convert", models / part, converted, "--to", "mindspeed-mm"])
+                write_configs(folder / "configs", data, models, converted, sizes["vocabulary"])
+        return settings, folder
+
+
+def trained(seed: int, variant: str, precision: str, prepared: Prepared) -> dict[str, Any]:
+    """Accuracy, and the mean loss of the last 50 steps, of one run."""
+    from examples.quickstart.results import read_metrics
+
+    settings, inputs = prepared.of_seed(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_data(folder / "data", settings.questions_per_digit)
-        sizes = make_models(folder / "models", folder / "data", seed)
-        for part in ("clip", "vicuna"):
-            suite(ALL, ["convert", folder / "models" / part, folder / "converted", "--to", "mindspeed-mm"])
-        write_configs(folder / "configs", folder / "data", folder / "models", folder / "converted", sizes["vocabulary"])
         for stage in (1, 2):
-            suite(variant, train_words(settings, folder, stage, precision))
-        table = ["--dataset-path", folder / "data" / "digits_mcq.tsv", "--evaluation-dataset", "digits_mcq"]
+            suite(variant, train_words(settings, inputs, folder, stage, precision))
+        table = ["--dataset-path", inputs / "data" / "digits_mcq.tsv", "--evaluation-dataset", "digits_mcq"]
         output = suite(
             ALL,
             [
@@ -164,8 +182,9 @@ def main() -> None:
         for variant in args.variants
         if (seed, variant, precision) not in there
     ]
-    with ThreadPoolExecutor(args.processes) as pool:
-        for run in pool.map(lambda one: trained(*one), wanted):
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.processes) as pool:
+        prepared = Prepared(Path(name))
+        for run in pool.map(lambda one: trained(*one, prepared), wanted):
             results["runs"].append(run)
             results["summary"] = summary(results["runs"])
             sys.stderr.write(f"{run}\n")
