@@ -101,7 +101,9 @@ class DriverArguments(OptimizerArguments):
         str, None, "checkpoint", "weights to begin with while --load holds no checkpoint (stage 1 -> stage 2)"
     )
     finetune: bool = switch("checkpoint", "take only the weights of --load and begin at step 0")
-    exit_on_missing_checkpoint: bool = switch("checkpoint", "stop when --load holds no checkpoint")
+    exit_on_missing_checkpoint: bool = switch(
+        "checkpoint", "stop when --load holds no checkpoint, where it is --save too"
+    )
     no_load_optim: bool = switch(
         "checkpoint", "do not load optimizer state; the schedule goes on from the step reached"
     )

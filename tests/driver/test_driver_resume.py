@@ -340,18 +340,36 @@ def test_the_checkpoints_schedule_can_be_kept(tmp_path):
     assert tiny.records(tmp_path)[4]["learning_rate"] == pytest.approx(0.01 * 4 / 8)
 
 
-def test_load_without_a_checkpoint_starts_from_scratch(tmp_path, caplog):
-    _, report, _ = run("--load", tmp_path / "nothing")
-    assert report.iteration == 4
-    assert "holds no checkpoint" in caplog.text
-    with pytest.raises(CheckpointError, match="holds no checkpoint .*--exit-on-missing-checkpoint is given"):
-        run("--load", tmp_path / "nothing", "--exit-on-missing-checkpoint")
-    (tmp_path / "iter_0000005").mkdir()  # its tracker is lost
-    (tmp_path / "iter_0000005" / "run.json").write_text("{}")
-    run("--load", tmp_path, train_iters=1)
-    assert "whole iterations are there (5): write 5 into that file to go on from the last one" in caplog.text
-    with pytest.raises(CheckpointError, match=r"are there \(5\): write 5 into that file to take the last one\): check"):
-        run("--pretrained-checkpoint", tmp_path)
+def test_load_of_the_own_empty_folder_starts_from_scratch(tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, report, _ = run("--save", tmp_path / "own", "--load", "own", train_iters=1)
+    assert report.iteration == 1
+    assert "own holds no checkpoint (latest_checkpointed_iteration.txt is missing): the run begins" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--load", "nothing"], r"nothing holds no checkpoint \(.*\): check the path. A new run leaves --load away"),
+        (["--load", "nothing", "--save", "other"], r"nothing holds no checkpoint \(.*\): check the path"),
+        (["--load", "nothing", "--save", "nothing", "--finetune"], r"nothing holds no checkpoint \(.*\): check"),
+        (
+            ["--load", "nothing", "--save", "nothing", "--exit-on-missing-checkpoint"],
+            "holds no checkpoint .*--exit-on-missing-checkpoint is given",
+        ),
+        (
+            ["--load", "lost", "--save", "lost"],
+            r"iterations are there \(5\): write 5 into that file to go on from the last one\). A new run would write",
+        ),
+        (["--pretrained-checkpoint", "lost"], r"are there \(5\): write 5 into that file to take the last one\): check"),
+    ],
+)
+def test_folders_that_should_hold_a_checkpoint(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lost" / "iter_0000005").mkdir(parents=True)  # its tracker is lost
+    (tmp_path / "lost" / "iter_0000005" / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=message):
+        run(*flags)
 
 
 def test_a_fresh_run_into_a_used_folder_warns(tmp_path, caplog):

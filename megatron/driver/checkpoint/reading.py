@@ -170,13 +170,21 @@ def find_checkpoint(folder: str | Path, step: int | None = None) -> Path | None:
 
 
 def check_folders(args: DriverArguments) -> None:
-    """Raise CheckpointError where a folder that has to hold a checkpoint has none; nothing need be built for it."""
+    """Raise CheckpointError where a folder that has to hold a checkpoint has none; nothing need be built for it.
+
+    The folder of --load may be empty only where the run itself fills it: the same command begins a run and goes on
+    with it. Any other one was meant to be there.
+    """
     if args.load is not None:
         if find_checkpoint(args.load, args.ckpt_step) is not None:
             return
+        text = missing("--load", args.load, "to go on from the last one")
         if args.exit_on_missing_checkpoint:
-            text = missing("--load", args.load, "to go on from the last one")
             raise CheckpointError(f"{text}, and --exit-on-missing-checkpoint is given: check the path")
+        if args.save is None or args.finetune or Path(args.load).resolve() != Path(args.save).resolve():
+            raise CheckpointError(f"{text}: check the path. A new run leaves --load away, or has it equal to --save")
+        if storage.iterations(Path(args.load)):
+            raise CheckpointError(f"{text}. A new run would write over them: it has another --save")
     given = args.pretrained_checkpoint
     if given is not None and find_checkpoint(given) is None:
         raise CheckpointError(f"{missing('--pretrained-checkpoint', given, 'to take the last one')}: check the path")
