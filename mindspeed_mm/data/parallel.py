@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,8 +26,8 @@ ALONE_BELOW = 2048
 
 MAX_PROCESSES = 16
 
-_work: Callable[[range], object] | None = None
-"""Set before worker processes are forked, which inherit it."""
+HELD = 4
+"""Results that a process may be ahead of the one that is waited for."""
 
 
 def available_cores() -> int:
@@ -46,24 +48,118 @@ def ordered(
 
     `work` runs in forked processes (default: one a core) and must return what can be pickled; where one process is
     enough, it runs here. Nothing is left running when the context ends.
+
+    Iterating raises:
+        ValueError, OSError: what `work` raised.
+        DataError: a process was ended from outside.
+        RuntimeError: a process failed otherwise; it has shown its traceback.
     """
-    global _work
     parts = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
-    processes = processes or available_cores()
-    if count < alone_below or processes == 1 or len(parts) == 1:
+    processes = min(processes or available_cores(), len(parts))
+    if count < alone_below or processes <= 1:
         yield map(work, parts)
         return
-    _work = work
+    helpers: list[_Helper] = []
     try:
-        with multiprocessing.get_context("fork").Pool(processes, initializer=ending.belong_to_parent) as pool:
-            yield pool.imap(_call, parts)
+        for _ in range(processes):
+            helpers.append(_Helper(work))
+        yield _results(helpers, parts)
     finally:
-        _work = None
+        for helper in helpers:
+            helper.end()
 
 
-def _call(part: range) -> object:
-    assert _work is not None
-    return _work(part)
+class _Helper:
+    """A forked process that works on one part after the other.
+
+    Its pipes are its own, so that its death is seen at once: a multiprocessing.Pool waits for ever for what a killed
+    process was to bring.
+    """
+
+    def __init__(self, work: Callable[[range], object]) -> None:
+        context = multiprocessing.get_context("fork")
+        # No sockets, which a process that belongs to its parent gives up.
+        taken, self._parts = context.Pipe(duplex=False)
+        self.results, brought = context.Pipe(duplex=False)
+        self._process = context.Process(target=_serve, args=(work, taken, brought), daemon=True)
+        self._process.start()
+        taken.close()
+        brought.close()
+        self.number: int | None = None
+        """Of the part that it works on."""
+
+    def give(self, number: int, part: range) -> None:
+        """Have it work on a part."""
+        self.number = number
+        try:
+            self._parts.send(part)
+        except BrokenPipeError:
+            raise self._lost() from None
+
+    def take(self) -> object:
+        """What it has found. Raises what `ordered` names."""
+        try:
+            found, error = self.results.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        self.number = None
+        if error is not None:
+            raise error
+        return found
+
+    def _lost(self) -> Exception:
+        self._process.join()
+        code = self._process.exitcode or 0
+        if code >= 0:
+            return RuntimeError("a process that reads data failed: its own traceback stands above")
+        return DataError(
+            f"a process that reads data was ended from outside ({signal.Signals(-code).name}). Most often the host has "
+            "no memory left: give the run more of it, or fewer cores (taskset -c 0-3 ...; check-data: --workers), each "
+            "of which has such a process"
+        )
+
+    def end(self) -> None:
+        """End it now."""
+        self._process.kill()
+        self._process.join(1.0)  # one that stands in a dead file system is not waited for
+        self._parts.close()
+        self.results.close()
+
+
+def _serve(work: Callable[[range], object], parts: Connection, results: Connection) -> None:
+    """The course of a helper. A group of its own keeps a terminal's Ctrl-C from it, which is for its parent."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ending.belong_to_parent()
+    while True:
+        part = parts.recv()
+        try:
+            answer = work(part), None
+        except (ValueError, OSError) as error:
+            error.__cause__ = error.__context__ = None  # may not survive pickling
+            answer = None, error
+        results.send(answer)
+
+
+def _results(helpers: Sequence[_Helper], parts: Sequence[range]) -> Iterator[Any]:
+    """What the helpers bring, in the order of the parts."""
+    found: dict[int, object] = {}
+    given = 0
+    for number in range(len(parts)):
+        while True:
+            for helper in helpers:
+                if helper.number is None and given < min(len(parts), number + HELD * len(helpers)):
+                    helper.give(given, parts[given])
+                    given += 1
+            busy = {helper.results: helper for helper in helpers if helper.number is not None}
+            for ready in wait(busy, timeout=0 if number in found else None):
+                helper = busy[ready]
+                place = helper.number
+                assert place is not None
+                found[place] = helper.take()
+            if number in found:
+                break
+        yield found.pop(number)
 
 
 def count_all(title: str, count: int, work: Callable[[int], Any], *, columns: int = 1) -> np.ndarray:
