@@ -48,7 +48,7 @@ Functions
     watch.naming_lost_ranks()           context around both below: errors of collectives name the lost rank
     setup.setup(args, model_provider, platform, hooks=Hooks()) -> TrainState
     loop.train(state, args, forward_step, data_iterator, hooks=Hooks()) -> TrainReport(iteration, loss, checkpoint)
-        stops at --train-iters, --exit-interval, SIGINT, SIGTERM or SIGUSR1 (saved first where --save is given)
+        stops at --train-iters, --exit-interval, SIGINT, SIGTERM, SIGHUP or SIGUSR1 (saved first where --save is given)
     In checkpoint/:
     checkpointing.save_checkpoint(state, args, hooks) -> Path        = write_snapshot(take_snapshot(...)); saver.Saver
         (of the loop) does the second part in the background with --async-save

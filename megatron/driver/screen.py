@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -111,15 +112,17 @@ class LiveTable:
         if self._live is None:  # not before the first step: processes that prepare data must not inherit a live screen
             # No thread draws it: a process that is ended at once must leave the terminal as it was.
             self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False)
-            self._live.start()
-            self._console.show_cursor(True)
+            with contextlib.suppress(OSError):
+                self._live.start()
+                self._console.show_cursor(True)
         if due or self._clock() - self._drawn >= BETWEEN:
             self._draw()
 
     def _draw(self) -> None:
         assert self._live is not None
         self._drawn = self._clock()
-        self._live.update(Group(*([self._table()] if self._rows else []), self._progress()), refresh=True)
+        with contextlib.suppress(OSError):  # the terminal has been closed
+            self._live.update(Group(*([self._table()] if self._rows else []), self._progress()), refresh=True)
 
     def _table(self) -> Table:
         """Columns of the figures that have a heading; a narrow terminal gets the more important ones."""
@@ -155,7 +158,8 @@ class LiveTable:
         """See Screen."""
         if self._live is not None:
             self._draw()
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
             self._live = None
 
 

@@ -9,16 +9,16 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""A terminal sends SIGINT at Ctrl-C. Slurm sends SIGTERM at the time limit, and SIGUSR1 before it with
-`--signal=USR1@seconds`."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""A terminal sends SIGINT at Ctrl-C, and SIGHUP when it is closed or its connection is lost, which nohup has ignored.
+Slurm sends SIGTERM at the time limit, and SIGUSR1 before it with `--signal=USR1@seconds`."""
 
 
 class StopRequest:
     """Context in which STOP_SIGNALS are remembered instead of killing the process.
 
     Who presses Ctrl-C twice does not want to wait: a SIGINT or SIGTERM (which torchrun makes of the second one) after
-    a SIGINT raises KeyboardInterrupt. SIGTERM and SIGUSR1 may come several times: torchrun and Slurm both send them.
+    a SIGINT raises KeyboardInterrupt. The others may come several times: torchrun and Slurm both send them.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if self._installed:
-            self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+            heard = [number for number in STOP_SIGNALS if not _is_under_nohup(number)]
+            self._previous = {number: signal.signal(number, self._remember) for number in heard}
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -42,6 +43,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame: Any) -> None:
-        if self.signal == signal.SIGINT and number != signal.SIGUSR1:
+        if self.signal == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         self.signal = self.signal or number
+
+
+def _is_under_nohup(number: int) -> bool:
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 REPORT_VARIABLE = "TORCHRUN_REPORT"
@@ -31,6 +31,9 @@ ELSE = "a fault of a compiled library; what it wrote stands above"
 
 TORCHRUN_LOGGER = "torch.distributed"
 
+HEARD_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+"""Environment variable with the signals that end torchrun. An older torch knows none, and does not read it."""
+
 
 class ReportToFile(DefaultLogsSpecs):
     """torchrun's default treatment of the ranks' output, with its own output in a file."""
@@ -44,6 +47,14 @@ class ReportToFile(DefaultLogsSpecs):
         logger.handlers[:] = [handler]
         logger.propagate = False
         sys.excepthook = _Report(report)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """See DefaultLogsSpecs; torchrun asks right before it chooses the signals that it hears. It would hear SIGHUP
+        even under nohup, and take the run with it when its terminal is closed."""
+        heard = os.environ.get(HEARD_VARIABLE)
+        if heard is not None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            os.environ[HEARD_VARIABLE] = ",".join(name for name in heard.split(",") if name != "SIGHUP")
+        return super().reify(envs)
 
 
 def report_path() -> Path:

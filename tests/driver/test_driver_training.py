@@ -17,6 +17,7 @@ get_platform("cpu")
 
 from megatron.driver.loop import train  # noqa: E402
 from megatron.driver.state import BatchFacts, Hooks  # noqa: E402
+from megatron.driver.stopping import StopRequest  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -248,7 +249,7 @@ def test_a_world_of_another_size_is_an_error():
         tiny.run(tiny.arguments(world_size=2))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_stops(tmp_path, number):
     def terminated(data_iterator, model):
         os.kill(os.getpid(), number)
@@ -259,6 +260,16 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     assert report.iteration == 1
     assert report.checkpoint == tmp_path / "iter_0000001"
     assert signal.getsignal(number) is before
+
+
+def test_letter_k_a_closed_terminal_stops_nothing_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.received
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_exit_interval_saves_and_stops(tmp_path):

@@ -48,7 +48,9 @@ def launch(place, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", ["TERM to the launcher", "USR1 to every process", "KILL to the launcher"])
+@pytest.mark.parametrize(
+    "sent", ["TERM to the launcher", "HUP to the launcher", "USR1 to every process", "KILL to the launcher"]
+)
 def test_a_signal_saves_the_run(golden, folder, sent):  # noqa: F811
     describe_data(golden, folder)
     with launch(folder) as first:
@@ -57,8 +59,8 @@ def test_a_signal_saves_the_run(golden, folder, sent):  # noqa: F811
             said.append(line)
             if " iteration        3/" in line:
                 break
-        if sent.startswith("TERM"):
-            first.terminate()
+        if sent.startswith(("TERM", "HUP")):
+            first.send_signal(signal.Signals[f"SIG{sent.split()[0]}"])
         elif sent.startswith("KILL"):  # the ranks are told, and go on until they have saved
             first.kill()
         else:  # as Slurm does before the time limit

@@ -177,6 +177,23 @@ def test_the_table_keeps_the_last_rows_and_fits_80_columns():
     assert "TFLOP/s" in text and "padding" not in text and "31.5 GB" in text
 
 
+@pytest.mark.parametrize("good", [0, 1])
+def test_letter_k_a_terminal_that_is_closed_ends_no_training(good):
+    """The run is told by SIGHUP, and has to save first."""
+
+    def write(text):
+        raise OSError(5, "Input/output error")
+
+    target, state = console(), state_of(0)
+    table = LiveTable(state, tiny.arguments(), target, Pace(Clock()), Clock())
+    for step in range(3):
+        if step == good:
+            target.file.write = write
+        state.iteration += 1
+        table.step(0.0, [STEP], due=True)
+    table.close()
+
+
 def test_the_bar_moves_between_log_lines():
     args, state, clock, target = tiny.arguments(train_iters=10), state_of(1), Clock(), console()
     table = LiveTable(state, args, target, Pace(clock), clock)

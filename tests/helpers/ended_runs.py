@@ -95,7 +95,7 @@ def _start(rank: int, case: dict, place: Path, port: int) -> int:
 
 def _strike(cause: str, rank: int) -> None:
     """What happens to this rank, at the moment."""
-    if cause in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    if cause.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[cause])
     elif cause == f"lost {rank}":
         os.kill(os.getpid(), signal.SIGKILL)

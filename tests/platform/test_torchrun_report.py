@@ -1,5 +1,6 @@
 """torchrun's own report goes to a file; the screen gets one line."""
 
+import os
 import re
 import signal
 import socket
@@ -7,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import SignalException
+import pytest
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from mindspeed_mm.platform import torchrun
 from tests.helpers.killed_runs import free_port
 
 ROOT = Path(__file__).parents[2]
+HEARD = "SIGTERM,SIGHUP,SIGQUIT"
 
 
 def launch(tmp_path, program, port, monkeypatch):
@@ -45,6 +48,18 @@ def test_a_port_in_use_is_one_line(tmp_path, monkeypatch):
         code, said = launch(tmp_path, "", port, monkeypatch)
     (line,) = said.splitlines()
     assert code == 1 and f"port {port} of this host is in use" in line and "set MASTER_PORT to a free one" in line
+
+
+@pytest.mark.parametrize(("handler", "left"), [(signal.SIG_IGN, "SIGTERM,SIGQUIT"), (signal.SIG_DFL, HEARD)])
+def test_letter_k_torchrun_is_deaf_to_a_closed_terminal_under_nohup(monkeypatch, handler, left):
+    monkeypatch.setenv(torchrun.HEARD_VARIABLE, HEARD)
+    monkeypatch.setattr(DefaultLogsSpecs, "reify", lambda self, envs: "files")
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        assert object.__new__(torchrun.ReportToFile).reify({}) == "files"
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert os.environ[torchrun.HEARD_VARIABLE] == left
 
 
 def test_what_is_said(monkeypatch):
