@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -17,19 +18,22 @@ from mindspeed_mm.platform import host_memory
 
 logger = logging.getLogger(__name__)
 
+ALLOWED_TO_END = 3.0
+"""Seconds in which workers end by themselves; a DataLoader waits 10 for each that stands in a slow read."""
+
 
 def settle(_worker: int) -> None:
     """First act of a worker: it leaves the signals that stop a run to the training process, and ends with that.
 
-    torchrun sends SIGTERM to process groups, a terminal SIGINT, Slurm both and SIGUSR1 to everything; a worker that
-    ended would take the run with it before it has saved. A second SIGTERM ends the worker: that is how a DataLoader
-    ends those that do not listen.
+    torchrun sends SIGTERM to process groups, a terminal SIGINT and SIGHUP, Slurm both and SIGUSR1 to everything; a
+    worker that ended would take the run with it before it has saved. A second SIGTERM ends the worker: that is how a
+    DataLoader ends those that do not listen.
     """
     os.setpgid(0, 0)
     host_memory.return_freed()
     ending.belong_to_parent()
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
@@ -81,8 +85,18 @@ def _end(iterator: Any) -> None:
     workers = getattr(iterator, "_workers", ())  # none where the data is read in this process
     if not workers:
         return
-    iterator._shutdown_workers()
+    hurry = threading.Timer(ALLOWED_TO_END, _kill, [workers])
+    hurry.start()
+    try:
+        iterator._shutdown_workers()
+    finally:
+        hurry.cancel()
+        _kill(workers)
+    for worker in workers:
+        worker.join(1.0)
+
+
+def _kill(workers: Sequence[BaseProcess]) -> None:
     for worker in workers:
         if worker.is_alive():
             worker.kill()
-            worker.join(1.0)
