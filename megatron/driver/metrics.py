@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.boards import Board, open_boards
@@ -13,6 +18,9 @@ from megatron.driver.records import METRICS_FILE, cut_records
 from megatron.driver.screen import open_screen
 from megatron.driver.state import TrainState
 from megatron.driver.steps import StepMetrics, rates
+from mindspeed_mm.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -23,13 +31,14 @@ class Recorder:
         self._window: list[StepMetrics] = []
         self._file = self._screen = None
         self._boards: list[Board] = []
+        self._told = False
         if not is_rank_0():
             return
         self._screen = open_screen(state, args)
         if args.save is not None:
             path = Path(args.save) / METRICS_FILE
             cut_records(path, state.iteration)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
         self._boards = open_boards(args, state.iteration)
 
     def __enter__(self) -> Recorder:
@@ -58,18 +67,44 @@ class Recorder:
     def flush(self) -> None:
         """Make the records of all steps so far durable; called before a checkpoint is written."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._on_disk():
+                os.fsync(self._file.fileno())
         for board in self._boards:
             board.flush()
+
+    @contextlib.contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """What becomes of a full disk, which --on-save-error says."""
+        try:
+            yield
+        except OSError as error:
+            path = Path(self._args.save or "", METRICS_FILE)
+            text = f"{path} cannot be written: {error}. Make room there: until then records of steps are lost"
+            if self._args.on_save_error == "stop":
+                raise CheckpointError(text) from error
+            if not self._told:
+                logger.error("%s", text)
+            self._told = True
 
     def _write_record(self, step: StepMetrics) -> None:
         iteration = self._state.iteration
         if self._file is not None:
             record = {"iteration": iteration, "consumed_samples": self._state.consumed_samples} | step.record
-            self._file.write(json.dumps(record) + "\n")
+            with self._on_disk():
+                append_line(self._file, f"{json.dumps(record)}\n".encode())
         if self._boards:
             known = {**step.record, **rates([step], self._state, self._args)}
             values = {name: value for name, value in known.items() if value is not None}
             for board in self._boards:
                 board.add(values, iteration)
+
+
+def append_line(file: BinaryIO, line: bytes) -> None:
+    """The whole line, or nothing of it and OSError: what comes behind half a line could not be read."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        file.truncate(before)
+        raise

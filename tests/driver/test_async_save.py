@@ -1,6 +1,7 @@
 """Saving in the background, and disks that are full: at once and in the background."""
 
 import os
+import re
 import resource
 import signal
 import threading
@@ -18,8 +19,10 @@ from tests.parallel.comparison import names
 
 get_platform("cpu")
 
+from megatron.driver import metrics  # noqa: E402
 from megatron.driver.checkpoint import checkpointing, saver, storage  # noqa: E402
 from megatron.driver.checkpoint.reading import first_line, read_checkpoint  # noqa: E402
+from megatron.driver.metrics import append_line  # noqa: E402
 from megatron.driver.state import Hooks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("single_process")
@@ -131,6 +134,19 @@ def test_an_error_in_training_lets_the_save_end(tmp_path, slow_disk):
     assert read_checkpoint(tmp_path).run["iteration"] == 1
 
 
+def test_letter_k_ctrl_c_twice_does_not_wait_for_the_save(tmp_path, slow_disk):
+    def step(data_iterator, model):
+        if not slow_disk.is_set():
+            raise KeyboardInterrupt
+        return tiny.forward_step(data_iterator, model)
+
+    hooks = Hooks(after_step=lambda state: slow_disk.clear())
+    with pytest.raises(KeyboardInterrupt):
+        run("--save", tmp_path, "--async-save", "--save-interval", "1", step=step, hooks=hooks)
+    assert not slow_disk.is_set() and not storage.iterations(tmp_path)
+    slow_disk.set()
+
+
 def test_both_errors_are_told(tmp_path, monkeypatch, caplog):
     def full_disk(*_args):
         raise OSError(28, "No space left on device")
@@ -193,6 +209,46 @@ def test_a_full_disk_stops_the_run(tmp_path, mode):
     whole, _, _ = run(train_iters=6)
     resumed, _, _ = run("--save", tmp_path, "--load", tmp_path, train_iters=6)
     assert_equal(whole, resumed)
+
+
+def test_letter_j_a_run_whose_last_save_fails_has_failed(tmp_path, monkeypatch):
+    """Whatever --on-save-error says: there is no training left to go on with."""
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpointing, "write_tensors", full)
+    with pytest.raises(CheckpointError, match="iteration 6 could not be saved .*No space left"):
+        run("--save", tmp_path, "--save-interval", "2", "--on-save-error", "continue", train_iters=6)
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_letter_j_a_full_disk_under_the_records_of_steps(tmp_path, monkeypatch, caplog, policy):
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metrics, "append_line", full)
+    message = "metrics.jsonl cannot be written: .*No space left.*records of steps are lost"
+    if policy == "stop":
+        with pytest.raises(CheckpointError, match=message):
+            run("--save", tmp_path, train_iters=2)
+    else:
+        run("--save", tmp_path, "--on-save-error", policy, train_iters=2)
+        assert len(re.findall(message, caplog.text)) == 1
+
+
+def test_a_record_is_written_whole_or_not_at_all(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (tmp_path / "file").open("ab", buffering=0) as file:
+        append_line(file, b"12345\n")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+        try:
+            with pytest.raises(OSError, match="No space left"):
+                append_line(file, b"67890\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        append_line(file, b"abcde\n")
+    assert (tmp_path / "file").read_bytes() == b"12345\nabcde\n"
 
 
 def full_on_rank_1(save, mode):

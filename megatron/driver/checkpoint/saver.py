@@ -47,7 +47,8 @@ class SaveClock:
 
 
 class Saver:
-    """Writes the checkpoints of a run. A context: leaving it waits for the one that is under way."""
+    """Writes the checkpoints of a run. A context: leaving it waits for the one that is under way, except
+    after a KeyboardInterrupt."""
 
     def __init__(self, state: TrainState, args: DriverArguments, hooks: Hooks) -> None:
         self._state, self._args, self._hooks = state, args, hooks
@@ -58,6 +59,7 @@ class Saver:
         if args.async_save:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[Path] | None = None
+        self._problem: CheckpointError | None = None
         self.last: Path | None = None
         """The last checkpoint that was written."""
 
@@ -65,8 +67,13 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
+        if self._thread is not None and kind is KeyboardInterrupt:  # Ctrl-C twice
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            return
         try:
             self.wait()
+            if kind is None and self._problem is not None:
+                raise self._problem
         except CheckpointError as error:
             if kind is None:
                 raise
@@ -87,6 +94,7 @@ class Saver:
             CheckpointError: this save, or the one before in the background, failed, and --on-save-error is stop.
         """
         self.wait()
+        self._problem = None
         start = time.perf_counter()
         try:
             snapshot = self._take_snapshot()
@@ -120,6 +128,7 @@ class Saver:
     def _handle(self, error: CheckpointError) -> None:
         if self._args.on_save_error == "stop":
             raise error
+        self._problem = error
         logger.error("%s. Training goes on, as --on-save-error says", error)
 
     def _take_snapshot(self) -> Snapshot:
