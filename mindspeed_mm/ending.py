@@ -14,6 +14,7 @@ import faulthandler
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import stat
 import sys
@@ -98,12 +99,38 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     """Run `main` as the work of this process, and end the process with the code that it returns."""
     global _is_own_process
     _is_own_process = True
+    _open_streams()
     _stop_with_torchrun()
     _end_in_order()
     code = main()
     _limit(GRACE if code else COMPLETE_GRACE)
     _leave_groups()
     _leave(code)
+
+
+def _open_streams() -> None:
+    """Have something behind stdin, stdout and stderr where the process was started without (`>&-`). The next file that
+    is opened, a checkpoint, would be in their place otherwise, and get what a library prints."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
+
+
+def nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone. What was not written yet then goes nowhere, so that the end of
+    the process does not stumble over it."""
+    asked = select.poll()
+    asked.register(1)
+    if not any(event & select.POLLERR for _, event in asked.poll(0)):
+        return False
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.close(nothing)
+    return True
 
 
 def _stop_with_torchrun() -> None:
@@ -151,7 +178,8 @@ def _leave(code: int) -> NoReturn:
     That takes as long as a fifth of a short run, many times more on a busy machine, and nothing is left for it to do.
     Python ends the children that multiprocessing forks in the same way.
     """
-    threading._shutdown()  # waits for threads that are no daemons
+    if code != EXIT_SIGNAL + signal.SIGINT:  # after Ctrl-C twice nobody waits for a save in the background
+        threading._shutdown()  # waits for threads that are no daemons
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import importlib
 import json
 import logging
@@ -25,6 +26,9 @@ USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError, TrainingErr
 EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the kernel says of a disk, a user's share of it, or a file that must not grow."""
 
 
 def command_names() -> list[str]:
@@ -87,13 +91,20 @@ def set_up_logging() -> None:
         logger.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
 
 
-def _fail(command: str, error: Exception) -> int:
+def _say(command: str | None, text: str, *, rank: str = "") -> None:
+    """The last line of a command on the screen, which may have been closed."""
+    name = "" if command is None else f" {command.replace('_', '-')}"
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"mindspeed-mm{name}{rank}: {text}\n")
+        sys.stderr.flush()
+
+
+def _fail(command: str | None, error: Exception | str) -> int:
     """Print the message. What the command line or a JSON file says is equal on all ranks of a host: one tells it."""
     first_of_host = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
     if first_of_host or not isinstance(error, ConfigError):
         rank = "" if is_first_rank() else f" [rank {os.environ.get('RANK')}]"
-        sys.stderr.write(f"mindspeed-mm {command}{rank}: error: {error}\n")
-        sys.stderr.flush()
+        _say(command, f"error: {error}", rank=rank)
     return EXIT_ERROR
 
 
@@ -108,6 +119,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word.replace("-", "_") for word in argv if not word.startswith("-")), None)
     if command is not None and command not in command_names():
         return _unknown_command(argv[0])
+    try:
+        return _run(argv, command)
+    except KeyboardInterrupt:
+        if is_first_rank():
+            _say(command, "interrupted")
+        return EXIT_INTERRUPTED
+    except ending.Terminated:
+        _say(command, "stopped by SIGTERM")
+        return ending.EXIT_SIGNAL + signal.SIGTERM
+    except OSError as error:
+        cause = _outside_cause(error)
+        if cause is None:
+            raise
+        return _fail(command, cause)
+
+
+def _outside_cause(error: OSError) -> str | None:
+    """What is said about an error for which the machine and not this program has to be changed; None for others."""
+    if error.errno in FULL:
+        return f"{error}: a file could not be written to its end. Make room where the command writes, and start again"
+    if error.errno == errno.EPIPE and ending.nobody_reads():
+        return f"{error}: whoever read what the command prints has ended"
+    return None
+
+
+def _run(argv: list[str], command: str | None) -> int:
+    """Parse the line and run the command. What `main` returns."""
     parser = build_parser(only=command)
     namespace, unknown = parser.parse_known_args(argv)
     namespace.words = argv
@@ -117,25 +155,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             _refuse_unknown(namespace.parser, unknown)
         with ending.closing():
             result = namespace.module.run(namespace)
+        if namespace.json:
+            _print_json(result)
     except ending.Stopped as stopped:
         if namespace.json:
             _print_json({**stopped.result, "error": str(stopped)})
         if is_first_rank():
-            sys.stderr.write(f"mindspeed-mm {namespace.command}: {stopped}\n")
+            _say(command, str(stopped))
         return stopped.exit_code
     except USER_ERRORS as error:
         if namespace.json:
             _print_json({**getattr(error, "result", {}), "error": str(error)})
-        return _fail(namespace.command, error)
-    except KeyboardInterrupt:
-        if is_first_rank():
-            sys.stderr.write(f"mindspeed-mm {namespace.command}: interrupted\n")
-        return EXIT_INTERRUPTED
-    except ending.Terminated:
-        sys.stderr.write(f"mindspeed-mm {namespace.command}: stopped by SIGTERM\n")
-        return ending.EXIT_SIGNAL + signal.SIGTERM
-    if namespace.json:
-        _print_json(result)
+        return _fail(command, error)
     return 0
 
 

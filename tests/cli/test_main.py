@@ -1,11 +1,13 @@
 """The command line itself: help, errors, exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+import mindspeed_mm.cli.main as command_line
 from mindspeed_mm.cli.main import build_parser, command_names, main
 
 
@@ -142,6 +144,44 @@ def test_two_models_are_refused(capsys):
     with pytest.raises(SystemExit):
         main(["infer", "--model", "a", "--load", "b", "--prompt", "x"])
     assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_letter_k_ctrl_c_while_libraries_are_imported(capsys, monkeypatch):
+    def interrupted(only):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "build_parser", interrupted)
+    assert main(["check-data"]) == 130
+    assert capsys.readouterr().err == "mindspeed-mm check-data: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "gone", "words"),
+    [
+        (
+            OSError(28, "No space left on device"),
+            False,
+            "No space left on device: .*Make room where the command writes",
+        ),
+        (BrokenPipeError(32, "Broken pipe"), True, "Broken pipe: whoever read what the command prints has ended"),
+        (BrokenPipeError(32, "Broken pipe"), False, None),
+        (ConnectionResetError(104, "Connection reset by peer"), True, None),
+    ],
+)
+def test_letter_j_errors_of_the_machine_are_one_line(capsys, monkeypatch, error, gone, words):
+    """Others keep their traceback."""
+
+    def failing(namespace):
+        raise error
+
+    monkeypatch.setattr("mindspeed_mm.cli.doctor.run", failing)
+    monkeypatch.setattr("mindspeed_mm.ending.nobody_reads", lambda: gone)
+    if words is None:
+        with pytest.raises(type(error)):
+            main(["doctor"])
+    else:
+        assert main(["doctor"]) == 1
+        assert re.fullmatch(rf"mindspeed-mm doctor: error: \[Errno \d+\] {words}.*\n", capsys.readouterr().err)
 
 
 def test_json_tells_the_error_too(tmp_path, capsys):

@@ -34,8 +34,9 @@ SAID = {
     "SIGINT": r"train: stopped by SIGINT after step 3 of 6: saved in \S+iter_0000003",
     "SIGTERM": r"train: stopped by SIGTERM after step 3 of 6: saved in \S+iter_0000003",
     "SIGUSR1": r"train: stopped by SIGUSR1 after step 3 of 6: saved in \S+iter_0000003",
+    "SIGHUP": r"train: stopped by SIGHUP after step 3 of 6: saved in \S+iter_0000003",
 }
-CODES = {name: 128 + signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1")}
+CODES = {name: 128 + signal.Signals[name] for name in SAID if name.startswith("SIG")}
 TRAINED = [
     ("bad image", 4, 2),
     ("not finite", 1, 1),
@@ -172,6 +173,50 @@ def test_letter_j_an_end_without_room_for_its_words_is_a_failure():
         command, kept = [sys.executable, "-c", ENDING], subprocess.PIPE
         done = subprocess.run(command, cwd=ROOT, env=variables, stdout=full, stderr=kept, text=True)
     assert done.returncode == 120 and "No space left on device" in done.stderr
+
+
+INTERRUPTED = """
+import threading
+from mindspeed_mm import ending
+threading.Thread(target=threading.Event().wait).start()
+ending.run_process(lambda: 130)
+"""
+
+
+def test_letter_k_ctrl_c_twice_waits_for_no_thread():
+    assert subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, timeout=60).returncode == 130
+
+
+STREAMS = """
+import sys
+from mindspeed_mm import ending
+
+def work():
+    print("nobody sees it")
+    with open(sys.argv[1], "w") as file:
+        file.write(str(file.fileno()))
+    return ending.nobody_reads()
+
+ending.run_process(work)
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_letter_j_a_process_without_streams_ends_as_any_other(tmp_path, closed):
+    """The file it opens does not take their place."""
+    command = ["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, "-c", STREAMS, str(tmp_path / "file")]
+    assert subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
+    assert int((tmp_path / "file").read_text()) > 2
+
+
+def test_letter_j_nobody_reads_a_pipe_whose_reader_has_ended(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", STREAMS, str(tmp_path / "file")]
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
