@@ -151,6 +151,8 @@ def _label(name: str) -> str:
 def leave_loss_curve(save: str | Path) -> Path | None:
     """Draw SAVE/loss_curve.png. Returns its path, None where no step is recorded or it cannot be written (told)."""
     folder = Path(save)
+    if not (folder / METRICS_FILE).exists():  # training did not begin
+        return None
     try:
         records = read_records(folder)
         draw(folder / CURVE_FILE, {folder.resolve().name: records})

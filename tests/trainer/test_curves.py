@@ -35,6 +35,8 @@ def test_a_curve_that_cannot_be_drawn_is_told(tmp_path, caplog):
     (save(tmp_path / "full") / "loss_curve.png").mkdir()
     assert leave_loss_curve(tmp_path / "full") is None
     assert "Is a directory" in caplog.text
+    caplog.clear()
+    assert leave_loss_curve(tmp_path) is None and not caplog.text  # training did not begin
 
 
 def test_records_of_another_kind_do_not_hide_how_a_run_ended(tmp_path, caplog):
