@@ -338,3 +338,28 @@ def test_a_release_gives_its_weights(copied):
     (copied / storage.TRACKER).write_text("release")
     _, _, state = run("--load", copied, train_iters=1, frozen=("embedding",))
     assert state.iteration == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--load", "nothing"], r"nothing holds no checkpoint \(.*\): check the path. A new run leaves --load away"),
+        (["--load", "nothing", "--save", "other"], r"nothing holds no checkpoint \(.*\): check the path"),
+        (["--load", "nothing", "--save", "nothing", "--finetune"], r"nothing holds no checkpoint \(.*\): check"),
+        (
+            ["--load", "nothing", "--save", "nothing", "--exit-on-missing-checkpoint"],
+            "holds no checkpoint .*--exit-on-missing-checkpoint is given",
+        ),
+        (
+            ["--load", "lost", "--save", "lost"],
+            r"iterations are there \(5\): write 5 into that file to go on from the last one\). A new run would write",
+        ),
+        (["--pretrained-checkpoint", "lost"], r"are there \(5\): write 5 into that file to take the last one\): check"),
+    ],
+)
+def test_folders_that_should_hold_a_checkpoint(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lost" / "iter_0000005").mkdir(parents=True)  # its tracker is lost
+    (tmp_path / "lost" / "iter_0000005" / "run.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=message):
+        run(*flags)

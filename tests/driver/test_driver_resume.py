@@ -347,31 +347,6 @@ def test_load_of_the_own_empty_folder_starts_from_scratch(tmp_path, caplog, monk
     assert "own holds no checkpoint (latest_checkpointed_iteration.txt is missing): the run begins" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--load", "nothing"], r"nothing holds no checkpoint \(.*\): check the path. A new run leaves --load away"),
-        (["--load", "nothing", "--save", "other"], r"nothing holds no checkpoint \(.*\): check the path"),
-        (["--load", "nothing", "--save", "nothing", "--finetune"], r"nothing holds no checkpoint \(.*\): check"),
-        (
-            ["--load", "nothing", "--save", "nothing", "--exit-on-missing-checkpoint"],
-            "holds no checkpoint .*--exit-on-missing-checkpoint is given",
-        ),
-        (
-            ["--load", "lost", "--save", "lost"],
-            r"iterations are there \(5\): write 5 into that file to go on from the last one\). A new run would write",
-        ),
-        (["--pretrained-checkpoint", "lost"], r"are there \(5\): write 5 into that file to take the last one\): check"),
-    ],
-)
-def test_folders_that_should_hold_a_checkpoint(tmp_path, monkeypatch, flags, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "lost" / "iter_0000005").mkdir(parents=True)  # its tracker is lost
-    (tmp_path / "lost" / "iter_0000005" / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=message):
-        run(*flags)
-
-
 def test_a_fresh_run_into_a_used_folder_warns(tmp_path, caplog):
     run("--save", tmp_path)
     run("--save", tmp_path)
