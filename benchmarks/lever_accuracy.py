@@ -95,7 +95,7 @@ class Prepared:
 
         settings, folder = dataclasses.replace(FULL, seed=seed), self.folder / f"seed{seed}"
         with self.lock:
-            if not folder.is_dir():
+            if not (folder / "configs").is_dir():  # which are made last
                 data, models, converted = folder / "data", folder / "models", folder / "converted"
                 make_data(data, settings.questions_per_digit)
                 sizes = make_models(models, data, seed)

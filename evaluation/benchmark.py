@@ -49,6 +49,6 @@ def refuse_missing_answers(table: Table) -> None:
     if missing and len(missing) < len(table.rows):
         raise DataError(
             f"{table.path}, row with index {missing[0]}: the answer is empty ({len(missing)} of {len(table.rows)} "
-            "rows), but other rows have one; expected all of them, or none where nothing is scored. Write it, or "
-            "remove the row."
+            "rows), but other rows have one; expected all of them, or none. Write it, remove the row, or leave column "
+            "answer out: questions are then answered, and nothing is scored."
         )

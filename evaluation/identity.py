@@ -115,7 +115,7 @@ def kind_of(table: Table) -> str | None:
     if "question" not in columns:
         return None
     answers = [row.cells.get("answer", "") for row in table.rows]
-    given = [answer for answer in answers if answer]
+    given = [answer for answer in answers if answer.strip()]
     options = _first_options(table)
     if options:
         with_options = sum(all(row.cells[name] for name in options) for row in table.rows)
@@ -166,8 +166,8 @@ def _first_options(table: Table) -> list[str]:
 def _choice_sign(table: Table) -> str:
     options = _first_options(table)
     rename = "" if options == ["A", "B"] else ", which are called A, B, ... here: rename them,"
-    column = "column" if len(options) == 1 else "columns"
-    return f"{column} {' and '.join(options)} hold options{rename} and the answers are letters"
+    column = f"column {options[0]} holds" if len(options) == 1 else f"columns {' and '.join(options)} hold"
+    return f"{column} options{rename} and the answers are letters"
 
 
 def _other_marks(benchmark: Named, table: Table) -> Verdict | None:

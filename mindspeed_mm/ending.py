@@ -117,6 +117,7 @@ def _open_streams() -> None:
             if nothing != number:
                 os.dup2(nothing, number)
                 os.close(nothing)
+            os.set_inheritable(number, True)  # or this would befall the processes that it starts
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
@@ -178,7 +179,7 @@ def _leave(code: int) -> NoReturn:
     That takes as long as a fifth of a short run, many times more on a busy machine, and nothing is left for it to do.
     Python ends the children that multiprocessing forks in the same way.
     """
-    if code != EXIT_SIGNAL + signal.SIGINT:  # after Ctrl-C twice nobody waits for a save in the background
+    if code != EXIT_SIGNAL + signal.SIGINT:  # nobody waits for a thread after Ctrl-C twice; after one, saves are done
         threading._shutdown()  # waits for threads that are no daemons
     atexit._run_exitfuncs()
     try:

@@ -27,6 +27,9 @@ EXTRAS = {"wandb": "W&B", "swanlab": "SwanLab"}
 class Board(Protocol):
     """Takes the figures of each step."""
 
+    folder: Path
+    """Where it writes."""
+
     def add(self, values: Mapping[str, float], step: int) -> None:
         """The figures of one step."""
 
@@ -42,6 +45,7 @@ class TensorBoard:
 
     def __init__(self, args: DriverArguments, iteration: int) -> None:
         """`iteration`: what the run begins with; figures of later steps are those of a run that was left."""
+        self.folder = Path(args.tensorboard_dir)
         self._writer = SummaryWriter(args.tensorboard_dir, purge_step=iteration + 1)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
@@ -64,13 +68,13 @@ class WandbBoard:
     def __init__(self, args: DriverArguments) -> None:
         """Raises TrainingError where W&B does not begin: with --online, no network or no login."""
         wandb = importlib.import_module("wandb")
-        folder, name = _place(args, "wandb"), _experiment(args, "wandb")
+        self.folder, name = _place(args, "wandb"), _experiment(args, "wandb")
         try:
             self._run = wandb.init(
                 project=args.wandb_project,
                 name=name,
                 group=name,
-                dir=str(folder),
+                dir=str(self.folder),
                 mode="online" if args.online else "offline",
                 config=dataclasses.asdict(args),
                 # It must neither take over standard error, which the screen writes to, nor write to it.
@@ -98,13 +102,13 @@ class SwanLabBoard:
     def __init__(self, args: DriverArguments) -> None:
         """Raises TrainingError where SwanLab does not begin: with --online, no network or no login."""
         self._swanlab = importlib.import_module("swanlab")
-        folder, name = _place(args, "swanlab"), _experiment(args, "swanlab")
+        self.folder, name = _place(args, "swanlab"), _experiment(args, "swanlab")
         try:
             self._swanlab.init(
                 project=args.swanlab_project,
                 name=name,
                 group=name,
-                log_dir=str(folder),
+                log_dir=str(self.folder),
                 mode="online" if args.online else "offline",
                 config=dataclasses.asdict(args),
             )
@@ -112,7 +116,7 @@ class SwanLabBoard:
             raise TrainingError(
                 f"SwanLab does not begin: {error}. Log in (swanlab login), or leave --online out"
             ) from error
-        _tell("SwanLab", f"swanlab sync {folder}/run-*", args)
+        _tell("SwanLab", f"swanlab sync {self.folder}/run-*", args)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """See Board."""

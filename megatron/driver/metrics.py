@@ -31,14 +31,14 @@ class Recorder:
         self._window: list[StepMetrics] = []
         self._file = self._screen = None
         self._boards: list[Board] = []
-        self._told = False
+        self._path = Path(args.save or "", METRICS_FILE)
+        self._told: set[Path] = set()
         if not is_rank_0():
             return
         self._screen = open_screen(state, args)
         if args.save is not None:
-            path = Path(args.save) / METRICS_FILE
-            cut_records(path, state.iteration)
-            self._file = path.open("ab", buffering=0)
+            cut_records(self._path, state.iteration)
+            self._file = self._path.open("ab", buffering=0)
         self._boards = open_boards(args, state.iteration)
 
     def __enter__(self) -> Recorder:
@@ -50,7 +50,8 @@ class Recorder:
         if self._file is not None:
             self._file.close()
         for board in self._boards:
-            board.close(error)
+            with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+                board.close(error)
 
     def add(self, step: StepMetrics, memory: float) -> None:
         """Record a step that has just been counted in the state; `memory`: MiB of the fullest rank at its peak, where
@@ -67,36 +68,39 @@ class Recorder:
     def flush(self) -> None:
         """Make the records of all steps so far durable; called before a checkpoint is written."""
         if self._file is not None:
-            with self._on_disk():
+            with self._on_disk(self._path):
                 os.fsync(self._file.fileno())
         for board in self._boards:
-            board.flush()
+            with self._on_disk(board.folder):
+                board.flush()
 
     @contextlib.contextmanager
-    def _on_disk(self) -> Iterator[None]:
+    def _on_disk(self, path: Path) -> Iterator[None]:
         """What becomes of a full disk, which --on-save-error says."""
         try:
             yield
         except OSError as error:
-            path = Path(self._args.save or "", METRICS_FILE)
+            if error.errno is None:  # of a board's network
+                raise
             text = f"{path} cannot be written: {error}. Make room there: until then records of steps are lost"
             if self._args.on_save_error == "stop":
                 raise CheckpointError(text) from error
-            if not self._told:
+            if path not in self._told:
                 logger.error("%s", text)
-            self._told = True
+            self._told.add(path)
 
     def _write_record(self, step: StepMetrics) -> None:
         iteration = self._state.iteration
         if self._file is not None:
             record = {"iteration": iteration, "consumed_samples": self._state.consumed_samples} | step.record
-            with self._on_disk():
+            with self._on_disk(self._path):
                 append_line(self._file, f"{json.dumps(record)}\n".encode())
         if self._boards:
             known = {**step.record, **rates([step], self._state, self._args)}
             values = {name: value for name, value in known.items() if value is not None}
             for board in self._boards:
-                board.add(values, iteration)
+                with self._on_disk(board.folder):
+                    board.add(values, iteration)
 
 
 def append_line(file: BinaryIO, line: bytes) -> None:

@@ -50,7 +50,7 @@ KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "
 ever new ones. 1,024, which they keep where nothing is said, took 160 MiB after 600 requests of a tiny model and grew
 on; 32 took 25 MiB from the first 200 on, and no more processor time."""
 
-_ITERATION = re.compile(r"iter_\d{7}|release")
+_ITERATION = re.compile(r"iter_\d{7,}|release")
 """Folders of a run's checkpoints."""
 
 logger = logging.getLogger(__name__)

@@ -86,8 +86,8 @@ def _end(iterator: Any) -> None:
     if not workers:
         return
     hurry = threading.Timer(ALLOWED_TO_END, _kill, [workers])
-    hurry.start()
     try:
+        hurry.start()  # not at the end of the interpreter, where no thread begins
         iterator._shutdown_workers()
     finally:
         hurry.cancel()

@@ -26,6 +26,8 @@ ALONE_BELOW = 2048
 
 MAX_PROCESSES = 16
 
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
+
 HELD = 4
 """Results that a process may be ahead of the one that is waited for."""
 
@@ -52,7 +54,7 @@ def ordered(
     Iterating raises:
         ValueError, OSError: what `work` raised.
         DataError: a process was ended from outside.
-        RuntimeError: a process failed otherwise; it has shown its traceback.
+        RuntimeError: a process failed otherwise; it has shown its traceback, where Python could.
     """
     parts = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     processes = min(processes or available_cores(), len(parts))
@@ -96,26 +98,28 @@ class _Helper:
         except BrokenPipeError:
             raise self._lost() from None
 
-    def take(self) -> object:
-        """What it has found. Raises what `ordered` names."""
+    def take(self) -> tuple[object, Exception | None]:
+        """What it has found, and what `work` raised instead. Raises the other errors that `ordered` names."""
         try:
-            found, error = self.results.recv()
+            answer = self.results.recv()
         except (EOFError, OSError):
             raise self._lost() from None
         self.number = None
-        if error is not None:
-            raise error
-        return found
+        return answer
 
     def _lost(self) -> Exception:
         self._process.join()
         code = self._process.exitcode or 0
         if code >= 0:
             return RuntimeError("a process that reads data failed: its own traceback stands above")
+        number = -code
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        if number in _FAULTS:
+            return RuntimeError(f"a process that reads data ended with {name}, a fault of a compiled library")
         return DataError(
-            f"a process that reads data was ended from outside ({signal.Signals(-code).name}). Most often the host has "
-            "no memory left: give the run more of it, or fewer cores (taskset -c 0-3 ...; check-data: --workers), each "
-            "of which has such a process"
+            f"a process that reads data was ended from outside ({name}). Most often the host has no memory left: give "
+            "the run more of it, or fewer cores (taskset -c 0-3 ...; check-data: --workers), each of which has such a "
+            "process"
         )
 
     def end(self) -> None:
@@ -143,7 +147,7 @@ def _serve(work: Callable[[range], object], parts: Connection, results: Connecti
 
 def _results(helpers: Sequence[_Helper], parts: Sequence[range]) -> Iterator[Any]:
     """What the helpers bring, in the order of the parts."""
-    found: dict[int, object] = {}
+    found: dict[int, tuple[object, Exception | None]] = {}
     given = 0
     for number in range(len(parts)):
         while True:
@@ -159,7 +163,10 @@ def _results(helpers: Sequence[_Helper], parts: Sequence[range]) -> Iterator[Any
                 found[place] = helper.take()
             if number in found:
                 break
-        yield found.pop(number)
+        result, error = found.pop(number)
+        if error is not None:
+            raise error
+        yield result
 
 
 def count_all(title: str, count: int, work: Callable[[int], Any], *, columns: int = 1) -> np.ndarray:

@@ -339,10 +339,10 @@ def _without_frames(error: ValueError | None) -> ValueError | None:
 
 def _naming(handle: GenerationHandle) -> ValueError:
     """The error of one of several requests, which names it, caused by the error as it was."""
-    error, name = handle.error, f"request {handle.id}"
-    if not isinstance(error, ConfigError | DataError) or name in str(error):
+    error, name = handle.error, f"request {handle.id}: "
+    if not isinstance(error, ConfigError | DataError) or str(error).startswith(name):
         return error
-    named = type(error)(f"{name}: {error}")
+    named = type(error)(f"{name}{error}")
     named.__cause__ = error
     return named
 

@@ -179,7 +179,7 @@ class PartSpec(StrictModel):
             raise ValueError(
                 "found lora in a part with freeze true; expected one of them: lora freezes the part's own parameters "
                 "and trains the adapters. Remove one of them from model.json, or leave out the --lora flags, which "
-                "make that of the text_decoder"
+                "give the text_decoder a lora block"
             )
         return self
 

@@ -129,7 +129,8 @@ def find_groups(folder: Path) -> list[TensorFiles]:
     if any(path.name.startswith("adapter_model.") for path in paths):
         raise WeightError(
             f"{folder}: found a LoRA adapter (adapter_model); expected full weights. Give its base model, and the "
-            f"adapter beside it (--adapter {folder}), or merge both: mindspeed-mm merge BASE {folder} --output DIR"
+            f"adapter beside it (--adapter {folder}; train: --lora-load {folder}), or merge both: "
+            f"mindspeed-mm merge BASE {folder} --output DIR"
         )
     if len(indexes) > 1 or not paths:
         found = ", ".join(path.name for path in indexes) or "no weight file"

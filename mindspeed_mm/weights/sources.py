@@ -25,7 +25,7 @@ def errors_name(path: Path) -> Iterator[None]:
         yield
     except (ConfigError, WeightError) as error:
         text = str(error)
-        if str(path) in text:
+        if text.startswith((f"{path}:", f"{path}/", f"{path} ")):
             raise
         where = path / "config.json" if text.startswith(_CONFIG) else path
         raise type(error)(f"{where}: {text.removeprefix(_CONFIG)}") from error

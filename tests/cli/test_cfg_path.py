@@ -242,6 +242,11 @@ def test_another_schedule_of_the_command_line(repository):
     assert namespace.iters_per_epoch is None and namespace.save_interval == 5
 
 
+@pytest.mark.parametrize(("words", "load"), [((), "out"), (("--save", "mine"), "mine")])
+def test_a_run_saved_elsewhere_goes_on_there(repository, words, load):
+    assert vars(flags_of("--cfg-path", first_stage(repository), *words)).items() >= {"load": load, "save": load}.items()
+
+
 def test_second_stage_trains(repository, single_process):
     path = second_stage(repository)
     options = ["run.max_epoch=2", "run.iters_per_epoch=1", "run.warmup_steps=0"]

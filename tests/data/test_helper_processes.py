@@ -1,5 +1,6 @@
 """Processes that read the records of a file together: their order, their errors, and their end."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -54,6 +55,27 @@ def test_letter_j_a_killed_process_ends_the_reading(name):
 
     with pytest.raises(DataError, match=rf"ended from outside \({name}\).*no memory left.*fewer cores"):
         all_of(work)
+
+
+def test_the_first_record_that_is_wrong_is_named_whichever_is_found_first():
+    later = multiprocessing.get_context("fork").Event()
+
+    def work(numbers):
+        if numbers.start == 2:
+            assert later.wait(30)
+            raise DataError("record 2 is bad")
+        if numbers.start == 4:
+            later.set()
+            raise DataError("record 4 is bad")
+        return numbers
+
+    with pytest.raises(DataError, match="record 2 is bad"):
+        all_of(work)
+
+
+def test_letter_j_a_fault_of_a_library_is_not_put_down_to_memory():
+    with pytest.raises(RuntimeError, match="ended with SIGSEGV, a fault of a compiled library"):
+        all_of(lambda numbers: os.kill(os.getpid(), signal.SIGSEGV))
 
 
 def test_letter_j_a_process_that_fails_shows_why(capfd):

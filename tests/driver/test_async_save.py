@@ -20,6 +20,7 @@ from tests.parallel.comparison import names
 get_platform("cpu")
 
 from megatron.driver import metrics  # noqa: E402
+from megatron.driver.boards import TensorBoard  # noqa: E402
 from megatron.driver.checkpoint import checkpointing, saver, storage  # noqa: E402
 from megatron.driver.checkpoint.reading import first_line, read_checkpoint  # noqa: E402
 from megatron.driver.metrics import append_line  # noqa: E402
@@ -223,17 +224,21 @@ def test_letter_j_a_run_whose_last_save_fails_has_failed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["stop", "continue"])
-def test_letter_j_a_full_disk_under_the_records_of_steps(tmp_path, monkeypatch, caplog, policy):
+@pytest.mark.parametrize(
+    ("owner", "name", "place"), [(metrics, "append_line", "metrics.jsonl"), (TensorBoard, "add", "board")]
+)
+def test_letter_j_a_full_disk_under_the_records_of_steps(tmp_path, monkeypatch, caplog, policy, owner, name, place):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics, "append_line", full)
-    message = "metrics.jsonl cannot be written: .*No space left.*records of steps are lost"
+    monkeypatch.setattr(owner, name, full)
+    flags = ["--save", tmp_path, "--tensorboard-dir", tmp_path / "board"]
+    message = f"{place} cannot be written: .*No space left.*records of steps are lost"
     if policy == "stop":
         with pytest.raises(CheckpointError, match=message):
-            run("--save", tmp_path, train_iters=2)
+            run(*flags, train_iters=2)
     else:
-        run("--save", tmp_path, "--on-save-error", policy, train_iters=2)
+        run(*flags, "--on-save-error", policy, train_iters=2)
         assert len(re.findall(message, caplog.text)) == 1
 
 

@@ -345,7 +345,10 @@ def test_a_release_gives_its_weights(copied):
     [
         (["--load", "nothing"], r"nothing holds no checkpoint \(.*\): check the path. A new run leaves --load away"),
         (["--load", "nothing", "--save", "other"], r"nothing holds no checkpoint \(.*\): check the path"),
-        (["--load", "nothing", "--save", "nothing", "--finetune"], r"nothing holds no checkpoint \(.*\): check"),
+        (
+            ["--load", "nothing", "--save", "nothing", "--finetune"],
+            "from which --finetune takes weights: check the path",
+        ),
         (
             ["--load", "nothing", "--save", "nothing", "--exit-on-missing-checkpoint"],
             "holds no checkpoint .*--exit-on-missing-checkpoint is given",

@@ -188,13 +188,14 @@ def test_letter_k_ctrl_c_twice_waits_for_no_thread():
 
 
 STREAMS = """
-import sys
+import os, sys
 from mindspeed_mm import ending
 
 def work():
     print("nobody sees it")
     with open(sys.argv[1], "w") as file:
         file.write(str(file.fileno()))
+    assert all(map(os.get_inheritable, range(3)))
     return ending.nobody_reads()
 
 ending.run_process(work)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,8 +94,12 @@ def test_configs_of_other_sizes_than_the_weights_are_refused(folder, tmp_path, c
     assert str(tmp_path / "changed") in str(caught.value)
 
 
-def test_letter_f_a_config_that_is_wrong_is_named(folder, tmp_path):
+def test_letter_f_a_config_that_is_wrong_is_named(folder, tmp_path, monkeypatch):
     """Several parts of a model have one each."""
+    monkeypatch.chdir(tmp_path)
+    changed(folder, Path("llava"), model_type="llava_onevision")  # whose name is a part of the text
+    with pytest.raises(ConfigError, match="^llava/config.json: found model_type"):
+        open_source("llava")
     wrong = changed(folder, tmp_path / "changed", model_type="llava_onevision")
     with pytest.raises(ConfigError, match=f"^{wrong}/config.json: found model_type"):
         open_source(wrong)

@@ -177,7 +177,7 @@ def test_the_documented_curl_line(vlm, client, stream):
     from mindspeed_mm.data.sample import ImageBytes
 
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    line = re.search(r"```text\n(curl .*?)\n```", page, re.DOTALL)[1]
+    line = re.search(r"```bash\n(curl .*?)\n```", page, re.DOTALL)[1]
     line = line.replace("http://127.0.0.1:8000/v1/", str(client.base_url)).replace("llava-1.5-7b-hf", "tiny")
     line = line.replace("data:image/png;base64,...", data_url(RED))
     line = line.replace('"temperature"', f'"stream": {json.dumps(stream)}, "temperature"')

@@ -115,6 +115,7 @@ def test_a_checkpoint_of_another_architecture_is_told_before_data(run_inputs, mo
     saved = load_model_spec(model).model_dump(mode="json")
     monkeypatch.setattr(architecture, "find_checkpoint", lambda folder, step: tmp_path / folder)
     monkeypatch.setattr(architecture, "read_run", lambda path: {"extra": {"model": saved}})
+    monkeypatch.setattr(architecture, "check_folders", lambda args: None)
     run_inputs(decoder(model, ckpt_path="never read"), "--load", "save")
     with pytest.raises(
         CheckpointError, match="save has another architecture than the model config:\n.*num_layers: the"

@@ -181,8 +181,13 @@ def check_folders(args: DriverArguments) -> None:
         text = missing("--load", args.load, "to go on from the last one")
         if args.exit_on_missing_checkpoint:
             raise CheckpointError(f"{text}, and --exit-on-missing-checkpoint is given: check the path")
-        if args.save is None or args.finetune or Path(args.load).resolve() != Path(args.save).resolve():
-            raise CheckpointError(f"{text}: check the path. A new run leaves --load away, or has it equal to --save")
+        if args.finetune:
+            raise CheckpointError(f"{text}, from which --finetune takes weights: check the path, or leave both away")
+        if args.save is None or Path(args.load).resolve() != Path(args.save).resolve():
+            raise CheckpointError(
+                f"{text}: check the path. A new run leaves --load away, or has it equal to --save (a launcher: set "
+                "SAVE_PATH in place of --save)"
+            )
         if storage.iterations(Path(args.load)):
             raise CheckpointError(f"{text}. A new run would write over them: it has another --save")
     given = args.pretrained_checkpoint

@@ -25,7 +25,6 @@ from megatron.driver.checkpoint.reading import (
     check_folders,
     find_checkpoint,
     folders,
-    missing,
     open_checkpoint,
     read_run,
     reading_errors,
@@ -110,7 +109,7 @@ def _choose(args: DriverArguments) -> tuple[Path | None, bool]:
         if path is not None:
             _tell_newer(path, args)
             return path, args.finetune or path.name == storage.RELEASE
-        text = missing("--load", args.load, "to go on from the last one")
+        text = f"--load {args.load} holds no checkpoint yet"
         pretrained = args.pretrained_checkpoint
         begins = "the model config's weights" if pretrained is None else f"the weights of {pretrained}"
         logger.warning("%s: the run begins at step 0 with %s", text, begins)

@@ -129,7 +129,7 @@ class Saver:
         if self._args.on_save_error == "stop":
             raise error
         self._problem = error
-        logger.error("%s. Training goes on, as --on-save-error says", error)
+        logger.error("%s. Training goes on, as --on-save-error says; the last save must succeed", error)
 
     def _take_snapshot(self) -> Snapshot:
         """All parameters gathered, which --overlap-param-gather otherwise does in the next forward pass."""

@@ -67,6 +67,8 @@ def apply_cfg_path(namespace: argparse.Namespace) -> None:
     namespace.mm_model, namespace.mm_data = _written(run, folder)
     given = {word.partition("=")[0] for word in namespace.words if word.startswith("--")}
     kept = []
+    if "--save" in given:  # of another run than output_dir's, which begins and goes on by the same command, too
+        run.flags["load"] = namespace.save
     if "--lr-decay-style" in given:
         for name in OF_EPOCHS:
             run.flags.pop(name, None)
