@@ -345,6 +345,9 @@ def test_load_of_the_own_empty_folder_starts_from_scratch(tmp_path, caplog, monk
     _, report, _ = run("--save", tmp_path / "own", "--load", "own", train_iters=1)
     assert report.iteration == 1
     assert "own holds no checkpoint (latest_checkpointed_iteration.txt is missing): the run begins" in caplog.text
+    (tmp_path / "own" / storage.TRACKER).unlink()  # as if it had been killed in its first save
+    run("--save", tmp_path / "own", "--load", "own", train_iters=1)
+    assert "whole iterations are there (1): write 1 into that file to go on from the last one" in caplog.text
 
 
 def test_a_fresh_run_into_a_used_folder_warns(tmp_path, caplog):

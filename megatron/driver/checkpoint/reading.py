@@ -188,7 +188,7 @@ def check_folders(args: DriverArguments) -> None:
                 f"{text}: check the path. A new run leaves --load away, or has it equal to --save (a launcher: set "
                 "SAVE_PATH in place of --save)"
             )
-        if storage.iterations(Path(args.load)):
+        if len(storage.iterations(Path(args.load))) > 1:  # one alone: the run was killed in its first save
             raise CheckpointError(f"{text}. A new run would write over them: it has another --save")
     given = args.pretrained_checkpoint
     if given is not None and find_checkpoint(given) is None:

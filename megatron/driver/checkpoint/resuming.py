@@ -25,6 +25,7 @@ from megatron.driver.checkpoint.reading import (
     check_folders,
     find_checkpoint,
     folders,
+    missing,
     open_checkpoint,
     read_run,
     reading_errors,
@@ -109,7 +110,7 @@ def _choose(args: DriverArguments) -> tuple[Path | None, bool]:
         if path is not None:
             _tell_newer(path, args)
             return path, args.finetune or path.name == storage.RELEASE
-        text = f"--load {args.load} holds no checkpoint yet"
+        text = missing("--load", args.load, "to go on from the last one")
         pretrained = args.pretrained_checkpoint
         begins = "the model config's weights" if pretrained is None else f"the weights of {pretrained}"
         logger.warning("%s: the run begins at step 0 with %s", text, begins)
