@@ -1,6 +1,5 @@
 """What a result folder holds: names of models in it, whose a file is, and the finished evaluations."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from evaluation.compare import read_report
 from evaluation.journal import fingerprint
 from mindspeed_mm.errors import DataError
+from mindspeed_mm.run_folders import name_with_run
 
 REPORT_SUFFIX = "_report.json"
 PAGE_SUFFIX = "_report.html"
@@ -20,19 +20,15 @@ NAME_DIGITS = 8
 _OTHER_SUFFIXES = (SHEET_SUFFIX, TABLE_SUFFIX, PAGE_SUFFIX)
 
 TRACKER = "latest_checkpointed_iteration.txt"
-AVERAGED = "ema"
-"""Behind the path of a training checkpoint: its moving averages (megatron.driver.checkpoint.reading)."""
-_ITERATION = re.compile(r"iter_\d{7}|release")
 
 
 def checkpoint_name(path: str | Path) -> str:
     """Name of a model in result files: of its folder, with the iteration for a training checkpoint, so that two
     iterations of one run have two names. RUN/ema, its moving average, ends in "_ema"."""
-    path = Path(path).resolve()
-    if path.name == AVERAGED and not path.exists():
-        return f"{checkpoint_name(path.parent)}_{AVERAGED}"
-    if _ITERATION.fullmatch(path.name):
-        return f"{path.parent.name}_{path.name}"
+    return name_with_run(Path(path).resolve(), _with_latest)
+
+
+def _with_latest(path: Path) -> str:
     if (path / TRACKER).is_file():
         latest = (path / TRACKER).read_text(encoding="utf-8").strip()
         return f"{path.name}_iter_{int(latest):07d}" if latest.isdecimal() else f"{path.name}_{latest}"

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import os
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mindspeed_mm.cli.flags.workers import (
     serve_controller,
 )
 from mindspeed_mm.errors import ConfigError, LostRankError
+from mindspeed_mm.run_folders import name_with_run
 
 HELP = "answer chat completions of the OpenAI protocol over HTTP"
 EXAMPLE = "mindspeed-mm serve --model llava-1.5-7b-hf --port 8000"
@@ -49,9 +49,6 @@ KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "
 """Kernels that oneDNN, and torch on top of it, keep on the CPU: one for each shape of a product, and a server meets
 ever new ones. 1,024, which they keep where nothing is said, took 160 MiB after 600 requests of a tiny model and grew
 on; 32 took 25 MiB from the first 200 on, and no more processor time."""
-
-_ITERATION = re.compile(r"iter_\d{7,}|release")
-"""Folders of a run's checkpoints."""
 
 logger = logging.getLogger(__name__)
 
@@ -125,11 +122,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
 
 def name_of(path: str | Path) -> str:
     """The name of the weights' folder or file; of what lies in a run's folder RUN_iter_0000100, RUN_ema for RUN/ema."""
-    from megatron.driver.checkpoint.reading import AVERAGED, split_averaged
-
-    folder, averaged = split_averaged(Path(path).resolve())
-    name = f"{folder.parent.name}_{folder.name}" if _ITERATION.fullmatch(folder.name) else folder.name
-    return f"{name}_{AVERAGED}" if averaged else name
+    return name_with_run(Path(path).resolve(), lambda other: other.name)
 
 
 def given_limits(namespace: argparse.Namespace):

@@ -9,7 +9,7 @@ from house import LIBRARY, ROOT, imported_modules, module_name, python_files, wh
 # never import each other. A unit below another one's name (trainer.out_of_memory) stands on its own floor.
 FLOORS = (
     ("mindspeed_mm.constants", "mindspeed_mm.errors", "mindspeed_mm.logging_utils", "mindspeed_mm.ending"),
-    ("mindspeed_mm.registry", "mindspeed_mm.host"),
+    ("mindspeed_mm.registry", "mindspeed_mm.host", "mindspeed_mm.run_folders"),
     ("mindspeed_mm.platform", "mindspeed_mm.weights"),
     ("mindspeed_mm.config",),
     ("mindspeed_mm.models",),
@@ -35,6 +35,7 @@ LIGHT = (
     "mindspeed_mm.errors",
     "mindspeed_mm.registry",
     "mindspeed_mm.host",
+    "mindspeed_mm.run_folders",
     "mindspeed_mm.config",
 )
 HEAVY = ("torch", "transformers", "megatron")
