@@ -161,7 +161,7 @@ def _recorded_engine(namespace: argparse.Namespace, table, benchmark):
     from evaluation.recorded import RecordedAnswers
 
     by_order = getattr(benchmark, "by_order", False)
-    return SingleRank(), RecordedAnswers(namespace.predictions, table, by_order=by_order)
+    return SingleRank(), RecordedAnswers(namespace.predictions, table, by_order=by_order, limit=namespace.limit)
 
 
 def _model_engine(config, namespace: argparse.Namespace, options):

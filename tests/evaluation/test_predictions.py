@@ -5,7 +5,9 @@ import openpyxl
 import pytest
 from evaluation_helpers import choice_rows, write_table
 
+from evaluation.engine import EvaluationRequest
 from evaluation.predictions import match_predictions
+from evaluation.recorded import RecordedAnswers
 from evaluation.sheet import write_sheet
 from evaluation.tsv import read_table
 from mindspeed_mm.errors import DataError
@@ -75,6 +77,25 @@ def test_missing_answers_may_be_allowed(table):
 def test_answers_that_do_not_fit(table, predictions, message):
     with pytest.raises(DataError, match=message):
         match_predictions(predictions, table)
+
+
+@pytest.mark.parametrize(
+    ("answered", "limit", "message"),
+    [
+        ([0, 1], None, "4 of 6 rows of toy.tsv .* index 2; add their answers .* 2 questions before it .* --limit 2"),
+        ([1], 3, r"2 of 3 rows of toy.tsv .* index 0; add their answers \(.*: it counts as wrong\)\.$"),
+    ],
+)
+def test_letter_f_the_command_names_what_it_can_do_without_some_answers(table, tmp_path, answered, limit, message):
+    (tmp_path / "a.json").write_text(json.dumps({index: "A" for index in answered}))
+    with pytest.raises(DataError, match=message):
+        RecordedAnswers(tmp_path / "a.json", table, limit=limit)
+
+
+def test_a_limit_asks_for_no_answers_behind_it(table, tmp_path):
+    (tmp_path / "a.json").write_text('{"0": "A", "1": "B"}')
+    requests = [EvaluationRequest(row.index, None, "?", "", tuple) for row in table.rows[:2]]
+    assert dict(RecordedAnswers(tmp_path / "a.json", table, limit=2).generate(requests, 1)) == {0: "A", 1: "B"}
 
 
 def test_no_answers_at_all(table):
