@@ -37,6 +37,9 @@ EXIT_SIGNAL = 128
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 """A variable that torchrun sets for its ranks."""
 
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What a terminal sends at Ctrl-C, a supervisor to end a process, and a terminal that is closed."""
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _open: list[Callable[[], None]] = []
@@ -54,7 +57,17 @@ class Stopped(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM came, and the work under way does nothing else about it. No Exception, since it is nobody's to catch."""
+    """SIGTERM or SIGHUP came, and the work under way does nothing else about it. No Exception, since it is nobody's to
+    catch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = EXIT_SIGNAL + number
+
+
+def heard(*numbers: int) -> list[int]:
+    """The signals among these that a process listens to: not SIGHUP where nohup has it ignored."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 def at_end(close: Callable[[], None]) -> None:
@@ -142,10 +155,10 @@ def _stop_with_torchrun() -> None:
 
 
 def _end_in_order() -> None:
-    """Have SIGTERM raise Terminated, so that `closing` closes what the run opened and `main` says what happened; a
-    second one ends the process at once. Ranks of a larger run end at once anyway, as they may stand in a collective,
-    and torchrun says it."""
-    if os.environ.get("WORLD_SIZE", "1") != "1" or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+    """Have SIGTERM, and SIGHUP of a terminal that is closed, raise Terminated, so that `closing` closes what the run
+    opened and `main` says what happened; a second one ends the process at once. Ranks of a larger run end at once
+    anyway, as they may stand in a collective, and torchrun says it."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         return
     owner = os.getpid()
 
@@ -153,9 +166,11 @@ def _end_in_order() -> None:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() != owner:  # a fork, which has inherited this
             os.kill(os.getpid(), number)
-        raise Terminated
+        raise Terminated(number)
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def _limit(seconds: float = GRACE) -> None:

@@ -7,6 +7,8 @@ import signal
 import threading
 from typing import Any
 
+from mindspeed_mm.ending import heard
+
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -34,8 +36,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if self._installed:
-            heard = [number for number in STOP_SIGNALS if not _is_under_nohup(number)]
-            self._previous = {number: signal.signal(number, self._remember) for number in heard}
+            self._previous = {number: signal.signal(number, self._remember) for number in heard(*STOP_SIGNALS)}
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -46,7 +47,3 @@ class StopRequest:
         if self.signal == signal.SIGINT and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         self.signal = self.signal or number
-
-
-def _is_under_nohup(number: int) -> bool:
-    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import pkgutil
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -125,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first_rank():
             _say(command, "interrupted")
         return EXIT_INTERRUPTED
-    except ending.Terminated:
-        _say(command, "stopped by SIGTERM")
-        return ending.EXIT_SIGNAL + signal.SIGTERM
+    except ending.Terminated as terminated:
+        _say(command, str(terminated))
+        return terminated.exit_code
     except OSError as error:
         cause = _outside_cause(error)
         if cause is None:

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Answer until SIGINT or SIGTERM; ranks beside the first one follow it."""
+    """Answer until SIGINT, SIGTERM or SIGHUP; ranks beside the first one follow it."""
     from mindspeed_mm.cli.main import is_first_rank
 
     check_role(namespace)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from mindspeed_mm.ending import END_SIGNALS
 from mindspeed_mm.errors import ConfigError, LostRankError, WeightError
 from mindspeed_mm.generation.engine import GenerationEngine
 from mindspeed_mm.inference.adapters import AdapterSwitch
@@ -101,7 +102,7 @@ def lost_rank(error: RuntimeError) -> LostRankError:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in END_SIGNALS}
     try:
         yield
     finally:

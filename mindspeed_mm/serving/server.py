@@ -8,10 +8,12 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
+from mindspeed_mm import ending
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.serving.guard import is_loopback
 from mindspeed_mm.serving.limits import ServingLimits
@@ -49,8 +51,8 @@ def _cannot_listen(host: str, port: int, error: Exception) -> ConfigError:
 
 
 class AddressServer(uvicorn.Server):
-    """uvicorn on a socket of ours. SIGINT and SIGTERM end it in order, and end no more than it: the caller goes on.
-    A second one does not wait for what runs."""
+    """uvicorn on a socket of ours. SIGINT, SIGTERM and SIGHUP end it in order, and end no more than it: the caller goes
+    on. A second one does not wait for what runs."""
 
     def __init__(self, app: FastAPI, listening: socket.socket, *, shutdown_seconds: int, leave: bool = False) -> None:
         """`leave`: end as soon as it could answer."""
@@ -65,6 +67,7 @@ class AddressServer(uvicorn.Server):
             )
         )
         self._listening, self._leave = listening, leave
+        self._told_by: int | None = None
         self.ready = threading.Event()
         host, port = listening.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -76,6 +79,13 @@ class AddressServer(uvicorn.Server):
     def serve_until_told(self) -> None:
         """Answer until `should_exit` is set or a signal comes."""
         self.run(sockets=[self._listening])
+        if self._told_by is not None:
+            logger.info("stopped by %s", signal.Signals(self._told_by).name)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See uvicorn."""
+        self._told_by = sig
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """See uvicorn."""
@@ -90,7 +100,8 @@ class AddressServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = ending.heard(*ending.END_SIGNALS)
+        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
         try:
             yield
         finally:

@@ -220,20 +220,24 @@ def test_letter_j_nobody_reads_a_pipe_whose_reader_has_ended(tmp_path):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_letter_k_sigterm_is_the_last_word_of_a_command_alone(tmp_path, ranks):
-    """Ranks of several end at once, and torchrun says it."""
+@pytest.mark.parametrize(
+    ("name", "ranks", "before"),
+    [("SIGTERM", 1, "SIG_DFL"), ("SIGTERM", 2, "SIG_DFL"), ("SIGHUP", 1, "SIG_DFL"), ("SIGHUP", 1, "SIG_IGN")],
+)
+def test_letter_k_a_signal_is_the_last_word_of_a_command_alone(tmp_path, name, ranks, before):
+    """Ranks of several end at once, and torchrun says it. nohup has SIGHUP ignored."""
+    number = signal.Signals[name]
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, mindspeed_mm.cli.infer as command\n"
-        "command.run = lambda _: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"command.run = lambda _: os.kill(os.getpid(), {number})\n"
+        f"signal.signal({number}, signal.{before})\n"
     )
     variables = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "WORLD_SIZE": str(ranks), "RANK": "0"}
     command = [sys.executable, "-m", "mindspeed_mm", "infer"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
-    if ranks == 1:
-        assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "mindspeed-mm infer: stopped by SIGTERM\n")
-    else:
-        assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+    alone = (128 + number, f"mindspeed-mm infer: stopped by {name}\n")
+    ended = alone if ranks == 1 else (-number, "")
+    assert (done.returncode, done.stderr) == ((0, "") if before == "SIG_IGN" else ended)
 
 
 def answering(golden, folder, command, cause, ranks):

@@ -39,7 +39,14 @@ LIGHT = (
     "mindspeed_mm.config",
 )
 HEAVY = ("torch", "transformers", "megatron")
-DRIVER_MAY = ("mindspeed_mm.platform", "mindspeed_mm.errors", "megatron.core", "megatron.driver")
+DRIVER_MAY = (
+    "mindspeed_mm.ending",
+    "mindspeed_mm.errors",
+    "mindspeed_mm.platform",
+    "mindspeed_mm.run_folders",
+    "megatron.core",
+    "megatron.driver",
+)
 GLUE = (
     "mindspeed_mm.cli",
     "mindspeed_mm.doctor",

@@ -168,7 +168,8 @@ def test_an_address_that_is_taken():
         listen("127.0.0.1", 70000)
 
 
-def test_a_signal_ends_the_server_and_nothing_else():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_server_and_nothing_else(number, caplog):
     from fastapi import FastAPI
 
     from mindspeed_mm.serving.server import AddressServer, listen
@@ -179,16 +180,19 @@ def test_a_signal_ends_the_server_and_nothing_else():
     def ask_and_end():
         if server.ready.wait(60):
             answers.append(httpx.get(server.address).json())
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should the server not listen to it, the test fails alone
+    ignored = signal.SIG_IGN if number == signal.SIGTERM else lambda *_: None  # ignored SIGHUP is left ignored
+    before = signal.signal(number, ignored)  # should the server not listen to it, the test fails alone
     try:
         with listen("127.0.0.1", 0) as listening:
             server = AddressServer(app, listening, shutdown_seconds=5)
             asking = threading.Thread(target=ask_and_end)
             asking.start()
-            server.serve_until_told()
+            with caplog.at_level("INFO", logger="mindspeed_mm.serving.server"):
+                server.serve_until_told()
             asking.join(60)
-        assert answers == ["here"] and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert answers == ["here"] and signal.getsignal(number) is ignored
+        assert f"stopped by {number.name}" in caplog.text
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

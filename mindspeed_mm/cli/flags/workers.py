@@ -93,7 +93,7 @@ def registered(heartbeat, engine, server) -> Iterator[None]:
 
 
 def serve_controller(namespace: argparse.Namespace, limits, token: str | None, worker_token: str | None) -> dict:
-    """Pass requests on until SIGINT or SIGTERM. Raises ConfigError for an open address without a worker token."""
+    """Pass requests on until SIGINT, SIGTERM or SIGHUP. Raises ConfigError for an open address and no worker token."""
     try:
         from mindspeed_mm.serving.controller import ChatController, make_controller_app
         from mindspeed_mm.serving.guard import is_loopback
