@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 AVERAGED = "ema"
-"""Behind the path of a training checkpoint: its moving averages (megatron.driver.checkpoint.reading)."""
+"""Behind the path of a training checkpoint: its moving averages in place of the weights that it trained."""
 
 _ITERATION = re.compile(r"iter_\d{7}|release")
 

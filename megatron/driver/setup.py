@@ -16,7 +16,6 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.averaging import WeightAverage
 from megatron.driver.checkpoint.checkpointing import prepare_folders
 from megatron.driver.checkpoint.optimizer_state import begin_state
-from megatron.driver.checkpoint.reading import AVERAGED
 from megatron.driver.checkpoint.resuming import load_checkpoint
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.muon import use_muon
@@ -30,6 +29,7 @@ from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import Platform
 from mindspeed_mm.platform.core_optimizer import Scheduler, finalize_gradients
 from mindspeed_mm.platform.core_versions import takes
+from mindspeed_mm.run_folders import AVERAGED
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint import integrity, storage
 from mindspeed_mm.errors import CheckpointError
+from mindspeed_mm.run_folders import AVERAGED
 
 FORMAT = 2
 """Version of run.json."""
@@ -35,8 +36,6 @@ _RUN_FIELDS = {
 OPTIMIZER_PREFIX = "optimizer."
 AVERAGE_PREFIX = OPTIMIZER_PREFIX + "ema."
 """Of the moving average of a parameter, in float32 (--ema-decay)."""
-AVERAGED = "ema"
-"""Behind the path of a checkpoint: its moving averages in place of the weights that it trained."""
 METADATA_FILE = ".metadata"
 METADATA_LIMIT = 2**30
 """Bytes; 2 million tensors take about 400 MB."""

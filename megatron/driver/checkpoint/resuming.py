@@ -19,7 +19,6 @@ from megatron.driver.checkpoint import integrity, storage
 from megatron.driver.checkpoint.checkpointing import layout, optimizer_kind
 from megatron.driver.checkpoint.optimizer_state import provide_step_count, set_step_count
 from megatron.driver.checkpoint.reading import (
-    AVERAGED,
     Checkpoint,
     SafeReader,
     check_folders,
@@ -48,6 +47,7 @@ from megatron.driver.schedule_flags import BY_EPOCHS
 from megatron.driver.state import Hooks, TrainState
 from mindspeed_mm.errors import CheckpointError
 from mindspeed_mm.platform.core_optimizer import sharded_state
+from mindspeed_mm.run_folders import AVERAGED
 
 logger = logging.getLogger(__name__)
 
