@@ -1,6 +1,11 @@
 """The project's own errors. Each message says what is wrong, what was found, what was expected and what to change."""
 
 
+def full_text(error: BaseException) -> str:
+    """The message of an error and the notes that were added to it on its way, one below the other."""
+    return "\n  ".join([str(error), *getattr(error, "__notes__", ())])
+
+
 class ConfigError(ValueError):
     """A JSON file, flag or combination of settings is wrong. Lists every problem found, one per line."""
 

@@ -20,6 +20,7 @@ from megatron.driver.checkpoint.saver import SaveClock, Saver
 from megatron.driver.collectives import gather
 from megatron.driver.initialize import is_rank_0
 from megatron.driver.metrics import Recorder
+from megatron.driver.micro_batches import naming_samples
 from megatron.driver.parameter_groups import run_learning_rate
 from megatron.driver.profiling import Profiler
 from megatron.driver.state import BatchFacts, Hooks, TrainState
@@ -128,22 +129,26 @@ def forward_backward(
 
     Returns:
         What loss_func reported for each micro-batch, on the last stage.
+
+    Raises:
+        Whatever the model raises, with a note that names the samples that were the last to go into it.
     """
-    iterators = [iter(batches) for _ in state.model]
     rows, length = args.micro_batch_size, args.seq_length
     if interleaved():
         rows, length = batches[0].input_ids.shape
         if getattr(batches[0], "segment_ids", None) is not None:  # packed rows go through the model as one
             rows, length = 1, rows * length
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if interleaved() else iterators[0],
-        model=state.model,
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=rows,
-        forward_only=forward_only,
-    )
+    place = f"behind step {state.iteration}" if forward_only else f"in step {state.iteration + 1}"
+    with naming_samples(batches, len(state.model), place) as iterators:
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if interleaved() else iterators[0],
+            model=state.model,
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
 
 
 def train(

@@ -17,7 +17,15 @@ from typing import NoReturn
 
 import mindspeed_mm
 from mindspeed_mm import ending
-from mindspeed_mm.errors import CheckpointError, ConfigError, DataError, LostRankError, TrainingError, WeightError
+from mindspeed_mm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LostRankError,
+    TrainingError,
+    WeightError,
+    full_text,
+)
 
 USER_ERRORS = (ConfigError, WeightError, DataError, CheckpointError, TrainingError, LostRankError)
 """Errors whose message is for the user. Anything else is a bug of ours and keeps its traceback."""
@@ -103,7 +111,8 @@ def _fail(command: str | None, error: Exception | str) -> int:
     first_of_host = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
     if first_of_host or not isinstance(error, ConfigError):
         rank = "" if is_first_rank() else f" [rank {os.environ.get('RANK')}]"
-        _say(command, f"error: {error}", rank=rank)
+        text = error if isinstance(error, str) else full_text(error)
+        _say(command, f"error: {text}", rank=rank)
     return EXIT_ERROR
 
 
@@ -164,7 +173,7 @@ def _run(argv: list[str], command: str | None) -> int:
         return stopped.exit_code
     except USER_ERRORS as error:
         if namespace.json:
-            _print_json({**getattr(error, "result", {}), "error": str(error)})
+            _print_json({**getattr(error, "result", {}), "error": full_text(error)})
         return _fail(command, error)
     return 0
 

@@ -319,7 +319,8 @@ class GenerationEngine:
             job = BeamJob(history, options, stop_ids, streams[0], allowed)
         else:
             job = SampleJob(history, options, stop_ids, streams, text, allowed)
-        return Entry(job, prompt, len(prompt) + options.max_new_tokens, images, end, positions=positions)
+        length = len(prompt) + options.max_new_tokens
+        return Entry(job, prompt, length, images, end, str(request.id), positions=positions)
 
     def _result(self, request: GenerationRequest, entry: Entry | None, error: ValueError | None) -> GenerationResult:
         if error is not None or entry is None:

@@ -43,6 +43,8 @@ class Entry:
     """What ImageFeatures takes; looked at when the prompt's turn comes, and an error fails this request alone."""
     on_end: Callable[[DataError | None], None]
     """Called once: with None at the end (or when cancelled), or with the error."""
+    name: str = ""
+    """The request's id."""
     cancelled: bool = False
     rows: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -100,12 +102,24 @@ class Scheduler:
         self._waiting.append(entry)
 
     def step(self) -> bool:
-        """Admit what fits and generate one token for every row. Returns `busy`."""
+        """Admit what fits and generate one token for every row. Returns `busy`.
+
+        Raises whatever the model raises, with a note that names the requests it was answering.
+        """
         self._drop_cancelled()
-        while group := self._next_group():
-            self._prefill(group)
-        if self._active:
-            self._decode()
+        asked: Sequence[Entry] = ()
+        try:
+            while group := self._next_group():
+                asked = group
+                self._prefill(group)
+            if self._active:
+                asked = self._active
+                self._decode()
+        except Exception as error:
+            names = [entry.name for entry in asked if entry.name]
+            if names:
+                error.add_note(f"The model was answering: request {', '.join(names)}")
+            raise
         return self.busy
 
     def _drop_cancelled(self) -> None:

@@ -64,6 +64,7 @@ def _message(inputs: RunInputs, error: RuntimeError) -> str:
     peak = peak_memory(job)
     lines = [
         f"the memory of {inputs.platform.name} is full: {str(error).splitlines()[0]}",
+        *getattr(error, "__notes__", ()),
         f"this run is predicted to need {peak.peak / 1e9:.2f} GB on a rank with rows of {row.positions} tokens "
         f"(parameters {peak.parameters / 1e9:.2f}, gradients {peak.gradients / 1e9:.2f}, optimizer "
         f"{peak.optimizer / 1e9:.2f}, activations {peak.activations / 1e9:.2f})",

@@ -1,6 +1,7 @@
 """`train` end to end: what it checks, tells and leaves behind."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -232,3 +233,25 @@ def test_bad_data_of_one_rank_stops_all(ranks):
         "TrainingError: the data of another rank cannot be used: see its message",
         "DataError: image 7 is broken",
     ]
+
+
+def test_letter_g_an_error_of_the_forward_pass_names_the_records(train, monkeypatch):
+    from mindspeed_mm.errors import DataError
+    from mindspeed_mm.models.vlm import VLM
+
+    forward, passes = VLM.forward, []
+
+    def broken(self, *arguments, **named):
+        passes.append(arguments)
+        if len(passes) == 2:
+            raise DataError("these features do not fit")
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(VLM, "forward", broken)
+    code, _, said = train("--train-iters", "2")
+    assert code == 1
+    assert re.search(
+        r"train: error: these features do not fit\n  The last to go into the model: "
+        r"micro-batch 2 of 2, in step 1: r\d\n$",
+        said,
+    )

@@ -301,3 +301,15 @@ def test_stages_need_a_length_of_samples():
     args = tiny.arguments("--pipeline-model-parallel-size", "2", world_size=2)
     with pytest.raises(ConfigError, match="--pipeline-model-parallel-size above 1 needs --seq-length"):
         setup(dataclasses.replace(args, seq_length=None), None, None)
+
+
+def test_an_error_of_a_pass_names_the_samples_that_went_in_last():
+    def broken(data_iterator, model):
+        batch = next(data_iterator)
+        if "row-2" in batch.sample_ids:
+            raise RuntimeError("no such shape")
+        return tiny.forward_step(iter([batch]), model)
+
+    with pytest.raises(RuntimeError, match="no such shape") as caught:
+        tiny.run(tiny.arguments(batch=(2, 4)), step=broken)
+    assert caught.value.__notes__ == ["The last to go into the model: micro-batch 2 of 2, in step 1: row-2, row-3"]

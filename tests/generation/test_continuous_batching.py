@@ -278,3 +278,17 @@ def test_typed_special_tokens_stay_text(engine):
 def test_system_text_takes_the_place_of_the_templates(engine):
     ids = engine.prepare(request(0, system="Be brief."))
     assert engine.tokenizer.decode(ids).startswith("Be brief. USER: Hi ASSISTANT:")
+
+
+def test_letter_g_an_error_of_the_model_names_the_requests_that_it_was_answering(vlm, monkeypatch):
+    own = vlm.engine(batch_size=2)
+    handle = own.submit(request(0), options(0))
+    own.step()
+
+    def broken(*_):
+        raise RuntimeError("no such shape")
+
+    monkeypatch.setattr(own._scheduler.decoder, "step", broken)
+    with pytest.raises(RuntimeError, match="no such shape") as caught:
+        own.step()
+    assert caught.value.__notes__ == [f"The model was answering: request {handle.id}"]

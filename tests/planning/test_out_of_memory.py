@@ -67,8 +67,10 @@ def test_message(error):
         pytest.raises(TrainingError, match="the memory of cpu is full") as caught,
         explaining_out_of_memory(training(job)),
     ):
+        error.add_note("The last to go into the model: row-3")
         raise error
     message = str(caught.value)
+    assert "\n  The last to go into the model: row-3\n" in message
     assert str(error).splitlines()[0] in message
     assert all(f"\n  {number}. " in message for number in (1, 2, 3))
     assert "4. " not in message
