@@ -1,9 +1,25 @@
 """The project's own errors. Each message says what is wrong, what was found, what was expected and what to change."""
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 
 def full_text(error: BaseException) -> str:
     """The message of an error and the notes that were added to it on its way, one below the other."""
     return "\n  ".join([str(error), *getattr(error, "__notes__", ())])
+
+
+@contextlib.contextmanager
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around writing to an open file: an OSError inside that names no file, as the kernel does not where the disk is
+    full, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 class ConfigError(ValueError):

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.errors import ConfigError, DataError, naming_file
 
 HELP = "open-loop load on a server of the OpenAI protocol: throughput, time to the first text and per token"
 EXAMPLE = "mindspeed-mm bench-serve http://127.0.0.1:8000 --requests 200 --rate 4 --out load.json --plot load.png"
@@ -56,7 +56,8 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
     found = load_report.report(plan, records)
     if out is not None:
         rows = [dataclasses.asdict(record) for record in records]
-        out.write_text(json.dumps({**found, "records": rows}, indent=1), encoding="utf-8")
+        with naming_file(out):
+            out.write_text(json.dumps({**found, "records": rows}, indent=1), encoding="utf-8")
     if plot is not None:
         load_report.draw(plot, records, f"{plan.model}: {plan.rate:g} requests/s asked for")
     if not found["answered"]:

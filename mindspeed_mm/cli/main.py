@@ -140,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = _outside_cause(error)
         if cause is None:
             raise
+        if "--json" in argv:
+            with contextlib.suppress(OSError):  # it may be stdout that has no room
+                _print_json({"error": cause})
         return _fail(command, cause)
 
 

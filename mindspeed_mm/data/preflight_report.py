@@ -17,7 +17,7 @@ from rich.table import Table
 
 from mindspeed_mm.data.preflight import ERROR, KINDS, Found
 from mindspeed_mm.data.records import RecordFile
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import DataError, naming_file
 
 BARS = 40
 PERCENTILES = (1, 50, 90, 99, 100)
@@ -185,7 +185,7 @@ def fix_suffixes(data_path: Path, folder: str, suffixes: dict[str, str]) -> Path
     with data_path.open("rb") as file:
         as_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
     beside = target.with_name(target.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
+    with naming_file(target), beside.open("w", encoding="utf-8") as file:
         file.write("[\n" if as_list else "")
         for number in range(len(records)):
             line = json.dumps(_renamed(records.verified(number), folder, names), ensure_ascii=False)

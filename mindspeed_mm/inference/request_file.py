@@ -16,7 +16,7 @@ from mindspeed_mm.config.inherit import read_config
 from mindspeed_mm.config.load import StrictModel, load_config, parse_json, read_json
 from mindspeed_mm.constants import IMAGE_TOKEN
 from mindspeed_mm.data.storage.objects import in_folder, local_file
-from mindspeed_mm.errors import ConfigError, DataError
+from mindspeed_mm.errors import ConfigError, DataError, naming_file
 
 MAX_BYTES = 2**30
 """A larger file of requests is refused: all of it is held in memory."""
@@ -225,16 +225,21 @@ class Answers:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._replace(self._facts_path, json.dumps(self._facts, indent=2) + "\n")
         self._rewrite(list(self.done.values()))
-        with self._path.open("a", encoding="utf-8") as self._file:
+        self._file = self._path.open("a", encoding="utf-8")
+        try:
             yield
+        finally:
+            with naming_file(self._path):  # it writes once more what could not be written
+                self._file.close()
         self._rewrite([self.done[name] for name in order if name in self.done])
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one answer and hand it to the operating system at once."""
         self.done[record["id"]] = record
         if self._file is not None:
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with naming_file(self._path):
+                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self._file.flush()
 
     def _rewrite(self, records: list[dict[str, Any]]) -> None:
         self._replace(self._path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
@@ -242,5 +247,6 @@ class Answers:
     @staticmethod
     def _replace(path: Path, text: str) -> None:
         beside = path.with_name(path.name + ".tmp")
-        beside.write_text(text, encoding="utf-8")
+        with naming_file(path):
+            beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)

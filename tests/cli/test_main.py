@@ -184,6 +184,17 @@ def test_letter_j_errors_of_the_machine_are_one_line(capsys, monkeypatch, error,
         assert re.fullmatch(rf"mindspeed-mm doctor: error: \[Errno \d+\] {words}.*\n", capsys.readouterr().err)
 
 
+def test_letter_j_a_full_disk_is_told_with_the_file_and_in_json(golden, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "Hi"}\n')
+    (tmp_path / "out.jsonl.tmp").symlink_to("/dev/full")
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--device", "cpu"]
+    assert main(["infer", "--model", str(golden / "models" / "llava_hf"), *files, "--json"]) == 1
+    printed = capsys.readouterr()
+    told = rf"\[Errno 28\] No space left on device: '{tmp_path}/out.jsonl': a file could not be written to its end"
+    assert re.search(told, printed.err)
+    assert re.match(told, json.loads(printed.out.splitlines()[-1])["error"])
+
+
 def test_json_tells_the_error_too(tmp_path, capsys):
     assert main(["infer", "--model", str(tmp_path / "nothing"), "--prompt", "hi", "--json"]) == 1
     assert "no such file" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
