@@ -36,6 +36,10 @@ RATES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 TITLES = {"f1": "F1", "yes_ratio": "yes-ratio", "recall": "recall"}
 BEFORE, AFTER, GUIDE = "#2166ac", "#e08214", "#999999"
 SAME_RECALL = 1e-9
+INTERRUPTED = 130
+"""Exit code of a command after Ctrl-C."""
+ENDING_SECONDS = 20.0
+"""In which ranks that Ctrl-C has reached end by themselves."""
 
 
 class MeasureError(Exception):
@@ -105,14 +109,24 @@ def _printed(words: list[str], processes: int) -> str:
     """Standard output of a command of ours: in this process, which saves its start, or on several by torchrun."""
     if processes > 1:
         launcher = ["torchrun", "--nproc_per_node", str(processes), "--logs-specs", "mindspeed_mm"]
-        done = subprocess.run([*launcher, "-m", "mindspeed_mm", *words], stdout=subprocess.PIPE, text=True)
-        code, printed = done.returncode, done.stdout
+        process = subprocess.Popen([*launcher, "-m", "mindspeed_mm", *words], stdout=subprocess.PIPE, text=True)
+        try:
+            printed, _ = process.communicate()
+        except KeyboardInterrupt:  # which has reached it, too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=ENDING_SECONDS)
+            raise
+        finally:
+            process.kill()
+        code = process.wait()
     else:
         from mindspeed_mm.cli.main import main as command
 
         with contextlib.redirect_stdout(io.StringIO()) as kept:
             code = command(words)
         printed = kept.getvalue()
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     if code:
         raise MeasureError(f"mindspeed-mm {' '.join(words)} ended with exit code {code}; the lines above say why")
     return printed
@@ -230,7 +244,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 on success, 1 with a message otherwise; prints the table."""
+    """0 on success, 1 with a message otherwise, 130 when interrupted; prints the table."""
     options = parse(argv)
     out = Path(options.out)
     flags = ("--batch-size", str(options.batch_size), "--max-new-tokens", str(options.max_new_tokens))
@@ -241,6 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     except MeasureError as error:
         sys.stderr.write(f"before_after.py: error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("before_after.py: interrupted; the same command goes on where it was\n")
+        return INTERRUPTED
     sys.stdout.write(f"{table_text(points)}\n")
     sys.stderr.writelines(f"warning: {text}\n" for text in warnings(points))
     sys.stdout.writelines(f"  {path}\n" for path in report(points, out))

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from sklearn.datasets import load_digits
 
+from examples.quickstart.commands import follow
 from examples.quickstart.make_data import IMAGE_SIZE, NAMES, held_out_indices, image_name, make_data
 from examples.quickstart.make_models import MAX_POSITIONS, TEXT, make_llama, make_tokenizer, write_json
+from examples.quickstart.walk import guarded
 
 QUESTION = "Read the digit."
 TEMPLATE = "minigpt4_vicuna"
@@ -99,7 +100,7 @@ def train(out: Path, stage: int, steps: int) -> None:
     flags |= {"num-workers": 0, "device": "cpu", "log-interval": 50, "seed": SEED}
     flags |= {"pretrained-checkpoint": out / "run1"} if stage == 2 else {}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, "-m", "mindspeed_mm", "train", *words], check=True)
+    follow(["train", *words])
 
 
 def accuracy(model: Path, out: Path, count: int) -> float:
@@ -136,4 +137,4 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("minigpt4 digits", main))

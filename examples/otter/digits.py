@@ -17,15 +17,16 @@ import base64
 import io
 import json
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from sklearn.datasets import load_digits
 
+from examples.quickstart.commands import follow
 from examples.quickstart.make_data import IMAGE_SIZE, NAMES, held_out_indices, image
 from examples.quickstart.make_models import make_clip, write_json
+from examples.quickstart.walk import guarded
 
 QUESTION = "which word?"
 NAMING = "which digit?"
@@ -153,7 +154,7 @@ def train(out: Path, steps: int) -> None:
     flags |= {"micro-batch-size": 16, "seq-length": 128, "clip-grad": 1.0, "adam-beta2": 0.98}
     flags |= {"num-workers": 0, "device": "cpu", "log-interval": 50, "seed": SEED}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, "-m", "mindspeed_mm", "train", *words], check=True)
+    follow(["train", *words])
 
 
 def ask(out: Path, count: int) -> dict[str, float]:
@@ -212,4 +213,4 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("otter digits", main))

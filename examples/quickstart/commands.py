@@ -1,5 +1,6 @@
 """Runs the commands that a user would type: shows them, keeps their whole output in a file, shows the gist live."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,6 +20,8 @@ import psutil
 ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) .*lm loss: (\S+)")
 TAIL_LINES = 15
 SECONDS_BETWEEN_LINES = 5.0
+SAVING_SECONDS = 60.0
+"""In which a command that Ctrl-C has reached saves what it has, and ends."""
 
 
 class StepError(Exception):
@@ -123,6 +126,9 @@ def run(command: Command, root: Path, log: Path, stop_when: Callable[[str], bool
                 if stop_when is not None and not stopped and stop_when(line):
                     stopped = True
                     kill_tree(process.pid)
+    except KeyboardInterrupt:
+        let_end(process)
+        raise
     finally:
         live.close()
         kill_tree(process.pid)
@@ -135,6 +141,32 @@ def run(command: Command, root: Path, log: Path, stop_when: Callable[[str], bool
     if stop_when is not None:
         raise StepError(f"the command above should have been interrupted, but ended by itself; see {log}")
     return lines
+
+
+def follow(words: Sequence[str]) -> None:
+    """Run a command of ours whose output goes where this process's own goes.
+
+    Raises:
+        StepError: it failed, and has said why.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "mindspeed_mm", *words])
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        let_end(process)
+        raise
+    finally:
+        kill_tree(process.pid)
+        code = process.wait()
+    if code:
+        raise StepError(f"{words[0]} ended with exit code {code}; the lines above say why")
+
+
+def let_end(process: subprocess.Popen) -> None:
+    """Wait for a process that Ctrl-C has reached, too, which may be saving. Pressed again it ends the waiting, as it
+    ends the saving."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.communicate(timeout=SAVING_SECONDS)
 
 
 def start(command: Command, root: Path) -> subprocess.Popen:

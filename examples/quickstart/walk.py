@@ -26,15 +26,24 @@ def walk(folder: RunFolder, steps: Sequence[tuple[str, str, Callable[[Any], dict
 
 def ended(program: str, out: Path, work: Callable[[], dict]) -> int:
     """Does the work and says how it ended: 0 with its values as the last line, 1 with a message, 130 if interrupted."""
-    try:
+
+    def told() -> None:
         result = work()
+        say(f"\nEverything is in {out}")
+        say(json.dumps(result))
+
+    return guarded(program, told, "interrupted; the same command goes on where it was")
+
+
+def guarded(program: str, work: Callable[[], Any], interrupted: str = "interrupted") -> int:
+    """Does the work; 0, 1 with the message of its error, or 130 with `interrupted`."""
+    try:
+        work()
     except (StepError, FolderError) as error:
         sys.stdout.flush()
         sys.stderr.write(f"\n{program}: error: {error}\n")
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{program}: interrupted; the same command goes on where it was\n")
+        sys.stderr.write(f"\n{program}: {interrupted}\n")
         return 130
-    say(f"\nEverything is in {out}")
-    say(json.dumps(result))
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,11 +13,21 @@ from PIL import Image
 
 from examples.quickstart import main as quickstart
 from examples.quickstart import steps
-from examples.quickstart.commands import Command, StepError, iteration_of, json_result, logged_losses, run, shortened
+from examples.quickstart.commands import (
+    Command,
+    StepError,
+    follow,
+    iteration_of,
+    json_result,
+    logged_losses,
+    run,
+    shortened,
+)
 from examples.quickstart.plots import plot_losses, plot_test_sheet, sheet_selection
 from examples.quickstart.results import Answer, loss_drop, read_metrics
 from examples.quickstart.settings import FAST, FULL
 from examples.quickstart.state import FolderError, RunFolder, exclusive
+from examples.quickstart.walk import guarded
 
 LOG_LINE = (
     "[2026-01-01 00:00:00] iteration       40/     100 | consumed samples: 1280 | learning rate: 1.0E-04 | "
@@ -128,6 +139,41 @@ def test_an_interruption_kills_the_whole_family(tmp_path):
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not alive(pid)
+
+
+SAVING = """
+import os, signal, sys, time
+def save(*_):
+    time.sleep(0.3)  # subprocess.run kills what takes longer than 0.25 s
+    open('saved', 'w').close()
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print('begun', flush=True)
+os.kill(os.getppid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("way", ["run", "follow"])
+def test_letter_k_ctrl_c_lets_a_command_save(tmp_path, monkeypatch, way):
+    program = tmp_path / "program"
+    program.write_text(f"#!{sys.executable}\n{SAVING}")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(program))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(Command([str(program)], {}), tmp_path, tmp_path / "x.log") if way == "run" else follow(["train"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_command_that_fails_has_said_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert guarded("study", lambda: follow(["train"])) == 1
+    assert capsys.readouterr().err == "\nstudy: error: train ended with exit code 1; the lines above say why\n"
 
 
 def alive(pid: int) -> bool:
