@@ -2,9 +2,12 @@
 # Makes the checkout's virtual environment (.venv) from constraints.txt, or leaves at once when it is up to date.
 # Needs a Python 3.10-3.12 with venv and pip, and a C compiler. PYTHON=/path/to/python picks the interpreter.
 # Everything it says goes to stderr; two of them may run at the same time.
+#   bash scripts/setup_env.sh
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/scripts/usage.sh"
+usage "$@"
 VENV="$ROOT/.venv"
 STAMP="$VENV/.mindspeed-mm-setup"
 EXTRAS="dev"
@@ -13,6 +16,7 @@ unset PYTHONPATH PYTHONHOME
 
 say() { printf 'set-up: %s\n' "$*" >&2; }
 die() { printf 'set-up: error: %s\n' "$*" >&2; exit 1; }
+[[ $# -eq 0 ]] || die "found $*; it takes no arguments, see --help"
 
 # Changes whenever a requirement, this script, the interpreter or the place of the checkout does.
 fingerprint() {

@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests: without arguments all but the slow ones, else `pytest` with the arguments given.
+#   bash scripts/test.sh [ARGUMENT_OF_PYTEST ...]
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/scripts/usage.sh"
+usage "$@"
 cd "$ROOT"
 bash scripts/setup_env.sh
 # The models of the tests are tiny and many tests start several ranks, more threads would only fight each other.

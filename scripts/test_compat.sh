@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Runs the core part of the tests on other sets of versions: scripts/test_compat.sh [PYTHON:MEGATRON_CORE[:TORCH] ...]
-#   scripts/test_compat.sh                      what .ci/run tests beside the pinned set
-#   scripts/test_compat.sh 3.11:0.16.1:2.7.1    torch 2.7.1, which is the vendor's
+# Runs the core part of the tests on other sets of versions: bash scripts/test_compat.sh [PYTHON:MEGATRON_CORE[:TORCH] ...]
+#   bash scripts/test_compat.sh                      what .ci/run tests beside the pinned set
+#   bash scripts/test_compat.sh 3.11:0.16.1:2.7.1    torch 2.7.1, which is the vendor's
 # A Python and torch of their own get a virtual environment in .compat/, made once from constraints.txt; a megatron-core of
 # its own goes into a folder there that stands before the environment's. Prints a line with the counts for each set. Exit code
 # 1 if one failed. A Python that the machine does not have is said and left out.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$ROOT/scripts/usage.sh"
+usage "$@"
 cd "$ROOT"
 bash scripts/setup_env.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -30,7 +30,7 @@ def checkout(tmp_path):
     root, programs = tmp_path / "checkout", tmp_path / "bin"
     (root / "scripts").mkdir(parents=True)
     programs.mkdir()
-    for name in ("setup.py", "pyproject.toml", "constraints.txt", "scripts/setup_env.sh"):
+    for name in ("setup.py", "pyproject.toml", "constraints.txt", "scripts/setup_env.sh", "scripts/usage.sh"):
         shutil.copy(ROOT / name, root / name)
     for tool in TOOLS:
         (programs / tool).symlink_to(shutil.which(tool))
@@ -104,6 +104,12 @@ def test_an_unfit_python_is_passed_over(checkout):
     assert done.returncode == 1 and "no Python 3.10" in done.stderr
 
 
+def test_the_set_up_takes_no_arguments(checkout):
+    words = ["bash", "scripts/setup_env.sh", "--fast"]
+    done = subprocess.run(words, cwd=checkout, env=environment(checkout), capture_output=True, text=True)
+    assert done.returncode == 1 and "found --fast; it takes no arguments" in done.stderr
+
+
 def test_a_given_python_must_fit(checkout):
     complete(checkout)
     done = set_up(checkout, PYTHON="nowhere/python")
@@ -130,16 +136,19 @@ def test_a_failed_installation_is_tried_again(checkout):
 
 
 BEGIN_WITH_A_SET_UP = [
-    path.relative_to(ROOT) for path in sorted((ROOT / "examples").rglob("*.sh")) if "setup_env.sh" in path.read_text()
+    path.relative_to(ROOT)
+    for folder in ("examples", "scripts")
+    for path in sorted((ROOT / folder).rglob("*.sh"))
+    if "setup_env.sh" in path.read_text()
 ]
 
 
 @pytest.mark.parametrize("name", BEGIN_WITH_A_SET_UP, ids=str)
 def test_help_is_printed_before_anything_is_set_up(tmp_path, name):
-    for each in (name, "scripts/usage.sh"):  # there is no setup_env.sh
-        (tmp_path / each).parent.mkdir(parents=True)
+    for each in (name, "scripts/usage.sh"):  # there is no other set-up
+        (tmp_path / each).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / each, tmp_path / each)
     for word in ("-h", "--help"):
         done = subprocess.run(["bash", tmp_path / name, "--fast", word], capture_output=True, text=True)
-        assert done.returncode == 0 and f"\n  bash {name} [--out DIR]" in done.stdout, done.stderr
+        assert done.returncode == 0 and f"\n  bash {name}" in done.stdout, done.stderr
         assert "#" not in done.stdout and "set -euo" not in done.stdout
