@@ -10,6 +10,7 @@ from torch.distributed import PrefixStore
 from evaluation.engine import Communicator, SingleRank
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.platform import get_platform
+from mindspeed_mm.platform.distributed import meet
 
 TIMEOUT = datetime.timedelta(days=30)
 """Ranks wait for the slowest one at the end of a run, which may be long; a rank that dies ends the launch anyway."""
@@ -63,8 +64,7 @@ def connect(device: str | None = None, tensor: int = 1, pipeline: int = 1) -> Co
     if size == 1:
         return SingleRank()
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend=platform.backend, timeout=TIMEOUT)
-        platform.settle()
+        meet(platform, TIMEOUT)
     if tensor * pipeline > 1:
         _join_copies(tensor, pipeline)
     return TorchRanks()

@@ -17,6 +17,7 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.collectives import gather
 from mindspeed_mm.errors import ConfigError, TrainingError
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.platform.distributed import unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,11 @@ def open_store(args: DriverArguments) -> Store:
     is_host = os.environ["RANK"] == "0" and not kept_by_torchrun
     timeout = datetime.timedelta(seconds=args.preflight_timeout_seconds)
     try:
+        problem = None if is_host else unreachable(host, port, args.preflight_timeout_seconds)
+        if problem is not None:
+            raise problem
         store = TCPStore(host, port, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-    except RuntimeError as error:  # DistNetworkError, DistStoreError
+    except (OSError, RuntimeError) as error:  # RuntimeError: DistNetworkError, DistStoreError
         raise TrainingError(
             f"rank {os.environ['RANK']} on {_host()} cannot reach rank 0 at {host}:{port} within "
             f"{args.preflight_timeout_seconds:g} s: {first_line(error)}. Check MASTER_ADDR, MASTER_PORT and the "

@@ -98,8 +98,14 @@ def set_up_logging() -> None:
         logger.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
 
 
-def _say(command: str | None, text: str, *, rank: str = "") -> None:
+def _is_first_of_host() -> bool:
+    """True in the process that says what all of a host would say."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def _say(command: str | None, text: str) -> None:
     """The last line of a command on the screen, which may have been closed."""
+    rank = "" if is_first_rank() else f" [rank {os.environ.get('RANK')}]"
     name = "" if command is None else f" {command.replace('_', '-')}"
     with contextlib.suppress(OSError):
         sys.stderr.write(f"mindspeed-mm{name}{rank}: {text}\n")
@@ -108,11 +114,8 @@ def _say(command: str | None, text: str, *, rank: str = "") -> None:
 
 def _fail(command: str | None, error: Exception | str) -> int:
     """Print the message. What the command line or a JSON file says is equal on all ranks of a host: one tells it."""
-    first_of_host = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
-    if first_of_host or not isinstance(error, ConfigError):
-        rank = "" if is_first_rank() else f" [rank {os.environ.get('RANK')}]"
-        text = error if isinstance(error, str) else full_text(error)
-        _say(command, f"error: {text}", rank=rank)
+    if _is_first_of_host() or not isinstance(error, ConfigError):
+        _say(command, f"error: {error if isinstance(error, str) else full_text(error)}")
     return EXIT_ERROR
 
 
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv, command)
     except KeyboardInterrupt:
-        if is_first_rank():
+        if _is_first_of_host():
             _say(command, "interrupted")
         return EXIT_INTERRUPTED
     except ending.Terminated as terminated:

@@ -21,7 +21,7 @@ from mindspeed_mm.models.headers import check_weights
 from mindspeed_mm.models.part import DTYPES
 from mindspeed_mm.models.spec import ModelSpec
 from mindspeed_mm.platform import Platform, get_platform
-from mindspeed_mm.platform.distributed import init_single_process
+from mindspeed_mm.platform.distributed import init_single_process, meet
 from mindspeed_mm.weights.blockwise import KINDS
 from mindspeed_mm.weights.sources import errors_name
 
@@ -206,8 +206,7 @@ def _join_ranks(platform: Platform, tensor: int, pipeline: int) -> None:
             f"found {size}: start with torchrun --nproc_per_node {tensor * pipeline}"
         )
     if not initialized:
-        torch.distributed.init_process_group(backend=platform.backend)
-        platform.settle()
+        meet(platform)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor, pipeline)
         tensor_parallel.model_parallel_cuda_manual_seed(1234)

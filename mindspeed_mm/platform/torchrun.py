@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,8 @@ HEARD_VARIABLE = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 class ReportToFile(DefaultLogsSpecs):
     """torchrun's default treatment of the ranks' output, with its own output in a file."""
 
+    _listening: _EarlyInterrupt | None = None
+
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         report = report_path()
@@ -47,14 +50,43 @@ class ReportToFile(DefaultLogsSpecs):
         logger.handlers[:] = [handler]
         logger.propagate = False
         sys.excepthook = _Report(report)
+        if threading.current_thread() is threading.main_thread():
+            self._listening = _EarlyInterrupt()
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """See DefaultLogsSpecs; torchrun asks right before it chooses the signals that it hears. It would hear SIGHUP
         even under nohup, and take the run with it when its terminal is closed."""
+        if self._listening is not None:
+            self._listening.close()
+            self._listening = None
         heard = os.environ.get(HEARD_VARIABLE)
         if heard is not None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             os.environ[HEARD_VARIABLE] = ",".join(name for name in heard.split(",") if name != "SIGHUP")
         return super().reify(envs)
+
+
+class _EarlyInterrupt:
+    """Ends torchrun at Ctrl-C while it waits for the launch's first host, until it is closed: torch's wait for a store
+    lets no handler of Python's run. What starts the ranks has handlers of its own."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._before = signal.set_wakeup_fd(self._write)
+        threading.Thread(target=self._wait, name="Ctrl-C", daemon=True).start()
+
+    def _wait(self) -> None:
+        while told := os.read(self._read, 1):
+            if told[0] == signal.SIGINT:
+                sys.stderr.write("torchrun: stopped by SIGINT\n")
+                sys.stderr.flush()
+                os._exit(128 + signal.SIGINT)
+        os.close(self._read)
+
+    def close(self) -> None:
+        """Leave Ctrl-C to others."""
+        signal.set_wakeup_fd(self._before)
+        os.close(self._write)
 
 
 def report_path() -> Path:

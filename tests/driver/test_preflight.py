@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mindspeed_mm.errors import ConfigError, TrainingError
+from mindspeed_mm.errors import ConfigError, LostRankError, TrainingError
 from mindspeed_mm.platform import get_platform
 from tests.helpers import tiny_training as tiny
 from tests.helpers.killed_runs import free_port
@@ -17,6 +17,7 @@ get_platform("cpu")
 
 from megatron.driver import preflight, watch  # noqa: E402
 from megatron.driver.initialize import initialize, shutdown  # noqa: E402
+from mindspeed_mm.platform.distributed import meet  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("single_process")
 
@@ -41,6 +42,22 @@ def test_nobody_at_the_master_address(world, monkeypatch):
     args = tiny.arguments("--preflight-timeout-seconds", "0.5", world_size=2)
     with pytest.raises(TrainingError, match="rank 1 on .* cannot reach rank 0 at 127.0.0.1:.* Check MASTER_ADDR"):
         initialize(args, get_platform("cpu"))
+
+
+def test_letter_k_ctrl_c_is_heard_while_nobody_listens(world, monkeypatch):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("mindspeed_mm.platform.distributed.time.sleep", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        initialize(tiny.arguments(world_size=2), get_platform("cpu"))
+
+
+def test_nobody_answers_a_rank_of_another_command(world, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(LostRankError, match="rank 1 on .* cannot reach rank 0 at 127.0.0.1:.* within 0.2 s: .*refused"):
+        meet(get_platform("cpu"), seconds=0.2)
 
 
 def test_half_an_environment(world, monkeypatch):

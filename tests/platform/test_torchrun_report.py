@@ -50,6 +50,31 @@ def test_a_port_in_use_is_one_line(tmp_path, monkeypatch):
     assert code == 1 and f"port {port} of this host is in use" in line and "set MASTER_PORT to a free one" in line
 
 
+WAITING = """
+import datetime, os, signal, sys, threading, torch
+from mindspeed_mm.platform.torchrun import ReportToFile
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+specs = ReportToFile()
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+torch.distributed.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, timeout=datetime.timedelta(seconds=30))
+"""
+
+
+def test_letter_k_torchrun_hears_ctrl_c_while_it_waits_for_the_first_host():
+    command = [sys.executable, "-c", WAITING, str(free_port())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "torchrun: stopped by SIGINT\n")
+
+
+def test_ctrl_c_is_left_to_torchrun_when_the_ranks_start(monkeypatch):
+    monkeypatch.setattr(DefaultLogsSpecs, "reify", lambda self, envs: "files")
+    specs = object.__new__(torchrun.ReportToFile)
+    specs._listening = torchrun._EarlyInterrupt()
+    assert [specs.reify({}), specs.reify({})] == ["files", "files"]
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 @pytest.mark.parametrize(("handler", "left"), [(signal.SIG_IGN, "SIGTERM,SIGQUIT"), (signal.SIG_DFL, HEARD)])
 def test_letter_k_torchrun_is_deaf_to_a_closed_terminal_under_nohup(monkeypatch, handler, left):
     monkeypatch.setenv(torchrun.HEARD_VARIABLE, HEARD)
