@@ -31,13 +31,13 @@ class FusedRMSNorm(torch.autograd.Function):
         """With g the gradient and m = mean(g w x) r^2: dx = r (g w - x m), dw = sum over positions of g x r."""
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
-        product = grad.float() * x
+        grad, wide = grad.float(), x.float()  # once each: every operation of mixed dtypes would cast them anew
+        product = grad * wide
         mean = (product @ weight.float()).unsqueeze(-1).mul_(scale.square()).div_(size)
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (scale.reshape(1, -1) @ product.reshape(-1, size)).view(size).to(weight.dtype)
-        grad_x = torch.mul(grad, weight, out=product) if product.dtype == grad.dtype else grad.float() * weight
-        grad_x = grad_x.addcmul_(x, mean, value=-1).mul_(scale)
+        grad_x = torch.mul(grad, weight, out=product).addcmul_(wide, mean, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight, None
 
 
