@@ -320,7 +320,7 @@ def _reduce(
     parts = [] if state.part_gradients is None else state.part_gradients.names
     norms = known + 2 * len(names)
     values = [0.0] * (norms + len(parts))
-    if (state.iteration + 1) % args.log_interval == 0:
+    if args.is_logged(state.iteration + 1):
         values[sums + torch.distributed.get_rank()] = state.platform.memory().peak
     first_of_tensor_parallel = parallel_state.get_tensor_model_parallel_rank() == 0
     first_of_context_parallel = parallel_state.get_context_parallel_rank() == 0

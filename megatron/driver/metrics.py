@@ -55,12 +55,12 @@ class Recorder:
 
     def add(self, step: StepMetrics, memory: float) -> None:
         """Record a step that has just been counted in the state; `memory`: MiB of the fullest rank at its peak, where
-        the step is one that --log-interval shows."""
+        the step has a log line."""
         if self._screen is None:
             return
         self._window.append(step)
         self._write_record(step)
-        due = self._state.iteration % self._args.log_interval == 0
+        due = self._args.is_logged(self._state.iteration)
         self._screen.step(memory, self._window, due=due)
         if due:
             self._window.clear()

@@ -44,7 +44,7 @@ class Screen(Protocol):
 
 
 class ShortLines:
-    """One line at each --log-interval."""
+    """One line at each step that is logged."""
 
     def __init__(self, state: TrainState, args: DriverArguments, pace: Pace | None = None) -> None:
         self._state, self._args, self._pace = state, args, pace or Pace()
@@ -62,7 +62,7 @@ class ShortLines:
 
 
 class MegatronLines:
-    """Megatron's line at each --log-interval, and once its line about memory."""
+    """Megatron's line at each step that is logged, and once its line about memory."""
 
     def __init__(self, state: TrainState, args: DriverArguments) -> None:
         self._state, self._args = state, args

@@ -85,8 +85,7 @@ class Validation:
 
 def gather_counts(counts: DataCounts, state: TrainState, args: DriverArguments) -> None:
     """Sum up what all ranks have read, at log lines and checkpoints. Collective."""
-    due = state.iteration % args.log_interval == 0 or state.iteration == args.train_iters
-    if not due and (args.save_interval is None or state.iteration % args.save_interval):
+    if not args.is_logged(state.iteration) and (args.save_interval is None or state.iteration % args.save_interval):
         return
     totals = torch.tensor([counts.samples, counts.skipped], dtype=torch.int32, device=state.platform.device())
     torch.distributed.all_reduce(totals)

@@ -102,11 +102,11 @@ def test_the_time_left_counts_what_lies_between_steps():
     assert pace.left(10) == 45.0 and pace.left(0) == 0.0
 
 
-def test_letter_p_a_run_shows_one_short_line_at_each_interval(caplog):
+def test_letter_p_a_run_shows_one_short_line_at_each_interval_and_at_its_ends(caplog):
     with caplog.at_level("INFO", logger="megatron.driver"):
         tiny.whole_run("--log-interval", "2", train_iters=5)
     lines = logged(caplog)
-    assert [line.split(" | ")[0] for line in lines] == ["step 2/5", "step 4/5"]
+    assert [line.split(" | ")[0] for line in lines] == ["step 1/5", "step 2/5", "step 4/5", "step 5/5"]
     assert all(
         part in lines[1] for part in ("loss 3.", "lr ", "samples/s", "tokens/s", "memory ", "data wait ", " left")
     )
