@@ -125,3 +125,5 @@ class Product:
     """Whether its input depends on weights of the projector, so that it has a gradient though no encoder is trained."""
     split: bool = False
     """Whether tensor parallelism splits its input, so that its outputs are summed over the ranks."""
+    keys: int = 0
+    """Keys that each query looks at, where these are attention's own products and not a linear's."""

@@ -258,10 +258,14 @@ def stack(sizes: LayerSizes, further: Sequence[float], asked: float = 1.0) -> St
 
 def gradients(sizes: LayerSizes, asked: float = 1.0) -> float:
     """More in the backward pass of a layer whose MLP runs on the share `asked` of the positions: the gated product and
-    the first linear's output have gradients, as has the residual, beside one factor on the way, while what is no longer
-    needed of the forward pass is given back."""
-    inner = sizes.element * sizes.shape.ffn_hidden_size / sizes.tensor * sizes.tokens * (3 if sizes.trained else 4)
-    return max(asked * inner, capped_scores(sizes)) + sizes.norm_tokens * sizes.width + whole_weight(sizes)
+    the first linear's output have gradients, as has the residual, while what is no longer needed of the forward pass is
+    given back. Where products run in float32, the operands of the first linear's are the most."""
+    inner = sizes.shape.ffn_hidden_size / sizes.tensor * sizes.tokens
+    most = sizes.element * inner * (2 if sizes.trained else 3)
+    if sizes.kernels.single_products:
+        outputs = 2 if sizes.shape.gated else 1
+        most = max(most, inner * (outputs * SINGLE - sizes.element * sizes.trained))
+    return max(asked * most, capped_scores(sizes)) + sizes.norm_tokens * sizes.width + whole_weight(sizes)
 
 
 def decoder(job: TrainingJob, stage: int) -> Stack:
@@ -285,13 +289,17 @@ def vision_encoder(job: TrainingJob) -> Stack:
 
 
 def projector(job: TrainingJob) -> float:
-    """What its linears take, as far as they are trained, and what is activated before them."""
+    """What its linears take, as far as they are trained, and what is activated before them; of its attention what it
+    takes, and the output where that is float32."""
     if not job.gradients_flow("vision_projector"):
         return 0.0
+    spec, kernels = job.spec.vision_projector, kernels_of(job.device, job.runtime.params_dtype)
     trained = job.trained("vision_projector")
     total = 0.0
-    for product in job.spec.vision_projector.products(job.projected):
+    for product in spec.products(job.projected):
         own = product.kept if trained and not (product.shared and product.activated) else 0.0
+        if own and product.keys and kernels.single_attention(product.keys, spec.kv_channels):
+            own = (own + product.rows * product.outputs / 2) * SINGLE / job.element
         total += (product.activated + own) / (job.tensor if product.split else 1)
     return job.element * total
 

@@ -21,6 +21,8 @@ class Kernels:
     """Whether this is the CPU, whose trained attention may take float32 copies of its inputs (platform/cpu.py)."""
     dtype: torch.dtype
     """Of activations."""
+    single_products: bool
+    """Whether products copy their operands to float32, since the processor has no instructions for `dtype`."""
 
     def single_attention(self, length: float, channels: int) -> bool:
         """Whether trained attention over `length` keys with heads of `channels` takes float32 copies."""
@@ -39,4 +41,5 @@ def kernels_of(device: str, dtype: torch.dtype) -> Kernels:
         foreach_optimizer=device == "cuda",
         host=host,
         dtype=dtype,
+        single_products=host and dtype in host_products.HALVES and not host_products.has_half_products(dtype),
     )

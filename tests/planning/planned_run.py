@@ -35,11 +35,14 @@ PATCHES = VISION_ENCODER | {"model_id": "qwen2_5_vl", "full_attention_layers": [
 del PATCHES["image_size"]
 TILES = {"model_id": "llava_next", "image_grid_pinpoints": [[112, 224], [224, 112]]}
 MERGER = {"model_id": "patch_merger", "vision_start_token_id": 7, "vision_end_token_id": 8}
+QFORMER = {"model_id": "qformer", "width": 96, "num_layers": 3, "num_attention_heads": 4, "ffn_hidden_size": 160}
+QFORMER |= {"num_query_tokens": 16}
 OTHERS = {
     "SigLIP and Qwen3": ("llava", {"model_id": "qwen3"}, SIGLIP, {}),
     "Gemma 2": ("llava", {"model_id": "gemma2", "language_max_sequence_length": 2048}, VISION_ENCODER, {}),
     "LLaVA-NeXT": ("llava_next", {}, VISION_ENCODER, TILES),
     "Qwen2.5-VL": ("qwen2_5_vl", {"model_id": "qwen2", "mrope_section": [2, 3, 3]}, PATCHES, MERGER),
+    "BLIP-2": ("blip2", {}, VISION_ENCODER | {"model_id": "eva_vit"}, QFORMER),
 }
 """(model_id, further keys of text_decoder, vision_encoder, further keys of vision_projector)."""
 

@@ -48,7 +48,8 @@ RUNS = {
 }
 RUNS |= {name: Work(other_model(name), PAIR, tokens=384) for name in OTHERS}
 RUNS |= {
-    f"{name}, CP2": Work(other_model(name), f"{PAIR} --context-parallel-size 2", 2, 384) for name in list(OTHERS)[2:]
+    f"{name}, CP2": Work(other_model(name), f"{PAIR} --context-parallel-size 2", 2, 384)
+    for name in ("LLaVA-NeXT", "Qwen2.5-VL")
 }
 RUNS |= {
     "Flamingo": Work(flamingo_model(), PAIR),
@@ -65,7 +66,7 @@ OLD_PROCESSOR = (
     "TP2 SP", "CP2 grouped", "PP2",
 )  # fmt: skip
 RUNS |= {f"{name}, no bfloat16": RUNS[name]._replace(half_products=False) for name in OLD_PROCESSOR}
-SHORT = ("grouped queries", "vision encoder trained", "packed", "CP2 grouped", "Flamingo")
+SHORT = ("grouped queries", "vision encoder trained", "packed", "CP2 grouped", "Flamingo", "BLIP-2")
 RUNS |= {f"{name}, short attention": RUNS[name]._replace(short_single=True) for name in SHORT}
 for run in RUNS.values():
     if run.model["text_decoder"]["hidden_size"] == 192:

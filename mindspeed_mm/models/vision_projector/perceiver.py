@@ -81,7 +81,7 @@ class PerceiverSpec(PartSpec):
         return (
             Product(memory, width, 2 * layers * heads, kept=2 * layers * memory * width, behind_weights=True),
             Product(latents, width, layers * heads, kept=2 * layers * latents * width),
-            Product(latents, places, 2 * layers * heads, kept=layers * (latents + 2 * memory) * heads),
+            Product(latents, places, 2 * layers * heads, kept=layers * (latents + 2 * memory) * heads, keys=places),
             Product(latents, heads, layers * width, kept=layers * latents * heads, split=True),
             Product(latents, width, layers * self.ffn_hidden_size, kept=2 * layers * latents * width),
             Product(latents, self.ffn_hidden_size, layers * width, kept=inner, activated=inner, split=True),

@@ -122,12 +122,13 @@ class QFormerSpec(PartSpec):
         together, attention's own among them. Norms and the text branch, which are short, are left out."""
         width, layers, queries = self.width, self.num_layers, work.rows * self.num_query_tokens
         crossing, inner = -(-layers // CROSS_EVERY), layers * queries * self.ffn_hidden_size
-        places = round(work.positions / work.rows) if work.rows else 0
+        places, own = round(work.positions / work.rows) if work.rows else 0, self.num_query_tokens
+        looked_at = queries + 2 * work.positions
         return (
             Product(work.positions, self.input_size, 2 * crossing * width, kept=2 * work.positions * self.input_size),
             Product(queries, width, (4 * layers + 2 * crossing) * width, kept=5 * layers * queries * width),
-            Product(queries, self.num_query_tokens, 2 * layers * width, kept=layers * queries * width),
-            Product(queries, places, 2 * crossing * width, kept=crossing * (queries + 2 * work.positions) * width),
+            Product(queries, own, 2 * layers * width, kept=layers * queries * width, keys=own),
+            Product(queries, places, 2 * crossing * width, kept=crossing * looked_at * width, keys=places),
             Product(queries, width, layers * self.ffn_hidden_size, kept=layers * queries * width),
             Product(queries, self.ffn_hidden_size, layers * width, kept=inner, activated=inner, split=True),
             Product(queries, width, self.hidden_size, kept=queries * width),
