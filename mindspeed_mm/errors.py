@@ -5,6 +5,11 @@ import os
 from collections.abc import Iterator
 
 
+def add_note(error: BaseException, text: str) -> None:
+    """What BaseException.add_note does, which Python 3.10 lacks."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+
+
 def full_text(error: BaseException) -> str:
     """The message of an error and the notes that were added to it on its way, one below the other."""
     return "\n  ".join([str(error), *getattr(error, "__notes__", ())])

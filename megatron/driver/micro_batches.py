@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mindspeed_mm.errors import add_note
+
 
 @contextlib.contextmanager
 def naming_samples(batches: Sequence[Any], chunks: int, place: str) -> Iterator[list[Iterator[Any]]]:
@@ -32,5 +34,6 @@ def naming_samples(batches: Sequence[Any], chunks: int, place: str) -> Iterator[
         samples = getattr(batches[last], "sample_ids", ()) if last >= 0 else ()
         if samples:
             names = ", ".join(map(str, samples))
-            error.add_note(f"The last to go into the model: micro-batch {last + 1} of {len(batches)}, {place}: {names}")
+            where = f"micro-batch {last + 1} of {len(batches)}, {place}"
+            add_note(error, f"The last to go into the model: {where}: {names}")
         raise

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mindspeed_mm.constants import IMAGE_TOKEN_INDEX
-from mindspeed_mm.errors import DataError
+from mindspeed_mm.errors import DataError, add_note
 from mindspeed_mm.generation.decode import Decoder
 from mindspeed_mm.generation.images import FoundImage, ImageFeatures
 from mindspeed_mm.generation.jobs import GenerationJob, NextTokens
@@ -118,7 +118,7 @@ class Scheduler:
         except Exception as error:
             names = [entry.name for entry in asked if entry.name]
             if names:
-                error.add_note(f"The model was answering: request {', '.join(names)}")
+                add_note(error, f"The model was answering: request {', '.join(names)}")
             raise
         return self.busy
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mindspeed_mm.errors import TrainingError
+from mindspeed_mm.errors import TrainingError, add_note
 from tests.planning.planned_run import model, planned
 from tests.planning.real_run import Work
 
@@ -67,7 +67,7 @@ def test_message(error):
         pytest.raises(TrainingError, match="the memory of cpu is full") as caught,
         explaining_out_of_memory(training(job)),
     ):
-        error.add_note("The last to go into the model: row-3")
+        add_note(error, "The last to go into the model: row-3")
         raise error
     message = str(caught.value)
     assert "\n  The last to go into the model: row-3\n" in message
