@@ -13,6 +13,9 @@ from mindspeed_mm.errors import DataError
 BOS_CLASSES = (*LLAMA_CLASSES, "GemmaTokenizer", "GemmaTokenizerFast")
 """`tokenizer_class` values whose add_bos_token decides, whatever tokenizer.json says."""
 
+TOKEN_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+"""What an entry of added_tokens_decoder says of a token besides its text."""
+
 
 class FastTokenizer(Tokenizer):
     """tokenizer.json of any model, run by the `tokenizers` library."""
@@ -25,13 +28,18 @@ class FastTokenizer(Tokenizer):
             raise DataError(f"{folder / 'tokenizer.json'} cannot be used: {error}. Fetch it again.") from error
         self._model.no_padding()
         self._model.no_truncation()
+        _add_listed_tokens(self._model, settings, folder)
         if settings.config.get("tokenizer_class") in LLAMA_CLASSES and settings.legacy:
             _restore_legacy_prefix(self._model)
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         named = {role: self._model.token_to_id(content) for role, content in settings.special.items()}
         missing = [settings.special[role] for role, token_id in named.items() if token_id is None]
         if missing:
-            raise DataError(f"{folder}: tokenizer.json has no token {missing[0]!r}, which tokenizer_config.json names.")
+            raise DataError(
+                f"{folder}: tokenizer.json has no token {missing[0]!r}, which tokenizer_config.json or "
+                "special_tokens_map.json names. Correct the name, or list the token with its id under "
+                "added_tokens_decoder in tokenizer_config.json."
+            )
         self.bos_token_id, self.unk_token_id = named.get("bos_token"), named.get("unk_token")
         if "eos_token" not in named:
             raise DataError(f"{folder}: tokenizer_config.json names no eos_token; add it, generation needs an end.")
@@ -111,6 +119,34 @@ class FastTokenizer(Tokenizer):
         if piece is None:
             raise DataError(f"token id {token_id} has no entry in the vocabulary (a gap between the added tokens).")
         return piece
+
+
+def _add_listed_tokens(model: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path) -> None:
+    """Add the tokens that the files beside tokenizer.json list and it lacks, as transformers does: those with an id in
+    its order, then the special ones without. What added_tokens_decoder says of a token holds, whatever tokenizer.json
+    says; added_tokens.json says no more than ids.
+
+    Raises DataError for a token whose listed id is not the one that it has or would get.
+    """
+    found = {token.content: token for token in model.get_added_tokens_decoder().values()}
+    decoder = settings.config.get("added_tokens_decoder") or {}
+    for token_id, entry in sorted(settings.added.items()):
+        known = found.get(entry["content"])
+        own = {name: getattr(known, name, False) for name in TOKEN_FLAGS}
+        says = entry if known is None or str(token_id) in decoder else {}
+        flags = own | {name: bool(says[name]) for name in TOKEN_FLAGS if says.get(name) is not None}
+        if known is None or flags != own:
+            token = tokenizers.AddedToken(entry["content"], **flags)
+            (model.add_special_tokens if flags["special"] else model.add_tokens)([token])
+        has = model.token_to_id(entry["content"])
+        if has != token_id:
+            raise DataError(
+                f"{folder}: the token {entry['content']!r} is listed with the id {token_id} beside tokenizer.json, in "
+                f"which it has the id {has}, or gets it as the next free one. Correct the id, or list all added tokens."
+            )
+    listed = {entry["content"] for entry in settings.added.values()} | found.keys()
+    special = [content for content in settings.additional if content not in listed]
+    model.add_special_tokens([tokenizers.AddedToken(content, normalized=False, special=True) for content in special])
 
 
 def _without(model: tokenizers.Tokenizer, contents: Container[str]) -> tokenizers.Tokenizer:

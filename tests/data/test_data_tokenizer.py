@@ -231,3 +231,48 @@ def test_added_tokens_of_a_user_are_tokens_and_control_tokens_stay_text(golden, 
     assert {1000, 1001, tokenizer.eos_token_id} <= set(whole)
     place = plain.index(1000)
     assert tokenizer.pieces(plain[place - 1 : place + 3]) == ["\u2581", "<region>", "\u2581", "?"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "kind"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1002": {"content": "<x>", "rstrip": True}}}, "user"),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|im_start|>", "<x>"]}, "control"),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<x>"}}, "control"),
+        ("added_tokens.json", {"<x>": 1002}, "user"),
+    ],
+)
+def test_letter_b_tokens_that_are_listed_beside_tokenizer_json_are_tokens(golden, tmp_path, file, content, kind):
+    """As in transformers, which adds what tokenizer.json lacks."""
+    from transformers import AutoTokenizer
+
+    folder = copy_of(golden, tmp_path, "tokenizer_chatml")
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    before = json.loads((folder / file).read_text())
+    if "added_tokens_decoder" in content:
+        content = {"added_tokens_decoder": before["added_tokens_decoder"] | content["added_tokens_decoder"]}
+    (folder / file).write_text(json.dumps(before | content))
+    if file == "added_tokens.json":  # which counts where the newer list is not there
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        del config["added_tokens_decoder"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.token_to_id("<x>") == theirs.convert_tokens_to_ids("<x>") == 1002
+    assert ours.vocab_size == len(theirs) == 1003 and 1002 in ours.encode("Where <x> is")
+    assert ("<x>" in ours.user_tokens, "<x>" in ours.control_tokens) == (kind == "user", kind == "control")
+    assert 1002 in ours.encode("a <x>", special_text=False) or kind == "control"
+
+
+def test_letter_b_what_added_tokens_decoder_says_of_a_token_holds(golden, tmp_path):
+    folder = copy_of(golden, tmp_path, "tokenizer_chatml")
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["added_tokens_decoder"]["1001"]["rstrip"] = True
+    path.write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("<|im_end|> \n a") == tokenizer.encode("<|im_end|>a")
+    config["added_tokens_decoder"]["1005"] = {"content": "<x>"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(DataError, match="'<x>' is listed with the id 1005 .* has the id 1002, or gets it"):
+        load_tokenizer(folder)
