@@ -24,6 +24,8 @@ _GENERATION = re.compile(r"(\{%-?\s*)(end)?generation(\s*-?%\})")
 """transformers' marks around answers, which print nothing."""
 
 ROLES = ("user", "assistant", "user", "assistant")
+TURNS = (("human", "user", ROLES[:2]), ("gpt", "assistant", ROLES[:2]), ("system", "system", ("system", "user")))
+"""A turn of ours, its role in a chat template, and the roles of the shortest talk that has it."""
 
 
 def template_from_tokenizer(tokenizer: Tokenizer) -> Template:
@@ -76,6 +78,7 @@ def _read(program: _Program) -> Template:
         gpt_footer=tail[len(end) :],
         end=end,
         stop=tuple(dict.fromkeys((end, program.eos))),
+        trimmed=program.trimmed(),
     )
 
 
@@ -112,6 +115,23 @@ class _Program:
         except TemplateError:
             return None  # the template itself refuses system texts, or leaves them out
         return before + SYSTEM_SLOT + between + SLOT + behind if behind == close else None
+
+    def trimmed(self) -> tuple[str, ...]:
+        """Turns from whose texts the template takes white space at both ends."""
+        found = []
+        for turn, role, roles in TURNS:
+            texts = []
+            for blank in ("", " \n"):
+                marks = [blank + MARKS[0] + blank if role == other else MARKS[1] for other in roles]
+                talk = [
+                    {"role": other, "content": self._content(mark)} for other, mark in zip(roles, marks, strict=True)
+                ]
+                try:
+                    texts.append(self._render(talk, False))
+                except TemplateError:  # no place for system texts
+                    break
+            found += [turn] if len(texts) == 2 and texts[0] == texts[1] and MARKS[0] in texts[0] else []
+        return tuple(found)
 
     def _render(self, messages: list[dict[str, Any]], generation: bool) -> str:
         try:

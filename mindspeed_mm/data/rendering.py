@@ -64,6 +64,7 @@ def segments_of(turns: Sequence[Turn], template: Template, generation: bool = Fa
     """The rendered string in pieces. In `generation` the last answer is open: only its header is there."""
     if template.captions_only:
         turns = _caption_turns(turns, template)
+    turns = [_trimmed(turn) if turn.role in template.trimmed else turn for turn in turns]
     if turns[0].role == "system":
         segments, turns = _opening(turns, template), turns[2:]
     else:
@@ -127,6 +128,12 @@ def without_images(turn: Turn) -> tuple[Turn, int]:
     literal += [len(text) + place - begin for place in turn.literal if begin <= place]
     text += turn.text[begin:]
     return replace(turn, text=text, literal=tuple(literal)), images
+
+
+def _trimmed(turn: Turn) -> Turn:
+    """A turn without white space at the ends of its text."""
+    start = len(turn.text) - len(turn.text.lstrip())
+    return replace(turn, text=turn.text.strip(), literal=tuple(place - start for place in turn.literal))
 
 
 def questions_of(turns: Sequence[Turn]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from functools import cached_property
+from typing import Literal
 
 import pydantic
 
@@ -79,6 +80,9 @@ class Template(StrictModel):
     answers_apart: bool = False
     """An answer is encoded by itself, and so is what follows it (MiniGPT-4): for tokenizers that put a space before
     every text, there is one more before it."""
+
+    trimmed: tuple[Literal["human", "gpt", "system"], ...] = ()
+    """Turns from whose text white space at both ends is taken, as many chat templates do (`content | trim`)."""
 
     @pydantic.model_validator(mode="after")
     def _images_have_a_place(self) -> "Template":

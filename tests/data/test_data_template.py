@@ -356,8 +356,9 @@ def test_the_tokenizers_own_template(chat_tokenizer, tokenizer):
     chat = with_chat_template(chat_tokenizer, CHATML)
     own = get_template("tokenizer", chat)
     assert own.model_copy(update={"stop": (), "aliases": ()}) == get_template("internlm2_chat").model_copy(
-        update={"stop": (), "aliases": (), "human_first": own.human_first}
+        update={"stop": (), "aliases": (), "human_first": own.human_first, "trimmed": own.trimmed}
     )
+    assert own.trimmed == ("human", "gpt", "system")
     assert own.stop == ("<|im_end|>", "</s>")
     check_template("tokenizer", chat)
     turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]

@@ -9,6 +9,8 @@ import torch
 
 import mindspeed_mm as mm
 from checkpoint_converters.convert import convert
+from mindspeed_mm.data.rendering import segments_of
+from mindspeed_mm.data.sample import Turn
 from mindspeed_mm.data.template import get_template
 from mindspeed_mm.data.template_choice import choose_template, template_fact
 from mindspeed_mm.data.tokenizer import load_tokenizer
@@ -197,6 +199,33 @@ def test_letter_b_a_chat_template_of_parts(chat, tmp_path):
     """Processors' templates take a list of parts, and mark what is generated."""
     parts = load_tokenizer(with_template(chat, tmp_path / "a", PARTS))
     assert get_template("tokenizer", parts) == get_template("tokenizer", load_tokenizer(chat))
+
+
+@pytest.mark.parametrize(
+    ("content", "trimmed"),
+    [
+        ("m.content | trim", ("human", "gpt", "system")),
+        ("(m.content | trim if m.role == 'user' else m.content)", ("human",)),
+    ],
+)
+def test_letter_b_a_chat_template_that_trims_texts(chat, tmp_path, content, trimmed):
+    """As the templates of Llama 3 and Gemma do: white space at the ends of a text is no part of the prompt."""
+    from transformers import AutoTokenizer
+
+    folder = with_template(chat, tmp_path / "a", CHATML.replace("m.content", content))
+    template = get_template("tokenizer", load_tokenizer(folder))
+    assert template.trimmed == trimmed
+    texts = {"system": " Be brief.\n", "human": "\n What <image> ? ", "gpt": " That. \n"}
+    turns = [Turn(role, text, (7,) if role == "human" else ()) for role, text in texts.items()]
+    talk = [
+        {"role": role, "content": text}
+        for role, text in zip(("system", "user", "assistant"), texts.values(), strict=True)
+    ]
+    segments = segments_of(turns, template)
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(talk, tokenize=False)
+    assert "".join(segment.text for segment in segments) == theirs
+    (place,) = next(segment.literal for segment in segments if segment.literal)
+    assert next(segment.text for segment in segments if segment.literal)[place:].startswith("<image>")
 
 
 def test_letter_b_the_first_chat_template_that_can_be_read(chat, tmp_path):
