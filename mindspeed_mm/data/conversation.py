@@ -26,18 +26,29 @@ OTHER_KEYS = {"messages": "messages", "chosen": "preference"}
 def record_images(record: Mapping[str, Any]) -> list[str]:
     """Image names of a record: `image` (or `images`) is a name or a list of names; empty for a text-only record.
 
-    Raises DataError when both keys are given or a name is not a non-empty string.
+    A key without a value (null, "", []) says nothing. Raises DataError when both keys are given, a name is not a
+    non-empty string, or it is an address of the web.
     """
-    if "image" in record and "images" in record:
+    given = [key for key in ("image", "images") if record.get(key) not in (None, "", [])]
+    if len(given) > 1:
         raise DataError('has both "image" and "images"; keep one of them.')
-    key = "images" if "images" in record else "image"
-    value = record.get(key)
-    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not given:
+        return []
+    key, value = given[0], record[given[0]]
+    names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(
             f'"{key}" is {shown(value)}; expected the name of an image or a list of names, such as "coco/1.jpg".'
         )
+    for name in names:
+        refuse_web_address(name, key)
     return names
+
+
+def refuse_web_address(name: str, place: str) -> None:
+    """Raise DataError for an image that would have to be downloaded, or that stands in its own address."""
+    if name.startswith(("http://", "https://", "data:")):
+        raise DataError(f"{place} is {name[:80]!r}; expected a file in data_folder: nothing is downloaded. Fetch it.")
 
 
 def conversation_turns(

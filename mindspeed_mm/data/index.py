@@ -24,7 +24,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 4096
-VERSION = 6
+VERSION = 7
 """Counted up whenever records are checked or counted differently: older arrays are then built again."""
 
 DIGEST_BYTES = 65536

@@ -39,9 +39,26 @@ MARK = "a mark belongs on the turn, not here"
 MASK = 'it says what is not learned; marks here are "loss", "train" or "weight" of a turn, with true or false'
 TEXT = "the text under it would not be trained on"
 PAIR = 'preferences are read by the dataset_type "preference"'
+PROMPT = "prompts are written by the template alone (template_name), which takes no further options"
 PIXELS = "the size of an image is the image processor's"
 
-FILE_WORDS = ("path", "paths", "file", "files", "name", "names", "url", "urls", "list", "bytes", "base64")
+FILE_WORDS = (
+    "path",
+    "paths",
+    "frame",
+    "frames",
+    "clip",
+    "clips",
+    "file",
+    "files",
+    "name",
+    "names",
+    "url",
+    "urls",
+    "list",
+    "bytes",
+    "base64",
+)
 IMAGE_WORDS = ("image", "img", "photo")
 
 CHANGING = {
@@ -53,7 +70,8 @@ CHANGING = {
     **dict.fromkeys(("system", "system_prompt", "system_message"), SYSTEM),
     **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call_id", "function_call"), TOOLS),
     **dict.fromkeys(("conversations", "messages", "history", "instruction", "input", "output", "query"), TEXT),
-    **dict.fromkeys(("response", "reasoning_content", "thinking"), TEXT),
+    **dict.fromkeys(("response", "reasoning_content", "reasoning", "thinking", "thought"), TEXT),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "enable_thinking"), PROMPT),
     **dict.fromkeys(("chosen", "rejected", "reject", "rejected_response", "rejected_messages", "kto_tag"), PAIR),
     **dict.fromkeys(("loss", "train", "training", "learnable", "trainable", "weight", "loss_weight"), MARK),
     **dict.fromkeys(("loss_scale", "output_with_loss", "sample_weight", "train_detail"), MARK),
@@ -66,7 +84,7 @@ CHANGING = {
 """Keys that change training in other suites, and why a value there cannot be ignored. Those on masks are NeMo's and
 torchtune's."""
 
-SOURCE_ENDINGS = ("_url", "_urls", "_name", "_names", "filename")
+SOURCE_ENDINGS = ("_url", "_urls", "_name", "_names", "_path", "filename")
 """Of keys that name an image only where nothing else does; beside an image they say where it comes from."""
 
 IMAGE_NAMES = (
@@ -136,7 +154,7 @@ class Keys:
 
     def _changing(self, key: str, found: Mapping[str, Any]) -> str | None:
         """Why a value under a key cannot be ignored, in whatever case and with whatever separators it is written."""
-        name = plain_name(key)
+        name = _COUNTED.sub("", plain_name(key))  # "image_1" and "image2" are images, too
         why = TEXT if name in self.texts else CHANGING.get(name)
         if why == IMAGE and name.endswith(SOURCE_ENDINGS):
             shows = self.has_image or any(found.get(own) for own in self.honoured.intersection(IMAGE_NAMES))
@@ -189,6 +207,10 @@ def unused_of_turns(entries: Iterable[Any], allowed: Keys, key: str, policy: str
         if isinstance(entry, Mapping) and not entry.keys() <= allowed.honoured:
             ignored += [f"{key}[].{name}" for name in allowed.unused(entry, f"{key}[{index}]", policy)]
     return ignored
+
+
+_COUNTED = re.compile(r"_?[0-9]+$")
+"""A number behind a key, for the first, second, ... of its kind."""
 
 
 def plain_name(key: str) -> str:

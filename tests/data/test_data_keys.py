@@ -67,12 +67,49 @@ def test_letter_a_keys_that_change_training_are_refused(source, kind, key, value
         ("Video", "videos and audio"),
         ("tool_call_id", "tools and their calls"),
         ("file_name", "a record names images by"),
+        ("image_1", "a record names images by"),  # NLVR2 and MMMU number them
+        ("video_frames", "videos and audio"),
+        ("chat_template_kwargs", "prompts are written by the template alone"),
         ("mask", "it says what is not learned; marks here are"),  # NeMo's {"mask": "User"}
     ],
 )
 def test_letter_a_keys_of_other_suites_in_other_spellings(source, kind, key, message):
     with pytest.raises(UnknownKeyError, match=f"'{key}' is not read here: {message}"):
         source(kind, [RECORDS[kind] | {key: "x"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("<video>\nWhat happens?", "<video> in a text"),
+        ("<image_1> and <|image_pad|>?", "<image_1> in a text, <|image_pad|> in a text"),
+        ("<image>What is it?", "<image> without an image"),
+        ("<img src='a.jpg'> and <b>bold</b> in <video src='x'></video>", ""),
+    ],
+)
+def test_letter_a_marks_of_media_that_stay_text_are_told(source, text, told):
+    turns = [LLAVA[0] | {"value": text}, LLAVA[1] | {"value": "<video> is text here"}]
+    assert ", ".join(source("sharegpt", [{"conversations": turns}])[0].ignored) == told
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+@pytest.mark.parametrize("mark", ["<img>a/b.jpg</img>", "<IMG>https://x.org/1</IMG>", "<video>b.mp4</video>"])
+def test_letter_a_a_file_that_a_text_names_is_refused(source, kind, mark):
+    """Qwen-VL's and ms-swift's way; it would be trained on as text, without the image."""
+    record = json.loads(json.dumps(RECORDS[kind]).replace("What is it?", f"Picture 1: {mark} What?"))
+    with pytest.raises(UnknownKeyError, match=f"line 1: a text names a file as '{mark}', which is not read here"):
+        source(kind, [record])
+    assert len(source(kind, [record], unknown_keys="warn")[0].ignored) == 1
+
+
+def test_letter_a_a_key_without_a_value_says_nothing(source):
+    """As exports of tables have them: null or empty in every record."""
+    empty = {"image": None, "images": [], "system": ""}
+    assert source("sharegpt", [{"conversations": LLAVA} | empty])[0].turns[0].role == "human"
+    seen = [{"from": "human", "value": "<image>What?"}, LLAVA[1]]
+    assert len(source("llava", [{"conversations": seen, "image": "", "images": ["red.png"]}])[0].images) == 1
+    with pytest.raises(DataError, match="image is 'https://x.org/1.png'; expected a file in data_folder"):
+        source("llava", [{"conversations": seen, "image": "https://x.org/1.png"}])
 
 
 def test_letter_a_where_an_image_comes_from_is_harmless_beside_it(source):

@@ -93,6 +93,7 @@ def test_captions_as_blip_has_them(build, tmp_path, tokenizer):
             [pair("a")[0], ("a.json", b'{"id": "\\ud800", "caption": "x"}')],
             "record 0: id holds half of a surrogate pair",
         ),
+        ([*pair("a"), *pair("a")], "a.tar: a.jpg is there twice in one sample"),
         ([], "holds no samples"),
     ],
 )

@@ -14,6 +14,7 @@ from mindspeed_mm.data.conversation import EXAMPLE, checked_text, count_images, 
 from mindspeed_mm.data.facts import facts_of_all, sample_facts
 from mindspeed_mm.data.grounding.geometry import BoxStep
 from mindspeed_mm.data.index import Index
+from mindspeed_mm.data.media_marks import unfilled_marks
 from mindspeed_mm.data.parquet import ParquetFile
 from mindspeed_mm.data.records import RecordFile
 from mindspeed_mm.data.sample import EncodedImage, Sample, Turn, VideoFrames
@@ -130,6 +131,7 @@ class FileRecords:
             if identity is not None:
                 checked_text(identity, "id")
             turns, images, rejected, ignored = self._parse(record, self._options)
+            ignored = (*ignored, *unfilled_marks(turns, self._options.unknown_keys))
             found = count_images(turns)
             if found != len(images):
                 raise DataError(

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from mindspeed_mm.constants import IMAGE_TOKEN
-from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn
+from mindspeed_mm.data.conversation import alternating, checked_text, literal_turn, refuse_web_address
 from mindspeed_mm.data.datasets._files import FileRecords, Parsed, ReadOptions
 from mindspeed_mm.data.keys import (
     IMAGE_FILE,
@@ -164,8 +164,7 @@ def image_source(value: Any, place: str) -> Image:
         value = value.get("path")
     if not isinstance(value, str) or not value:
         raise DataError(f'{place} is {value!r:.80}; expected the name of an image, such as "coco/1.jpg".')
-    if value.startswith(("http://", "https://", "data:")):
-        raise DataError(f"{place} is {value[:80]!r}; expected a file in data_folder: nothing is downloaded. Fetch it.")
+    refuse_web_address(value, place)
     return value.removeprefix("file://")
 
 

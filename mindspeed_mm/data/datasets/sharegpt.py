@@ -30,7 +30,7 @@ def parse(record: dict[str, Any], options: ReadOptions) -> Parsed:
     if not isinstance(entries, list) or not entries:
         raise DataError(f'"conversations" is {entries!r:.80}; expected a list of turns, such as {EXAMPLE}.')
     turns = [parse_turn(entry, f"conversations[{index}]", bool(images)) for index, entry in enumerate(entries)]
-    if record.get("system") is not None:
+    if record.get("system"):  # LLaMA-Factory's empty text says nothing
         turns.insert(0, literal_turn("system", checked_text(record["system"], "system")))
     if any(turn.role == "system" for turn in turns[1:]):
         raise TemplateError('"conversations" has a system turn that is not the first; expected it at the start only.')

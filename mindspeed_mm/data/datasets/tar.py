@@ -27,6 +27,7 @@ from mindspeed_mm.data.datasets._files import ReadOptions
 from mindspeed_mm.data.facts import facts_of_all, sample_facts
 from mindspeed_mm.data.index import Index
 from mindspeed_mm.data.keys import LLAVA_TURN, MEDIA, keys, unused_of_turns
+from mindspeed_mm.data.media_marks import unfilled_marks
 from mindspeed_mm.data.parallel import ordered
 from mindspeed_mm.data.progress import progress_bar
 from mindspeed_mm.data.record_starts import MAX_RECORD_BYTES
@@ -122,6 +123,11 @@ class Shard:
                         yield str(current), members
                         members = {}
                     current = name
+                    if suffix.lower() in members:
+                        raise DataError(
+                            f"{self.path}: {member.name} is there twice in one sample, and one of them would not be "
+                            "used. Give each sample a name of its own, or write the shard again."
+                        )
                     members[suffix.lower()] = member
         except (tarfile.TarError, OSError, EOFError) as error:
             raise DataError(f"{self.path} cannot be read ({error}); expected an uncompressed tar file.") from error
@@ -149,6 +155,7 @@ class Shard:
             if "conversations" in record:
                 turns = conversation_turns(record, images_first=self._images_first)
                 ignored += unused_of_turns(record["conversations"], LLAVA_TURN, "conversations", self._unknown_keys)
+                ignored += unfilled_marks(turns, self._unknown_keys)
             elif "caption" in record:
                 caption = checked_text(record["caption"], "caption")
                 turns = (Turn("human", IMAGE_TOKEN), literal_turn("gpt", caption))
