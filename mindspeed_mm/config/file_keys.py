@@ -32,8 +32,8 @@ COMMON = (
 )
 """Keys of any config.json that change no number here: names, ids, how transformers computes and what it returns."""
 
-NO_CONFIG = {"is_encoder_decoder": (False,)}
-"""Keys of any config.json that would make another model of it."""
+NO_CONFIG: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False,), "quantization_config": ({},)}
+"""Keys of any config.json that would make another model of it, or say that its weights are no plain numbers."""
 
 OLD_OPTIONS = (
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),

@@ -29,7 +29,7 @@ QWEN2_5_VL = file_keys(
     "config.json of transformers' Qwen2.5-VL",
     ("text_config", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "model_type")
     + ("vision_end_token_id", "tie_word_embeddings"),
-    {},
+    NO_CONFIG,
     (*COMMON, *OLD_OPTIONS, *OF_DECODERS, *DEFAULTS, *NEUTRAL, *ROPE_KEYS, "vision_token_id"),
 )
 """Qwen2_5_VLConfig with a text_config, beside which some versions repeat the decoder's keys; without one, the keys at

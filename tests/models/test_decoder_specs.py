@@ -152,6 +152,14 @@ def test_windows_of_the_layers():
         (llama, {"final_logit_softcapping": 30.0}, "found final_logit_softcapping 30.0"),
         (llama, {"residual_multiplier": 0.2, "clip_qkv": 8}, "found clip_qkv 8 and residual_multiplier 0.2"),
         (llama, {"attention_dropout": 0.1}, "found attention_dropout 0.1"),
+        (llama, {"rope_condense_ratio": 8}, "found rope_condense_ratio 8"),  # LongChat
+        (llama, {"rope_interleaved": True}, "found rope_interleaved true"),
+        (
+            llama,
+            {"quantization_config": {"quant_method": "gptq"}},
+            "found quantization_config {'quant_method': 'gptq'}",
+        ),
+        (phi3, {"lm_head_bias": True}, "found lm_head_bias true"),
         (llama, {"layer_types": ["sliding_attention"] * 4}, "found layer_types"),
         (llama, {"partial_rotary_factor": 0.5}, "found a partial_rotary_factor of 0.5; LlamaForCausalLM rotates all"),
         (llama, {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "found RoPE scaling of type 'ntk'"),
@@ -189,6 +197,8 @@ MPT = {"d_model": 48, "n_heads": 6, "n_layers": 4, "expansion_ratio": 4}
         (gemma, {"hidden_activation": "relu"}, r"found 'relu'.* \(the file's key: hidden_activation\)"),
         (gemma2, {"hidden_activation": "relu"}, r"found 'relu'.* \(the file's key: hidden_activation\)"),
         (gemma2, {"intermediate_size": 0}, r"found 0 .* \(the file's key: intermediate_size\)"),
+        (gemma2, {"num_hidden_layers": None}, "found num_hidden_layers None; expected a whole number"),
+        (llama, {"rope_scaling": "linear"}, "found rope_scaling 'linear'; expected an object, or null"),
         (gemma2, {"head_dim": 7}, r"kv_channels 7 is odd.* \(the file's keys: head_dim for kv_channels\)"),
         (gemma2, {"num_key_value_heads": 4}, r"file's keys: num_key_value_heads for num_query_groups\)"),
         (opt, {"activation_function": "gelu"}, r"found 'gelu'.* \(the file's key: activation_function\)"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mindspeed_mm.config.file_keys import COMMON, OLD_OPTIONS, FileKeys, file_keys
+from mindspeed_mm.config.file_keys import COMMON, NO_CONFIG, OLD_OPTIONS, FileKeys, file_keys
 from mindspeed_mm.config.load import load_config
 from mindspeed_mm.errors import ConfigError
 from mindspeed_mm.models.kit.decoder_spec import DecoderSpec, WindowedSpec
@@ -65,8 +65,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_activation": (None,),
     "hidden_dropout": (0, None),
     "is_causal": (True, None),
-    "is_encoder_decoder": (False, None),
+    **NO_CONFIG,
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "layer_types": (None,),
+    "lm_head_bias": (False,),
     "logit_scale": (1, None),
     "logits_scaling": (1, None),
     "mlp_bias": (False, None),
@@ -77,6 +80,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (None,),
     "resid_pdrop": (0, None),
     "residual_multiplier": (1, None),
+    "rope_condense_ratio": (1,),
+    "rope_interleaved": (False,),
     "sliding_window": (None,),
     "use_bidirectional_attention": (False, None),
     "use_qk_norm": (False, None),
@@ -133,7 +138,15 @@ class HfFormat:
         layers = config.get("layer_types") if "layer_types" not in self.honoured else None
         plain = layers is not None and set(layers) <= {"full_attention"}
         self.keys.check(config | {"layer_types": None} if plain else config)
-        return {**DEFAULTS, **self.defaults, **self.type_defaults.get(kind, {}), **config}
+        full = {**DEFAULTS, **self.defaults, **self.type_defaults.get(kind, {}), **config}
+        for key, what, wanted in (
+            ("num_hidden_layers", "a whole number", int),
+            ("rope_scaling", "an object, or null", dict | None),
+            ("rope_parameters", "an object, or null", dict | None),
+        ):
+            if not isinstance(full.get(key), wanted):
+                raise ConfigError(f"{self.name}: found {key} {full.get(key)!r:.80}; expected {what}. Correct it.")
+        return full
 
     def spec_of(self, full: dict[str, Any], names: Mapping[str, str] | None = None, **options: Any) -> DecoderSpec:
         """The Spec of a filled config; `options` are further fields, or other values of the common ones.
@@ -228,7 +241,7 @@ def read_windows(full: dict[str, Any]) -> dict[str, Any]:
     window = full["sliding_window"] if full["use_sliding_window"] else None
     if window is None:
         return {"sliding_window": None}
-    first, layers = full["max_window_layers"], full["num_hidden_layers"]
+    first, layers = full["max_window_layers"] or 0, full["num_hidden_layers"]
     kinds = full["layer_types"]
     if kinds is None:
         kinds = ["sliding_attention" if number >= first else "full_attention" for number in range(layers)]
