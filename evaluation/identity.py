@@ -27,6 +27,9 @@ OWN_COLUMNS = {"ChartQA_TEST": "split", "MMMU_DEV_VAL": "split"}
 """A column that each table of a benchmark has and scores of its parts are made from, and few others have."""
 
 CHARTQA_SPLITS = frozenset(["test_human", "test_augmented"])
+ONE_ANSWER = ("GQA_TestDev_Balanced", "OCRVQA_TEST")
+"""Open questions with one accepted answer each."""
+
 ANNOTATORS = 10
 """Answers a question has in VQAv2, TextVQA and VizWiz."""
 _LETTER = re.compile("[a-z]")
@@ -274,10 +277,37 @@ def _form(benchmark: Named, table: Table) -> str | None:
         most = max(len(kit_answers(answer)) for answer in answers)
         if most < ANNOTATORS:
             return f"no row has the answers of {ANNOTATORS} people, {most} at most"
+    if problem := _other_form_of_answers(benchmark, table, answers):
+        return problem
     questions = {question for row in table.rows if (question := row.cells.get("question", "").strip())}
     if getattr(benchmark, "kind", None) == CAPTIONS and 1 < len(questions) and len(table.rows) < 4 * len(questions):
         return f"its rows ask {len(questions)} different questions, and captions answer one"
     return None
+
+
+def _other_form_of_answers(benchmark: Named, table: Table, answers: list[str]) -> str | None:
+    """Answers or categories that no public table of the benchmark has."""
+    if benchmark.name in ONE_ANSWER and any(len(set(kit_answers(answer))) > 1 for answer in answers):
+        return "rows have several accepted answers, and that one has one"
+    if getattr(benchmark, "metric", "") == "ANLS" and answers and not any(answer.startswith("[") for answer in answers):
+        return "no answer is a list of accepted texts"
+    own = {"POPE": _folded(POPE_SETS), "MME": _folded(MME_CATEGORIES)}.get(benchmark.name)
+    categories = _folded(
+        name for row in table.rows for name in row.cells.get("category", "").split(",") if name.strip()
+    )
+    if own is not None and categories and not categories & own:
+        return f"none of its categories ({', '.join(sorted(categories)[:3])}) is one of {benchmark.name}"
+    if getattr(benchmark, "kind", None) == CHOICE:
+        lost = [row.index for row in table.rows if _has_no_option(row.cells)]
+        if lost:
+            return f"the right answer of {len(lost)} rows is no option, which counts as wrong (index {lost[0]})"
+    return None
+
+
+def _has_no_option(cells: Mapping[str, str]) -> bool:
+    """Whether the answer is a letter, and a row with options has none under it."""
+    answer = cells.get("answer", "").strip()
+    return len(answer) == 1 and answer.isupper() and bool(cells.get("A")) and not cells.get(answer)
 
 
 def _by_file_name(table: Table, known: Mapping[str, Named], benchmark: Named | None = None) -> str | None:

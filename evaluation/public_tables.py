@@ -39,3 +39,21 @@ PUBLIC_TABLES = {
     "TextVQA_VAL": PublicTable("b233b31f551bbf4056f2f955da3a92cd", 5000),
 }
 """By the main name of the benchmark."""
+
+OTHER_MEASURES = {
+    "AMBER": "rates of hallucinated objects",
+    "DynaMath": "the worst of ten variants of a question",
+    "HallusionBench": "accuracy by figure and by pair of questions",
+    "LLaVABench": "a judge's grades beside those of GPT-4",
+    "LLaVA-Bench": "a judge's grades beside those of GPT-4",
+    "MathVerse": "answers that a judge extracts",
+    "MathVision": "answers that a judge extracts",
+    "MathVista": "answers that a judge extracts",
+    "MMHal": "a judge's grades",
+    "MMVP": "pairs of questions",
+    "MM-Vet": "a judge's grades from 0 to 1",
+    "NaturalBench": "groups of four questions",
+    "OCRBench": "whether an answer holds the right text",
+}
+"""Public benchmarks that are not scored here, by how their names begin, and what they measure in place of the accuracy
+that a table of one's own is given."""

@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 
 from evaluation.benchmark import Benchmark
+from evaluation.public_tables import OTHER_MEASURES
 from evaluation.tsv import Table
 from mindspeed_mm.errors import ConfigError, DataError
 from mindspeed_mm.registry import registered
@@ -39,6 +40,7 @@ def find_benchmark(name: str, table: Table) -> Benchmark:
     benchmark = known.get(name.lower()) or next((one for key, one in known.items() if _fold(key) == folded), None)
     if benchmark is None:
         likely = difflib.get_close_matches(name.lower(), known, n=3, cutoff=_TYPING_ERROR)
+        _refuse_other_measure(name)
         own = None if likely else own_benchmark(name, table)
         if own is None:
             close = likely or difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
@@ -64,6 +66,17 @@ def refuse_other_table(benchmark: Benchmark, table: Table, *, accept_table: bool
     from evaluation.identity import refuse_other_table as refuse
 
     refuse(benchmark, table, _scan(), accept_table=accept_table)
+
+
+def _refuse_other_measure(name: str) -> None:
+    """Raise DataError for the name of a public benchmark whose score is another number than that of one's own table."""
+    folded = _fold(name)
+    public = next((key for key in OTHER_MEASURES if folded.startswith(_fold(key))), None)
+    if public is not None:
+        raise DataError(
+            f"{name} is the name of {public}, whose score ({OTHER_MEASURES[public]}) is not computed here. To score "
+            f"its table by what its columns hold, which is another number, give a name of your own, such as own_{folded}."
+        )
 
 
 def _fold(name: str) -> str:

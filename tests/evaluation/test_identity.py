@@ -133,6 +133,14 @@ def test_letter_m_a_part_of_a_public_table_and_a_table_of_ones_own_are_scored(tm
         ("chartqa_test", open_rows("cat"), "it has no column split"),
         ("mmmu_dev_val", choice_rows(2), "it has no column split"),
         ("vqav2", open_rows("['cat', 'dog']"), "no row has the answers of 10 people, 2 at most"),
+        ("gqa", open_rows("['cat', 'dog']"), "rows have several accepted answers, and that one has one"),
+        ("infovqa", open_rows("12.5"), "no answer is a list of accepted texts"),
+        ("pope", yes_no_rows("VD"), "none of its categories (vd) is one of POPE"),
+        (
+            "mmstar",
+            [row | {"answer": "C", "C": ""} for row in choice_rows(2)],
+            "the right answer of 2 rows is no option",
+        ),
         ("coco_val", open_rows("cat"), "its rows ask 3 different questions, and captions answer one"),
     ],
 )
@@ -143,6 +151,18 @@ def test_letter_m_a_table_of_another_form_is_told(tmp_path, caplog, name, rows, 
     mm.score(name, answers, table)
     (told,) = caplog.messages
     assert "whose public table has another form: " + message in told
+
+
+@pytest.mark.parametrize(
+    "name", ["MMVet", "ocrbench_v2", "MathVista_MINI", "llava-bench-in-the-wild", "HallusionBench"]
+)
+def test_letter_m_a_public_name_whose_score_is_not_computed_is_refused(tmp_path, name):
+    table = write_table(tmp_path / "t.tsv", open_rows("12<OR>13"))
+    with pytest.raises(
+        DataError, match=f"{name} is the name of .*is not computed here.*a name of your own, such as own_"
+    ):
+        mm.score(name, {0: "A", 1: "A", 2: "A"}, table)
+    assert mm.score(f"own_{name}", {0: "A", 1: "A", 2: "A"}, table).overall == 0
 
 
 def test_images_are_followed_by_what_the_family_knows():
