@@ -75,7 +75,8 @@ def _refuse_other_measure(name: str) -> None:
     if public is not None:
         raise DataError(
             f"{name} is the name of {public}, whose score ({OTHER_MEASURES[public]}) is not computed here. To score "
-            f"its table by what its columns hold, which is another number, give a name of your own, such as own_{folded}."
+            "its table by what its columns hold, which is another number, give a name of your own, such as "
+            f"own_{folded}."
         )
 
 
