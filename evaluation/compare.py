@@ -141,4 +141,11 @@ def read_report(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path} is no report of an evaluation; expected a JSON object with {', '.join(sorted(needed))}."
         )
+    scores, rows = report["scores"], report["rows"]
+    whole = isinstance(scores, dict) and all(
+        isinstance(score, dict) and score.keys() >= {"metric", "statistic", "units", "overall"}
+        for score in scores.values()
+    )
+    if not whole or not isinstance(rows, list) or not all(isinstance(row, dict) and "index" in row for row in rows):
+        raise DataError(f"{path} has damaged scores or rows; evaluate again, the answers are in the journal beside it.")
     return report

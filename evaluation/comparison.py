@@ -29,6 +29,17 @@ _FACTS = {
 }
 """Keys of a report that are shown for both runs, and their headings."""
 
+_SETTINGS = {
+    "prompt_style": "prompts",
+    "template": "template",
+    "decoding": "decoding",
+    "shots": "shots",
+    "shots_seed": "seed of the shots",
+    "dtype": "precision",
+    "answered": "number of questions",
+}
+"""Keys of a report that may differ between two runs of one model, and their names in messages."""
+
 
 def choose_results(
     names: Sequence[str], folder: str | Path | None = None, benchmark: str | None = None
@@ -88,6 +99,11 @@ def compare_pair(first: Finished, second: Finished, mode: str, folder: Path) -> 
     path = folder / f"compare_{models}_{_file_part(first.report['benchmark'])}.html"
     replace(path, lambda target: target.write_text(page, encoding="utf-8"), kept="")
     return comparison, path
+
+
+def other_differences(first: Finished, second: Finished) -> list[str]:
+    """What else than the model two evaluations differ in, and what is therefore in their difference, too."""
+    return [title for key, title in _SETTINGS.items() if first.report.get(key) != second.report.get(key)]
 
 
 def _file_part(name: str) -> str:

@@ -44,24 +44,40 @@ def answers_name(path: str | Path, benchmark_names: tuple[str, ...]) -> str:
     return stem
 
 
-def free_name(folder: Path, model: str, benchmark: str, facts: Mapping[str, Any]) -> tuple[str, str]:
+def free_name(
+    folder: Path, model: str, benchmark: str, facts: Mapping[str, Any], rows: int | None = None
+) -> tuple[str, str]:
     """The name under which results of the run configuration `facts` are written, and why it is not `model` ("" if it
     is).
 
     Files called <model>_<benchmark> of another fingerprint are left alone: the name then ends in digits of this one's
-    fingerprint, the same ones each time. Raises DataError when files that are not this run's have that name, too.
+    fingerprint, the same ones each time. So are files of this one on more than `rows` questions, as of a run without
+    --limit: the name then ends in the number of rows. Raises DataError when files that are not this run's have that
+    name, too.
     """
     own = fingerprint(facts)
-    taken = _taken_by(folder, f"{model}_{benchmark}", own, facts)
-    if not taken:
-        return model, ""
-    name = f"{model}-{own[:NAME_DIGITS]}"
-    if again := _taken_by(folder, f"{name}_{benchmark}", own, facts):
-        raise DataError(
-            f"{again}, and {taken}. Nothing is overwritten: name this run with --evaluation-model, choose another "
-            "--result-output-path, or move the old files away."
-        )
-    return name, taken
+    reasons: list[str] = []
+    for name in (model, f"{model}-{own[:NAME_DIGITS]}"):
+        taken = _taken_by(folder, f"{name}_{benchmark}", own, facts)
+        if not taken and (fuller := _fuller(folder, f"{name}_{benchmark}", rows)):
+            reasons.append(fuller)
+            name = f"{name}-first{rows}"
+            taken = _taken_by(folder, f"{name}_{benchmark}", own, facts)
+        if not taken:
+            return name, reasons[0] if reasons else ""
+        reasons.append(taken)
+    raise DataError(
+        f"{reasons[-1]}, and {reasons[0]}. Nothing is overwritten: name this run with --evaluation-model, choose "
+        "another --result-output-path, or move the old files away."
+    )
+
+
+def _fuller(folder: Path, stem: str, rows: int | None) -> str:
+    """What is known of a report called `stem` on more than `rows` questions; "" where there is none."""
+    report = folder / f"{stem}{REPORT_SUFFIX}"
+    answered = read_report(report).get("answered") if rows is not None and report.exists() else None
+    more = isinstance(answered, int) and rows is not None and answered > rows
+    return f"{report} holds this model's results on {answered} questions, this run asks {rows}" if more else ""
 
 
 def _taken_by(folder: Path, stem: str, own: str, facts: Mapping[str, Any]) -> str:

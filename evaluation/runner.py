@@ -83,8 +83,8 @@ def run(
     that a large table is read once. `shots` puts answered questions in front of each one (evaluation.few_shot).
 
     Results of another fingerprint (model, table, prompts, decoding) are never overwritten: where they have the name,
-    digits of this run's fingerprint are added to it. As soon as the folder holds several evaluations, overview.html
-    lists them.
+    digits of this run's fingerprint are added to it. Nor are those on more questions than `limit` leaves. As soon as
+    the folder holds several evaluations, overview.html lists them.
 
     Raises DataError for an unusable table, name, folder or journal, before the first question is asked.
     """
@@ -97,7 +97,8 @@ def run(
     examples = None if shots is None else Examples(shots, found, table, prompts, prompt_style)
     prompts = prompts if examples is None else examples.prompts
     facts = _facts(found, table, prompt_style, prompts, engine) | (examples.facts if examples else {})
-    _tell_name(model, _on_first_rank(communicator, lambda: free_name(folder, model, benchmark, facts)), communicator)
+    named = _on_first_rank(communicator, lambda: free_name(folder, model, benchmark, facts, len(rows)))
+    _tell_name(model, named, communicator)
     journal = Journal(folder / f"{model}_{benchmark}{JOURNAL_SUFFIX}", facts, communicator.rank)
     bar = AnswersBar(found.name, communicator, show=progress)
 
@@ -145,7 +146,9 @@ def _write(
     limit: int | None,
 ) -> tuple[str, dict[str, Path]]:
     """Write all files of a finished run; returns the model's name in them, and their paths by kind."""
-    name, _ = free_name(folder, model, benchmark, facts)  # another run may have ended since the first look
+    name, _ = free_name(
+        folder, model, benchmark, facts, len(answers)
+    )  # another run may have ended since the first look
     stem = f"{name}_{benchmark}"
     summary = _summary(name, table, facts, limit, scoring, reports, answers)
     summary["table_is"] = told_identity(found, table)

@@ -241,6 +241,8 @@ def _compare(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_comparison(first, second, found, *, rows: bool) -> None:
+    from evaluation.comparison import other_differences
+
     low, high = found.interval
     mcnemar = "" if found.p_mcnemar is None else f", McNemar p = {found.p_mcnemar:.4g}"
     sys.stdout.write(
@@ -250,6 +252,8 @@ def _print_comparison(first, second, found, *, rows: bool) -> None:
         f"  B - A: {found.difference:+.4f} (95% interval {low:+.4f} to {high:+.4f}), "
         f"paired bootstrap p = {found.p_bootstrap:.4g}{mcnemar}\n{len(found.flipped)} rows flipped\n"
     )
+    if others := other_differences(first, second):
+        sys.stdout.write(f"  not only the models differ, but also: {', '.join(others)}\n")
     for row in found.flipped if rows else ():
         (read_a, hit_a), (read_b, hit_b) = row["first"], row["second"]
         read_a, read_b = ("(nothing)" if read is None else read for read in (read_a, read_b))

@@ -107,6 +107,28 @@ def test_two_runs_side_by_side(table_path, tmp_path, capsys):
     assert (same.difference, same.flipped, same.p_bootstrap, same.p_mcnemar) == (0, [], 1.0, 1.0)
 
 
+def test_letter_l_a_run_with_a_limit_leaves_the_results_on_more_questions(table_path, tmp_path, caplog, capsys):
+    whole = evaluate(table_path, tmp_path).files["report"]
+    content = whole.read_bytes()
+    first = evaluate(table_path, tmp_path, limit=2)
+    assert (first.model, first.resumed) == ("m-first2", 2) and whole.read_bytes() == content
+    assert "results on 6 questions, this run asks 2; nothing is overwritten" in caplog.text
+    assert evaluate(table_path, tmp_path, limit=2).model == "m-first2"
+    assert evaluate(table_path, tmp_path).model == "m" and whole.read_bytes() == content
+    other = evaluate(table_path, tmp_path, limit=2, model="n", prompt_style="vlmevalkit")
+    assert evaluate(table_path, tmp_path, model="n", prompt_style="vlmevalkit").model == other.model == "n"
+    assert main(["evaluate", "--compare", str(first.files["report"]), str(other.files["report"])]) == 0
+    assert "not only the models differ, but also: prompts, number of questions\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"scores": {"strict": None}}, {"scores": []}, {"rows": None}, {"rows": [1]}])
+def test_letter_l_a_damaged_report_is_named(table_path, tmp_path, changes):
+    path = evaluate(table_path, tmp_path).files["report"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(DataError, match="m_toy_report.json has damaged scores or rows; evaluate again"):
+        compare_reports(path, path)
+
+
 def test_mean_f1_and_points_are_compared_without_mcnemar(tmp_path):
     rows = open_rows(4, answer=["Yes", "No", "Yes", "No"], category=["random"] * 4)
     path = write_table(tmp_path / "t.tsv", rows)
