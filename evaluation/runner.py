@@ -146,9 +146,8 @@ def _write(
     limit: int | None,
 ) -> tuple[str, dict[str, Path]]:
     """Write all files of a finished run; returns the model's name in them, and their paths by kind."""
-    name, _ = free_name(
-        folder, model, benchmark, facts, len(answers)
-    )  # another run may have ended since the first look
+    # Another run may have ended since the first look.
+    name, _ = free_name(folder, model, benchmark, facts, len(answers))
     stem = f"{name}_{benchmark}"
     summary = _summary(name, table, facts, limit, scoring, reports, answers)
     summary["table_is"] = told_identity(found, table)

@@ -42,23 +42,7 @@ PAIR = 'preferences are read by the dataset_type "preference"'
 PROMPT = "prompts are written by the template alone (template_name), which takes no further options"
 PIXELS = "the size of an image is the image processor's"
 
-FILE_WORDS = (
-    "path",
-    "paths",
-    "frame",
-    "frames",
-    "clip",
-    "clips",
-    "file",
-    "files",
-    "name",
-    "names",
-    "url",
-    "urls",
-    "list",
-    "bytes",
-    "base64",
-)
+FILE_WORDS = "path paths frame frames clip clips file files name names url urls list bytes base64".split()
 IMAGE_WORDS = ("image", "img", "photo")
 
 CHANGING = {
