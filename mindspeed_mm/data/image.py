@@ -74,6 +74,11 @@ TYPE_DEFAULTS = {
 }
 """What a kind leaves out and means, where it is not CLIP's; by its name without Fast or Pil."""
 
+SQUARES = ("BlipImageProcessor", "ViTImageProcessor", "ViTFeatureExtractor")
+"""Kinds of which one number as the size is a square, and not the shortest edge."""
+
+TYPE_KEYS = ("image_processor_type", "feature_extractor_type")
+
 UNUSED_KEYS = ("processor_class", "image_seq_length", "_valid_processor_keys")
 """Keys of preprocessor_config.json that say nothing about pixels."""
 
@@ -132,14 +137,16 @@ class ImageProcessor(StrictModel):
             source, context = read_json(path), str(path)
             source = source.get("image_processor", source) if path.name == CONFIG_NAMES[1] else source
         fields, defaults = dict(source), {}
-        for key in ("image_processor_type", "feature_extractor_type"):
-            kind = fields.pop(key, None)
+        kinds = [fields.pop(key, None) for key in TYPE_KEYS]
+        for key, kind in zip(TYPE_KEYS, kinds, strict=True):
             defaults |= TYPE_DEFAULTS.get(str(kind).removesuffix("Fast").removesuffix("Pil"), {})
             if kind is not None and kind not in PROCESSOR_TYPES:
                 raise ConfigError(
                     f'image processor ({context or "given fields"}): {key} is "{kind}"; expected one of '
                     f"{', '.join(PROCESSOR_TYPES)}. Only CLIP's, SigLIP's and ViT's ways are known."
                 )
+        if type(fields.get("size")) is int and any(str(kind).startswith(SQUARES) for kind in kinds):
+            fields["size"] = {"height": fields["size"], "width": fields["size"]}
         if isinstance(fields.get("size"), dict):  # it says what a single number would mean
             fields.pop("default_to_square", None)
         for key, value in FIXED_KEYS.items():

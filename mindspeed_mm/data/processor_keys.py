@@ -6,26 +6,25 @@ Keys of an image processor that nobody knows are refused: they may change every 
 from mindspeed_mm.config.file_keys import file_keys
 from mindspeed_mm.data import image, image_tiles, patch_images
 
-_TYPES = ("image_processor_type", "feature_extractor_type")
 _NEUTRAL = {key: (value,) for key, value in image.FIXED_KEYS.items()}
 
 FIXED_SIZE = file_keys(
     "preprocessor_config.json of CLIP, SigLIP, ViT, LLaVA",
-    (*image.ImageProcessor.model_fields, *_TYPES),
+    (*image.ImageProcessor.model_fields, *image.TYPE_KEYS),
     _NEUTRAL,
     image.UNUSED_KEYS,
 )
 
 TILES = file_keys(
     "preprocessor_config.json of LLaVA-NeXT",
-    (*image.ImageProcessor.model_fields, *_TYPES, *image_tiles.OWN_KEYS),
+    (*image.ImageProcessor.model_fields, *image.TYPE_KEYS, *image_tiles.OWN_KEYS),
     _NEUTRAL,
     image.UNUSED_KEYS,
 )
 
 PATCHES = file_keys(
     "preprocessor_config.json of Qwen2.5-VL",
-    (*image.ImageProcessor.model_fields, *_TYPES, *patch_images.OWN_KEYS),
+    (*image.ImageProcessor.model_fields, *image.TYPE_KEYS, *patch_images.OWN_KEYS),
     _NEUTRAL | {"do_resize": (True,), "do_center_crop": (False,), "do_pad": (False,)},
     image.UNUSED_KEYS,
 )

@@ -23,6 +23,7 @@ from mindspeed_mm.planning.hardware import Hardware, find_hardware, from_records
 from mindspeed_mm.planning.job import PlannedRow, TrainingJob
 from mindspeed_mm.planning.search import ParallelStrategy, Plan, evaluate, ranked, strategies, with_recompute
 from mindspeed_mm.platform import Platform
+from mindspeed_mm.trainer.architecture import check_trains
 from mindspeed_mm.trainer.inputs import RunInputs, check_flags, model_spec, runtime_of
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,7 @@ class Planner:
         self.namespace, self.platform, self.flags = namespace, platform, flags or ModelFlags()
         _check_numbers(namespace)
         self.spec = model_spec(namespace.mm_model, self.flags)
-        if not any(part.trains for part in self.spec.part_specs().values()):
-            raise ConfigError("nothing to train: all parts are frozen; set freeze to false for at least one part")
+        check_trains(self.spec)
         self.samples = namespace.samples
         self.hardware = self._hardware()
         self.row = self._row()

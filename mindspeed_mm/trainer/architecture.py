@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron.driver.arguments import DriverArguments
 from megatron.driver.checkpoint.reading import check_folders, find_checkpoint, read_run
-from mindspeed_mm.errors import CheckpointError
+from megatron.driver.checkpoint.storage import check_place
+from mindspeed_mm.errors import CheckpointError, ConfigError
 from mindspeed_mm.models.headers import check_weights
 from mindspeed_mm.models.spec import ModelSpec
 
@@ -28,13 +29,23 @@ def starting_checkpoint(args: DriverArguments) -> Path | None:
     return next((found for folder, step in places if folder and (found := find_checkpoint(folder, step))), None)
 
 
+def check_trains(spec: ModelSpec) -> None:
+    """Raise ConfigError where every part is frozen."""
+    if not any(part.trains for part in spec.part_specs().values()):
+        raise ConfigError("nothing to train: all parts are frozen; set freeze to false for at least one part")
+
+
 def check_start(args: DriverArguments, spec: ModelSpec) -> None:
     """Compare the model config with the checkpoint that the run begins with, else with the weights that it names.
 
     Raises:
+        ConfigError: nothing is trained.
         WeightError: the weights are missing or those of another model.
-        CheckpointError: the checkpoint is not whole, or of another architecture.
+        CheckpointError: the checkpoint is not whole, or of another architecture, or --save can be no folder.
     """
+    check_trains(spec)
+    if args.save is not None:
+        check_place(Path(args.save))
     check_folders(args)
     path = starting_checkpoint(args)
     if path is None:

@@ -103,6 +103,19 @@ def test_processors_of_stock_exports(kind):
     assert ImageProcessor.from_config(fields | fast).output_size == (30, 30)
 
 
+@pytest.mark.parametrize(
+    "kind", ["ViTImageProcessor", "BlipImageProcessor", "CLIPImageProcessor", "ViTFeatureExtractor"]
+)
+def test_letter_b_one_number_as_the_size_means_what_it_means_in_transformers(kind):
+    """A square or the shortest edge, by the kind of processor; google/vit-base-patch16-224 has "size": 224."""
+    import transformers
+
+    theirs = getattr(transformers, f"{kind.replace('FeatureExtractor', 'ImageProcessor')}Pil")(size=30).size
+    wanted = {key: theirs[key] for key in ("height", "width", "shortest_edge") if theirs.get(key)}
+    key = "feature_extractor_type" if kind.endswith("Extractor") else "image_processor_type"
+    assert ImageProcessor.from_config({key: kind, "size": 30}).size == wanted
+
+
 def test_llavas_own_processor_pads(tmp_path):
     fields = {"image_processor_type": "LlavaImageProcessor", "size": 30, "crop_size": 30, "do_pad": True}
     processor = ImageProcessor.from_config(fields)

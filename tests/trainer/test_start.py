@@ -105,6 +105,17 @@ def test_another_decoder_is_told_before_data_and_devices(run_inputs, model, chan
         run_inputs(decoder(model, **changes))
 
 
+def test_letter_o_nothing_to_train_and_a_save_that_is_a_file_are_told_before_weights(run_inputs, model, tmp_path):
+    gone = decoder(model, ckpt_path="nowhere")
+    (tmp_path / "file").write_text("")
+    for save in ("file", "file/run"):
+        with pytest.raises(CheckpointError, match=f"--save .*{save} cannot be written to: .*file is no folder"):
+            run_inputs(gone, "--save", str(tmp_path / save))
+    gone["image_encoder"]["vision_projector"]["freeze"] = True
+    with pytest.raises(ConfigError, match="nothing to train: all parts are frozen"):
+        run_inputs(gone)
+
+
 def test_a_plan_needs_no_weights(run_inputs, model):
     assert run_inputs(decoder(model, ckpt_path="nowhere"), weights=False).args.seq_length == 2048
 

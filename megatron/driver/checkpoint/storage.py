@@ -178,6 +178,14 @@ def check_sizes(folder: Path, recorded: dict[str, int]) -> None:
         )
 
 
+def check_place(save: Path) -> None:
+    """Raise CheckpointError where a save folder cannot be made or written to; nothing is made."""
+    there = next(path for path in (save, *save.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        kind = "is no folder" if not there.is_dir() else "may not be written to"
+        raise CheckpointError(f"--save {save} cannot be written to: {there} {kind}. Choose another folder")
+
+
 def probe_writable(save: Path) -> None:
     """Make the save folder and write a byte into it.
 
