@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mindspeed_mm.errors import WeightError
+from mindspeed_mm.errors import ConfigError, WeightError
 from mindspeed_mm.models.known import known
 from mindspeed_mm.models.part import ALL_SLOTS, DEFAULT_MODEL_IDS, find_part
 from mindspeed_mm.models.spec import FAMILIES, find_family
@@ -127,9 +127,13 @@ def _known_layouts() -> list[_KnownLayout]:
     ]
 
 
+PART_CONFIGS = ("text_config", "vision_config", "qformer_config")
+"""Keys of a whole model's config.json with the config of a part."""
+
+
 def _open_folder(folder: Path, adapters: Iterable[str | Path]) -> Source:
     config_file = folder / "config.json"
-    config = read_json_object(config_file) if config_file.is_file() else None
+    config = _with_whole_parts(read_json_object(config_file), config_file) if config_file.is_file() else None
     groups = find_groups(folder)
     found = [_recognise_group(group, None) for group in groups] if len(groups) > 1 else []
     if found and all(layout == OURS for layout in found):
@@ -137,6 +141,15 @@ def _open_folder(folder: Path, adapters: Iterable[str | Path]) -> Source:
     files = groups[0] if len(groups) == 1 else _one_set(folder, groups, found)
     source = _classify(folder, files, config, adapters)
     return _combine(folder, [source]) if source.layout == OURS else source
+
+
+def _with_whole_parts(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A config.json without configs of parts that are null, which are as those that are not there. Raises ConfigError
+    for one that is no object."""
+    for key in PART_CONFIGS:
+        if not isinstance(config.get(key), dict | None):
+            raise ConfigError(f"{path}: found {key} {config[key]!r:.80}; expected an object. Correct it.")
+    return {key: value for key, value in config.items() if key not in PART_CONFIGS or value is not None}
 
 
 def _recognise_group(files: TensorFiles, config: dict[str, Any] | None) -> str | None:

@@ -90,6 +90,7 @@ READERS = {
         ({"mm_resampler_type": "perceiver"}, "found mm_resampler_type perceiver; LLaVA-1.5 or LLaVA-1.6 without that"),
         ({"s2": True, "use_mm_proj": False}, "found use_mm_proj false and s2 true"),
         ({"attention_bias": True}, "found attention_bias true"),
+        ({"text_config": "llama"}, "config.json: found text_config 'llama'; expected an object"),
     ],
 )
 def test_letter_b_every_reader_refuses_what_is_not_done(golden, tmp_path, reader, changes, message):
