@@ -82,9 +82,8 @@ def run(
     reads, on rank 0, the answers that the rules cannot. `checked` is what `check` returned for the same arguments, so
     that a large table is read once. `shots` puts answered questions in front of each one (evaluation.few_shot).
 
-    Results of another fingerprint (model, table, prompts, decoding) are never overwritten: where they have the name,
-    digits of this run's fingerprint are added to it. Nor are those on more questions than `limit` leaves. As soon as
-    the folder holds several evaluations, overview.html lists them.
+    Results of another fingerprint (model, table, prompts, decoding), or on more questions, are never overwritten: where
+    they have the name, this run's gets a longer one. overview.html lists the evaluations of a folder with several.
 
     Raises DataError for an unusable table, name, folder or journal, before the first question is asked.
     """

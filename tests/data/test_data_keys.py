@@ -96,7 +96,7 @@ def test_letter_a_marks_of_media_that_stay_text_are_told(source, text, told):
 @pytest.mark.parametrize("mark", ["<img>a/b.jpg</img>", "<IMG>https://x.org/1</IMG>", "<video>b.mp4</video>"])
 def test_letter_a_a_file_that_a_text_names_is_refused(source, kind, mark):
     """Qwen-VL's and ms-swift's way; it would be trained on as text, without the image."""
-    record = json.loads(json.dumps(RECORDS[kind]).replace("What is it?", f"Picture 1: {mark} What?"))
+    record = json.loads(json.dumps(RECORDS[kind]).replace("What is it?", f"1: {mark} What?"))
     with pytest.raises(UnknownKeyError, match=f"line 1: a text names a file as '{mark}', which is not read here"):
         source(kind, [record])
     assert len(source(kind, [record], unknown_keys="warn")[0].ignored) == 1
