@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def add_note(error: BaseException, text: str) -> None:
-    """What BaseException.add_note does, which Python 3.10 lacks."""
+    """What BaseException.add_note does, which Python 3.10 lacks: there `full_text` alone shows it."""
     error.__notes__ = [*getattr(error, "__notes__", ()), text]
 
 

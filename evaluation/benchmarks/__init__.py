@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib
 import pkgutil
+import re
 
 from evaluation.benchmark import Benchmark
 from evaluation.public_tables import OTHER_MEASURES
@@ -68,16 +69,26 @@ def refuse_other_table(benchmark: Benchmark, table: Table, *, accept_table: bool
     refuse(benchmark, table, _scan(), accept_table=accept_table)
 
 
+RELEASES = "mini|test|val|dev|hard|ko|in[\\W_]*the[\\W_]*wild"
+"""What names of a benchmark's releases and parts go on with."""
+
+
 def _refuse_other_measure(name: str) -> None:
     """Raise DataError for the name of a public benchmark whose score is another number than that of one's own table."""
-    folded = _fold(name)
-    public = next((key for key in OTHER_MEASURES if folded.startswith(_fold(key))), None)
+    public = next((key for key in OTHER_MEASURES if _is_release_of(key, name)), None)
     if public is not None:
         raise DataError(
             f"{name} is the name of {public}, whose score ({OTHER_MEASURES[public]}) is not computed here. To score "
             "its table by what its columns hold, which is another number, give a name of your own, such as "
-            f"own_{folded}."
+            f"own_{_fold(name)}."
         )
+
+
+def _is_release_of(public: str, name: str) -> bool:
+    """Whether `name` is a public benchmark's, or says a release or part of it, as in OCRBench_v2; "ocr_benchmark" is
+    neither."""
+    letters = r"[\W_]*".join(_fold(public))
+    return re.fullmatch(rf"[\W_]*{letters}(?:[\W_]*(?:v?\d|{RELEASES}).*|[\W_]*)", name.lower()) is not None
 
 
 def _fold(name: str) -> str:

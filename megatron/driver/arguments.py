@@ -115,7 +115,7 @@ class DriverArguments(OptimizerArguments):
     seed: int = flag(int, 1234, "run", "seed of weights, dropout and sample order")
     num_workers: int = flag(int, 2, "run", "processes per rank that prepare data; 0 prepares in the training process")
     exit_interval: int | None = flag(int, None, "run", "save and stop at a step divisible by this")
-    log_interval: int = flag(int, 100, "run", "steps between log lines; the first and the last step have one, too")
+    log_interval: int = flag(int, 100, "run", "steps between log lines; step 1 and step --train-iters have one, too")
     log_format: str = flag(
         str,
         "auto",
@@ -170,7 +170,7 @@ class DriverArguments(OptimizerArguments):
 
     def is_logged(self, iteration: int) -> bool:
         """Whether step `iteration`, from 1 on, has a log line: at each --log-interval, and so that a short or slow run
-        shows something, the first and the last."""
+        shows something, the first and that of --train-iters."""
         return iteration % self.log_interval == 0 or iteration in (1, self.train_iters)
 
     def model_flags(self) -> dict[str, Any]:

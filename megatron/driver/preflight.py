@@ -48,11 +48,11 @@ def open_store(args: DriverArguments) -> Store:
         if problem is not None:
             raise problem
         store = TCPStore(host, port, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: DistNetworkError, DistStoreError
+    except (OSError, UnicodeError, RuntimeError) as error:  # RuntimeError: DistNetworkError, DistStoreError
         raise TrainingError(
             f"rank {os.environ['RANK']} on {_host()} cannot reach rank 0 at {host}:{port} within "
-            f"{args.preflight_timeout_seconds:g} s: {first_line(error)}. Check MASTER_ADDR, MASTER_PORT and the "
-            "network"
+            f"{args.preflight_timeout_seconds:g} s: {first_line(error)}. See whether rank 0 has started and has not "
+            "ended. Check MASTER_ADDR, MASTER_PORT and the network"
         ) from error
     return PrefixStore(f"/mindspeed-mm/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -68,7 +68,7 @@ CHANGING = {
 """Keys that change training in other suites, and why a value there cannot be ignored. Those on masks are NeMo's and
 torchtune's."""
 
-SOURCE_ENDINGS = ("_url", "_urls", "_name", "_names", "_path", "filename")
+SOURCE_ENDINGS = ("_url", "_urls", "_name", "_names", "_path", "_paths", "filename")
 """Of keys that name an image only where nothing else does; beside an image they say where it comes from."""
 
 IMAGE_NAMES = (
@@ -138,7 +138,10 @@ class Keys:
 
     def _changing(self, key: str, found: Mapping[str, Any]) -> str | None:
         """Why a value under a key cannot be ignored, in whatever case and with whatever separators it is written."""
-        name = _COUNTED.sub("", plain_name(key))  # "image_1" and "image2" are images, too
+        name = plain_name(key)
+        first = _COUNTED.sub("", name)  # "image_1" and "image2" are images, too; "train_2017" is something else
+        if CHANGING.get(first) in (IMAGE, MEDIA):
+            name = first
         why = TEXT if name in self.texts else CHANGING.get(name)
         if why == IMAGE and name.endswith(SOURCE_ENDINGS):
             shows = self.has_image or any(found.get(own) for own in self.honoured.intersection(IMAGE_NAMES))

@@ -9,7 +9,7 @@ from mindspeed_mm.errors import UnknownKeyError
 
 _SUFFIXES = "jpg jpeg png webp gif bmp tif tiff mp4 avi mkv mov webm wav mp3 flac ogg m4a".split()
 _FILES = re.compile(
-    rf"<(img|image|video|audio)>(?:[^<>\n]{{0,1000}}\.(?:{'|'.join(_SUFFIXES)})|https?://[^<>\s]{{1,1000}})</\1>",
+    rf"<(img|image|video|audio)>(?:[^<>\n]{{0,1000}}[^<>\s]\.(?:{'|'.join(_SUFFIXES)})|https?://[^<>\s]{{1,1000}})</\1>",
     re.IGNORECASE,
 )
 """A file that is named in the text: Qwen-VL and ms-swift."""

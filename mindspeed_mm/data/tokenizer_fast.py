@@ -28,8 +28,9 @@ class FastTokenizer(Tokenizer):
             raise DataError(f"{folder / 'tokenizer.json'} cannot be used: {error}. Fetch it again.") from error
         self._model.no_padding()
         self._model.no_truncation()
-        _add_listed_tokens(self._model, settings, folder)
-        if settings.config.get("tokenizer_class") in LLAMA_CLASSES and settings.legacy:
+        legacy = settings.config.get("tokenizer_class") in LLAMA_CLASSES and settings.legacy
+        _add_listed_tokens(self._model, settings, folder, legacy=legacy)
+        if legacy:
             _restore_legacy_prefix(self._model)
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         named = {role: self._model.token_to_id(content) for role, content in settings.special.items()}
@@ -121,10 +122,10 @@ class FastTokenizer(Tokenizer):
         return piece
 
 
-def _add_listed_tokens(model: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path) -> None:
+def _add_listed_tokens(model: tokenizers.Tokenizer, settings: TokenizerSettings, folder: Path, *, legacy: bool) -> None:
     """Add the tokens that the files beside tokenizer.json list and it lacks, as transformers does: those with an id in
     its order, then the special ones without. What added_tokens_decoder says of a token holds, whatever tokenizer.json
-    says; added_tokens.json says no more than ids.
+    says; added_tokens.json says no more than ids. `legacy`: of a LLaMA, see `_restore_legacy_prefix`.
 
     Raises DataError for a token whose listed id is not the one that it has or would get.
     """
@@ -135,6 +136,10 @@ def _add_listed_tokens(model: tokenizers.Tokenizer, settings: TokenizerSettings,
         own = {name: getattr(known, name, False) for name in TOKEN_FLAGS}
         says = entry if known is None or str(token_id) in decoder else {}
         flags = own | {name: bool(says[name]) for name in TOKEN_FLAGS if says.get(name) is not None}
+        if known is None and says.get("normalized") is None:
+            flags["normalized"] = not flags["special"]
+        if legacy:  # its normalizer puts a space in front of every text, and so in front of a normalized token
+            flags["normalized"] = own["normalized"]
         if known is None or flags != own:
             token = tokenizers.AddedToken(entry["content"], **flags)
             (model.add_special_tokens if flags["special"] else model.add_tokens)([token])

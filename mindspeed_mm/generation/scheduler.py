@@ -30,6 +30,10 @@ WINDOW = 8
 """Waiting requests per free row that are looked at for prompts of equal length; older ones come first."""
 
 
+NAMED = 8
+"""Requests that an error names."""
+
+
 @dataclass(eq=False)
 class Entry:
     """A request on its way through the batch."""
@@ -112,13 +116,15 @@ class Scheduler:
             while group := self._next_group():
                 asked = group
                 self._prefill(group)
+                asked = ()
             if self._active:
                 asked = self._active
                 self._decode()
         except Exception as error:
             names = [entry.name for entry in asked if entry.name]
             if names:
-                add_note(error, f"The model was answering: request {', '.join(names)}")
+                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+                add_note(error, f"The model was answering: request {', '.join(names[:NAMED])}{more}")
             raise
         return self.busy
 

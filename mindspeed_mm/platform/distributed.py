@@ -20,7 +20,7 @@ BETWEEN_TRIES = 0.1
 """Seconds."""
 
 
-def unreachable(host: str, port: int, seconds: float) -> OSError | None:
+def unreachable(host: str, port: int, seconds: float) -> OSError | UnicodeError | None:
     """Waits until somebody listens there; why nobody does where `seconds` are over.
 
     torch's own wait for a store goes on for minutes after Ctrl-C; this one ends at once.
@@ -30,7 +30,7 @@ def unreachable(host: str, port: int, seconds: float) -> OSError | None:
         try:
             socket.create_connection((host, port), timeout=min(ONE_TRY, seconds)).close()
             return None
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host can be so
             if time.monotonic() + BETWEEN_TRIES > end:
                 return error
         time.sleep(BETWEEN_TRIES)
@@ -43,12 +43,13 @@ def meet(platform: Platform, timeout: datetime.timedelta | None = None, seconds:
         LostRankError: nobody answers at MASTER_ADDR:MASTER_PORT within `seconds`.
     """
     rank, host, port = (os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-    if rank not in (None, "0") and host and port:  # torch says what is missing
+    if rank not in (None, "0") and host and (port or "").isdecimal():  # torch says what is missing or wrong
         problem = unreachable(host, int(port), seconds)
         if problem is not None:
             raise LostRankError(
                 f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {host}:{port} within {seconds:g} s: "
-                f"{problem}. Check MASTER_ADDR, MASTER_PORT and the network"
+                f"{problem}. See whether rank 0 has started and has not ended. Check MASTER_ADDR, MASTER_PORT and the "
+                "network"
             )
     torch.distributed.init_process_group(platform.backend, timeout=timeout)
     platform.settle()

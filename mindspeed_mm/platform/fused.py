@@ -83,9 +83,8 @@ class GeGLU(torch.autograd.Function):
         gate, up = x.chunk(2, dim=-1)
         result = torch.empty_like(x)
         grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.ops.aten.gelu.out(gate, approximate="tanh", out=grad_up).mul_(grad)
-        torch.mul(grad, up, out=grad_gate)
-        torch.ops.aten.gelu_backward.grad_input(grad_gate, gate, approximate="tanh", grad_input=grad_gate)
+        torch.mul(F.gelu(gate, approximate="tanh"), grad, out=grad_up)
+        torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
         return result
 
 

@@ -98,7 +98,8 @@ def follow(lanes: ModelLanes, channel: RankChannel) -> None:
 def lost_rank(error: RuntimeError) -> LostRankError:
     """What a failed exchange or step means to all ranks."""
     first = str(error).strip().partition("\n")[0]
-    return LostRankError(f"a rank is lost or a step failed ({first[:300]}): start all ranks of this server again")
+    told = f"a rank is lost or a step failed ({first[:300]}): start all ranks of this server again"
+    return LostRankError("\n  ".join([told, *getattr(error, "__notes__", ())]))
 
 
 @contextlib.contextmanager

@@ -261,6 +261,7 @@ def test_letter_b_tokens_that_are_listed_beside_tokenizer_json_are_tokens(golden
     assert ours.vocab_size == len(theirs) == 1003 and 1002 in ours.encode("Where <x> is")
     assert ("<x>" in ours.user_tokens, "<x>" in ours.control_tokens) == (kind == "user", kind == "control")
     assert 1002 in ours.encode("a <x>", special_text=False) or kind == "control"
+    assert ours.encode("Where<x>is", add_bos=False) == theirs.encode("Where<x>is", add_special_tokens=False)
 
 
 def test_letter_b_what_added_tokens_decoder_says_of_a_token_holds(golden, tmp_path):

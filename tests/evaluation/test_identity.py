@@ -165,6 +165,12 @@ def test_letter_m_a_public_name_whose_score_is_not_computed_is_refused(tmp_path,
     assert mm.score(f"own_{name}", {0: "A", 1: "A", 2: "A"}, table).overall == 0
 
 
+@pytest.mark.parametrize("name", ["ocr_benchmark", "amber_alerts", "mm_veterinary", "mathvisionary"])
+def test_letter_m_a_name_of_ones_own_that_only_begins_like_a_public_one_is_scored(tmp_path, name):
+    table = write_table(tmp_path / "t.tsv", open_rows("12<OR>13"))
+    assert mm.score(name, {0: "A", 1: "A", 2: "A"}, table).overall == 0
+
+
 def test_images_are_followed_by_what_the_family_knows():
     """A question's images stand before it; only LLaVA's models know a line feed behind each."""
     from evaluation.model_engine import placed

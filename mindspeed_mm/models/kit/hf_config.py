@@ -241,8 +241,10 @@ def read_windows(full: dict[str, Any]) -> dict[str, Any]:
     window = full["sliding_window"] if full["use_sliding_window"] else None
     if window is None:
         return {"sliding_window": None}
-    first, layers = full["max_window_layers"] or 0, full["num_hidden_layers"]
+    first, layers = full["max_window_layers"], full["num_hidden_layers"]
     kinds = full["layer_types"]
+    if kinds is None and not isinstance(first, int):
+        raise ConfigError(f"found max_window_layers {first!r:.80}; expected a whole number. Correct it.")
     if kinds is None:
         kinds = ["sliding_attention" if number >= first else "full_attention" for number in range(layers)]
     return {"sliding_window": window, "layer_types": list(kinds)}
