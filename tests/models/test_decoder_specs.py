@@ -199,6 +199,7 @@ MPT = {"d_model": 48, "n_heads": 6, "n_layers": 4, "expansion_ratio": 4}
         (gemma2, {"intermediate_size": 0}, r"found 0 .* \(the file's key: intermediate_size\)"),
         (gemma2, {"num_hidden_layers": None}, "found num_hidden_layers None; expected a whole number"),
         (llama, {"rope_scaling": "linear"}, "found rope_scaling 'linear'; expected an object, or null"),
+        (qwen2, WINDOW | {"max_window_layers": None}, "found max_window_layers None; expected a whole number"),
         (gemma2, {"head_dim": 7}, r"kv_channels 7 is odd.* \(the file's keys: head_dim for kv_channels\)"),
         (gemma2, {"num_key_value_heads": 4}, r"file's keys: num_key_value_heads for num_query_groups\)"),
         (opt, {"activation_function": "gelu"}, r"found 'gelu'.* \(the file's key: activation_function\)"),
