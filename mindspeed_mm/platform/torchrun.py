@@ -65,16 +65,11 @@ class ReportToFile(DefaultLogsSpecs):
         return super().reify(envs)
 
 
-OWN_END = 1.0
-"""Seconds in which torchrun may end in order at Ctrl-C."""
-
-
 class _EarlyInterrupt:
     """Ends torchrun at Ctrl-C while it waits for the launch's first host, until it is closed: torch's wait for a store
     lets no handler of Python's run. What starts the ranks has handlers of its own."""
 
     def __init__(self) -> None:
-        self._closed = threading.Event()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._before = signal.set_wakeup_fd(self._write)
@@ -82,7 +77,7 @@ class _EarlyInterrupt:
 
     def _wait(self) -> None:
         while told := os.read(self._read, 1):
-            if told[0] == signal.SIGINT and not self._closed.wait(OWN_END):  # what waits in Python ends by itself
+            if told[0] == signal.SIGINT:
                 sys.stderr.write("torchrun: stopped by SIGINT\n")
                 sys.stderr.flush()
                 os._exit(128 + signal.SIGINT)
@@ -90,7 +85,6 @@ class _EarlyInterrupt:
 
     def close(self) -> None:
         """Leave Ctrl-C to others."""
-        self._closed.set()
         signal.set_wakeup_fd(self._before)
         os.close(self._write)
 
