@@ -29,16 +29,10 @@ _FACTS = {
 }
 """Keys of a report that are shown for both runs, and their headings."""
 
-_SETTINGS = {
-    "prompt_style": "prompts",
-    "template": "template",
-    "decoding": "decoding",
-    "shots": "shots",
-    "shots_seed": "seed of the shots",
-    "dtype": "precision",
-    "answered": "number of questions",
-}
-"""Keys of a report that may differ between two runs of one model, and their names in messages."""
+_SETTINGS = ("prompt_style", "template", "decoding", "shots", "shots_seed", "dtype", "answered")
+"""Keys of a report that may differ between two runs of one model."""
+
+_TITLES = _FACTS | {"prompt_style": "prompts", "decoding": "decoding", "answered": "number of questions"}
 
 
 def choose_results(
@@ -103,7 +97,7 @@ def compare_pair(first: Finished, second: Finished, mode: str, folder: Path) -> 
 
 def other_differences(first: Finished, second: Finished) -> list[str]:
     """What else than the model two evaluations differ in, and what is therefore in their difference, too."""
-    return [title for key, title in _SETTINGS.items() if first.report.get(key) != second.report.get(key)]
+    return [_TITLES[key] for key in _SETTINGS if first.report.get(key) != second.report.get(key)]
 
 
 def _file_part(name: str) -> str:

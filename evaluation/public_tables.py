@@ -45,7 +45,6 @@ OTHER_MEASURES = {
     "DynaMath": "the worst of ten variants of a question",
     "HallusionBench": "accuracy by figure and by pair of questions",
     "LLaVABench": "a judge's grades beside those of GPT-4",
-    "LLaVA-Bench": "a judge's grades beside those of GPT-4",
     "MathVerse": "answers that a judge extracts",
     "MathVision": "answers that a judge extracts",
     "MathVista": "answers that a judge extracts",
@@ -55,5 +54,5 @@ OTHER_MEASURES = {
     "NaturalBench": "groups of four questions",
     "OCRBench": "whether an answer holds the right text",
 }
-"""Public benchmarks that are not scored here, by how their names begin, and what they measure in place of the accuracy
-that a table of one's own is given."""
+"""Public benchmarks that are not scored here, by how the names of their releases begin, and what they measure in
+place of the accuracy that a table of one's own is given."""

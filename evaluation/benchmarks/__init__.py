@@ -69,7 +69,7 @@ def refuse_other_table(benchmark: Benchmark, table: Table, *, accept_table: bool
     refuse(benchmark, table, _scan(), accept_table=accept_table)
 
 
-RELEASES = "mini|test|val|dev|hard|ko|in[\\W_]*the[\\W_]*wild"
+RELEASES = r"mini|test|val|dev|hard|ko|in[\W_]*the[\W_]*wild"
 """What names of a benchmark's releases and parts go on with."""
 
 

@@ -17,7 +17,7 @@ from megatron.driver.arguments import DriverArguments
 from megatron.driver.collectives import gather
 from mindspeed_mm.errors import ConfigError, TrainingError
 from mindspeed_mm.platform import Platform
-from mindspeed_mm.platform.distributed import unreachable
+from mindspeed_mm.platform.distributed import no_first_rank, unreachable
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +49,8 @@ def open_store(args: DriverArguments) -> Store:
             raise problem
         store = TCPStore(host, port, is_master=is_host, timeout=timeout, wait_for_workers=False, multi_tenant=True)
     except (OSError, UnicodeError, RuntimeError) as error:  # RuntimeError: DistNetworkError, DistStoreError
-        raise TrainingError(
-            f"rank {os.environ['RANK']} on {_host()} cannot reach rank 0 at {host}:{port} within "
-            f"{args.preflight_timeout_seconds:g} s: {first_line(error)}. See whether rank 0 has started and has not "
-            "ended. Check MASTER_ADDR, MASTER_PORT and the network"
-        ) from error
+        rank, seconds = os.environ["RANK"], args.preflight_timeout_seconds
+        raise TrainingError(no_first_rank(rank, host, port, seconds, first_line(error))) from error
     return PrefixStore(f"/mindspeed-mm/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

@@ -118,20 +118,18 @@ class _Program:
 
     def trimmed(self) -> tuple[str, ...]:
         """Turns from whose texts the template takes white space at both ends."""
-        found = []
-        for turn, role, roles in TURNS:
-            texts = []
-            for blank in ("", " \n"):
-                marks = [blank + MARKS[0] + blank if role == other else MARKS[1] for other in roles]
-                talk = [
-                    {"role": other, "content": self._content(mark)} for other, mark in zip(roles, marks, strict=True)
-                ]
-                try:
-                    texts.append(self._render(talk, False))
-                except TemplateError:  # no place for system texts
-                    break
-            found += [turn] if len(texts) == 2 and texts[0] == texts[1] and MARKS[0] in texts[0] else []
-        return tuple(found)
+        return tuple(turn for turn, role, roles in TURNS if self._trims(role, roles))
+
+    def _trims(self, role: str, roles: tuple[str, ...]) -> bool:
+        texts = []
+        for blank in ("", " \n"):
+            marks = [blank + MARKS[0] + blank if role == other else MARKS[1] for other in roles]
+            talk = [{"role": other, "content": self._content(mark)} for other, mark in zip(roles, marks, strict=True)]
+            try:
+                texts.append(self._render(talk, False))
+            except TemplateError:  # no place for system texts
+                return False
+        return texts[0] == texts[1] and MARKS[0] in texts[0]
 
     def _render(self, messages: list[dict[str, Any]], generation: bool) -> str:
         try:

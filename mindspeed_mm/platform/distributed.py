@@ -36,6 +36,14 @@ def unreachable(host: str, port: int, seconds: float) -> OSError | UnicodeError 
         time.sleep(BETWEEN_TRIES)
 
 
+def no_first_rank(rank: str | None, host: str, port: int, seconds: float, cause: str) -> str:
+    """What a rank says that cannot reach rank 0."""
+    return (
+        f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {host}:{port} within {seconds:g} s: {cause}. "
+        "See whether rank 0 has started and has not ended. Check MASTER_ADDR, MASTER_PORT and the network"
+    )
+
+
 def meet(platform: Platform, timeout: datetime.timedelta | None = None, seconds: float = MEETING_SECONDS) -> None:
     """Join the process group that torchrun's environment describes; `timeout` is that of its collectives.
 
@@ -46,11 +54,7 @@ def meet(platform: Platform, timeout: datetime.timedelta | None = None, seconds:
     if rank not in (None, "0") and host and (port or "").isdecimal():  # torch says what is missing or wrong
         problem = unreachable(host, int(port), seconds)
         if problem is not None:
-            raise LostRankError(
-                f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {host}:{port} within {seconds:g} s: "
-                f"{problem}. See whether rank 0 has started and has not ended. Check MASTER_ADDR, MASTER_PORT and the "
-                "network"
-            )
+            raise LostRankError(no_first_rank(rank, host, int(port), seconds, str(problem)))
     torch.distributed.init_process_group(platform.backend, timeout=timeout)
     platform.settle()
 
